@@ -1,0 +1,254 @@
+"""Face sets: encoded images with an identity each, whatever they are stored as.
+
+A face set has `labels` (int64 [images], class indices 0..identities-1 without holes), `identities` (the name of each
+class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i)`, the bytes of image i as stored.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from data.recordio import (
+    IMAGE_HEADER_SIZE,
+    LENGTH_BITS,
+    LENGTH_MASK,
+    MAGIC,
+    IndexedRecordReader,
+    IndexedRecordWriter,
+    RecordError,
+    pack_image,
+    unpack_image,
+)
+from data.verification_bin import VerificationPairs
+from utils.files import atomic_folder, write_text_atomic
+
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+_HEADERS_AT_ONCE = 1 << 16
+
+
+class FaceSetError(ValueError):
+    """A path holds no face set, or one that contradicts itself; the message says what was found."""
+
+
+class EncodedImages(Protocol):
+    """Images in encoded form, by position."""
+
+    def __len__(self) -> int: ...
+
+    def encoded(self, i: int) -> bytes:
+        """The bytes of image `i` as they are stored (JPEG, PNG, ...)."""
+
+    def describe(self, i: int) -> str:
+        """Where image `i` lies, for messages."""
+
+
+class FaceSet(EncodedImages, Protocol):
+    """Encoded images with an identity each."""
+
+    path: Path
+    labels: np.ndarray
+    identities: list[str]
+
+
+class RecFaceSet:
+    """The images of a `.rec` file, in the order of the file.
+
+    `labels`: int64 [images], classes 0..C-1; `identities`: the label of each class in the file, as text;
+    `keys`: int64 [images], the record key of each image.
+    The image records' own labels decide who is who. The ranges in the header and identity records are float32, which
+    cannot hold keys above 2**24 exactly, so they are not used; those records are known by their empty image.
+    """
+
+    def __init__(self, rec_path: Path | str) -> None:
+        self.path = Path(rec_path)
+        self._reader = IndexedRecordReader(self.path)
+        labels, has_image = _read_labels(self._reader)
+        self.keys = self._reader.keys[has_image]
+        self._offsets = self._reader.offsets[has_image]
+        labels = labels[has_image]
+        if not labels.size:
+            raise FaceSetError(f"{self.path} has {len(has_image)} records and not one image")
+        wrong = np.flatnonzero(~((labels >= 0) & (labels < 2**31) & (labels == np.floor(labels))))
+        if wrong.size:
+            raise RecordError(
+                f"{self.describe(wrong[0])}: label {labels[wrong[0]]} is no identity number "
+                f"({wrong.size} such records): labels must be whole numbers from 0"
+            )
+        file_labels, self.labels = np.unique(labels.astype(np.int64), return_inverse=True)
+        self.identities = [str(label) for label in file_labels]
+        self._compare_with_property()
+
+    def _compare_with_property(self) -> None:
+        path = self.path.with_name("property")
+        if not path.exists():
+            return
+        first_line = path.read_text().split("\n", 1)[0]
+        stated = first_line.split(",")[0].strip()
+        if stated != str(len(self.identities)):
+            warnings.warn(
+                f"{path} states {stated!r} identities, the images have {len(self.identities)}: the images are believed",
+                stacklevel=3,
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def encoded(self, i: int) -> bytes:
+        return unpack_image(self._reader.file.read(int(self._offsets[i])), self.describe(i)).image
+
+    def describe(self, i: int) -> str:
+        return f"{self.path}, record {self.keys[i]} at byte {self._offsets[i]}"
+
+
+def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
+    """(label float64 [records], has an image bool [records]) of every record, from one pass over the headers."""
+    file_bytes = reader.file.view()
+    labels = np.zeros(len(reader))
+    has_image = np.zeros(len(reader), bool)
+    head = 8 + IMAGE_HEADER_SIZE + 4  # record head, image header, first label of an array
+    for start in range(0, len(reader), _HEADERS_AT_ONCE):
+        part = slice(start, start + _HEADERS_AT_ONCE)
+        offsets = reader.offsets[part]
+        outside = np.flatnonzero((offsets < 0) | (offsets > reader.file.size - 8))
+        if outside.size:
+            reader.file.read(int(offsets[outside[0]]))  # raises the error that says so
+        # The last record may be shorter than the window; what lies behind it is masked by its length below.
+        window = np.minimum(offsets[:, None] + np.arange(head), reader.file.size - 1)
+        heads = file_bytes[window]
+        magic, lrec, flag = heads[:, :12].copy().view("<u4").T
+        length = (lrec & LENGTH_MASK).astype(np.int64)
+        scalar, first = heads[:, 12:16].copy().view("<f4")[:, 0], heads[:, 32:36].copy().view("<f4")[:, 0]
+        image_size = length - IMAGE_HEADER_SIZE - 4 * flag.astype(np.int64)
+        labels[part] = np.where(flag > 0, first, scalar)
+        has_image[part] = image_size > 0
+        plain = (magic == MAGIC) & (lrec >> LENGTH_BITS == 0) & (image_size >= 0)
+        plain &= offsets + 8 + length <= reader.file.size
+        for i in np.flatnonzero(~plain):  # cut at an embedded magic, or damaged: read it whole
+            where = f"{reader.file.path}, record {reader.keys[start + i]} at byte {offsets[i]}"
+            record = unpack_image(reader.file.read(int(offsets[i])), where)
+            labels[start + i], has_image[start + i] = record.labels[0], bool(record.image)
+    return labels, has_image
+
+
+class FolderFaceSet:
+    """A tree `<root>/<identity>/<image>`; identities and images in the order of their names."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.path = Path(root)
+        self.identities = []
+        self._files: list[Path] = []
+        counts = []
+        for folder in sorted(entry for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != "."):
+            images = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
+            if images:
+                self.identities.append(folder.name)
+                self._files += images
+                counts.append(len(images))
+        if not counts:
+            raise FaceSetError(f"{self.path} has no folders of images (one folder per identity)")
+        self.labels = np.repeat(np.arange(len(counts)), counts)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def encoded(self, i: int) -> bytes:
+        return self._files[i].read_bytes()
+
+    def describe(self, i: int) -> str:
+        return str(self._files[i])
+
+
+class PairImages:
+    """The distinct images of a verification set as EncodedImages."""
+
+    def __init__(self, pairs: VerificationPairs) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs.images)
+
+    def encoded(self, i: int) -> bytes:
+        return self._pairs.images[i]
+
+    def describe(self, i: int) -> str:
+        pair, side = np.argwhere(self._pairs.index == i)[0]
+        return f"{self._pairs.name}, image {'AB'[side]} of pair {pair}"
+
+
+def find_rec(folder: Path) -> Path | None:
+    """The `.rec` of a set's folder: `train.rec`, or the only one there is; None without any."""
+    found = sorted(folder.glob("*.rec"))
+    if folder / "train.rec" in found:
+        return folder / "train.rec"
+    if len(found) > 1:
+        raise FaceSetError(
+            f"{folder} has several .rec files ({', '.join(p.name for p in found)}): name the one you mean"
+        )
+    return found[0] if found else None
+
+
+def open_face_set(path: Path | str) -> FaceSet:
+    """Open a `.rec` file, a folder that holds one, or a folder with one folder of images per identity.
+
+    Raises FaceSetError when `path` is none of these, RecordError when the records are damaged.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FaceSetError(f"{path} does not exist")
+    if path.is_file():
+        if path.suffix != ".rec":
+            raise FaceSetError(f"{path} is no face set: expected a .rec file or a folder")
+        return RecFaceSet(path)
+    rec_path = find_rec(path)
+    return RecFaceSet(rec_path) if rec_path else FolderFaceSet(path)
+
+
+class FaceSetWriter:
+    """Adds identities to a set that is being written; made by `write_face_set`."""
+
+    def __init__(self, folder: Path, records: IndexedRecordWriter) -> None:
+        #: The working folder: files put here appear together with the set.
+        self.folder = folder
+        #: The range of image keys (first, last + 1) of each identity so far.
+        self.ranges: list[tuple[int, int]] = []
+        self._records = records
+        self._next_key = 1
+
+    def add_identity(self, images: Iterable[bytes]) -> int:
+        """Append an identity with its encoded images, bytes as they are; returns its label."""
+        label, first = len(self.ranges), self._next_key
+        for image in images:
+            if not image:
+                raise ValueError(f"image {self._next_key - first} of identity {label} is empty")
+            self._records.write(self._next_key, pack_image(float(label), self._next_key, image))
+            self._next_key += 1
+        self.ranges.append((first, self._next_key))
+        return label
+
+    def finish(self, image_size: int) -> None:
+        """Write what describes the images: identity records, record 0 and `property`."""
+        identities = (self._next_key, self._next_key + len(self.ranges))
+        for key, images in enumerate(self.ranges, self._next_key):
+            self._records.write(key, pack_image(images, key, b""))
+        self._records.write(0, pack_image(identities, 0, b""))
+        write_text_atomic(self.folder / "property", f"{len(self.ranges)},{image_size},{image_size}")
+
+
+@contextmanager
+def write_face_set(folder: Path | str, image_size: int) -> Iterator[FaceSetWriter]:
+    """Write insightface's layout (`train.rec`, `train.idx`, `property`) into a folder that appears only when whole.
+
+    Records: 1..n the images, identity after identity; n+1.. one per identity with its range of image keys; 0, written
+    last, with the range of the identity records. Raises FileExistsError when `folder` is there and not empty.
+
+        with write_face_set("merged", image_size=112) as out:
+            out.add_identity([jpeg_bytes, ...])      # label 0
+    """
+    with atomic_folder(folder) as working, IndexedRecordWriter(working / "train.rec") as records:
+        writer = FaceSetWriter(working, records)
+        yield writer
+        writer.finish(image_size)

@@ -1,0 +1,47 @@
+"""Encoded images to pixels and back, always RGB.
+
+OpenCV is BGR unless told otherwise; this is the one place that tells it.
+"""
+
+import cv2
+import numpy as np
+
+
+class ImageError(ValueError):
+    """An image cannot be decoded or has the wrong size; the message says which."""
+
+
+def decode_rgb(encoded: bytes, where: str) -> np.ndarray:
+    """Decode JPEG, PNG or whatever OpenCV reads.
+
+    Returns uint8 [height, width, 3], RGB (grey images are repeated over the channels).
+    `where` names the image in the ImageError that undecodable bytes raise.
+    """
+    image = None
+    if encoded:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    if image is None:
+        raise ImageError(f"{where}: its {len(encoded)} bytes are no image that OpenCV can decode")
+    return image
+
+
+def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
+    """Encode uint8 [height, width, 3] RGB as JPEG of `quality` 1..100."""
+    return _encode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])
+
+
+def encode_png(image: np.ndarray) -> bytes:
+    """Encode uint8 [height, width, 3] RGB as PNG."""
+    return _encode(".png", image, [])
+
+
+def _encode(extension: str, image: np.ndarray, options: list[int]) -> bytes:
+    done, encoded = cv2.imencode(extension, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+    if not done:
+        raise ImageError(f"OpenCV could not encode an image of shape {image.shape}, {image.dtype}")
+    return encoded.tobytes()
+
+
+def image_extension(encoded: bytes) -> str:
+    """The file name's ending that fits the bytes: `.png` for PNG, else `.jpg`."""
+    return ".png" if encoded.startswith(b"\x89PNG") else ".jpg"

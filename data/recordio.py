@@ -1,0 +1,264 @@
+"""The RecordIO container (`.rec` + `.idx`) and the image record header inside it, without mxnet.
+
+A record is `u32 magic, u32 lrec = cflag << 29 | length`, `length` payload bytes and zero padding to a multiple of 4,
+all little-endian. A payload that holds the magic at an aligned offset is cut there: the writer drops those 4 bytes and
+numbers the parts with cflag 1 (first), 2 (middle) and 3 (last); the reader puts the magic back between them.
+The format is dmlc-core's `recordio.h`; the header is `mxnet.recordio.IRHeader`.
+"""
+
+import mmap
+import os
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple, Self
+
+import numpy as np
+
+from utils.files import sync_folder, temporary_name
+
+MAGIC = 0xCED7230A
+MAGIC_BYTES = struct.pack("<I", MAGIC)
+LENGTH_BITS = 29
+LENGTH_MASK = (1 << LENGTH_BITS) - 1
+WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
+
+_RECORD_HEAD = struct.Struct("<II")
+_IMAGE_HEADER = struct.Struct("<IfQQ")
+IMAGE_HEADER_SIZE = _IMAGE_HEADER.size
+
+
+class RecordError(ValueError):
+    """A `.rec` or `.idx` file is not what it should be; the message names file, record and offset."""
+
+
+def encode_record(payload: bytes) -> bytes:
+    """The bytes that mxnet's writer puts into a `.rec` file for `payload`.
+
+    Raises RecordError when a part has 2**29 bytes or more, which the format cannot hold.
+    """
+    parts = _cut_at_magic(payload)
+    encoded = bytearray()
+    for number, part in enumerate(parts):
+        if len(part) > LENGTH_MASK:
+            raise RecordError(f"a record part of {len(part)} bytes does not fit the format's {LENGTH_BITS}-bit length")
+        if len(parts) == 1:
+            flag = WHOLE
+        elif number == 0:
+            flag = FIRST
+        else:
+            flag = LAST if number == len(parts) - 1 else MIDDLE
+        encoded += _RECORD_HEAD.pack(MAGIC, flag << LENGTH_BITS | len(part))
+        encoded += part
+        encoded += bytes(-len(part) % 4)
+    return bytes(encoded)
+
+
+def _cut_at_magic(payload: bytes) -> list[bytes]:
+    parts = []
+    start = 0
+    found = payload.find(MAGIC_BYTES)
+    while found >= 0:
+        if found % 4 == 0:
+            parts.append(payload[start:found])
+            start = found + 4
+            found = payload.find(MAGIC_BYTES, start)
+        else:
+            found = payload.find(MAGIC_BYTES, found + 1)
+    parts.append(payload[start:])
+    return parts
+
+
+class ImageRecord(NamedTuple):
+    """An image record taken apart: labels as float32 array, the two ids, the encoded image (may be empty)."""
+
+    labels: np.ndarray
+    id: int
+    id2: int
+    image: bytes
+
+
+def pack_image(label: float | Sequence[float], id: int, image: bytes, id2: int = 0) -> bytes:
+    """The payload of an image record: a scalar label sits in the header, several follow it as float32."""
+    if isinstance(label, Sequence):
+        header = _IMAGE_HEADER.pack(len(label), 0.0, id, id2)
+        return header + np.asarray(label, "<f4").tobytes() + image
+    return _IMAGE_HEADER.pack(0, label, id, id2) + image
+
+
+def unpack_image(payload: bytes, where: str) -> ImageRecord:
+    """Take the payload of an image record apart; `where` names it in the RecordError of a damaged one."""
+    if len(payload) < IMAGE_HEADER_SIZE:
+        raise RecordError(
+            f"{where}: {len(payload)} bytes are too few for an image record's header of {IMAGE_HEADER_SIZE}"
+        )
+    flag, label, id, id2 = _IMAGE_HEADER.unpack_from(payload)
+    image_start = IMAGE_HEADER_SIZE + 4 * flag
+    if image_start > len(payload):
+        raise RecordError(f"{where}: its header announces {flag} labels, more than its {len(payload)} bytes hold")
+    if flag:
+        labels = np.frombuffer(payload, "<f4", count=flag, offset=IMAGE_HEADER_SIZE)
+    else:
+        labels = np.array([label], np.float32)
+    return ImageRecord(labels, id, id2, payload[image_start:])
+
+
+class RecordFile:
+    """Random access to the payloads of a `.rec` file by byte offset.
+
+    The file is memory-mapped, so reading needs no lock and no shared file position: one object may be used in forked
+    processes, and a pickled one maps the file anew.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._map()
+
+    def _map(self) -> None:
+        self.size = self.path.stat().st_size
+        if self.size == 0:
+            raise RecordError(f"{self.path} is empty")
+        with self.path.open("rb") as file:
+            self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __getstate__(self) -> dict[str, Path]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Path]) -> None:
+        self.path = state["path"]
+        self._map()
+
+    def view(self) -> np.ndarray:
+        """The whole file as a read-only uint8 array; only the pages that are looked at are read."""
+        return np.frombuffer(self._bytes, np.uint8)
+
+    def read(self, offset: int) -> bytes:
+        """The payload of the record that begins at byte `offset`, its parts joined."""
+        return self._read_with_end(offset)[0]
+
+    def _read_with_end(self, offset: int) -> tuple[bytes, int]:
+        parts: list[bytes] = []
+        while True:
+            flag, start, end = self._part(offset)
+            if (flag in (WHOLE, FIRST)) != (not parts):
+                expected = "a continuation" if parts else "the start of a record"
+                raise RecordError(f"{self.path}: expected {expected} at byte {offset}, found a part with cflag {flag}")
+            parts.append(self._bytes[start:end])
+            offset = end + -(end - start) % 4
+            if flag in (WHOLE, LAST):
+                return MAGIC_BYTES.join(parts), offset
+
+    def _part(self, offset: int) -> tuple[int, int, int]:
+        """(cflag, start, end) of the record part at `offset`."""
+        start = offset + _RECORD_HEAD.size
+        if not 0 <= offset <= self.size - _RECORD_HEAD.size:
+            raise RecordError(f"{self.path}: no record can begin at byte {offset}, the file has {self.size} bytes")
+        magic, lrec = _RECORD_HEAD.unpack_from(self._bytes, offset)
+        if magic != MAGIC:
+            raise RecordError(
+                f"{self.path}: no record begins at byte {offset} (found {magic:#010x} in place of the magic): "
+                "the .idx file does not belong to this .rec, or the .rec is damaged"
+            )
+        flag, length = lrec >> LENGTH_BITS, lrec & LENGTH_MASK
+        if start + length > self.size:
+            raise RecordError(
+                f"{self.path}: the record at byte {offset} has {length} bytes, but the file ends at {self.size}: "
+                "it was cut off, copy it again"
+            )
+        return flag, start, start + length
+
+    def scan(self) -> tuple[np.ndarray, np.ndarray]:
+        """Walk the whole file: (keys, offsets), int64, where a record's key is the id in its image header."""
+        keys, offsets = [], []
+        offset = 0
+        while offset < self.size:
+            payload, end = self._read_with_end(offset)
+            keys.append(unpack_image(payload, f"{self.path}, record at byte {offset}").id)
+            offsets.append(offset)
+            offset = end
+        return np.array(keys, np.int64), np.array(offsets, np.int64)
+
+
+def read_index(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
+    """Read an `.idx` file: (keys, byte offsets), int64, in the order of its lines."""
+    path = Path(path)
+    try:
+        table = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
+    except ValueError as error:
+        raise RecordError(f"{path}: every line must be 'key<tab>byte offset': {error}") from error
+    if table.size == 0:
+        raise RecordError(f"{path} is empty: remove it and the index is rebuilt from the .rec")
+    if table.shape[1] != 2:
+        raise RecordError(f"{path}: every line must be 'key<tab>byte offset', found {table.shape[1]} columns")
+    return table[:, 0].copy(), table[:, 1].copy()
+
+
+class IndexedRecordReader:
+    """Records of a `.rec` file by key.
+
+    Attributes: `keys` and `offsets`, int64 arrays of equal length in the order of the file; `file`, the RecordFile.
+    Without an `.idx` file the index is rebuilt by walking the `.rec`.
+    """
+
+    def __init__(self, rec_path: Path | str, idx_path: Path | str | None = None) -> None:
+        self.file = RecordFile(rec_path)
+        index = Path(idx_path) if idx_path is not None else self.file.path.with_suffix(".idx")
+        keys, offsets = read_index(index) if index.exists() else self.file.scan()
+        in_file_order = np.argsort(offsets, kind="stable")
+        self.keys, self.offsets = keys[in_file_order], offsets[in_file_order]
+        self._by_key = np.argsort(self.keys, kind="stable")
+        ordered = self.keys[self._by_key]
+        repeated = ordered[1:][ordered[1:] == ordered[:-1]]
+        if repeated.size:
+            raise RecordError(f"{index}: key {repeated[0]} occurs more than once ({repeated.size} such keys)")
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, key: int) -> bytes:
+        """The payload of record `key`; KeyError when there is none."""
+        position = np.searchsorted(self.keys, key, sorter=self._by_key)
+        if position == len(self.keys) or self.keys[self._by_key[position]] != key:
+            raise KeyError(f"{self.file.path} has no record {key}")
+        return self.file.read(int(self.offsets[self._by_key[position]]))
+
+
+class IndexedRecordWriter:
+    """Writes a `.rec` and its `.idx`; both appear, complete and synced, when the `with` block ends without error."""
+
+    def __init__(self, rec_path: Path | str, idx_path: Path | str | None = None) -> None:
+        self.rec_path = Path(rec_path)
+        self.idx_path = Path(idx_path) if idx_path is not None else self.rec_path.with_suffix(".idx")
+        self._offset = 0
+
+    def __enter__(self) -> Self:
+        self._rec: BinaryIO = temporary_name(self.rec_path).open("wb")
+        self._idx: BinaryIO = temporary_name(self.idx_path).open("wb")
+        return self
+
+    def write(self, key: int, payload: bytes) -> None:
+        """Append a record; keys are the caller's, in any order."""
+        record = encode_record(payload)
+        self._idx.write(b"%d\t%d\n" % (key, self._offset))
+        self._rec.write(record)
+        self._offset += len(record)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._rec, self._idx:
+            if kind is None:
+                for file in (self._rec, self._idx):
+                    file.flush()
+                    os.fsync(file.fileno())
+        for path in (self.rec_path, self.idx_path):
+            if kind is None:
+                temporary_name(path).replace(path)
+            else:
+                temporary_name(path).unlink(missing_ok=True)
+        if kind is None:
+            sync_folder(self.rec_path.parent)
