@@ -1,0 +1,244 @@
+"""All settings of the project. Edit the defaults here, choose a preset, or give flags; see README.md.
+
+    python train.py --preset ms1mv3_r50 --batch-size 256 --data.root /sets/ms1mv3
+
+Flags go before the preset, the preset before this file. A script's own section and `common` need no prefix. The
+comment above a field is its help text (`python train.py --help`). A run saves the settings it used, and testing,
+merging and resuming read them from there.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from utils.settings import check_types, require
+
+
+@dataclass(frozen=True)
+class CommonConfig:
+    """What every script shares."""
+
+    # Where to compute: auto takes CUDA when there is a card, else the CPU.
+    device: str = "auto"
+    # Processes that read and decode images. -1: one per core, 8 at most; 0: none, the main process does it.
+    workers: int = -1
+    # Folder that holds one folder per training run.
+    runs: str = "runs"
+
+    def __post_init__(self) -> None:
+        check_types(self, "common")
+        require(self.workers >= -1, "common.workers", f"must be -1 or more, got {self.workers}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The faces."""
+
+    # Training set: a folder with train.rec and train.idx, a .rec file, or a folder with one folder per identity.
+    root: str = "datasets/ms1mv3"
+    # Verification sets (.bin), comma separated. Empty: every .bin beside the training set.
+    verification: tuple[str, ...] = ()
+    # Height and width of the aligned faces, pixels. 112 is the field's standard; images of another size are refused.
+    image_size: int = 112
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        require(self.image_size >= 16, "data.image_size", f"must be 16 or more, got {self.image_size}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network that turns a face into an embedding."""
+
+    # r18, r34, r50, r100, r200 (IResNet), mbf (MobileFaceNet) or demo (tiny, for trying the program on a CPU).
+    network: str = "r50"
+    # Numbers in an embedding. 512 is the field's standard.
+    embedding_size: int = 512
+    # What a foreign net (ONNX) expects of RGB 0..255: auto looks whether it normalises itself; none feeds 0..255;
+    # 127.5 feeds (rgb - 127.5) / 127.5; 128 feeds (rgb - 127.5) / 128.
+    normalisation: Literal["auto", "none", "127.5", "128"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_types(self, "model")
+        require(self.embedding_size > 0, "model.embedding_size", f"must be positive, got {self.embedding_size}")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The margin-based softmax loss."""
+
+    # arcface adds the margin to the angle, cosface subtracts it from the cosine, softmax has none.
+    name: Literal["arcface", "cosface", "softmax"] = "arcface"
+    # arcface: radians, 0.5 as published; cosface: cosine, 0.4 as published; softmax ignores it.
+    margin: float = 0.5
+    # Factor on the cosines before the softmax (s). 64 as published; smaller for a few hundred identities.
+    scale: float = 64.0
+
+    def __post_init__(self) -> None:
+        check_types(self, "loss")
+        require(0 <= self.margin <= 1.5, "loss.margin", f"must be between 0 and 1.5, got {self.margin}")
+        require(self.scale > 0, "loss.scale", f"must be positive, got {self.scale}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training run."""
+
+    # Name of the run's folder. Empty: date, time and network.
+    run: str = ""
+    # Run to go on with (its folder): its settings hold, save for the flags given.
+    resume: str = ""
+    # Passes over the training set. 20 as published for IResNet on millions of images, 40 for MobileFaceNet.
+    epochs: int = 20
+    # Images per optimizer step. Published recipes: 1024 with lr 0.1, or 128 with lr 0.02.
+    batch_size: int = 128
+    # Peak learning rate; it falls linearly to 0 at the last step. Change it with batch_size.
+    lr: float = 0.02
+    # Epochs over which the learning rate climbs to its peak. The published recipe has none; small sets gain from some.
+    warmup_epochs: float = 0.0
+    # Momentum of SGD.
+    momentum: float = 0.9
+    # Weight decay of SGD: 5e-4 as published, 1e-4 for MobileFaceNet and Glint360K.
+    weight_decay: float = 5e-4
+    # Largest norm of the network's gradient; longer ones are scaled down to it. 5 as published.
+    gradient_clip: float = 5.0
+    # auto: bfloat16 on CUDA cards that have it, float16 with loss scaling on older ones, float32 on the CPU.
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # Seed of everything random: initial weights, image order, flips. Same seed, same run.
+    seed: int = 0
+    # Steps between two lines of the log (screen, TensorBoard, metrics.jsonl).
+    log_every: int = 50
+    # Steps between two checks on the verification sets. 0: at the end of each epoch.
+    verify_every: int = 0
+    # Steps between two checkpoints to resume from. 0: at the end of each epoch.
+    checkpoint_every: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "train")
+        for name in ("epochs", "batch_size", "log_every"):
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name}", f"must be 1 or more, got {value}")
+        for name in ("verify_every", "checkpoint_every", "warmup_epochs", "weight_decay", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", f"must be 0 or more, got {value}")
+        for name in ("lr", "gradient_clip"):
+            value = getattr(self, name)
+            require(value > 0, f"train.{name}", f"must be positive, got {value}")
+        require(0 <= self.momentum < 1, "train.momentum", f"must be in [0, 1), got {self.momentum}")
+        require(
+            self.warmup_epochs <= self.epochs,
+            "train.warmup_epochs",
+            f"must not exceed train.epochs ({self.epochs}), got {self.warmup_epochs}",
+        )
+
+
+@dataclass(frozen=True)
+class TestConfig:
+    """Testing a model."""
+
+    # What to test on: .bin files (10-fold protocol), face sets (all pairs). Empty: the verification sets of `data`.
+    sets: tuple[str, ...] = field(default=(), metadata={"positional": True})
+    # Run folder, .safetensors, .pth (a state dict of model.network) or .onnx. Empty: the newest run's best.
+    model: str = ""
+    # Add the embedding of the mirrored image, as published numbers do.
+    mirror: bool = True
+    # Images per forward pass.
+    batch_size: int = 64
+    # Folder for pictures and JSON. Empty: `test` in the run's folder, or `runs/test-NAME` for foreign models.
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self, "test")
+        require(self.batch_size >= 1, "test.batch_size", f"must be 1 or more, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Joining face sets by identity."""
+
+    # The sets, comma separated, the one to keep labels of first: rec sets or folders of identities.
+    sets: tuple[str, ...] = field(default=(), metadata={"aliases": ("--merge",)})
+    # Folder for the merged set; it must not exist yet.
+    output: str = ""
+    # Model that compares the faces, as in `test.model`. Empty: the newest run's best.
+    model: str = ""
+    # Images per forward pass.
+    batch_size: int = 64
+    # Cosine from which two identities are the same person.
+    t: float = 0.65
+    # Add the embedding of the mirrored image.
+    mirror: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self, "merge")
+        require(self.batch_size >= 1, "merge.batch_size", f"must be 1 or more, got {self.batch_size}")
+        require(-1 <= self.t <= 1, "merge.t", f"must be a cosine between -1 and 1, got {self.t}")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """Turning a `.rec` set into folders of images."""
+
+    # The set: a folder with a .rec and .idx file, or the .rec file. Empty: data.root.
+    rec_data_path: str = field(default="", metadata={"aliases": ("--r",)})
+    # Where the folders go: OUTPUT/<label>/<key>.jpg. Empty: `images` in the set's folder.
+    output: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self, "prepare")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every section."""
+
+    common: CommonConfig = CommonConfig()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    test: TestConfig = TestConfig()
+    merge: MergeConfig = MergeConfig()
+    prepare: PrepareConfig = PrepareConfig()
+
+
+# The recipe of insightface's arcface_torch for eight cards of 128 images each.
+_PUBLISHED = {"train.batch_size": 1024, "train.lr": 0.1, "train.weight_decay": 5e-4, "train.epochs": 20}
+_MS1MV3 = {**_PUBLISHED, "data.root": "datasets/ms1mv3", "loss.name": "arcface", "loss.margin": 0.5}
+_GLINT360K = {
+    **_PUBLISHED,
+    "data.root": "datasets/glint360k",
+    "loss.name": "cosface",
+    "loss.margin": 0.4,
+    "train.weight_decay": 1e-4,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "ms1mv3_r18": {**_MS1MV3, "model.network": "r18"},
+    "ms1mv3_r50": {**_MS1MV3, "model.network": "r50"},
+    "ms1mv3_r100": {**_MS1MV3, "model.network": "r100"},
+    "ms1mv3_mbf": {**_MS1MV3, "model.network": "mbf", "train.epochs": 40, "train.weight_decay": 1e-4},
+    "glint360k_r50": {**_GLINT360K, "model.network": "r50"},
+    "glint360k_r100": {**_GLINT360K, "model.network": "r100"},
+    # ArcFace paper, section 3.1: 32 k steps of 512 images; its LR steps are replaced by the linear fall.
+    "casia_r50": {
+        **_PUBLISHED,
+        "data.root": "datasets/casia",
+        "loss.name": "arcface",
+        "loss.margin": 0.5,
+        "model.network": "r50",
+        "train.batch_size": 512,
+        "train.epochs": 34,
+    },
+    # The embedded set of `make demo`: minutes on two CPU cores.
+    "demo": {
+        "data.root": "datasets/demo",
+        "model.network": "demo",
+        "model.embedding_size": 128,
+        "loss.scale": 32.0,
+        "loss.margin": 0.4,
+        "train.epochs": 10,
+        "train.lr": 0.1,
+        "train.warmup_epochs": 1.0,
+        "train.log_every": 10,
+    },
+}

@@ -1,0 +1,118 @@
+"""Batches of decoded faces: uint8 until they are on the device, in an order that seed, epoch and position decide."""
+
+from collections.abc import Iterator, Sequence
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.face_sets import EncodedImages
+from data.images import ImageError, decode_rgb
+
+Batch = tuple[Tensor, Tensor]
+
+
+class DecodedFaces(Dataset):
+    """Faces of `images` decoded a batch at a time: uint8 [B, size, size, 3], RGB, and int64 [B] positions' `labels`."""
+
+    def __init__(self, images: EncodedImages, labels: np.ndarray, size: int) -> None:
+        self.images = images
+        self.labels = torch.from_numpy(np.ascontiguousarray(labels, np.int64))
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, positions: Sequence[int]) -> Batch:
+        """Raises ImageError, naming the image, for one that does not decode or is not size x size."""
+        batch = np.empty((len(positions), self.size, self.size, 3), np.uint8)
+        for row, i in enumerate(positions):
+            image = decode_rgb(self.images.encoded(i), self.images.describe(i))
+            if image.shape != batch.shape[1:]:
+                raise ImageError(
+                    f"{self.images.describe(i)} is {image.shape[1]}x{image.shape[0]} pixels, expected "
+                    f"{self.size}x{self.size}: align and resize the set, or set data.image_size"
+                )
+            batch[row] = image
+        return torch.from_numpy(batch), self.labels[torch.as_tensor(positions)]
+
+
+class EpochBatches(Sampler[list[int]]):
+    """Batches of positions for one epoch after another.
+
+    The order is a permutation that (seed, epoch) alone decides, whatever the number of workers, and an epoch can be
+    entered at any batch. The last, incomplete batch is dropped: every step sees `batch_size` faces.
+    """
+
+    def __init__(self, images: int, batch_size: int, seed: int) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.epoch = self.first = 0
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """The next iteration goes through `epoch` from its batch number `batch` on."""
+        self.epoch, self.first = epoch, batch
+
+    @property
+    def batches(self) -> int:
+        """Batches in a whole epoch."""
+        return self.images // self.batch_size
+
+    def __len__(self) -> int:
+        return self.batches - self.first
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
+        for batch in range(self.first, self.batches):
+            yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+
+
+def training_loader(faces: DecodedFaces, batches: EpochBatches, workers: int, device: torch.device) -> DataLoader:
+    """Batches in the order of `batches`; set its epoch before each pass."""
+    return _loader(faces, batches, workers, device, keep_workers=workers > 0)
+
+
+def sequential_loader(faces: DecodedFaces, batch_size: int, workers: int, device: torch.device) -> DataLoader:
+    """All faces once, in order, the last batch as large as it is."""
+    starts = range(0, len(faces), batch_size)
+    batches = [range(start, min(start + batch_size, len(faces))) for start in starts]
+    return _loader(faces, batches, workers, device, keep_workers=False)
+
+
+def _loader(faces: DecodedFaces, batches: object, workers: int, device: torch.device, keep_workers: bool) -> DataLoader:
+    return DataLoader(
+        faces,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=workers,
+        collate_fn=_as_it_is,  # type: ignore[arg-type]
+        pin_memory=device.type == "cuda",
+        persistent_workers=keep_workers,
+        worker_init_fn=_one_thread,
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _one_thread(worker: int) -> None:
+    cv2.setNumThreads(0)  # the workers are the parallelism
+
+
+def flips(seed: int, epoch: int, batch: int, batch_size: int) -> Tensor:
+    """Which faces of a batch are mirrored: bool [batch_size], decided by the arguments alone."""
+    generator = np.random.default_rng([seed, epoch, batch, 1])
+    return torch.from_numpy(generator.random(batch_size) < 0.5)
+
+
+def to_network_input(faces: Tensor, mirror: Tensor | bool = False) -> Tensor:
+    """uint8 [B, H, W, 3] RGB on any device to float32 [B, 3, H, W] in [-1, 1], channels last in memory.
+
+    `mirror`: bool [B], which faces to mirror left to right, or one bool for all.
+    """
+    if isinstance(mirror, Tensor):
+        faces = torch.where(mirror[:, None, None, None], faces.flip(2), faces)
+    elif mirror:
+        faces = faces.flip(2)
+    return faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)

@@ -1,0 +1,160 @@
+#!/usr/bin/env python3
+"""Turn a `.rec` set into folders of images: OUTPUT/<label>/<key>.jpg, the bytes as they are in the records.
+
+    python data/prepare_data.py --rec_data_path datasets/ms1mv3 --output datasets/ms1mv3_images
+
+Nothing is decoded or encoded again. An interrupted run goes on where it stopped: a journal in OUTPUT names the blocks
+of records that are done, whose files are only checked by size; all others are written (again).
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tqdm import tqdm
+
+from config import PRESETS, Config
+from data.face_sets import FaceSetError, RecFaceSet, find_rec
+from data.images import image_extension
+from utils.processes import map_unordered, worker_count
+from utils.settings import parse_settings
+
+JOURNAL = ".prepare_journal.jsonl"
+RECORDS_PER_BLOCK = 1000
+
+
+class JournalError(ValueError):
+    """The output folder belongs to another set."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` did: images in the set, of them written now, bytes written now, identities."""
+
+    images: int
+    written: int
+    bytes: int
+    identities: int
+
+
+def prepare(rec_path: Path, output: Path, workers: int) -> Prepared:
+    """Write every image of `rec_path` to `output`/<label:06d>/<key:09d>.jpg (.png when it is one).
+
+    `workers` processes do it; 0 means this one. Raises RecordError for damaged records, JournalError when `output`
+    holds another set, OSError when the disk is full: after any of them, the same call goes on.
+    """
+    faces = RecFaceSet(rec_path)
+    output.mkdir(parents=True, exist_ok=True)
+    with _Journal(output / JOURNAL, _fingerprint(faces)) as journal:
+        starts = range(0, len(faces), RECORDS_PER_BLOCK)
+        blocks = [(start, start in journal.done) for start in starts]
+        written = size = 0
+        with tqdm(total=len(faces), unit="image", unit_scale=True, desc="prepare") as bar:
+            for start, images, count, bytes_written in map_unordered(
+                _write_block, blocks, workers, _open, faces, output
+            ):
+                journal.add(start)
+                written, size = written + count, size + bytes_written
+                bar.update(images)
+    return Prepared(len(faces), written, size, len(faces.identities))
+
+
+_worker: dict[str, Any] = {}
+
+
+def _open(faces: RecFaceSet, output: Path) -> None:
+    _worker.update(faces=faces, output=output)
+
+
+class _Block(NamedTuple):
+    start: int
+    images: int
+    written: int
+    bytes: int
+
+
+def _write_block(block: tuple[int, bool]) -> _Block:
+    start, done = block
+    faces: RecFaceSet = _worker["faces"]
+    stop = min(start + RECORDS_PER_BLOCK, len(faces))
+    written = size = 0
+    for i in range(start, stop):
+        image = faces.encoded(i)
+        folder = _worker["output"] / f"{int(faces.identities[faces.labels[i]]):06d}"
+        path = folder / f"{faces.keys[i]:09d}{image_extension(image)}"
+        if done and path.exists() and path.stat().st_size == len(image):
+            continue
+        folder.mkdir(exist_ok=True)
+        path.write_bytes(image)
+        written, size = written + 1, size + len(image)
+    return _Block(start, stop - start, written, size)
+
+
+def _fingerprint(faces: RecFaceSet) -> dict[str, Any]:
+    return {
+        "rec": faces.path.name,
+        "bytes": faces.path.stat().st_size,
+        "images": len(faces),
+        "block": RECORDS_PER_BLOCK,
+    }
+
+
+class _Journal:
+    """Names the blocks that are done: a line for the set, then a line a block.
+
+    A lost line costs writing its block again, so lines are not synced one by one.
+    """
+
+    def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
+        self.done: set[int] = set()
+        if path.exists():
+            # What follows the last line break is a line that was cut off: its block is not done.
+            text, _, torn = path.read_text().rpartition("\n")
+            first, *lines = text.split("\n")
+            if first != json.dumps(fingerprint):
+                raise JournalError(f"{path} belongs to another set: name another output, or remove that folder")
+            self.done = {int(line) for line in lines if line.isdigit()}
+            self._file = path.open("a")
+            self._file.write("?\n" if torn else "")
+        else:
+            self._file = path.open("w")
+            self._file.write(json.dumps(fingerprint) + "\n")
+
+    def __enter__(self) -> "_Journal":
+        return self
+
+    def add(self, start: int) -> None:
+        if start not in self.done:
+            self.done.add(start)
+            self._file.write(f"{start}\n")
+            self._file.flush()
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = parse_settings(Config, PRESETS, ("prepare", "common"), __doc__, argv)
+    source = Path(config.prepare.rec_data_path or config.data.root)
+    try:
+        rec_path = find_rec(source) if source.is_dir() else source
+        if rec_path is None or not rec_path.exists():
+            raise FaceSetError(f"{source} has no .rec file")
+        output = Path(config.prepare.output) if config.prepare.output else rec_path.parent / "images"
+        result = prepare(rec_path, output, worker_count(config.common.workers))
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare_data: {error}")
+    print(
+        f"{output}: {result.images:,} images of {result.identities:,} identities; "
+        f"{result.written:,} written now ({result.bytes / 2**20:,.1f} MiB), bytes as in {rec_path}"
+    )
+
+
+if __name__ == "__main__":
+    main()

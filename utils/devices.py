@@ -1,0 +1,38 @@
+"""Where to compute, and in which precision."""
+
+import torch
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of the setting `common.device`; `auto` is CUDA when there is a card, else the CPU.
+
+    Raises ValueError for a device that torch does not know or this machine does not have.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"common.device: {error}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"common.device: {name!r} asked for, but torch sees no CUDA card")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype:
+    """The dtype to autocast to, from the setting `train.precision`; float32 means no autocast.
+
+    `auto`: bfloat16 on CUDA cards that compute in it (Ampere and later), float16 on older ones, float32 on the CPU.
+    """
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def describe_device(device: torch.device) -> str:
+    """The device in words."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)} ({device})"
+    return f"{device} ({torch.get_num_threads()} threads)"

@@ -1,0 +1,31 @@
+"""How many processes to use, and work spread over them."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+
+def worker_count(workers: int) -> int:
+    """Resolve the setting `common.workers`: -1 means one per usable core, 8 at most."""
+    if workers >= 0:
+        return workers
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, usable)
+
+
+def map_unordered(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int, initialise: Callable[..., None], *arguments: Any
+) -> Iterator[Any]:
+    """`function(item)` for every item, results as they come; `initialise(*arguments)` runs once in each process.
+
+    With `workers` 0 all of it happens in this process. An error in a worker is raised here.
+    """
+    if workers == 0:
+        initialise(*arguments)
+        yield from map(function, items)
+        return
+    # Forking a process that runs threads (OpenCV, torch) can deadlock, so workers start afresh.
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(workers, max(1, len(items))), initialise, arguments) as pool:
+        yield from pool.imap_unordered(function, items)

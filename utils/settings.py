@@ -1,0 +1,222 @@
+"""Settings from dataclasses: command-line flags, presets, JSON, all made from the fields themselves.
+
+A configuration is a frozen dataclass of frozen dataclasses, its sections. A field is named `section.field`; a preset
+and the JSON form are mappings from such names, or from sections, to values. On the command line a field is
+`--section.field`, and those of a script's own sections also plain `--field`. The help text of a flag is the comment
+above its field. Precedence: flags, then preset, then the defaults in the source.
+"""
+
+import argparse
+import ast
+import difflib
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+Settings = Mapping[str, Any]
+C = TypeVar("C")
+
+
+class ConfigError(ValueError):
+    """A setting is unknown or has a value that it cannot have; the message names it."""
+
+
+def require(condition: bool, name: str, message: str) -> None:
+    """Raise ConfigError for the setting `name` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{name}: {message}")
+
+
+def field_comments(section: type) -> dict[str, str]:
+    """The comment lines right above each field of a dataclass, joined, from its source."""
+    source = textwrap.dedent(inspect.getsource(section))
+    lines = source.splitlines()
+    comments = {}
+    class_body = ast.parse(source).body[0]
+    assert isinstance(class_body, ast.ClassDef)
+    for node in class_body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            first = node.lineno - 1
+            while first > 0 and lines[first - 1].lstrip().startswith("#"):
+                first -= 1
+            comments[node.target.id] = " ".join(line.strip(" #") for line in lines[first : node.lineno - 1])
+    return comments
+
+
+def parse_settings(
+    config_class: type[C],
+    presets: Mapping[str, Settings],
+    own_sections: Sequence[str],
+    description: str,
+    argv: Sequence[str] | None = None,
+    saved: Callable[[Settings], Settings] | None = None,
+) -> C:
+    """The configuration that `argv` (default: the command line) asks for.
+
+    `own_sections` are those whose fields need no prefix. `saved`, given the flags as {`section.field`: value}, may
+    return settings to start from in place of the defaults (those of a run that is resumed).
+    Prints help, or an error that names the field, and exits as argparse does.
+    """
+    parser = _parser(config_class, presets, own_sections, description)
+    arguments, unknown = parser.parse_known_args(_with_dashes(argv))
+    if unknown:
+        parser.error(_unknown_flag(unknown[0], parser))
+    flags = vars(arguments)
+    preset = flags.pop("preset")
+    try:
+        start = saved(flags) if saved else {}
+        return build(config_class, {**start, **(presets[preset] if preset else {}), **flags})
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def build(config_class: type[C], settings: Settings) -> C:
+    """A configuration with `settings` ({`section.field`: value}) over its defaults, validated once they are all in.
+
+    Raises ConfigError for a name that is no setting and for values that the sections refuse.
+    """
+    sections = _sections(config_class)
+    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    for name, value in settings.items():
+        section, _, field = name.partition(".")
+        if section not in sections or field not in get_type_hints(sections[section]):
+            raise ConfigError(f"{name}: there is no such setting")
+        values[section][field] = tuple(value) if isinstance(value, list) else value
+    return config_class(**{name: section(**values[name]) for name, section in sections.items()})
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """{`section.field`: value} of a configuration: what `build` takes."""
+    return _flat(asdict(config))
+
+
+def _flat(groups: Mapping[str, Settings]) -> dict[str, Any]:
+    return {f"{section}.{field}": value for section, group in groups.items() for field, value in group.items()}
+
+
+def to_json(config: Any) -> str:
+    """A configuration as JSON, one object a section."""
+    return json.dumps(asdict(config), indent=2)
+
+
+def from_json(text: str) -> dict[str, Any]:
+    """What `to_json` wrote, as settings for `build`."""
+    return {
+        f"{section}.{field}": value for section, group in json.loads(text).items() for field, value in group.items()
+    }
+
+
+def describe(config: Any, sections: Sequence[str]) -> str:
+    """The settings of `sections`, a line each, for the screen."""
+    chosen = {name: value for name, value in flatten(config).items() if name.partition(".")[0] in sections}
+    width = max(map(len, chosen))
+    return "\n".join(f"  {name:<{width}}  {_as_text(value)}" for name, value in chosen.items())
+
+
+def check_types(section: Any, name: str) -> None:
+    """Raise ConfigError unless every field of the dataclass instance `section` has the type that it declares."""
+    for field, hint in get_type_hints(type(section)).items():
+        value = getattr(section, field)
+        if get_origin(hint) is Literal:
+            choices = get_args(hint)
+            require(value in choices, f"{name}.{field}", f"must be one of {', '.join(choices)}, got {value!r}")
+        elif get_origin(hint) is tuple:
+            good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
+            require(good, f"{name}.{field}", f"must be a tuple of texts, got {value!r}")
+        else:
+            good = isinstance(value, int | float if hint is float else hint)
+            good &= hint is bool or not isinstance(value, bool)
+            require(good, f"{name}.{field}", f"must be {_kind(hint)}, got {value!r}")
+
+
+def _kind(hint: type) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return names[hint]
+
+
+def _sections(config_class: type) -> dict[str, type]:
+    return {name: hint for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)}  # type: ignore[misc]
+
+
+def _parser(
+    config_class: type, presets: Mapping[str, Settings], own_sections: Sequence[str], description: str
+) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description,
+        # argparse's own usage would list every field before each error.
+        usage="%(prog)s [--preset NAME] [--FIELD VALUE ...]   (--help lists every field)",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", choices=sorted(presets), metavar="NAME", help=f"one of: {', '.join(presets)}")
+    sections = _sections(config_class)
+    for name in [*own_sections, *(name for name in sections if name not in own_sections)]:
+        section = sections[name]
+        group = parser.add_argument_group(f"{name} ({(section.__doc__ or '').splitlines()[0]})")
+        comments, hints = field_comments(section), get_type_hints(section)
+        for field in fields(section):
+            _add_flag(group, name, field, hints[field.name], comments[field.name], name in own_sections)
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: Any, comment: str, own: bool) -> None:
+    dest = f"{section}.{field.name}"
+    flag = field.name.replace("_", "-")
+    names = [f"--{flag}"] if own else []
+    names += [f"--{section}.{flag}"]
+    if own:
+        names += field.metadata.get("aliases", ())
+    assert field.default is not MISSING
+    text = f"{comment} [{_as_text(field.default)}]".replace("%", "%%")
+    if own and field.metadata.get("positional"):
+        group.add_argument(dest, nargs="*", metavar=flag.upper(), help=text, default=argparse.SUPPRESS)
+    elif hint is bool:
+        group.add_argument(
+            *names, dest=dest, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS
+        )
+    else:
+        choices = get_args(hint) if get_origin(hint) is Literal else None
+        metavar = "{" + ",".join(choices) + "}" if choices else field.name.upper()
+        group.add_argument(
+            *names, dest=dest, type=_converter(hint), help=text, metavar=metavar, default=argparse.SUPPRESS
+        )
+
+
+def _converter(hint: Any) -> Callable[[str], Any]:
+    if get_origin(hint) is tuple:
+        return lambda text: tuple(item for item in text.split(",") if item)
+    if get_origin(hint) is Literal:
+        return str  # the section says which values there are
+
+    def convert(text: str) -> Any:
+        try:
+            return hint(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {_kind(hint)}, got {text!r}") from None
+
+    return convert
+
+
+def _with_dashes(argv: Sequence[str] | None) -> list[str]:
+    """`--batch_size` means `--batch-size`: both spellings are in use."""
+    dashed = []
+    for argument in sys.argv[1:] if argv is None else argv:
+        name, equals, value = argument.partition("=")
+        dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
+    return dashed
+
+
+def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
+    known = [name for action in parser._actions for name in action.option_strings]
+    close = difflib.get_close_matches(argument.partition("=")[0], known, n=1)
+    return f"there is no setting {argument}" + (f" (did you mean {close[0]}?)" if close else "")
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value) or "none"
+    return str(value) if value != "" else "''"
