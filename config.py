@@ -109,6 +109,8 @@ class TrainConfig:
     log_every: int = 50
     # Steps between two checks on the verification sets. 0: at the end of each epoch.
     verify_every: int = 0
+    # Verify the untrained network too: near 50 % unless something is wrong with a test set.
+    verify_at_start: bool = False
     # Steps between two checkpoints to resume from. 0: at the end of each epoch.
     checkpoint_every: int = 0
 
@@ -240,5 +242,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.lr": 0.1,
         "train.warmup_epochs": 1.0,
         "train.log_every": 10,
+        "train.verify_at_start": True,
     },
 }

@@ -1,5 +1,6 @@
 """Batches of decoded faces: uint8 until they are on the device, in an order that seed, epoch and position decide."""
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import cv2
@@ -88,7 +89,7 @@ def _loader(faces: DecodedFaces, batches: object, workers: int, device: torch.de
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         pin_memory=device.type == "cuda",
         persistent_workers=keep_workers,
-        worker_init_fn=_one_thread,
+        worker_init_fn=_set_up_worker,
     )
 
 
@@ -96,8 +97,9 @@ def _as_it_is(batch: Batch) -> Batch:
     return batch
 
 
-def _one_thread(worker: int) -> None:
+def _set_up_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to heed
 
 
 def flips(seed: int, epoch: int, batch: int, batch_size: int) -> Tensor:

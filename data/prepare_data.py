@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tqdm import tqdm
-
 from config import PRESETS, Config
 from data.face_sets import FaceSetError, RecFaceSet, find_rec
 from data.images import image_extension
 from utils.processes import map_unordered, worker_count
+from utils.progress import progress_bar
 from utils.settings import parse_settings
 
 JOURNAL = ".prepare_journal.jsonl"
@@ -54,7 +53,7 @@ def prepare(rec_path: Path, output: Path, workers: int) -> Prepared:
         starts = range(0, len(faces), RECORDS_PER_BLOCK)
         blocks = [(start, start in journal.done) for start in starts]
         written = size = 0
-        with tqdm(total=len(faces), unit="image", unit_scale=True, desc="prepare") as bar:
+        with progress_bar(len(faces), "image", "prepare") as bar:
             for start, images, count, bytes_written in map_unordered(
                 _write_block, blocks, workers, _open, faces, output
             ):
@@ -112,18 +111,20 @@ class _Journal:
 
     def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
         self.done: set[int] = set()
-        if path.exists():
+        header = json.dumps(fingerprint) + "\n"
+        journal = path.read_text(errors="replace") if path.exists() else ""
+        if header.startswith(journal):  # none yet, or one that was cut off in its first line
+            self._file = path.open("w")
+            self._file.write(header)
+        elif journal.startswith(header):
             # What follows the last line break is a line that was cut off: its block is not done.
-            text, _, torn = path.read_text().rpartition("\n")
-            first, *lines = text.split("\n")
-            if first != json.dumps(fingerprint):
-                raise JournalError(f"{path} belongs to another set: name another output, or remove that folder")
-            self.done = {int(line) for line in lines if line.isdigit()}
+            lines, _, torn = journal.removeprefix(header).rpartition("\n")
+            self.done = {int(line) for line in lines.split("\n") if line.isdigit()}
             self._file = path.open("a")
             self._file.write("?\n" if torn else "")
         else:
-            self._file = path.open("w")
-            self._file.write(json.dumps(fingerprint) + "\n")
+            raise JournalError(f"{path} belongs to another set: name another output, or remove that folder")
+        self._file.flush()
 
     def __enter__(self) -> "_Journal":
         return self

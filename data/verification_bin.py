@@ -5,7 +5,7 @@ just the few globals that the four spellings in the wild need, and refuses the r
 """
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,29 +14,50 @@ import numpy as np
 
 from utils.files import atomic_write
 
-_NUMPY_GLOBALS = {
-    ("multiarray", "_reconstruct"),
-    ("multiarray", "scalar"),
-    ("numeric", "_frombuffer"),
-}
-
 
 class VerificationFileError(ValueError):
     """A `.bin` file is no verification set, or asks for code that no verification set needs."""
 
 
-class _PairsUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("_codecs", "encode"):
-            return _encode_latin1
-        if (module, name) == ("numpy", "dtype"):
-            return _plain_dtype
-        if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
-        for prefix in ("numpy.core.", "numpy._core."):
-            if module.startswith(prefix) and (module.removeprefix(prefix), name) in _NUMPY_GLOBALS:
-                return super().find_class("numpy._core." + module.removeprefix(prefix), name)
-        raise VerificationFileError(f"it asks for {module}.{name}, which no verification set needs: not loaded")
+# numpy itself is not let near the file: its own reconstructors trust what they are told and crash on a damaged one.
+class _Dtype:
+    """In place of np.dtype: the plain types that images and flags have."""
+
+    def __init__(self, code: str | bytes, *options: object) -> None:
+        self.code = code.decode("latin1") if isinstance(code, bytes) else code
+        if self.code not in ("u1", "b1", "i4", "i8"):
+            raise VerificationFileError(f"it holds numpy data of type {self.code!r}, expected images as uint8")
+
+    def __setstate__(self, state: object) -> None:
+        """Byte order and the like, which these types do not need."""
+
+
+class _Array:
+    """In place of np.ndarray: the values, flat."""
+
+    def __init__(self, *empty: object) -> None:
+        self.values = np.empty(0)
+
+    def __setstate__(self, state: tuple) -> None:
+        _version, _shape, dtype, _fortran, values = state
+        self.values = _flat(values, dtype)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.values.tolist())
+
+
+def _flat(values: bytes | bytearray, dtype: _Dtype) -> np.ndarray:
+    return np.frombuffer(values, np.dtype(dtype.code).newbyteorder("<"))
+
+
+def _array_from_buffer(values: bytes | bytearray, dtype: _Dtype, *shape_and_order: object) -> _Array:
+    array = _Array()
+    array.values = _flat(values, dtype)
+    return array
+
+
+def _scalar(dtype: _Dtype, value: bytes) -> bool | int:
+    return _flat(value, dtype).item()
 
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
@@ -45,11 +66,22 @@ def _encode_latin1(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
-def _plain_dtype(*arguments: Any) -> np.dtype:
-    dtype = np.dtype(*arguments)
-    if dtype.hasobject:
-        raise VerificationFileError("it holds an array of Python objects, which no verification set needs: not loaded")
-    return dtype
+_GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
+    ("_codecs", "encode"): _encode_latin1,
+    ("numpy", "dtype"): _Dtype,
+    ("numpy", "ndarray"): _Array,
+}
+for _numpy in ("numpy.core", "numpy._core"):
+    _GLOBALS[f"{_numpy}.multiarray", "_reconstruct"] = _Array
+    _GLOBALS[f"{_numpy}.multiarray", "scalar"] = _scalar
+    _GLOBALS[f"{_numpy}.numeric", "_frombuffer"] = _array_from_buffer
+
+
+class _PairsUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) not in _GLOBALS:
+            raise VerificationFileError(f"it asks for {module}.{name}, which no verification set needs: not loaded")
+        return _GLOBALS[module, name]
 
 
 @dataclass(frozen=True)
@@ -83,6 +115,8 @@ def read_bin(path: Path | str) -> VerificationPairs:
         AttributeError,
         IndexError,
         KeyError,
+        MemoryError,  # a damaged length
+        OverflowError,
     ) as error:
         raise VerificationFileError(f"{path} is no verification set (a pickle of images and flags): {error}") from error
     if len(encoded) != 2 * len(flags) or not encoded:
@@ -95,14 +129,14 @@ def read_bin(path: Path | str) -> VerificationPairs:
 def _image_bytes(item: object) -> bytes:
     if isinstance(item, bytes):
         return item
-    if isinstance(item, np.ndarray) and item.dtype == np.uint8:
-        return item.tobytes()
-    kind = f"an array of {item.dtype}" if isinstance(item, np.ndarray) else type(item).__name__
+    if isinstance(item, _Array) and item.values.dtype == np.uint8:
+        return item.values.tobytes()
+    kind = f"an array of {item.values.dtype}" if isinstance(item, _Array) else type(item).__name__
     raise VerificationFileError(f"an image must be bytes or a uint8 array, found {kind}")
 
 
 def _flag(value: object) -> bool:
-    if isinstance(value, bool | np.bool_ | int | np.integer) and value in (0, 1):
+    if isinstance(value, int) and value in (0, 1):
         return bool(value)
     raise VerificationFileError(f"a same-person flag must be true or false, found {value!r}")
 
@@ -114,3 +148,9 @@ def write_bin(path: Path | str, images: Sequence[bytes], same: Sequence[bool]) -
     with atomic_write(path) as file:
         # Protocol 4 stores bytes as BINBYTES, which insightface's own reader loads too.
         pickle.dump((list(images), [bool(value) for value in same]), file, protocol=4)
+
+
+def find_bins(root: Path | str) -> list[Path]:
+    """Every `.bin` in the folder of a set; `root` is that folder or a file in it."""
+    root = Path(root)
+    return sorted((root if root.is_dir() else root.parent).glob("*.bin"))

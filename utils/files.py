@@ -23,20 +23,26 @@ def temporary_name(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
-    """Open `path` for writing bytes; it appears, complete and synced, only when the block ends without error."""
+def atomic_path(path: Path | str) -> Iterator[Path]:
+    """Yield a temporary path to write to; it becomes `path`, synced, when the block ends without error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
+        yield temporary
+        with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
+    """Open `path` for writing bytes; it appears, complete and synced, only when the block ends without error."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        yield file
 
 
 def write_text_atomic(path: Path | str, text: str) -> None:

@@ -1,0 +1,149 @@
+"""Faces to unit embeddings, whatever the model was trained with: networks of this project, state dicts, ONNX files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data.loading import to_network_input
+from models import create_network
+from utils.checkpoints import BEST, CheckpointError, load_backbone
+from utils.devices import full_precision
+
+
+class Embedder(Protocol):
+    """`name`: of the model, for people; `image_size`: of the faces it takes; `device`: where it computes."""
+
+    name: str
+    image_size: int
+    device: torch.device
+
+    def embed(self, faces: Tensor, mirror: bool) -> Tensor:
+        """uint8 [B, image_size, image_size, 3] RGB to float32 unit vectors [B, D], on `device`.
+
+        With `mirror` the embedding of the mirrored face is added before normalising, as published numbers have it.
+        """
+
+
+def _embed(forward: Callable[[Tensor, bool], Tensor], faces: Tensor, mirror: bool) -> Tensor:
+    embeddings = forward(faces, False)
+    if mirror:
+        embeddings = embeddings + forward(faces, True)
+    return F.normalize(embeddings)
+
+
+class NetworkEmbedder:
+    """A torch network in float32, without TF32: what accuracies are quoted in."""
+
+    def __init__(self, network: nn.Module, image_size: int, device: torch.device, name: str) -> None:
+        self.network = network.to(device)
+        self.image_size, self.device, self.name = image_size, device, name
+
+    @torch.inference_mode()
+    def embed(self, faces: Tensor, mirror: bool) -> Tensor:
+        faces = faces.to(self.device, non_blocking=True)
+        with full_precision(self.device):
+            return _embed(lambda batch, flip: self.network(to_network_input(batch, flip)), faces, mirror)
+
+
+class OnnxEmbedder:
+    """An ONNX file through onnxruntime, on CUDA where that is installed for it and `device` says so.
+
+    `normalisation` says what the net expects of RGB 0..255: `none`, `127.5` ((x - 127.5) / 127.5), `128`
+    ((x - 127.5) / 128), or `auto`: nothing when the graph subtracts, multiplies or divides before its first
+    convolution, else `127.5`.
+    """
+
+    def __init__(self, path: Path, normalisation: str, device: torch.device) -> None:
+        try:
+            import onnx
+            import onnxruntime
+        except ImportError as error:
+            raise CheckpointError(
+                f"{path}: ONNX models need two more packages: pip install onnx onnxruntime"
+            ) from error
+        try:
+            graph = onnx.load(path, load_external_data=False).graph
+        except Exception as error:  # protobuf's own exception types differ between its versions
+            raise CheckpointError(f"{path} is no ONNX model: {error}") from None
+        if normalisation == "auto":
+            normalisation = "none" if normalises_itself([node.op_type for node in graph.node]) else "127.5"
+        self._scale = {"none": None, "127.5": 127.5, "128": 128.0}[normalisation]
+        on_cuda = device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+        providers = ["CUDAExecutionProvider"] if on_cuda else []
+        self._session = onnxruntime.InferenceSession(str(path), providers=[*providers, "CPUExecutionProvider"])
+        shape = self._session.get_inputs()[0].shape
+        if len(shape) != 4 or shape[1] != 3 or not isinstance(shape[2], int) or shape[2] != shape[3]:
+            raise CheckpointError(f"{path} takes inputs of shape {shape}: expected [N, 3, size, size]")
+        self.image_size = shape[2]
+        self._fixed_batch = shape[0] if isinstance(shape[0], int) else None
+        self.device = torch.device("cpu")  # where embeddings arrive
+        self.name = path.stem
+
+    def embed(self, faces: Tensor, mirror: bool) -> Tensor:
+        return _embed(self._forward, faces, mirror)
+
+    def _forward(self, faces: Tensor, mirror: bool) -> Tensor:
+        pixels = faces.numpy()[:, :, ::-1] if mirror else faces.numpy()
+        inputs = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32)
+        if self._scale:
+            inputs = (inputs - np.float32(127.5)) / np.float32(self._scale)
+        return torch.from_numpy(np.concatenate([self._run(part) for part in self._batches(inputs)]))
+
+    def _batches(self, inputs: np.ndarray) -> list[np.ndarray]:
+        if self._fixed_batch is None:
+            return [inputs]
+        return [inputs[i : i + self._fixed_batch] for i in range(0, len(inputs), self._fixed_batch)]
+
+    def _run(self, inputs: np.ndarray) -> np.ndarray:
+        count = len(inputs)
+        if self._fixed_batch is not None and count < self._fixed_batch:
+            inputs = np.concatenate([inputs, np.repeat(inputs[-1:], self._fixed_batch - count, axis=0)])
+        output: Any = self._session.run(None, {self._session.get_inputs()[0].name: inputs})[0]
+        return output[:count]
+
+
+def normalises_itself(operations: list[str]) -> bool:
+    """Whether a graph with these operation types, in order, normalises its input before its first convolution."""
+    before = operations[: operations.index("Conv")] if "Conv" in operations else []
+    return any(operation in ("Sub", "Mul", "Div") for operation in before)
+
+
+def load_embedder(
+    path: Path | str,
+    device: torch.device,
+    normalisation: str = "auto",
+    network: str = "r50",
+    embedding_size: int = 512,
+    image_size: int = 112,
+) -> Embedder:
+    """The model at `path`: a run folder (its best), a `.safetensors` of ours, a `.pth`/`.pt` state dict, or `.onnx`.
+
+    Files of ours know their network; `network`, `embedding_size` and `image_size` describe a state dict,
+    `normalisation` an ONNX file (see OnnxEmbedder). Raises CheckpointError for a path that holds no such model.
+    """
+    path = Path(path)
+    file = path / BEST if path.is_dir() else path
+    if not file.exists():
+        raise CheckpointError(f"there is no model at {file}")
+    if file.suffix == ".onnx":
+        return OnnxEmbedder(file, normalisation, device)
+    name = path.name if path.is_dir() else path.stem
+    if file.suffix == ".safetensors":
+        state, settings = load_backbone(file)
+        network, embedding_size = settings["model"]["network"], settings["model"]["embedding_size"]
+        image_size = settings["data"]["image_size"]
+    elif file.suffix in (".pth", ".pt"):
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    else:
+        raise CheckpointError(f"{file}: expected a run folder, .safetensors, .pth, .pt or .onnx")
+    module = create_network(network, embedding_size, image_size)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"{file} does not hold the weights of {network}: {error}") from None
+    return NetworkEmbedder(module.eval(), image_size, device, name)

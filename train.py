@@ -1,0 +1,218 @@
+#!/usr/bin/env python3
+"""Train a face recognition network with a margin-based softmax loss.
+
+    python train.py                                        settings as edited in config.py
+    python train.py --preset ms1mv3_r50 --batch-size 256 --data.root /sets/ms1mv3
+    python train.py --resume runs/NAME                     go on where a run stopped
+
+A run's folder, `runs/NAME`, gets `config.json`, `best.safetensors` (the network that verified best),
+`checkpoint.safetensors` (to resume from), `metrics.jsonl`, the TensorBoard record, and pictures of inputs, loss and
+accuracy.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torch.nn.utils import clip_grad_norm_
+
+from config import PRESETS, Config, DataConfig
+from data.face_sets import open_face_set
+from data.loading import DecodedFaces, EpochBatches, flips, to_network_input, training_loader
+from data.verification_bin import VerificationPairs, find_bins, read_bin
+from models import create_network
+from models.embedder import NetworkEmbedder
+from models.heads import DenseHead
+from models.margins import create_margin
+from utils.checkpoints import BEST, CHECKPOINT, Progress, load_checkpoint, save_backbone, save_checkpoint
+from utils.devices import describe_device, pick_device, pick_precision
+from utils.embedding import verify
+from utils.files import write_text_atomic
+from utils.interrupts import catch_interrupt
+from utils.processes import worker_count
+from utils.progress import progress_bar
+from utils.schedules import linear_decay
+from utils.settings import Settings, describe, from_json, parse_settings, to_json
+from utils.training_log import Meter, TrainingLog
+
+
+class TrainingError(RuntimeError):
+    """The run cannot start or go on; the message says why and what to do."""
+
+
+def train(config: Config) -> Path:
+    """Train as `config` says; returns the run's folder.
+
+    Raises TrainingError, FaceSetError and the other errors of the parts; KeyboardInterrupt once a Ctrl-C was heeded
+    and the state is saved.
+    """
+    settings, run = config.train, run_folder(config)
+    device = pick_device(config.common.device)
+    precision = pick_precision(settings.precision, device)
+    workers = worker_count(config.common.workers)
+
+    faces = open_face_set(config.data.root)
+    tests = verification_sets(config.data)
+    batches = EpochBatches(len(faces), settings.batch_size, settings.seed)
+    if batches.batches == 0:
+        raise TrainingError(f"train.batch_size is {settings.batch_size}, but {faces.path} has only {len(faces)} images")
+    steps = settings.epochs * batches.batches
+    learning_rates = linear_decay(steps, round(settings.warmup_epochs * batches.batches), settings.lr)
+
+    torch.manual_seed(settings.seed)
+    network = create_network(config.model.network, config.model.embedding_size, config.data.image_size)
+    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    margin = create_margin(config.loss.name, config.loss.margin)
+    head = DenseHead(len(faces.identities), config.model.embedding_size, margin, config.loss.scale).to(device)
+    optimizer = torch.optim.SGD(
+        [*network.parameters(), *head.parameters()],
+        lr=settings.lr,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    modules = {"network": network, "head": head}
+
+    progress = Progress(step=0, best_accuracy=0.0)
+    if settings.resume:
+        progress = load_checkpoint(run / CHECKPOINT, modules, optimizer, scaler)
+    step, best_accuracy = progress.step, progress.best_accuracy
+    run.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(run / "config.json", to_json(config))
+
+    print(f"{faces.path}: {len(faces):,} images of {len(faces.identities):,} identities")
+    print(f"verified on: {', '.join(test.name for test in tests) or 'nothing (no .bin found): the last model is kept'}")
+    print(f"{describe_device(device)}, {str(precision).removeprefix('torch.')}, {workers} workers, {steps:,} steps")
+    print(f"run: {run}" + (f", from step {step:,}" if step else ""))
+
+    def check_accuracy() -> None:
+        """Verify on every set, note it, and keep the network if it is the best so far."""
+        nonlocal best_accuracy
+        network.eval()
+        embedder = NetworkEmbedder(network, config.data.image_size, device, run.name)
+        results = {
+            test.name: verify(embedder, test, config.test.batch_size, workers, config.test.mirror) for test in tests
+        }
+        network.train()
+        for name, result in results.items():
+            bar.write(f"step {step:>7,}  {name}: {100 * result.accuracy:.3f} % +- {100 * result.std:.3f}")
+        mean = math.fsum(result.accuracy for result in results.values()) / max(1, len(results))
+        if results:
+            log.scalars(step, {f"verify/{name}": result.accuracy for name, result in results.items()})
+        if mean > best_accuracy or not results:
+            best_accuracy = mean
+            save_backbone(run / BEST, network, to_json(config), Progress(step, best_accuracy))
+
+    def save_state() -> None:
+        save_checkpoint(run / CHECKPOINT, modules, optimizer, scaler, Progress(step, best_accuracy), to_json(config))
+
+    loader = training_loader(DecodedFaces(faces, faces.labels, config.data.image_size), batches, workers, device)
+    images_in_all, images_done = steps * settings.batch_size, step * settings.batch_size
+    with (
+        TrainingLog(run, step) as log,
+        catch_interrupt() as interrupt,
+        progress_bar(images_in_all, "image", initial=images_done, smoothing=0.05) as bar,
+    ):
+        meter = Meter(device)
+        if step == 0 and settings.verify_at_start:
+            check_accuracy()
+        network.train()
+        while step < steps:
+            epoch, first_batch = divmod(step, batches.batches)
+            batches.start_at(epoch, first_batch)
+            bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
+            for batch, (images, labels) in enumerate(loader, first_batch):
+                mirror = flips(settings.seed, epoch, batch, settings.batch_size).to(device, non_blocking=True)
+                inputs = to_network_input(images.to(device, non_blocking=True), mirror)
+                labels = labels.to(device, non_blocking=True)
+                if step == 0:
+                    log.inputs(inputs[:64], step)
+
+                lr = float(learning_rates[step])
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                    loss, correct = head(network(inputs), labels)
+                optimizer.zero_grad(set_to_none=True)
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                clip_grad_norm_(network.parameters(), settings.gradient_clip)
+                scaler.step(optimizer)
+                scaler.update()
+
+                step += 1
+                bar.update(settings.batch_size)
+                meter.add(loss.detach(), correct, settings.batch_size)
+
+                verify_now = step == steps or step % (settings.verify_every or batches.batches) == 0
+                save_now = step == steps or step % (settings.checkpoint_every or batches.batches) == 0
+                save_now |= interrupt.requested
+                if step % settings.log_every == 0 or verify_now or save_now:
+                    means = meter.read()
+                    if not math.isfinite(means["train/loss"]):
+                        raise TrainingError(
+                            f"the loss became {means['train/loss']} before step {step:,}; the last checkpoint and best "
+                            "model are kept. Lower train.lr, raise train.warmup_epochs, or lower loss.scale"
+                        )
+                    log.scalars(step, {**means, "train/lr": lr})
+                    bar.set_postfix(loss=f"{means['train/loss']:.3f}", accuracy=f"{means['train/accuracy']:.1%}")
+                if verify_now:
+                    with meter.paused():
+                        check_accuracy()
+                if save_now:
+                    save_state()
+                if interrupt.requested:
+                    raise KeyboardInterrupt(
+                        f"stopped and saved at step {step:,} of {steps:,}; go on with: python train.py --resume {run}"
+                    )
+        log.draw()
+    return run
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of a new run, which must not exist yet, or of the one to resume."""
+    if config.train.resume:
+        run = Path(config.train.resume)
+        if not (run / CHECKPOINT).exists():
+            raise TrainingError(f"train.resume: {run} has no {CHECKPOINT} to go on from")
+        return run
+    run = Path(config.common.runs) / (config.train.run or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
+    if run.exists():
+        raise TrainingError(f"{run} exists: name another with --run, go on with --resume {run}, or remove it")
+    return run
+
+
+def verification_sets(data: DataConfig) -> list[VerificationPairs]:
+    """The sets of `data.verification`, or every `.bin` beside the training set."""
+    return [read_bin(path) for path in data.verification or find_bins(data.root)]
+
+
+def saved_settings(flags: Settings) -> Settings:
+    """The settings of the run that the flags resume."""
+    saved = Path(flags.get("train.resume", "")) / "config.json"
+    return from_json(saved.read_text()) if "train.resume" in flags and saved.exists() else {}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    own = ("train", "common", "data", "model", "loss")
+    config = parse_settings(Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.exit("train: one process per run for now; start it without torchrun")
+    print(describe(config, own))
+    try:
+        run = train(config)
+    except KeyboardInterrupt as interrupt:
+        print(interrupt)
+        sys.exit(130)
+    except (ValueError, OSError, TrainingError) as error:
+        sys.exit(f"train: {error}")
+    print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {run}")
+
+
+if __name__ == "__main__":
+    main()
