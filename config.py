@@ -190,6 +190,40 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class DemoConfig:
+    """The embedded set of drawn faces."""
+
+    # Folder for all that `make demo` writes.
+    folder: str = "demo"
+    # Folder for the training set and demo.bin.
+    output: str = "demo/set"
+    # Folder for the second set, to merge with the first.
+    more: str = "demo/more"
+    # People in the training set.
+    people: int = 400
+    # Pictures of each person.
+    shots: int = 15
+    # People in demo.bin, none of them in a training set.
+    test_people: int = 80
+    # People in the second set; the first half of them are in the training set too, in other pictures.
+    more_people: int = 60
+    # Seed of the drawn people: another seed, other people.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "demo")
+        require(2 <= self.people <= 1_000_000, "demo.people", f"must be from 2 to 1,000,000, got {self.people}")
+        require(self.shots >= 2, "demo.shots", f"must be 2 or more, got {self.shots}")
+        require(self.test_people >= 2, "demo.test_people", f"must be 2 or more, got {self.test_people}")
+        require(
+            2 <= self.more_people <= 2 * self.people,
+            "demo.more_people",
+            f"must be from 2 to twice demo.people ({self.people}), got {self.more_people}",
+        )
+        require(self.seed >= 0, "demo.seed", f"must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True)
 class Config:
     """Every section."""
 
@@ -201,6 +235,7 @@ class Config:
     test: TestConfig = TestConfig()
     merge: MergeConfig = MergeConfig()
     prepare: PrepareConfig = PrepareConfig()
+    demo: DemoConfig = DemoConfig()
 
 
 # The recipe of insightface's arcface_torch for eight cards of 128 images each.

@@ -143,7 +143,7 @@ class FolderFaceSet:
         self._files: list[Path] = []
         counts = []
         for folder in sorted(entry for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != "."):
-            images = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_ENDINGS)
+            images = sorted(file for file in folder.iterdir() if _is_image(file))
             if images:
                 self.identities.append(folder.name)
                 self._files += images
@@ -160,6 +160,11 @@ class FolderFaceSet:
 
     def describe(self, i: int) -> str:
         return str(self._files[i])
+
+
+def _is_image(file: Path) -> bool:
+    # Hidden ones are no faces: macOS leaves a `._face.jpg` beside each face that it copies.
+    return file.suffix.lower() in IMAGE_ENDINGS and file.name[0] != "."
 
 
 class PairImages:
@@ -226,6 +231,8 @@ class FaceSetWriter:
                 raise ValueError(f"image {self._next_key - first} of identity {label} is empty")
             self._records.write(self._next_key, pack_image(float(label), self._next_key, image))
             self._next_key += 1
+        if self._next_key == first:
+            raise ValueError(f"identity {label} has no images")
         self.ranges.append((first, self._next_key))
         return label
 

@@ -17,9 +17,10 @@ def decode_rgb(encoded: bytes, where: str) -> np.ndarray:
     Returns uint8 [height, width, 3], RGB (grey images are repeated over the channels).
     `where` names the image in the ImageError that undecodable bytes raise.
     """
-    image = None
-    if encoded:
+    try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # no bytes at all, or a header that claims a gigantic size
+        image = None
     if image is None:
         raise ImageError(f"{where}: its {len(encoded)} bytes are no image that OpenCV can decode")
     return image

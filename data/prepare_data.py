@@ -51,7 +51,7 @@ def prepare(rec_path: Path, output: Path, workers: int) -> Prepared:
     output.mkdir(parents=True, exist_ok=True)
     with _Journal(output / JOURNAL, _fingerprint(faces)) as journal:
         starts = range(0, len(faces), RECORDS_PER_BLOCK)
-        blocks = [(start, start in journal.done) for start in starts]
+        blocks = [(start, min(start + RECORDS_PER_BLOCK, len(faces)), start in journal.done) for start in starts]
         written = size = 0
         with progress_bar(len(faces), "image", "prepare") as bar:
             for start, images, count, bytes_written in map_unordered(
@@ -77,10 +77,9 @@ class _Block(NamedTuple):
     bytes: int
 
 
-def _write_block(block: tuple[int, bool]) -> _Block:
-    start, done = block
+def _write_block(block: tuple[int, int, bool]) -> _Block:
+    start, stop, done = block
     faces: RecFaceSet = _worker["faces"]
-    stop = min(start + RECORDS_PER_BLOCK, len(faces))
     written = size = 0
     for i in range(start, stop):
         image = faces.encoded(i)

@@ -9,4 +9,6 @@ from tqdm import tqdm
 def progress_bar(total: int, unit: str, title: str = "", **options: Any) -> tqdm:
     """A bar over `total` things called `unit`; `options` are tqdm's."""
     live = sys.stderr.isatty()
-    return tqdm(total=total, unit=unit, unit_scale=True, desc=title, mininterval=0.1 if live else 20.0, **options)
+    return tqdm(
+        total=total, unit=unit, unit_scale=total >= 10_000, desc=title, mininterval=0.1 if live else 20.0, **options
+    )

@@ -62,7 +62,7 @@ def parse_settings(
     Prints help, or an error that names the field, and exits as argparse does.
     """
     parser = _parser(config_class, presets, own_sections, description)
-    arguments, unknown = parser.parse_known_args(_with_dashes(argv))
+    arguments, unknown = parser.parse_known_intermixed_args(_with_dashes(argv))
     if unknown:
         parser.error(_unknown_flag(unknown[0], parser))
     flags = vars(arguments)

@@ -1,0 +1,250 @@
+"""prepare_data: the bytes of the records as files, whole after any interruption, and never mixed with another set."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from data import prepare_data
+from data.face_sets import RecFaceSet, open_face_set
+from data.prepare_data import JOURNAL, JournalError, main, prepare
+from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, pack_image
+
+SCRIPT = ROOT / "data" / "prepare_data.py"
+BLOCK = 4
+IMAGES = 15
+
+
+def image(key: int) -> bytes:
+    """Bytes of a length of their own; every third is a PNG, every fifth holds the magic of the record format."""
+    signature = b"\x89PNG" if key % 3 == 0 else b"\xff\xd8\xff\xe0"
+    return signature + MAGIC_BYTES * (key % 5 == 0) + bytes([key]) * key
+
+
+def path_of(key: int) -> str:
+    return f"{label(key):06d}/{key:09d}{'.png' if key % 3 == 0 else '.jpg'}"
+
+
+def label(key: int) -> int:
+    return 10 * (key % 4)  # with holes, and spread over all blocks
+
+
+EXPECTED = {path_of(key): image(key) for key in range(1, IMAGES + 1)}
+
+
+@pytest.fixture
+def rec(tmp_path: Path) -> Path:
+    """A set of 15 images of 4 identities, with header and identity record."""
+    path = tmp_path / "set" / "train.rec"
+    path.parent.mkdir()
+    with IndexedRecordWriter(path) as writer:
+        for key in range(1, IMAGES + 1):
+            writer.write(key, pack_image(float(label(key)), key, image(key)))
+        writer.write(IMAGES + 1, pack_image([1.0, 16.0], IMAGES + 1, b""))
+        writer.write(0, pack_image([16.0, 17.0], 0, b""))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_data, "RECORDS_PER_BLOCK", BLOCK)
+
+
+def tree(output: Path) -> dict[str, bytes]:
+    """{relative path: bytes} of all images below `output`."""
+    return {
+        str(path.relative_to(output)): path.read_bytes()
+        for path in output.rglob("*")
+        if path.is_file() and path.name != JOURNAL
+    }
+
+
+def test_files_are_the_bytes_of_the_records(tmp_path: Path, rec: Path) -> None:
+    """Every image under label and key, bit for bit, PNG called so; header and identity records leave no file."""
+    done = prepare(rec, tmp_path / "out", workers=0)
+    assert tree(tmp_path / "out") == EXPECTED
+    assert (done.images, done.written, done.identities) == (IMAGES, IMAGES, 4)
+    assert done.bytes == sum(map(len, EXPECTED.values()))
+
+
+def test_a_second_run_writes_nothing(tmp_path: Path, rec: Path) -> None:
+    """What is done stays untouched, to the modification time."""
+    prepare(rec, tmp_path / "out", workers=0)
+    for path in (tmp_path / "out").rglob("*.*g"):
+        os.utime(path, ns=(1, 1))
+    again = prepare(rec, tmp_path / "out", workers=0)
+    assert (again.images, again.written, again.bytes) == (IMAGES, 0, 0)
+    assert {path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*g")} == {1}
+
+
+def drop_lines(journal: Path, *dropped: int) -> None:
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(line for number, line in enumerate(lines) if number not in dropped))
+
+
+def cut(path: Path, size: int) -> None:
+    os.truncate(path, path.stat().st_size - size)
+
+
+# What a crash leaves, and which blocks of 4 images must then be written anew in full.
+DAMAGE: dict[str, tuple[Callable[[Path, Path], object], set[int]]] = {
+    "files cut and gone": (lambda out, journal: (cut(out / path_of(3), 1), (out / path_of(9)).unlink()), set()),
+    "a file empty": (lambda out, journal: cut(out / path_of(7), len(image(7))), set()),
+    "a folder gone": (lambda out, journal: [p.unlink() for p in (out / "000010").iterdir()], set()),
+    "last line cut within": (lambda out, journal: cut(journal, 2), {12}),
+    "last line cut at its end": (lambda out, journal: cut(journal, 1), {12}),
+    "last line lost": (lambda out, journal: drop_lines(journal, 4), {12}),
+    "lines lost": (lambda out, journal: drop_lines(journal, 1, 3), {0, 8}),
+    "only the header left": (lambda out, journal: drop_lines(journal, 1, 2, 3, 4), {0, 4, 8, 12}),
+    "header cut": (lambda out, journal: os.truncate(journal, 9), {0, 4, 8, 12}),
+    "header without line break": (
+        lambda out, journal: os.truncate(journal, journal.read_bytes().index(b"\n")),
+        {0, 4, 8, 12},
+    ),
+    "journal empty": (lambda out, journal: os.truncate(journal, 0), {0, 4, 8, 12}),
+    "journal gone": (lambda out, journal: journal.unlink(), {0, 4, 8, 12}),
+}
+
+
+@pytest.mark.parametrize(("damage", "lost_blocks"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_restart_after_an_interruption(
+    tmp_path: Path, rec: Path, damage: Callable[[Path, Path], object], lost_blocks: set[int]
+) -> None:
+    """Whatever was cut, lost or not noted, all is right afterwards, and finished blocks are not written again."""
+    out = tmp_path / "out"
+    prepare(rec, out, workers=0)
+    damage(out, out / JOURNAL)
+    # Blocks that are not in the journal may hold anything, even a file of the right size with wrong bytes.
+    for block in lost_blocks:
+        path = out / path_of(block + 1)
+        path.write_bytes(bytes(path.stat().st_size))
+    damaged = {name for name, content in EXPECTED.items() if tree(out).get(name) != content}
+    assert damaged or lost_blocks, "the damage must be one"
+    for path in out.rglob("*.*g"):
+        os.utime(path, ns=(1, 1))
+
+    result = prepare(rec, out, workers=0)
+
+    assert tree(out) == EXPECTED
+    lost = {path_of(key) for block in lost_blocks for key in range(block + 1, min(block + BLOCK, IMAGES) + 1)}
+    written = {name for name in EXPECTED if (out / name).stat().st_mtime_ns != 1}
+    assert written == damaged | lost
+    assert result.written == len(written)
+    third = prepare(rec, out, workers=0)
+    assert third.written == 0, "the journal must know all blocks again"
+
+
+def test_an_error_midway_is_a_place_to_go_on_from(tmp_path: Path, rec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk raises its OSError; the next call writes only the blocks that were not finished."""
+    out = tmp_path / "out"
+    write_bytes, left = Path.write_bytes, [10]
+
+    def disk_full(path: Path, content: bytes) -> int:
+        left[0] -= 1
+        if left[0] < 0:
+            write_bytes(path, content[:2])
+            raise OSError(28, "No space left on device", str(path))
+        return write_bytes(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            prepare(rec, out, workers=0)
+    assert len(tree(out)) == 11
+    result = prepare(rec, out, workers=0)
+    assert tree(out) == EXPECTED
+    assert result.written == IMAGES - 2 * BLOCK
+
+
+@pytest.mark.parametrize("other", ["images", "bytes", "block", "no journal of ours"])
+def test_output_of_another_set_is_refused(
+    tmp_path: Path, rec: Path, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two sets in one folder would be one wrong set: the journal of another one is an error, and nothing is written."""
+    out = tmp_path / "out"
+    prepare(rec, out, workers=0)
+    (out / path_of(1)).unlink()
+    if other == "no journal of ours":
+        (out / JOURNAL).write_bytes(b"\xff\xfe notes")
+    elif other == "block":
+        monkeypatch.setattr(prepare_data, "RECORDS_PER_BLOCK", BLOCK + 1)
+    else:
+        with IndexedRecordWriter(rec) as writer:
+            for key in range(1, IMAGES + 1 + (other == "images")):
+                writer.write(key, pack_image(0.0, key, image(key) + b"...."))
+    before = tree(out)
+    with pytest.raises(JournalError, match=r"out/\.prepare_journal\.jsonl belongs to another set"):
+        prepare(rec, out, workers=0)
+    assert tree(out) == before
+
+
+def test_damaged_record_names_itself(tmp_path: Path, rec: Path) -> None:
+    """A record that cannot be read stops the run with file and offset."""
+    damaged = bytearray(rec.read_bytes())
+    offset = RecFaceSet(rec)._offsets[6]
+    damaged[offset : offset + 4] = b"oops"
+    rec.write_bytes(damaged)
+    with pytest.raises(RecordError, match=rf"train\.rec: no record begins at byte {offset}"):
+        prepare(rec, tmp_path / "out", workers=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--r", "{here}/nothing"], "nothing has no .rec file"),
+        (["--r", "{here}"], "has no .rec file"),
+        (["--r", "{here}/set", "--output", "{here}/file"], "file"),
+        (["--r", "{here}/set/train.idx"], "train.idx"),
+    ],
+)
+def test_errors_on_the_command_line(tmp_path: Path, rec: Path, arguments: list[str], message: str) -> None:
+    """A wrong path ends the program with one line that names it, not with a traceback."""
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(SystemExit) as error:
+        main([argument.format(here=tmp_path) for argument in arguments] + ["--workers", "0"])
+    assert str(error.value).startswith("prepare_data: ")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(("flag", "workers"), [("--r", 0), ("--rec_data_path", 2)])
+def test_script_from_another_directory(tmp_path: Path, rec: Path, flag: str, workers: int) -> None:
+    """The program runs wherever it is called, in this process or in others, and the tree is the same."""
+    done = subprocess.run(
+        [sys.executable, SCRIPT, flag, "set", "--workers", str(workers)], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "15 images of 4 identities; 15 written now" in done.stdout
+    out = rec.parent / "images"
+    assert tree(out) == EXPECTED
+    journal = (out / JOURNAL).read_text().splitlines()
+    assert json.loads(journal[0])["images"] == IMAGES
+    assert journal[1:] == ["0"]
+
+
+def test_workers_make_no_difference(tmp_path: Path, rec: Path) -> None:
+    """Two processes and one write the same tree and finish the same blocks."""
+    done = [prepare(rec, tmp_path / str(workers), workers) for workers in (0, 2)]
+    assert done[0] == done[1]
+    assert tree(tmp_path / "0") == tree(tmp_path / "2") == EXPECTED
+    blocks = [sorted((tmp_path / str(workers) / JOURNAL).read_text().splitlines()) for workers in (0, 2)]
+    assert blocks[0] == blocks[1]
+
+
+def test_real_set_as_folders(tmp_path: Path, face_data: Path) -> None:
+    """The tree of a real set is a face set itself: same identities, same bytes."""
+    prepare(face_data / "kazakh25" / "validation.rec", tmp_path / "out", workers=0)
+    records, folders = open_face_set(face_data / "kazakh25"), open_face_set(tmp_path / "out")
+    assert [int(name) for name in folders.identities] == sorted(int(name) for name in records.identities)
+    assert len(records) == len(folders) == 229
+
+    def people(faces) -> list[tuple[int, bytes]]:
+        return sorted((int(faces.identities[faces.labels[i]]), faces.encoded(i)) for i in range(len(faces)))
+
+    assert people(records) == people(folders)
+    assert np.bincount(records.labels).tolist() == np.bincount(folders.labels).tolist()

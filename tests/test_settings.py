@@ -1,0 +1,380 @@
+"""Settings: which value wins, that every field is documented and reachable, and that mistakes name their field."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
+
+import pytest
+
+import config
+from models import NETWORKS
+from utils.settings import (
+    ConfigError,
+    build,
+    check_types,
+    describe,
+    field_comments,
+    flatten,
+    from_json,
+    parse_settings,
+    require,
+    to_json,
+)
+
+SECTIONS = {name: hint for name, hint in get_type_hints(config.Config).items() if dataclasses.is_dataclass(hint)}
+FIELDS = [f"{section}.{f.name}" for section, hint in SECTIONS.items() for f in fields(hint)]
+#: The sections that each script calls its own.
+SCRIPTS = [("train", "common"), ("test", "common"), ("merge", "common"), ("prepare", "common")]
+
+
+@dataclass(frozen=True)
+class Oven:
+    """The oven."""
+
+    # Degrees, 0 % to 100 % of
+    # what it can do.
+    heat: float = 180.0
+    # Trays (at once).
+    trays: int = 1
+    # Whether the fan runs.
+    fan_on: bool = True
+    # What it is called.
+    name: str = ""
+    # How it heats.
+    mode: Literal["top", "both"] = "both"
+    # What is in it.
+    content: tuple[str, ...] = field(default=(), metadata={"aliases": ("--bake",)})
+
+    def __post_init__(self) -> None:
+        check_types(self, "oven")
+        require(self.heat <= 100 * self.trays + 200, "oven.heat", f"is too much for {self.trays} trays")
+
+
+@dataclass(frozen=True)
+class Shop:
+    """The shop."""
+
+    # Rolls for sale.
+    rolls: tuple[str, ...] = field(default=(), metadata={"positional": True})
+    # Trays on show.
+    trays: int = 3
+
+    def __post_init__(self) -> None:
+        check_types(self, "shop")
+
+
+@dataclass(frozen=True)
+class Bakery:
+    """A configuration of two sections."""
+
+    oven: Oven = Oven()
+    shop: Shop = Shop()
+
+
+PRESETS: dict[str, dict[str, Any]] = {"big": {"oven.trays": 9, "oven.heat": 300}, "wrong": {"oven.colour": "red"}}
+
+
+def parse(*argv: str, own: tuple[str, ...] = ("oven",), **more: Any) -> Bakery:
+    return parse_settings(Bakery, PRESETS, own, "Bakes.", argv, **more)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str, **more: Any) -> str:
+    """What the command line says about `argv`, which it must refuse as argparse does."""
+    with pytest.raises(SystemExit) as stopped:
+        parse(*argv, **more)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+# --- precedence -------------------------------------------------------------------------------------------------------
+
+
+def test_flags_go_before_preset_before_defaults() -> None:
+    """Each source wins over the next, field by field."""
+    assert parse() == Bakery()
+    assert parse("--preset", "big").oven == Oven(trays=9, heat=300)
+    assert parse("--trays", "2", "--preset", "big", "--heat", "350").oven == Oven(trays=2, heat=350.0)
+    assert parse("--preset", "big", "--oven.trays=4").oven == Oven(trays=4, heat=300)
+
+
+def test_saved_settings_lie_below_flags_and_preset() -> None:
+    """Resuming starts from what a run saved, knows the flags when it looks for it, and lets them win."""
+    asked = []
+
+    def saved(flags: Any) -> dict[str, Any]:
+        asked.append(dict(flags))
+        return {"oven.name": "old", "oven.trays": 5, "oven.heat": 111.0}
+
+    resumed = parse("--name", "new", saved=saved)
+    assert asked == [{"oven.name": "new"}]
+    assert resumed.oven == Oven(name="new", trays=5, heat=111.0)
+    assert parse("--preset", "big", saved=saved).oven == Oven(name="old", trays=9, heat=300)
+
+
+def test_values_are_checked_once_all_are_in() -> None:
+    """Values that only fit together are accepted together, in whatever order they come."""
+    assert parse("--heat", "900", "--trays", "7").oven.heat == 900.0
+    assert build(Bakery, {"oven.heat": 900, "oven.trays": 7}).oven.trays == 7
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flag", ["--fan_on", "--fan-on", "--oven.fan_on", "--oven.fan-on"])
+def test_underscores_are_dashes(flag: str) -> None:
+    """Both spellings of a flag are in use, with and without its section; values keep their underscores."""
+    assert parse(flag).oven.fan_on is True
+    assert parse(flag.replace("fan", "no-fan", 1) if "oven." not in flag else "--no-oven.fan-on").oven.fan_on is False
+    assert parse("--oven.name", "a_b").oven.name == parse("--name=a_b").oven.name == "a_b"
+
+
+def test_own_sections_need_no_prefix(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--trays` is that of the script's own section; other sections keep theirs."""
+    assert parse("--trays", "2", "--shop.trays", "8") == Bakery(Oven(trays=2), Shop(trays=8))
+    assert parse("--trays", "2", own=("shop",)).shop.trays == 2
+    assert "there is no setting --heat (did you mean --oven.heat?)" in error_of(capsys, "--heat", "1", own=("shop",))
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"),
+    [
+        (["--heat", "1e2"], ("heat", 100.0)),
+        (["--trays", "12"], ("trays", 12)),
+        (["--mode", "top"], ("mode", "top")),
+        (["--content", "a,b,"], ("content", ("a", "b"))),
+        (["--bake", "a"], ("content", ("a",))),
+        (["--content", ""], ("content", ())),
+    ],
+)
+def test_text_becomes_the_type_of_the_field(argv: list[str], value: tuple[str, Any]) -> None:
+    """Numbers, choices and lists come out as their fields declare them."""
+    found = getattr(parse(*argv).oven, value[0])
+    assert found == value[1]
+    assert type(found) is type(value[1])
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["rye", "spelt", "--shop.trays", "1"],
+        ["--shop.trays", "1", "rye", "spelt"],
+        ["rye", "--shop.trays", "1", "spelt"],
+    ],
+)
+def test_positional_field(argv: list[str]) -> None:
+    """Arguments without a flag fill the field that asks for them, wherever the flags stand."""
+    assert parse(*argv, own=("shop",)).shop == Shop(rolls=("rye", "spelt"), trays=1)
+    assert parse(own=("shop",)).shop.rolls == ()
+    assert parse("--shop.rolls", "rye,spelt").shop.rolls == ("rye", "spelt")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--traus", "3"], "there is no setting --traus (did you mean --trays?)"),
+        (["--oven.traus=3"], "there is no setting --oven.traus=3 (did you mean --oven.trays?)"),
+        (["--xyz"], "there is no setting --xyz\n"),
+        (["--tray", "3"], "there is no setting --tray "),
+        (["bread"], "there is no setting bread"),
+        (["--trays", "many"], "--trays/--oven.trays: must be a whole number, got 'many'"),
+        (["--trays", "1.5"], "--trays/--oven.trays: must be a whole number, got '1.5'"),
+        (["--heat", "hot"], "--heat/--oven.heat: must be a number, got 'hot'"),
+        (["--mode", "fan"], "oven.mode: must be one of top, both, got 'fan'"),
+        (["--heat", "5000"], "oven.heat: is too much for 1 trays"),
+        (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
+        (["--preset", "wrong"], "oven.colour: there is no such setting"),
+    ],
+)
+def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
+    """An unknown flag (abbreviations are) or a wrong value ends with a message that names it."""
+    assert message in error_of(capsys, *argv)
+
+
+def test_help_is_the_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    """--help shows for each field the comment above it and its default, per cent signs included."""
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "Degrees, 0 % to 100 % of what it can do. [180.0]" in text
+    assert "Trays (at once). [1]" in text
+    assert "What it is called. ['']" in text
+    assert "Bakes." in text
+
+
+def test_field_comments() -> None:
+    """Lines of a comment are joined; a field takes only what is right above it."""
+    assert field_comments(Oven)["heat"] == "Degrees, 0 % to 100 % of what it can do."
+    assert field_comments(Shop) == {"rolls": "Rolls for sale.", "trays": "Trays on show."}
+
+
+# --- building ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["oven.colour", "cellar.heat", "oven", "", "oven.heat.max", "Oven.heat", "oven.__doc__"]
+)
+def test_build_refuses_what_is_no_setting(name: str) -> None:
+    """A name that no section has is an error with that name, never a silent nothing."""
+    with pytest.raises(ConfigError, match="there is no such setting") as error:
+        build(Bakery, {name: 1})
+    assert str(error.value).startswith(f"{name}: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("oven.heat", "180", "must be a number, got '180'"),
+        ("oven.heat", True, "must be a number, got True"),
+        ("oven.trays", 1.0, "must be a whole number, got 1.0"),
+        ("oven.trays", False, "must be a whole number, got False"),
+        ("oven.trays", None, "must be a whole number, got None"),
+        ("oven.fan_on", 1, "must be true or false, got 1"),
+        ("oven.name", 3, "must be a text, got 3"),
+        ("oven.mode", "fan", "must be one of top, both, got 'fan'"),
+        ("oven.content", "bread", "must be a tuple of texts, got 'bread'"),
+        ("oven.content", [1], r"must be a tuple of texts, got \(1,\)"),
+    ],
+)
+def test_build_refuses_values_of_another_type(name: str, value: object, message: str) -> None:
+    """A preset or a saved file with a wrong type is an error that names field, expectation and value."""
+    with pytest.raises(ConfigError, match=rf"^{name}: {message}$"):
+        build(Bakery, {name: value})
+
+
+def test_json_round_trip() -> None:
+    """What a run saves is what it used, tuples included, and readable as one object a section."""
+    baked = Bakery(Oven(heat=150.5, content=("a", "b"), fan_on=False, mode="top"), Shop(rolls=("ä",)))
+    text = to_json(baked)
+    assert build(Bakery, from_json(text)) == baked
+    assert json.loads(text)["oven"]["content"] == ["a", "b"]
+    assert build(Bakery, flatten(baked)) == baked
+
+
+def test_describe_shows_the_sections_asked_for() -> None:
+    """A line a setting, empty values visible."""
+    assert describe(Bakery(), ("shop",)).split() == ["shop.rolls", "none", "shop.trays", "3"]
+
+
+# --- the project's own settings ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_field_has_a_comment(section: str) -> None:
+    """The comment is the documentation and the help text: none may be missing, or be a stub."""
+    comments = field_comments(SECTIONS[section])
+    for f in fields(SECTIONS[section]):
+        assert len(comments[f.name].split()) >= 3, f"{section}.{f.name}"
+        assert comments[f.name].endswith("."), f"{section}.{f.name}"
+
+
+def other_value(name: str) -> tuple[str, object]:
+    """Text and value of `name` that differ from its default, valid by themselves."""
+    section, field_name = name.split(".")
+    default = getattr(getattr(config.Config(), section), field_name)
+    hint = get_type_hints(SECTIONS[section])[field_name]
+    if get_args(hint) and not isinstance(default, tuple):
+        choice = next(choice for choice in get_args(hint) if choice != default)
+        return choice, choice
+    if isinstance(default, tuple):
+        return "a,b", ("a", "b")
+    if isinstance(default, str):
+        return "x_y", "x_y"
+    if isinstance(default, int):
+        value = 32 if name == "data.image_size" else default + 1
+        return str(value), value
+    value = default / 2 if default else 0.5
+    return str(value), value
+
+
+@pytest.mark.parametrize("own", SCRIPTS, ids=lambda own: own[0])
+def test_every_field_has_a_flag(own: tuple[str, ...]) -> None:
+    """Each script reaches each field of each section, its own ones by the plain name too, in both spellings."""
+    for name in FIELDS:
+        section, field_name = name.split(".")
+        f = next(f for f in fields(SECTIONS[section]) if f.name == field_name)
+        is_bool = isinstance(f.default, bool)
+        positional = section in own and f.metadata.get("positional")
+        spellings = [name, name.replace("_", "-"), *([field_name, field_name.replace("_", "-")] * (section in own))]
+        for spelling in spellings:
+            if is_bool:
+                argv, value = [f"--no-{spelling}" if f.default else f"--{spelling}"], not f.default
+            elif positional:
+                argv, value = ["a", "b"], ("a", "b")
+            else:
+                text, value = other_value(name)
+                argv = [f"--{spelling}", text]
+            parsed = parse_settings(config.Config, config.PRESETS, own, "", argv)
+            section_value = replace(getattr(config.Config(), section), **{field_name: value})
+            assert parsed == replace(config.Config(), **{section: section_value}), argv
+
+
+def test_short_names_of_flags() -> None:
+    """The short names that the README uses: --r to prepare, --merge and --t to merge."""
+    prepared = parse_settings(config.Config, config.PRESETS, ("prepare", "common"), "", ["--r", "set"])
+    assert prepared.prepare.rec_data_path == "set"
+    merged = parse_settings(config.Config, config.PRESETS, ("merge", "common"), "", ["--merge", "a,b", "--t", "0.7"])
+    assert (merged.merge.sets, merged.merge.t) == (("a", "b"), 0.7)
+
+
+@pytest.mark.parametrize("preset", config.PRESETS)
+def test_every_preset_builds(preset: str) -> None:
+    """A preset is valid, changes something, and asks for a network that exists."""
+    built = build(config.Config, config.PRESETS[preset])
+    assert built != config.Config()
+    assert built.model.network in NETWORKS
+    assert parse_settings(config.Config, config.PRESETS, ("train",), "", ["--preset", preset]) == built
+    assert build(config.Config, from_json(to_json(built))) == built
+
+
+def test_the_default_network_exists() -> None:
+    """The defaults in the source are a valid configuration too."""
+    assert config.Config().model.network in NETWORKS
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("common.workers", -2),
+        ("data.image_size", 15),
+        ("model.embedding_size", 0),
+        ("model.normalisation", "255"),
+        ("loss.name", "sphereface"),
+        ("loss.margin", -0.1),
+        ("loss.margin", 1.6),
+        ("loss.margin", float("nan")),
+        ("loss.scale", 0.0),
+        ("train.epochs", 0),
+        ("train.batch_size", 0),
+        ("train.lr", 0.0),
+        ("train.lr", float("nan")),
+        ("train.warmup_epochs", -1.0),
+        ("train.warmup_epochs", 21.0),
+        ("train.momentum", 1.0),
+        ("train.weight_decay", -1e-4),
+        ("train.gradient_clip", 0.0),
+        ("train.precision", "fp8"),
+        ("train.seed", -1),
+        ("train.log_every", 0),
+        ("train.verify_every", -1),
+        ("train.checkpoint_every", -1),
+        ("test.batch_size", 0),
+        ("merge.batch_size", 0),
+        ("merge.t", 1.1),
+    ],
+)
+def test_values_that_cannot_be(capsys: pytest.CaptureFixture[str], name: str, value: object) -> None:
+    """Nonsense is refused by name, in a preset or file as well as on the command line, before anything runs."""
+    with pytest.raises(ConfigError, match=f"^{name}: must "):
+        build(config.Config, {name: value})
+    with pytest.raises(SystemExit):
+        parse_settings(config.Config, config.PRESETS, (), "", [f"--{name}={value}"])
+    assert f"{name}: must " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_values_of_another_type_are_refused(name: str) -> None:
+    """No field takes None, which a hand-edited file might hold."""
+    with pytest.raises(ConfigError, match=f"^{name}: must be "):
+        build(config.Config, {name: None})

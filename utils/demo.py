@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+"""The whole path on the embedded demo set: prepare, train, test and merge, with the commands that a user would give.
+
+    python utils/demo.py        (or: make demo)
+
+Writes everything into one folder, `demo/`, and ends with a summary.
+"""
+
+import csv
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from config import PRESETS, Config
+from utils.settings import parse_settings
+from utils.training_log import read_metrics
+
+MARKER = ".made_by_the_demo"
+
+
+def start_afresh(folder: Path) -> None:
+    """Make `folder` empty; one that the demo did not make is left alone, with an error."""
+    if folder.exists():
+        if any(folder.iterdir()) and not (folder / MARKER).exists():
+            sys.exit(f"demo: {folder} exists and was not made by the demo: move it, or name another with --folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+
+
+def run(script: str, *arguments: object) -> None:
+    """Show and run a script of this project; stops the demo when it fails."""
+    command = ["python", script, *map(str, arguments)]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    finished = subprocess.run([sys.executable, ROOT / script, *command[2:]], check=False)
+    if finished.returncode:
+        sys.exit(f"demo: {script} failed with code {finished.returncode}")
+
+
+def count_joins(merged: Path, first: Path, second: Path) -> tuple[int, int, int]:
+    """(rightly joined, wrongly joined, people who are in both sets), by the table of who was drawn."""
+    people = [
+        {row["label"]: row["person"] for row in csv.DictReader((folder / "identities.csv").open())}
+        for folder in (first, second)
+    ]
+    in_both = len(set(people[0].values()) & set(people[1].values()))
+    joined = [row for row in csv.DictReader((merged / "merge.csv").open()) if row["decision"] == "joined"]
+    right = sum(people[1][row["label"]] == people[0][row["match_label"]] for row in joined)
+    return right, len(joined) - right, in_both
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line: settings are those of the preset `demo`, flags override them."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, ["--preset", "demo", *given])
+    began = time.monotonic()
+    demo, folder = config.demo, Path(config.demo.folder)
+    first, second, merged, trained = folder / "set", folder / "more", folder / "merged", folder / "runs" / "demo"
+    common = ("--device", config.common.device, "--workers", config.common.workers)
+    start_afresh(folder)
+    sizes = ("--people", demo.people, "--shots", demo.shots, "--test-people", demo.test_people)
+    more = ("--more-people", demo.more_people, "--seed", demo.seed)
+    run("data/make_demo_set.py", "--output", first, "--more", second, *sizes, *more, *common)
+    run("data/prepare_data.py", "--rec_data_path", first, "--output", folder / "images", *common)
+    run(
+        "train.py", "--preset", "demo", "--data.root", first, "--runs", folder / "runs", "--run", "demo",
+        "--epochs", config.train.epochs, *common,
+    )  # fmt: skip
+    run("all_pair_test.py", first / "demo.bin", second, "--model", trained, *common)
+    run(
+        "dataset_merge/dataset_merge.py", "--merge", f"{first},{second}", "--output", merged, "--model", trained,
+        "--t", config.merge.t, *common,
+    )  # fmt: skip
+
+    before = next(line["verify/demo"] for line in read_metrics(trained) if "verify/demo" in line)
+    results = json.loads((trained / "test" / "results.json").read_text())
+    right, wrong, in_both = count_joins(merged, first, second)
+    print(f"""
+The four jobs ran in {time.monotonic() - began:.0f} s, on faces drawn by a program: enough to try it, no more.
+
+  accuracy on unseen people   {100 * before:.1f} % untrained, {100 * results["sets"]["demo"]["accuracy"]:.1f} % trained
+  merge                       {right} of {in_both} people in both sets joined, {wrong} joined wrongly
+  the people                  {first / "people.png"}
+  folders of images           {folder / "images"}
+  model                       {trained / "best.safetensors"}
+  logs                        {trained / "metrics.jsonl"}, or: tensorboard --logdir {folder / "runs"}
+  pictures                    {trained / "loss.png"}, {trained / "accuracy.png"},
+                              {trained / "test" / "roc.png"}, {merged / "nearest_to_t.png"}
+  merged set                  {merged}
+
+Next: put a set's train.rec, train.idx and its .bin files into a folder and
+  python train.py --preset ms1mv3_r50 --data.root FOLDER      (python train.py --help lists all settings)
+""")
+
+
+if __name__ == "__main__":
+    main()
