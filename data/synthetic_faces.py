@@ -79,6 +79,7 @@ def _range(low: float, high: float) -> Any:
 
 
 def _sample(kind: type, rng: Rng) -> dict[str, float]:
+    """Values for all the fields of a dataclass that `_range` made."""
     ranges = {f.name: f.metadata["range"] for f in fields(kind) if f.metadata}
     values = rng.uniform(*np.transpose(list(ranges.values()))).tolist()
     return dict(zip(ranges, values, strict=True))
@@ -182,16 +183,19 @@ class Canvas:
         cv2.fillPoly(self.image, [corners], colour.tolist(), cv2.LINE_AA, SUBPIXEL_BITS)
 
     def tint(self, points: Array, colour: Array, opacity: float) -> None:
+        """Fills with a colour that what lies below shines through."""
         below = self.image.copy()
         self.fill(points, colour)
         cv2.addWeighted(self.image, opacity, below, 1 - opacity, 0, self.image)
 
     def line(self, points: Array, colour: Array, width: float, lift: float = 0, flat: bool = False) -> None:
+        """Draws an open line `width` face units thick through the points [n, 2], placed as by `fill`."""
         corners = self._project(points, lift, flat)
         thickness = max(1, round(width * self._unit))
         cv2.polylines(self.image, [corners], False, colour.tolist(), thickness, cv2.LINE_AA, SUBPIXEL_BITS)
 
     def soften(self, radius: float) -> None:
+        """Blurs all that has been drawn so far; twice a box filter is close to a Gaussian, and cheap."""
         width = 2 * round(radius * self._unit) + 1
         for _ in range(2):
             cv2.blur(self.image, (width, width), self.image)
@@ -278,14 +282,13 @@ def _background(canvas: Canvas, rng: Rng) -> None:
 
 
 def _behind(canvas: Canvas, p: Person, rng: Rng) -> None:
-    """Hair that falls behind the head, then neck, clothes and ears."""
+    """Hair that falls behind the head, then neck and ears."""
     if p.style.length:
         wide, bottom = p.cheeks + p.style.volume, p.style.length + rng.normal(0, 3)
         sides = ((0.75 * wide, -56), (wide, -30), (wide + 2, 0), (wide + 1, bottom))
         canvas.fill(_symmetric_loop((0, -62), *sides, (0, bottom)), p.hair * 0.72, flat=True)
     neck = p.cheeks * p.jaw * 0.64
     canvas.fill(_between(ARC * neck, np.full(11, 20), 62 + 10 * BULGE), p.skin * 0.72, flat=True)
-    canvas.fill(_between(ARC * 64, 84 - 20 * BULGE + 9 * BULGE**6, np.full(11, 120)), _any_colour(rng), flat=True)
     for side in (-1, 1):
         x = side * (p.cheeks + 1)
         canvas.fill(_ellipse(x, p.ear_y, 5, p.ear_size), p.skin * 0.9, flat=True)
@@ -308,12 +311,9 @@ def _skin(canvas: Canvas, p: Person) -> None:
     for side in (-1, 1):
         canvas.fill(_ellipse(side * (p.eye_x + 3), p.eye_y + 23, 8, 7), p.skin * (1.0, 0.88, 0.86))
         canvas.fill(_ellipse(side * p.eye_x, p.eye_y - 2, p.eye_width + 3, p.eye_height + 3), p.skin * 0.88)
-        flank = (
-            (side * p.nose_bridge, p.eye_y - 6),
-            (side * (p.nose_bridge + 3), p.eye_y),
-            (side * p.nose_width, p.nose_y),
-        )
-        canvas.fill(np.array((*flank, (side * 2, p.nose_y))), p.skin * 0.84)
+        flank_x = side * np.array((p.nose_bridge, p.nose_bridge + 3, p.nose_width, 2))
+        flank_y = np.array((p.eye_y - 6, p.eye_y, p.nose_y, p.nose_y))
+        canvas.fill(_curve(flank_x, flank_y), p.skin * 0.84)
     canvas.fill(_ellipse(0, p.nose_y + 6, p.nose_width, 3), p.skin * 0.82)
     canvas.fill(_ellipse(0, p.mouth_y + p.lower_lip + 4, 0.6 * p.mouth_width, 2), p.skin * 0.82)
     canvas.fill(_ellipse(0, p.chin_y - 8, 6, 4), _lighter(p.skin))

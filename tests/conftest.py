@@ -1,9 +1,16 @@
 """What tests share: where the real faces are, and the tiny sets that several of them use."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+from data.face_sets import write_face_set
+from data.images import encode_png
+from data.verification_bin import write_bin
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,4 +24,36 @@ def face_data() -> Path:
         if os.environ.get("CI"):
             pytest.fail(message)
         pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors on a busy machine: waiting for a second thread takes many times longer than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny_face(identity: int, shot: int) -> bytes:
+    """A 32x32 PNG: a pattern that is the identity's own, under noise that is the shot's."""
+    pattern = np.random.default_rng(identity).integers(60, 196, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
+    noise = np.random.default_rng([identity, shot]).normal(0, 20, (32, 32, 3))
+    return encode_png(np.clip(pattern + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.fixture(scope="session")
+def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A training set of 6 identities with 8 faces of 32x32 each, and `tiny.bin`, 20 pairs of other people."""
+    folder = tmp_path_factory.mktemp("sets") / "tiny"
+    with write_face_set(folder, 32) as out:
+        for identity in range(6):
+            out.add_identity(tiny_face(identity, shot) for shot in range(8))
+        images, same = [], []
+        for pair in range(20):
+            person, other = 100 + pair % 5, 100 + (pair + pair % 2) % 5
+            images += [tiny_face(person, 2 * pair), tiny_face(other, 2 * pair + 1)]
+            same.append(person == other)
+        write_bin(out.folder / "tiny.bin", images, same)
     return folder

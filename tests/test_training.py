@@ -1,0 +1,241 @@
+"""The training loop: repeatable, resumable to the bit, and careful with what it has."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train as train_script
+from config import Config, LossConfig, ModelConfig, TrainConfig
+from data.face_sets import FaceSetError
+from train import TrainingError, train
+from utils.checkpoints import BEST, CHECKPOINT, CheckpointError, load_backbone
+from utils.settings import build, flatten, from_json
+from utils.training_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
+    """Training of the demo net on 32x32 faces: 6 steps an epoch, 2 epochs."""
+    base = {
+        "common.device": "cpu",
+        "common.workers": 0,
+        "common.runs": str(runs),
+        "data.root": str(tiny_set),
+        "data.image_size": 32,
+        "model.network": "demo",
+        "model.embedding_size": 16,
+        "loss.scale": 16.0,
+        "train.run": "a",
+        "train.batch_size": 8,
+        "train.epochs": 2,
+        "train.lr": 0.05,
+        "train.log_every": 2,
+    }
+    return build(Config, {**base, **{name.replace("__", "."): value for name, value in settings.items()}})
+
+
+def weights(run: Path, file: str = CHECKPOINT) -> dict[str, torch.Tensor]:
+    return load_file(run / file)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_same_run_twice_gives_the_same_numbers(tiny_set: Path, tmp_path: Path) -> None:
+    """Seeded and repeatable: every weight, every momentum, equal to the bit; another seed is another run."""
+    runs = [train(configure(tiny_set, tmp_path, train__run=name)) for name in ("a", "b")]
+    other = train(configure(tiny_set, tmp_path, train__run="c", train__seed=1))
+    assert same(*map(weights, runs))
+    assert not same(weights(runs[0]), weights(other))
+
+
+def test_workers_change_nothing(tiny_set: Path, tmp_path: Path) -> None:
+    """How many processes decode must not decide what is learned."""
+    runs = [train(configure(tiny_set, tmp_path, train__run=str(n), common__workers=n)) for n in (0, 2)]
+    assert same(*map(weights, runs))
+
+
+def test_resume_is_exact_in_the_middle_of_an_epoch(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after 8 of 12 steps (the second of epoch 2) and resumed: the same weights as without the stop."""
+    whole = train(configure(tiny_set, tmp_path, train__run="whole"))
+
+    saved = train_script.save_checkpoint
+
+    def save_then_stop(*arguments: object, **options: object) -> None:
+        saved(*arguments, **options)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_script, "save_checkpoint", save_then_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(configure(tiny_set, tmp_path, train__run="cut", train__checkpoint_every=8))
+    monkeypatch.undo()
+    cut = tmp_path / "cut"
+    settings = from_json((cut / "config.json").read_text())
+    assert train(build(Config, {**settings, "train.resume": str(cut)})) == cut
+    assert same(weights(whole), weights(cut))
+    assert same(weights(whole, BEST), weights(cut, BEST))
+    losses = [[(line["step"], line["train/loss"]) for line in read_metrics(run) if "train/loss" in line]
+              for run in (whole, cut)]  # fmt: skip
+    assert losses[0] == losses[1]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny_set: Path, tmp_path: Path) -> None:
+    """The promise to whoever stops a run: nothing lost, the command to resume on the screen, and it works."""
+    config = configure(tiny_set, tmp_path, train__epochs=5000, common__workers=1)
+    flags = [f"--{name}={value}" for name, value in flatten(config).items() if value not in ((), "")]
+    flags = [flag for flag in flags if "mirror" not in flag and "verify_at_start" not in flag]
+    command = [sys.executable, ROOT / "train.py"]
+    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and "train/loss" in metrics.read_text()):
+        assert time.monotonic() < deadline, "training did not start"
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert f"go on with: python train.py --resume {tmp_path / 'a'}" in output
+    assert "Traceback" not in errors
+
+    step = int(output.split("saved at step ")[1].split()[0].replace(",", ""))
+    epochs = step // 6 + 1
+    resumed = subprocess.run(
+        [*command, "--resume", tmp_path / "a", "--epochs", str(epochs)], capture_output=True, text=True, check=True
+    )
+    assert f"from step {step:,}" in resumed.stdout
+    assert read_metrics(tmp_path / "a")[-1]["step"] == 6 * epochs
+
+
+def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
+    """Settings, numbers and pictures of a run are in its folder, and the model alone tells how to load it."""
+    config = configure(tiny_set, tmp_path)
+    run = train(config)
+    assert build(Config, from_json((run / "config.json").read_text())) == config
+    _, settings = load_backbone(run / BEST)
+    assert settings["model"]["network"] == "demo"
+    assert settings["data"]["image_size"] == 32
+    for picture in ("inputs.png", "loss.png", "accuracy.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    assert list(run.glob("events.out.tfevents.*"))
+    assert not list(run.glob(".*.tmp"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8, 10, 12]
+    assert [line["step"] for line in lines if "verify/tiny" in line] == [6, 12]
+    assert {"train/loss", "train/accuracy", "train/lr", "train/images_per_s", "step"} == set(lines[0])
+    assert run.stat().st_mode & 0o777 == (run / BEST).stat().st_mode & 0o777 | 0o111
+
+
+def test_the_best_network_is_kept(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A later, worse network does not replace the best one."""
+    real, accuracies = train_script.verify, iter([0.6, 0.9, 0.7, 0.8])
+    monkeypatch.setattr(train_script, "verify", lambda *a: replace(real(*a), accuracy=next(accuracies)))
+    run = train(configure(tiny_set, tmp_path, train__verify_every=3, train__checkpoint_every=6))
+    accuracy = [line["verify/tiny"] for line in read_metrics(run) if "verify/tiny" in line]
+    assert accuracy == [0.6, 0.9, 0.7, 0.8]
+    best, last = weights(run, BEST), weights(run)
+    assert not torch.equal(best["head.1.weight"], last["network.head.1.weight"])
+
+
+def test_learns(tiny_set: Path, tmp_path: Path) -> None:
+    """The loop minimises what it should: the loss falls and faces find their own class."""
+    run = train(configure(tiny_set, tmp_path, train__epochs=12, loss__scale=8.0, loss__margin=0.2))
+    lines = [line for line in read_metrics(run) if "train/loss" in line]
+    assert lines[-1]["train/loss"] < 0.5 * lines[0]["train/loss"]
+    assert lines[-1]["train/accuracy"] > 0.9
+
+
+def test_a_diverged_run_stops_and_keeps_its_checkpoint(tiny_set: Path, tmp_path: Path) -> None:
+    """NaN never reaches a checkpoint: the run stops first and says what to change."""
+    with pytest.raises(TrainingError, match=r"the loss became nan before step .* Lower train\.lr"):
+        train(configure(tiny_set, tmp_path, train__lr=1e30, train__gradient_clip=1e30, train__checkpoint_every=1))
+    for tensor in weights(tmp_path / "a").values():
+        assert torch.isfinite(tensor).all()
+
+
+def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_path: Path) -> None:
+    """A set without .bin files still gives a model, and says that it was not verified."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("train.rec", "train.idx", "property"):
+        (alone / name).write_bytes((tiny_set / name).read_bytes())
+    run = train(configure(alone, tmp_path))
+    last = weights(run)
+    assert all(torch.equal(tensor, last[f"network.{key}"]) for key, tensor in weights(run, BEST).items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"data__root": "/nowhere"}, FaceSetError, "/nowhere does not exist"),
+        ({"train__batch_size": 1000}, TrainingError, "has only 48 images"),
+        ({"data__verification": ("/nowhere.bin",)}, FileNotFoundError, r"nowhere\.bin"),
+        ({"data__image_size": 48}, ValueError, r"record \d+ at byte \d+ is 32x32 pixels, expected 48x48"),
+        ({"model__network": "r49"}, ValueError, r"model\.network: there is no network 'r49'; there are r18"),
+        ({"train__resume": "/nowhere"}, TrainingError, "/nowhere has no checkpoint"),
+        ({"common__device": "abacus"}, ValueError, r"common\.device"),
+    ],
+)
+def test_errors_say_what_is_wrong(
+    tiny_set: Path, tmp_path: Path, settings: dict[str, object], error: type[Exception], message: str
+) -> None:
+    """A run that cannot start says which setting or file is at fault."""
+    with pytest.raises(error, match=message):
+        train(configure(tiny_set, tmp_path, **settings))
+
+
+def test_a_run_is_never_overwritten(tiny_set: Path, tmp_path: Path) -> None:
+    """The name of an existing run is refused before anything is written."""
+    (tmp_path / "a").mkdir()
+    with pytest.raises(TrainingError, match="exists: name another with --run"):
+        train(configure(tiny_set, tmp_path))
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_checkpoint_of_another_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
+    """Resuming with another embedding size or set names the mismatch instead of training nonsense."""
+    run = train(configure(tiny_set, tmp_path))
+    with pytest.raises(CheckpointError, match=r"checkpoint\.safetensors does not fit the network"):
+        train(configure(tiny_set, tmp_path, train__resume=str(run), model__embedding_size=24))
+
+
+def test_torchrun_is_refused_for_now() -> None:
+    """Several processes would train several models in one folder; until they share one, that is an error."""
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py"], env={**os.environ, "WORLD_SIZE": "2"}, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "one process per run" in done.stderr
+
+
+@pytest.mark.parametrize("loss", ["arcface", "cosface", "softmax"])
+def test_every_loss_trains(tiny_set: Path, tmp_path: Path, loss: str) -> None:
+    """Each loss of the config goes through the loop."""
+    run = train(configure(tiny_set, tmp_path, loss__name=loss, train__epochs=1))
+    assert (run / BEST).exists()
+
+
+def test_half_precision_trains(tiny_set: Path, tmp_path: Path) -> None:
+    """Autocast to bfloat16 goes through the loop, with weights and embeddings kept in float32."""
+    run = train(configure(tiny_set, tmp_path, train__precision="bf16", train__epochs=1))
+    assert {tensor.dtype for tensor in weights(run, BEST).values()} == {torch.float32, torch.int64}
+
+
+def test_config_sections_are_what_the_loop_uses() -> None:
+    """The defaults are the published single-card recipe."""
+    assert (TrainConfig().lr, TrainConfig().batch_size, TrainConfig().weight_decay) == (0.02, 128, 5e-4)
+    assert (LossConfig().name, LossConfig().margin, LossConfig().scale) == ("arcface", 0.5, 64.0)
+    assert ModelConfig().embedding_size == 512
