@@ -1,5 +1,6 @@
 """Faces to unit embeddings, whatever the model was trained with: networks of this project, state dicts, ONNX files."""
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,6 +114,16 @@ def normalises_itself(operations: list[str]) -> bool:
     return any(operation in ("Sub", "Mul", "Div") for operation in before)
 
 
+def _load_state_dict(file: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError):
+        raise CheckpointError(f"{file} holds more than tensors, or is damaged: it was not loaded") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{file} is no state dict (names to tensors): save network.state_dict() of it")
+    return state
+
+
 def load_embedder(
     path: Path | str,
     device: torch.device,
@@ -138,7 +149,7 @@ def load_embedder(
         network, embedding_size = settings["model"]["network"], settings["model"]["embedding_size"]
         image_size = settings["data"]["image_size"]
     elif file.suffix in (".pth", ".pt"):
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = _load_state_dict(file)
     else:
         raise CheckpointError(f"{file}: expected a run folder, .safetensors, .pth, .pt or .onnx")
     module = create_network(network, embedding_size, image_size)

@@ -4,13 +4,15 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
+from config import Config
 from data.face_sets import write_face_set
-from data.images import encode_png
 from data.verification_bin import write_bin
+from tiny_faces import tiny_face
+from train import train
+from utils.settings import build
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -36,13 +38,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def tiny_face(identity: int, shot: int) -> bytes:
-    """A 32x32 PNG: a pattern that is the identity's own, under noise that is the shot's."""
-    pattern = np.random.default_rng(identity).integers(60, 196, (4, 4, 3)).repeat(8, 0).repeat(8, 1)
-    noise = np.random.default_rng([identity, shot]).normal(0, 20, (32, 32, 3))
-    return encode_png(np.clip(pattern + noise, 0, 255).astype(np.uint8))
-
-
 @pytest.fixture(scope="session")
 def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A training set of 6 identities with 8 faces of 32x32 each, and `tiny.bin`, 20 pairs of other people."""
@@ -57,3 +52,27 @@ def tiny_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
             same.append(person == other)
         write_bin(out.folder / "tiny.bin", images, same)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short training run on `tiny_set`, whose model tells people apart by their patterns."""
+    config = build(
+        Config,
+        {
+            "common.device": "cpu",
+            "common.workers": 0,
+            "common.runs": str(tmp_path_factory.mktemp("runs")),
+            "data.root": str(tiny_set),
+            "data.image_size": 32,
+            "model.network": "demo",
+            "model.embedding_size": 16,
+            "loss.scale": 8.0,
+            "loss.margin": 0.2,
+            "train.run": "tiny",
+            "train.batch_size": 16,
+            "train.epochs": 8,
+            "train.lr": 0.05,
+        },
+    )
+    return train(config)

@@ -200,11 +200,11 @@ def test_scan_of_the_headers_agrees_with_reading_each_record(
 
 
 def test_scan_in_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Headers are read a block at a time; records cut at a magic are found in later blocks too."""
+    """Headers are read a block at a time; records whose header is cut at a magic are found in later blocks too."""
     monkeypatch.setattr("data.face_sets._HEADERS_AT_ONCE", 3)
-    images = {key: pack_image(float(key % 3), key, b"x" * key + MAGIC_BYTES * (key % 4 == 0)) for key in range(1, 11)}
+    images = {key: pack_image(float(key), MAGIC if key % 4 == 0 else key, b"x" * key) for key in range(1, 11)}
     faces = RecFaceSet(write_rec(tmp_path, images))
-    assert contents(faces) == {key: (str(key % 3), unpack_image(p, "x").image) for key, p in images.items()}
+    assert contents(faces) == {key: (str(key), b"x" * key) for key in images}
 
 
 # --- what is wrong with a set -----------------------------------------------------------------------------------------
@@ -243,17 +243,28 @@ def test_truncated_rec(tmp_path: Path, cut: int) -> None:
     [
         (-4, "no record can begin at byte -4"),
         (10**9, "no record can begin at byte 1000000000"),
+        (-(10**9), "no record can begin at byte -1000000000"),
+        (-124, "no record can begin at byte -124"),  # the size of the file: counted from its end, a record begins there
         (4, "no record begins at byte 4"),
     ],
 )
 def test_index_of_another_file(tmp_path: Path, offset: int, message: str) -> None:
     """An offset where no record begins is an error when the set is opened, with file and byte."""
-    path = write_rec(tmp_path, scalar_images())
+    path = write_rec(tmp_path, {1: pack_image(0.0, 1, b"x" * 60), 2: pack_image(1.0, 2, b"")})
+    assert path.stat().st_size == 124
     with path.with_suffix(".idx").open("a") as index:
         index.write(f"7\t{offset}\n")
     with pytest.raises(RecordError, match=message) as error:
         RecFaceSet(path)
     assert str(path) in str(error.value)
+
+
+def test_damaged_beginning_of_a_record(tmp_path: Path) -> None:
+    """A record whose magic was overwritten is an error when the set is opened, even if all else fits."""
+    path = write_rec(tmp_path, scalar_images())
+    path.write_bytes(b"oops" + path.read_bytes()[4:])
+    with pytest.raises(RecordError, match=r"train\.rec: no record begins at byte 0 \(found 0x73706f6f"):
+        RecFaceSet(path)
 
 
 def test_header_that_announces_too_many_labels(tmp_path: Path) -> None:
@@ -272,7 +283,7 @@ def test_record_without_room_for_a_header(tmp_path: Path) -> None:
 # --- property ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["2,112,112", "2,112,112\n", "2,112,112\nmade by x\n9\n", "2,96,96", "2"])
+@pytest.mark.parametrize("text", ["2,112,112", "2,112,112\n", "2,112,112\nmade by x\n9\n", "2,96,96", "2", "2\n9,9,9"])
 def test_property_that_agrees(tmp_path: Path, text: str) -> None:
     """Only the first line counts, with or without line break, and only its number of identities."""
     (tmp_path / "property").write_text(text)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
+from conftest import ROOT
 from data import prepare_data
 from data.face_sets import RecFaceSet, open_face_set
 from data.prepare_data import JOURNAL, JournalError, main, prepare
@@ -78,7 +78,9 @@ def test_a_second_run_writes_nothing(tmp_path: Path, rec: Path) -> None:
     prepare(rec, tmp_path / "out", workers=0)
     for path in (tmp_path / "out").rglob("*.*g"):
         os.utime(path, ns=(1, 1))
+    journal = (tmp_path / "out" / JOURNAL).read_bytes()
     again = prepare(rec, tmp_path / "out", workers=0)
+    assert (tmp_path / "out" / JOURNAL).read_bytes() == journal
     assert (again.images, again.written, again.bytes) == (IMAGES, 0, 0)
     assert {path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*g")} == {1}
 

@@ -48,7 +48,7 @@ def draw_roc(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
     for (name, (far, tar)), colour in zip(points.items(), _cycle(len(points)), strict=True):
         axes.plot(far, tar, label=name, color=colour, linewidth=1.8)
     axes.set_xscale("log")
-    axes.set_xlim(min(far[0] for far, _ in drawn), 1.0)
+    axes.set_xlim(min(0.1, *(far[0] for far, _ in drawn)), 1.0)
     lowest = min(float(tar[0]) for _, tar in drawn)
     axes.set_ylim(max(0.0, lowest - 0.05 * (1 - lowest) - 0.002), 1.0 + 0.02 * (1 - lowest) + 0.001)
     axes.grid(True, which="minor", axis="x", color="#f0f0f0", linewidth=0.5)

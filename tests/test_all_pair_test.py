@@ -1,0 +1,109 @@
+"""all_pair_test.py: what it finds by itself, what it writes, and that nothing is skipped in silence."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import all_pair_test
+from all_pair_test import set_names
+from data.face_sets import open_face_set
+from data.loading import to_network_input
+from models import create_network
+from utils.checkpoints import load_backbone
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    all_pair_test.main([str(argument) for argument in (*arguments, "--workers", 0)])
+    return capsys.readouterr().out
+
+
+def test_without_arguments_it_tests_the_newest_run_on_the_configured_sets(
+    tiny_set: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No --model: the newest run's best. No SET: the .bin files beside the set. Results in the run's folder."""
+    shown = run(capsys, "--runs", tiny_run.parent, "--data.root", tiny_set)
+    assert f"model: {tiny_run}" in shown
+    assert "tiny" in shown
+    report = json.loads((tiny_run / "test" / "results.json").read_text())
+    assert list(report["sets"]) == ["tiny"]
+    assert report["mirror"] is True
+    for picture in ("roc.png", "tiny_scores.png"):
+        assert (tiny_run / "test" / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_all_pairs_of_a_set_by_hand(
+    tiny_set: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """TAR, EER and counts of the report follow from embeddings computed step by step, sorted in full."""
+    run(capsys, tiny_set, "--model", tiny_run, "--output", tmp_path)
+    report = json.loads((tmp_path / "results.json").read_text())["sets"]["tiny"]
+
+    state, settings = load_backbone(tiny_run / "best.safetensors")
+    network = create_network("demo", settings["model"]["embedding_size"], 32).eval()
+    network.load_state_dict(state)
+    faces = open_face_set(tiny_set)
+    import cv2
+
+    decoded = [cv2.imdecode(np.frombuffer(faces.encoded(i), np.uint8), cv2.IMREAD_COLOR) for i in range(len(faces))]
+    pixels = torch.from_numpy(np.stack(decoded)[..., ::-1].copy())
+    with torch.no_grad():
+        both = network(to_network_input(pixels)) + network(to_network_input(pixels.flip(2)))
+    unit = (both / both.norm(dim=1, keepdim=True)).double().numpy()
+    upper = np.triu_indices(len(faces), 1)
+    scores = (unit @ unit.T)[upper]
+    genuine = (faces.labels[:, None] == faces.labels[None])[upper]
+    impostor = np.sort(scores[~genuine])[::-1]
+    assert (report["genuine_pairs"], report["impostor_pairs"]) == (genuine.sum(), len(impostor))
+    for point in report["points"]:
+        threshold = impostor[int(point["far"] * len(impostor))]
+        assert point["threshold"] == pytest.approx(threshold, abs=1e-5)
+        assert point["tar"] == pytest.approx((scores[genuine] > threshold).mean(), abs=2.1 / genuine.sum())
+
+
+def test_a_folder_of_identities_is_a_set_too(
+    tiny_set: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same faces as .rec and as folders give the same numbers."""
+    from data.prepare_data import prepare
+
+    prepare(tiny_set / "train.rec", tmp_path / "folders", 0)
+    run(capsys, tiny_set, tmp_path / "folders", "--model", tiny_run, "--output", tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]
+    assert report["tiny"] == report["folders"]
+
+
+def test_sets_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """datasets/demo/demo.bin and datasets/demo are two sets, and so are a/lfw.bin and b/lfw.bin."""
+    for folder in ("demo", "a", "b"):
+        (tmp_path / folder).mkdir()
+        for file in ("demo.bin", "lfw.bin", "train.rec"):
+            (tmp_path / folder / file).touch()
+    names = set_names([tmp_path / "demo" / "demo.bin", tmp_path / "demo", tmp_path / "a" / "lfw.bin"])
+    assert names == ["demo_demo.bin", f"{tmp_path.name}_demo", "lfw"]
+    assert set_names([tmp_path / "a" / "lfw.bin", tmp_path / "b" / "lfw.bin"]) == ["a_lfw.bin", "b_lfw.bin"]
+    assert set_names([tmp_path / "a" / "train.rec", tmp_path / "b"]) == ["a", "b"]
+
+
+def test_nothing_is_skipped_in_silence(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """A set that is missing, damaged or too small to test is an error, not a missing line."""
+    (tmp_path / "bad.bin").write_bytes(b"nonsense")
+    shutil.copytree(tiny_set, tmp_path / "nobin", ignore=shutil.ignore_patterns("*.bin"))
+    (tmp_path / "one" / "person").mkdir(parents=True)
+    for shot in range(2):
+        (tmp_path / "one" / "person" / f"{shot}.png").write_bytes(open_face_set(tiny_set).encoded(shot))
+    for arguments, message in (
+        (["/nowhere.bin"], "nowhere.bin"),
+        (["/nowhere"], "/nowhere does not exist"),
+        ([tmp_path / "bad.bin"], "bad.bin is no verification set"),
+        ([tmp_path / "one"], "no impostor pairs"),
+        ([tiny_set, tiny_set], "a set is named twice"),
+        (["--data.root", tmp_path / "nobin"], "nothing to test on"),
+    ):
+        with pytest.raises(SystemExit, match=f"all_pair_test: .*{message}"):
+            all_pair_test.main(
+                [*map(str, arguments), "--model", str(tiny_run), "--output", str(tmp_path), "--workers=0"]
+            )

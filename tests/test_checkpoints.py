@@ -1,0 +1,130 @@
+"""What a run leaves on disk: complete, readable by others, and refused when it is not what it should be."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from utils.checkpoints import (
+    CheckpointError,
+    Progress,
+    load_backbone,
+    load_checkpoint,
+    newest_run,
+    save_backbone,
+    save_checkpoint,
+)
+from utils.files import atomic_folder, atomic_write
+
+SETTINGS = '{"model": {"network": "demo"}}'
+
+
+def stepped(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A layer after two SGD steps, so that there is momentum."""
+    torch.manual_seed(seed)
+    layer = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+    return layer, optimizer
+
+
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
+    """Weights, momentum, scaler and progress come back; the next step is the same step."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
+    layer, optimizer = stepped(0)
+    save_checkpoint(tmp_path / "c", {"network": layer}, optimizer, scaler, Progress(7, 0.5), SETTINGS)
+
+    other, other_optimizer = stepped(1)
+    other_scaler = torch.amp.GradScaler("cpu")
+    assert load_checkpoint(tmp_path / "c", {"network": other}, other_optimizer, other_scaler) == Progress(7, 0.5)
+    assert other_scaler.get_scale() == 512.0
+    inputs = torch.randn(4, 3)
+    for module, its_optimizer in ((layer, optimizer), (other, other_optimizer)):
+        its_optimizer.zero_grad()
+        module(inputs).square().sum().backward()
+        its_optimizer.step()
+    assert torch.equal(layer.weight, other.weight)
+    assert torch.equal(layer.bias, other.bias)
+
+
+def test_backbone_file_is_plain_safetensors_with_its_settings(tmp_path: Path) -> None:
+    """Anyone can read the weights without this project; this project needs nothing but the file."""
+    from safetensors import safe_open
+
+    layer, _ = stepped(0)
+    save_backbone(tmp_path / "b.safetensors", layer, SETTINGS, Progress(3, 0.25))
+    with safe_open(tmp_path / "b.safetensors", "pt") as file:
+        assert set(file.keys()) == {"weight", "bias"}
+        assert file.metadata()["best_accuracy"] == "0.25"
+    state, settings = load_backbone(tmp_path / "b.safetensors")
+    assert torch.equal(state["weight"], layer.weight)
+    assert settings == {"model": {"network": "demo"}}
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full disk in the middle of a save costs the new checkpoint, never the old one."""
+    layer, _ = stepped(0)
+    save_backbone(tmp_path / "b", layer, SETTINGS, Progress(1, 0.0))
+    before = (tmp_path / "b").read_bytes()
+
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(before[: len(before) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.checkpoints.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_backbone(tmp_path / "b", layer, SETTINGS, Progress(2, 0.0))
+    assert (tmp_path / "b").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    """Damaged, foreign and missing files name themselves."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "damaged").write_bytes(b"\xff" * 100)
+    save_file({"a": torch.zeros(1)}, tmp_path / "foreign")
+    for name, message in (("damaged", "cannot be read"), ("foreign", "has no settings"), ("missing", "cannot be read")):
+        with pytest.raises(CheckpointError, match=f"{name} .*{message}"):
+            load_backbone(tmp_path / name)
+
+
+def test_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:
+    """Testing without --model takes the run whose best model is newest, whatever the names say."""
+    with pytest.raises(CheckpointError, match="no model is named"):
+        newest_run(tmp_path)
+    for name, age in (("z", 30), ("a", 10), ("m", 20)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.safetensors").touch()
+        os.utime(tmp_path / name / "best.safetensors", (1e9 - age, 1e9 - age))
+    (tmp_path / "unfinished").mkdir()
+    assert newest_run(tmp_path) == tmp_path / "a"
+
+
+def test_atomic_write_is_all_or_nothing(tmp_path: Path) -> None:
+    """An error while writing leaves the old content and no temporary file."""
+    with atomic_write(tmp_path / "f") as file:
+        file.write(b"old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "f") as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+    assert (tmp_path / "f").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_atomic_folder_never_replaces_anything(tmp_path: Path) -> None:
+    """A folder appears whole or not at all, and one with content is never touched."""
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "d") as working:
+        (working / "x").touch()
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+    with atomic_folder(tmp_path / "d") as working:
+        (working / "x").touch()
+    with pytest.raises(FileExistsError, match="exists and is not empty"), atomic_folder(tmp_path / "d"):
+        pass
+    assert [path.name for path in (tmp_path / "d").iterdir()] == ["x"]

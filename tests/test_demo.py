@@ -1,0 +1,74 @@
+"""`make demo`, small: the drawn sets, and all four jobs on them through their command lines."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config import DemoConfig
+from data.face_sets import RecFaceSet
+from data.make_demo_set import FIRST_NEW_PERSON, FIRST_TEST_PERSON, draw_people, make_pairs, make_sets
+from data.verification_bin import read_bin
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = DemoConfig(people=4, shots=3, test_people=3, more_people=4)
+
+
+def test_the_sets_have_insightfaces_layout_and_repeat(tmp_path: Path) -> None:
+    """Same settings, same bytes, whatever the number of processes; training and test people do not overlap."""
+    for name, workers in (("a", 0), ("b", 2)):
+        make_sets(tmp_path / name / "set", tmp_path / name / "more", SMALL, workers)
+    for file in ("set/train.rec", "set/train.idx", "set/property", "set/demo.bin", "more/train.rec"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+    faces, more = (RecFaceSet(tmp_path / "a" / name / "train.rec") for name in ("set", "more"))
+    assert (len(faces), len(faces.identities)) == (12, 4)
+    assert (tmp_path / "a" / "set" / "property").read_text() == "4,112,112"
+    people = [row["person"] for row in csv.DictReader((tmp_path / "a" / "more" / "identities.csv").open())]
+    assert people == ["0", "1", str(FIRST_NEW_PERSON), str(FIRST_NEW_PERSON + 1)]
+    pictures = [{source.encoded(i) for i in range(len(source))} for source in (faces, more)]
+    assert not pictures[0] & pictures[1], "the people in both sets must be there in other pictures"
+    assert not pictures[0] & set(read_bin(tmp_path / "a" / "set" / "demo.bin").images)
+    with pytest.raises(FileExistsError):
+        make_sets(tmp_path / "a" / "set", tmp_path / "a" / "more", SMALL, 0)
+
+
+def test_pairs_are_what_their_flags_say() -> None:
+    """Half the pairs are of one person in two pictures, half of two people, in every fold."""
+    album = draw_people(range(FIRST_TEST_PERSON, FIRST_TEST_PERSON + 5), range(4), 0, 0, "")
+    images, same = make_pairs(album, 0)
+    person = {image: number for number, shots in album.items() for image in shots}
+    assert len(images) == 2 * len(same) == 200
+    for pair, flag in enumerate(same):
+        a, b = images[2 * pair : 2 * pair + 2]
+        assert a != b
+        assert (person[a] == person[b]) == flag
+    assert all(fold.mean() == 0.5 for fold in np.array_split(np.array(same), 10))
+
+
+def test_all_four_jobs(tmp_path: Path) -> None:
+    """The demo at its smallest, from another directory: every job runs, and the summary names what is there."""
+    sizes = ["--people", "12", "--shots", "12", "--test-people", "6", "--more-people", "6", "--train.epochs", "1"]
+    command = [sys.executable, ROOT / "utils" / "demo.py", "--folder", "demo", *sizes]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    demo = tmp_path / "demo"
+    assert len(list((demo / "images").glob("*/*.jpg"))) == 144
+    report = json.loads((demo / "runs" / "demo" / "test" / "results.json").read_text())
+    assert list(report["sets"]) == ["demo", "more"]
+    assert len(RecFaceSet(demo / "merged" / "train.rec")) == 144 + 72
+    summary = done.stdout[done.stdout.index("The four jobs ran") :]
+    for line in summary.splitlines():
+        for word in line.replace(",", " ").split():
+            if word.startswith("demo/"):
+                assert (tmp_path / word).exists(), word
+    assert "% untrained" in summary
+
+    (demo / ".made_by_the_demo").unlink()
+    refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert refused.returncode == 1
+    assert "was not made by the demo" in refused.stderr
+    assert (demo / "merged" / "train.rec").exists()

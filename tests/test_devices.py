@@ -1,0 +1,46 @@
+"""Device and precision: found without a setting, refused with a reason."""
+
+import pytest
+import torch
+
+from utils.devices import full_precision, pick_device, pick_precision
+
+
+def test_auto_takes_cuda_when_there_is_a_card() -> None:
+    """GPU or CPU without a setting."""
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert pick_device("cpu").type == "cpu"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_missing_card_is_an_error() -> None:
+    """Asked for CUDA, the program never quietly computes on the CPU."""
+    with pytest.raises(ValueError, match=r"common\.device: 'cuda' asked for"):
+        pick_device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_precision_is_what_the_card_is_good_at(
+    capability: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bfloat16 from Ampere on, float16 before, float32 on the CPU; a setting overrides all of it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert pick_precision("auto", torch.device("cuda")) == dtype
+    assert pick_precision("auto", torch.device("cpu")) == torch.float32
+    assert pick_precision("fp32", torch.device("cuda")) == torch.float32
+
+
+def test_full_precision_restores_what_was_set() -> None:
+    """Quoted scores are computed in float32, and a user's own TF32 setting survives."""
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "tf32"
+        with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):
+            assert backend.fp32_precision == "ieee"
+            assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before

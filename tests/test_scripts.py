@@ -1,0 +1,88 @@
+"""The scripts as users start them: from any directory, with nothing shadowed and nothing heavy at import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("data", "dataset_merge", "models", "utils")
+SCRIPTS = [
+    "train.py",
+    "all_pair_test.py",
+    "data/prepare_data.py",
+    "data/make_demo_set.py",
+    "dataset_merge/dataset_merge.py",
+    "utils/demo.py",
+]
+
+
+def product_files() -> list[Path]:
+    return sorted([*ROOT.glob("*.py"), *(file for package in PACKAGES for file in (ROOT / package).rglob("*.py"))])
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_scripts_start_from_any_directory(script: str, tmp_path: Path) -> None:
+    """A decoy package in the working directory is not picked up; the help names every section of the config."""
+    for package in PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text("raise SystemExit('the wrong package was imported')")
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--model.network" in done.stdout
+    assert "--train.batch-size" in done.stdout
+
+
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if "/" in script])
+def test_scripts_in_folders_put_the_root_first(script: str) -> None:
+    """The repository's root is at sys.path[0] before anything but the standard library is imported."""
+    body = ast.parse((ROOT / script).read_text()).body
+    imports = []
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            imports += [node.module] if isinstance(node, ast.ImportFrom) else [name.name for name in node.names]
+        elif "sys.path.insert(0" in ast.unparse(node):
+            break
+    else:
+        pytest.fail("sys.path is left alone")
+    assert {name.split(".")[0] for name in imports if name} <= set(sys.stdlib_module_names)
+
+
+def test_no_module_is_named_like_one_of_the_standard_library() -> None:
+    """A script's own folder comes second on sys.path, so a name like `types` or `profile` would shadow Python's."""
+    names = {file.stem for file in product_files()} | set(PACKAGES)
+    assert not names & set(sys.stdlib_module_names)
+
+
+def test_mxnet_is_never_imported() -> None:
+    """mxnet does not import with current NumPy; the product must not need it anywhere."""
+    for file in product_files():
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [name.name for name in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "mxnet" for name in names), file
+
+
+def test_preparing_data_needs_no_torch(tmp_path: Path) -> None:
+    """Settings, records and prepare_data are light: they load neither torch nor matplotlib."""
+    program = (
+        "import sys, config, data.prepare_data, data.face_sets, data.verification_bin; "
+        "sys.exit(', '.join({'torch', 'matplotlib', 'sklearn', 'tensorboard'} & set(sys.modules)) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_wrong_flags_name_the_field() -> None:
+    """A typing error ends with the flag, what it should be, and no traceback."""
+    for flags, message in (
+        (["--batch-size", "many"], "argument --batch-size/--train.batch-size: must be a whole number, got 'many'"),
+        (["--bacth-size", "3"], "there is no setting --bacth-size (did you mean --batch-size?)"),
+        (["--epochs", "0"], "train.epochs: must be 1 or more, got 0"),
+    ):
+        done = subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
