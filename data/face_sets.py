@@ -186,7 +186,7 @@ class PairImages:
 
 def find_rec(folder: Path) -> Path | None:
     """The `.rec` of a set's folder: `train.rec`, or the only one there is; None without any."""
-    found = sorted(folder.glob("*.rec"))
+    found = sorted(path for path in folder.glob("*.rec") if path.name[0] != ".")
     if folder / "train.rec" in found:
         return folder / "train.rec"
     if len(found) > 1:
@@ -238,6 +238,8 @@ class FaceSetWriter:
 
     def finish(self, image_size: int) -> None:
         """Write what describes the images: identity records, record 0 and `property`."""
+        if not self.ranges:
+            raise ValueError("a face set needs at least one identity")
         identities = (self._next_key, self._next_key + len(self.ranges))
         for key, images in enumerate(self.ranges, self._next_key):
             self._records.write(key, pack_image(images, key, b""))

@@ -16,7 +16,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class DecodedFaces(Dataset):
-    """Faces of `images` decoded a batch at a time: uint8 [B, size, size, 3], RGB, and int64 [B] positions' `labels`."""
+    """Faces decoded a batch at a time: uint8 [B, size, size, 3], RGB, and their labels, int64 [B]."""
 
     def __init__(self, images: EncodedImages, labels: np.ndarray, size: int) -> None:
         self.images = images

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,7 +28,7 @@ RECORDS_PER_BLOCK = 1000
 
 
 class JournalError(ValueError):
-    """The output folder belongs to another set."""
+    """The output folder holds something else."""
 
 
 @dataclass(frozen=True)
@@ -45,21 +45,21 @@ def prepare(rec_path: Path, output: Path, workers: int) -> Prepared:
     """Write every image of `rec_path` to `output`/<label:06d>/<key:09d>.jpg (.png when it is one).
 
     `workers` processes do it; 0 means this one. Raises RecordError for damaged records, JournalError when `output`
-    holds another set, OSError when the disk is full: after any of them, the same call goes on.
+    holds something else, OSError when the disk is full: after any of them, the same call goes on.
     """
     faces = RecFaceSet(rec_path)
     output.mkdir(parents=True, exist_ok=True)
+    if any(output.iterdir()) and not (output / JOURNAL).exists():
+        raise JournalError(f"{output} is not empty and no earlier run's: name another output")
     with _Journal(output / JOURNAL, _fingerprint(faces)) as journal:
         starts = range(0, len(faces), RECORDS_PER_BLOCK)
         blocks = [(start, min(start + RECORDS_PER_BLOCK, len(faces)), start in journal.done) for start in starts]
         written = size = 0
         with progress_bar(len(faces), "image", "prepare") as bar:
-            for start, images, count, bytes_written in map_unordered(
-                _write_block, blocks, workers, _open, faces, output
-            ):
-                journal.add(start)
-                written, size = written + count, size + bytes_written
-                bar.update(images)
+            for block in map_unordered(_write_block, blocks, workers, _open, faces, output):
+                journal.add(block.start)
+                written, size = written + block.written, size + block.bytes
+                bar.update(block.images)
     return Prepared(len(faces), written, size, len(faces.identities))
 
 
@@ -125,7 +125,7 @@ class _Journal:
             raise JournalError(f"{path} belongs to another set: name another output, or remove that folder")
         self._file.flush()
 
-    def __enter__(self) -> "_Journal":
+    def __enter__(self) -> Self:
         return self
 
     def add(self, start: int) -> None:

@@ -110,7 +110,6 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], object], set[int]]] = {
         {0, 4, 8, 12},
     ),
     "journal empty": (lambda out, journal: os.truncate(journal, 0), {0, 4, 8, 12}),
-    "journal gone": (lambda out, journal: journal.unlink(), {0, 4, 8, 12}),
 }
 
 
@@ -184,6 +183,15 @@ def test_output_of_another_set_is_refused(
     with pytest.raises(JournalError, match=r"out/\.prepare_journal\.jsonl belongs to another set"):
         prepare(rec, out, workers=0)
     assert tree(out) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, rec: Path) -> None:
+    """Images are never mixed into a folder that holds anything but an earlier run."""
+    (tmp_path / "out" / "000001").mkdir(parents=True)
+    (tmp_path / "out" / "000001" / "mine.jpg").write_bytes(b"mine")
+    with pytest.raises(JournalError, match="out is not empty and no earlier run's"):
+        prepare(rec, tmp_path / "out", workers=0)
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["000001", "mine.jpg"]
 
 
 def test_damaged_record_names_itself(tmp_path: Path, rec: Path) -> None:

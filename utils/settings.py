@@ -11,6 +11,7 @@ import ast
 import difflib
 import inspect
 import json
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -130,6 +131,7 @@ def check_types(section: Any, name: str) -> None:
         else:
             good = isinstance(value, int | float if hint is float else hint)
             good &= hint is bool or not isinstance(value, bool)
+            good = good and (hint is not float or math.isfinite(value))
             require(good, f"{name}.{field}", f"must be {_kind(hint)}, got {value!r}")
 
 
@@ -174,7 +176,8 @@ def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: 
     text = f"{comment} [{_as_text(field.default)}]".replace("%", "%%")
     if own and field.metadata.get("positional"):
         group.add_argument(dest, nargs="*", metavar=flag.upper(), help=text, default=argparse.SUPPRESS)
-    elif hint is bool:
+        names = [f"--{section}.{flag}"]
+    if hint is bool:
         group.add_argument(
             *names, dest=dest, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS
         )

@@ -1,0 +1,43 @@
+"""Work spread over processes: every result, errors as they are, and no waiting for the dead."""
+
+import os
+import signal
+
+import pytest
+
+from utils.processes import WorkerError, map_unordered, worker_count
+
+_base = 0
+
+
+def set_base(base: int) -> None:
+    global _base
+    _base = base
+
+
+def work(item: int) -> int:
+    if item == -1:
+        raise ZeroDivisionError("item -1")
+    if item == -2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _base + item
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_every_result_arrives(workers: int) -> None:
+    """All items, once each, in processes that were initialised; an error is raised as it is."""
+    assert sorted(map_unordered(work, range(20), workers, set_base, 100)) == list(range(100, 120))
+    with pytest.raises(ZeroDivisionError, match="item -1"):
+        list(map_unordered(work, [1, -1, 2], workers, set_base, 0))
+
+
+def test_a_killed_worker_is_an_error() -> None:
+    """A worker that the kernel kills ends the work with a reason instead of hanging it."""
+    with pytest.raises(WorkerError, match="a worker process died"):
+        list(map_unordered(work, [1, -2, 3], 2, set_base, 0))
+
+
+def test_worker_count() -> None:
+    """-1 is one per usable core, 8 at most; anything else is taken as it is."""
+    assert 1 <= worker_count(-1) <= 8
+    assert [worker_count(0), worker_count(20)] == [0, 20]
