@@ -13,7 +13,7 @@ from models.mobilefacenet import MobileFaceNet
 NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
     **{f"r{depth}": partial(IResNet, depth) for depth in (18, 34, 50, 100, 200)},
     "mbf": MobileFaceNet,
-    "demo": lambda embedding_size, image_size: DemoNet(embedding_size),
+    "demo": DemoNet,
 }
 
 

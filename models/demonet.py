@@ -1,17 +1,13 @@
 """A small embedding net that learns the demo set within minutes on a CPU."""
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-
-HEAD_GRID = 7  # what 112 pixels leave after four halvings
+from torch import Tensor, nn
 
 
 def _convolve(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    # ReLU, not PReLU: the backward pass of the latter costs a quarter of the speed on a CPU.
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
-        nn.BatchNorm2d(outputs),
-        nn.ReLU(inplace=True),
+        nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
 
 
@@ -20,20 +16,21 @@ class _Residual(nn.Module):
         super().__init__()
         self.body = _convolve(channels, channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
 
 
 class DemoNet(nn.Module):
-    """Faces, float [batch, 3, 112, 112] in [-1, 1], RGB, to embeddings, float [batch, num_features].
+    """Faces to embeddings: float [B, 3, size, size], RGB in [-1, 1], to [B, embedding_size].
 
-    Other square inputs work as well, as long as their side is a multiple of 16. The embeddings are not
-    normalised. The head weighs every place of the last feature map by itself, as ArcFace nets do: in an
-    aligned face the place of a feature says what it is.
+    34 M multiply-adds at 112x112. The head weighs every place of the last feature map by itself, as ArcFace nets do:
+    in an aligned face the place of a feature says what it is. `image_size` must be a multiple of 16.
     """
 
-    def __init__(self, num_features: int = 128) -> None:
+    def __init__(self, embedding_size: int = 128, image_size: int = 112) -> None:
         super().__init__()
+        if image_size % 16:
+            raise ValueError(f"DemoNet needs an image size that is a multiple of 16, got {image_size}")
         self.body = nn.Sequential(
             _convolve(3, 16, stride=2),
             _convolve(16, 32, stride=2),
@@ -47,10 +44,11 @@ class DemoNet(nn.Module):
         )
         self.head = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(32 * HEAD_GRID * HEAD_GRID, num_features, bias=False),
-            nn.BatchNorm1d(num_features),
+            nn.Linear(32 * (image_size // 16) ** 2, embedding_size, bias=False),
+            nn.BatchNorm1d(embedding_size),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
-        return self.head(F.adaptive_avg_pool2d(self.body(x), HEAD_GRID))
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x.contiguous(memory_format=torch.channels_last))  # a third faster on a CPU
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(x.float())

@@ -71,6 +71,7 @@ def test_jpeg_is_the_drawn_face() -> None:
     """The file holds RGB colours the right way round, with no more than JPEG's own loss."""
     for shot in range(6):
         bgr = cv2.imdecode(np.frombuffer(draw_jpeg(9, shot), np.uint8), cv2.IMREAD_COLOR)
+        assert bgr is not None
         assert _distance(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), draw_face(9, shot)) < 8
 
 
@@ -82,8 +83,8 @@ def test_jpeg_quality_varies() -> None:
 
 @pytest.mark.parametrize(("size", "features"), [(112, 128), (64, 32), (128, 512)])
 def test_net_embeds_faces_of_several_sizes(size: int, features: int) -> None:
-    """Any side that is a multiple of 16 gives [batch, num_features]."""
-    net = DemoNet(features).eval()
+    """Any side that is a multiple of 16 gives [batch, embedding_size]."""
+    net = DemoNet(features, size).eval()
     assert net(torch.zeros(2, 3, size, size)).shape == (2, features)
 
 
