@@ -10,6 +10,7 @@ setup: $(VENV)/.installed
 # The stamp is written last: an interrupted installation is taken up again.
 $(VENV)/.installed: requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
+	@echo "installing into $(VENV): PyTorch with CUDA is about 6 GB, give it some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@

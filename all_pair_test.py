@@ -25,10 +25,10 @@ from config import PRESETS, Config
 from data.face_sets import FaceSet, FaceSetError, open_face_set
 from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models.embedder import Embedder, load_embedder
+from models.embedding import embed_images, verify
 from utils.all_pairs import AllPairsResult, all_pairs
 from utils.checkpoints import newest_run
 from utils.devices import describe_device, pick_device
-from utils.embedding import embed_images, verify
 from utils.files import write_text_atomic
 from utils.plots import draw_roc, draw_score_histogram
 from utils.processes import worker_count

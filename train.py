@@ -26,11 +26,11 @@ from data.loading import DecodedFaces, EpochBatches, flips, to_network_input, tr
 from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models import create_network
 from models.embedder import NetworkEmbedder
+from models.embedding import verify
 from models.heads import DenseHead
 from models.margins import create_margin
 from utils.checkpoints import BEST, CHECKPOINT, Progress, load_checkpoint, save_backbone, save_checkpoint
 from utils.devices import describe_device, pick_device, pick_precision
-from utils.embedding import verify
 from utils.files import write_text_atomic
 from utils.interrupts import catch_interrupt
 from utils.processes import worker_count

@@ -28,9 +28,9 @@ from data.images import decode_rgb
 from dataset_merge.matching import identity_sums
 from dataset_merge.plan import Decision, plan_merge
 from models.embedder import Embedder, load_embedder
+from models.embedding import embed_images
 from utils.checkpoints import newest_run
 from utils.devices import pick_device
-from utils.embedding import embed_images
 from utils.files import write_text_atomic
 from utils.plots import draw_contact_sheet
 from utils.processes import worker_count

@@ -1,6 +1,6 @@
 """The all-pairs test against a full matrix of scores, sorted, and against scikit-learn's ROC."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,15 +14,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from utils.all_pairs import AllPairsResult, _first_search, _keys, _narrowed, all_pairs
 
 RATES = (0.9, 0.5, 0.3, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors on a busy machine: waiting for a second thread takes many times longer than the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def clustered(images: int, people: int, dim: int = 32, noise: float = 0.6, seed: int = 0) -> tuple[Tensor, Tensor]:
