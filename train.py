@@ -188,7 +188,11 @@ def run_folder(config: Config) -> Path:
 
 def verification_sets(data: DataConfig) -> list[VerificationPairs]:
     """The sets of `data.verification`, or every `.bin` beside the training set."""
-    return [read_bin(path) for path in data.verification or find_bins(data.root)]
+    tests = [read_bin(path) for path in data.verification or find_bins(data.root)]
+    names = [test.name for test in tests]
+    if len(set(names)) < len(names):
+        raise TrainingError(f"data.verification: two sets have the same name ({', '.join(names)}): rename one")
+    return tests
 
 
 def saved_settings(flags: Settings) -> Settings:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import train as train_script
 from config import Config, LossConfig, ModelConfig, TrainConfig
 from data.face_sets import FaceSetError
+from data.prepare_data import prepare
 from train import TrainingError, train
 from utils.checkpoints import BEST, CHECKPOINT, CheckpointError, load_backbone
 from utils.settings import build, flatten, from_json
@@ -64,6 +66,15 @@ def test_workers_change_nothing(tiny_set: Path, tmp_path: Path) -> None:
     """How many processes decode must not decide what is learned."""
     runs = [train(configure(tiny_set, tmp_path, train__run=str(n), common__workers=n)) for n in (0, 2)]
     assert same(*map(weights, runs))
+
+
+def test_folders_train_like_the_records_they_came_from(tiny_set: Path, tmp_path: Path) -> None:
+    """A set unpacked by prepare_data.py is the same training set: same classes, same order, same weights."""
+    prepare(tiny_set / "train.rec", tmp_path / "folders", 0)
+    shutil.copy(tiny_set / "tiny.bin", tmp_path / "folders")
+    records = train(configure(tiny_set, tmp_path, train__run="packed"))
+    folders = train(configure(tmp_path / "folders", tmp_path, train__run="unpacked"))
+    assert same(weights(records), weights(folders))
 
 
 def test_resume_is_exact_in_the_middle_of_an_epoch(
@@ -183,6 +194,7 @@ def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_
         ({"data__root": "/nowhere"}, FaceSetError, "/nowhere does not exist"),
         ({"train__batch_size": 1000}, TrainingError, "has only 48 images"),
         ({"data__verification": ("/nowhere.bin",)}, FileNotFoundError, r"nowhere\.bin"),
+        ({"data__verification": ("TINY", "TINY")}, TrainingError, r"two sets have the same name \(tiny, tiny\)"),
         ({"data__image_size": 48}, ValueError, r"record \d+ at byte \d+ is 32x32 pixels, expected 48x48"),
         ({"model__network": "r49"}, ValueError, r"model\.network: there is no network 'r49'; there are r18"),
         ({"train__resume": "/nowhere"}, TrainingError, "/nowhere has no checkpoint"),
@@ -193,6 +205,8 @@ def test_errors_say_what_is_wrong(
     tiny_set: Path, tmp_path: Path, settings: dict[str, object], error: type[Exception], message: str
 ) -> None:
     """A run that cannot start says which setting or file is at fault."""
+    if settings.get("data__verification") == ("TINY", "TINY"):
+        settings = {"data__verification": (str(tiny_set / "tiny.bin"),) * 2}
     with pytest.raises(error, match=message):
         train(configure(tiny_set, tmp_path, **settings))
 
