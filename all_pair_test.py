@@ -12,7 +12,6 @@ Computed in float32. Numbers go to `results.json`, ROC and score histograms to P
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +26,13 @@ from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models.embedder import Embedder, load_embedder
 from models.embedding import embed_images, verify
 from utils.all_pairs import AllPairsResult, all_pairs
-from utils.checkpoints import newest_run
-from utils.devices import describe_device, pick_device
+from utils.checkpoints import CONFIG, newest_run, settings_beside
+from utils.devices import pick_device
 from utils.files import write_text_atomic
 from utils.plots import draw_roc, draw_score_histogram
 from utils.processes import worker_count
-from utils.settings import parse_settings
+from utils.scripts import readable_errors
+from utils.settings import Settings, describe, parse_settings
 from utils.verification import FoldResult
 
 Curve = tuple[np.ndarray, np.ndarray]
@@ -147,7 +147,7 @@ def percent(share: float) -> str:
 def set_names(paths: Sequence[Path]) -> list[str]:
     """What sets are called in tables and file names: the file's stem or the folder's name, longer where two clash."""
     parts = [(path.parent if path.name == "train.rec" else path).resolve() for path in paths]
-    names = [part.stem if path.is_file() else part.name for path, part in zip(paths, parts, strict=True)]
+    names = [part.stem if part.suffix in (".bin", ".rec") and part.is_file() else part.name for part in parts]
     return [
         name if names.count(name) == 1 else "_".join(part.parts[-2:]) for name, part in zip(names, parts, strict=True)
     ]
@@ -167,7 +167,7 @@ def measure(model: Path, sets: Sequence[Path], config: Config, output: Path) -> 
         config.model.embedding_size,
         config.data.image_size,
     )
-    print(f"model: {model}, {'with' if config.test.mirror else 'without'} mirror image, {describe_device(device)}")
+    print(f"model: {model}, {'with' if config.test.mirror else 'without'} mirror image, {embedder.runs_on}")
     options = Options(config.test.batch_size, worker_count(config.common.workers), config.test.mirror)
     output.mkdir(parents=True, exist_ok=True)
     results, curves = {}, {}
@@ -179,32 +179,45 @@ def measure(model: Path, sets: Sequence[Path], config: Config, output: Path) -> 
             faces = open_face_set(path)
             pairs, curves[name] = measure_all_pairs(embedder, faces, name, options, output)
             results[name] = all_pairs_as_json(pairs, faces)
+        report = {"model": str(model), "mirror": options.mirror, "sets": results}
+        write_text_atomic(output / "results.json", json.dumps(report, indent=2))
     draw_roc(output / "roc.png", curves, f"{embedder.name}{', mirror image added' if options.mirror else ''}")
-    report = {"model": str(model), "mirror": options.mirror, "sets": results}
-    write_text_atomic(output / "results.json", json.dumps(report, indent=2))
     return results
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv)
-    try:
-        model = Path(config.test.model) if config.test.model else newest_run(Path(config.common.runs))
-        default = config.data.verification or find_bins(config.data.root)
+    with readable_errors("all_pair_test", "results.json has the sets tested before"):
+        config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings)
+        print(describe(config, ("test", "common")))
+        model = chosen_model(config.test.model, config.common.runs)
+        default = config.data.verification or [path for root in config.data.root for path in find_bins(root)]
         sets = [Path(path) for path in config.test.sets or default]
         if not sets:
-            raise FaceSetError(f"nothing to test on: name a set, or put .bin files beside {config.data.root}")
+            raise FaceSetError(
+                f"nothing to test on: name a set, or put .bin files beside {', '.join(config.data.root)}"
+            )
         output = Path(config.test.output) if config.test.output else default_output(model, Path(config.common.runs))
         results = measure(model, sets, config, output)
-    except (ValueError, OSError) as error:
-        sys.exit(f"all_pair_test: {error}")
     print(format_results(results))
     print(f"numbers and pictures: {output}")
 
 
+def chosen_model(model: str, runs: str) -> Path:
+    """The model to test: the one that is named, or the newest run's."""
+    return Path(model) if model else newest_run(Path(runs))
+
+
+def saved_settings(settings: Settings) -> Settings:
+    """The sets that the run of the chosen model was trained and verified on."""
+    saved = settings_beside(chosen_model(settings["test.model"], settings["common.runs"]))
+    return {name: saved[name] for name in ("data.root", "data.verification") if name in saved}
+
+
 def default_output(model: Path, runs: Path) -> Path:
     """`test` inside a run's folder; a folder of its own for a model from elsewhere."""
-    return model / "test" if model.is_dir() else runs / f"test-{model.stem}"
+    run = model if model.is_dir() else model.parent
+    return run / "test" if (run / CONFIG).exists() else runs / f"test-{model.stem}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ merging and resuming read them from there.
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data.orders import OrderName
 from utils.settings import check_types, require
 
 
@@ -34,15 +35,28 @@ class DataConfig:
     """The faces."""
 
     # Training set: a folder with train.rec and train.idx, a .rec file, or a folder with one folder per identity.
-    root: str = "datasets/ms1mv3"
+    # Several, comma separated, are joined with their identities kept apart.
+    root: tuple[str, ...] = ("datasets/ms1mv3",)
     # Verification sets (.bin), comma separated. Empty: every .bin beside the training set.
     verification: tuple[str, ...] = ()
-    # Height and width of the aligned faces, pixels. 112 is the field's standard; images of another size are refused.
+    # Height and width of the aligned faces, pixels. 112 is the field's standard.
     image_size: int = 112
+    # Scale training images of another size to image_size; otherwise they are refused.
+    resize: bool = False
+    # Leave out identities with fewer training images.
+    min_images: int = 1
+    # Order of an epoch: exact shuffles all images; blocks reads runs of neighbours, for spinning or network disks;
+    # balanced shows every identity equally often.
+    order: OrderName = "exact"
+    # Broken training images are left out of the loss; more of them than this stop the run with their list.
+    broken_limit: int = 100
 
     def __post_init__(self) -> None:
         check_types(self, "data")
+        require(bool(self.root), "data.root", "names no training set")
         require(self.image_size >= 16, "data.image_size", f"must be 16 or more, got {self.image_size}")
+        require(self.min_images >= 1, "data.min_images", f"must be 1 or more, got {self.min_images}")
+        require(self.broken_limit >= 0, "data.broken_limit", f"must be 0 or more, got {self.broken_limit}")
 
 
 @dataclass(frozen=True)
@@ -109,16 +123,17 @@ class TrainConfig:
     log_every: int = 50
     # Steps between two checks on the verification sets. 0: at the end of each epoch.
     verify_every: int = 0
-    # Verify the untrained network too: near 50 % unless something is wrong with a test set.
+    # Verify the untrained network too: an accuracy far above chance would say that the test set is too easy.
     verify_at_start: bool = False
     # Steps between two checkpoints to resume from. 0: at the end of each epoch.
     checkpoint_every: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        for name in ("epochs", "batch_size", "log_every"):
+        for name in ("epochs", "log_every"):
             value = getattr(self, name)
             require(value >= 1, f"train.{name}", f"must be 1 or more, got {value}")
+        require(self.batch_size >= 2, "train.batch_size", f"must be 2 or more (batch norm), got {self.batch_size}")
         for name in ("verify_every", "checkpoint_every", "warmup_epochs", "weight_decay", "seed"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", f"must be 0 or more, got {value}")
@@ -190,15 +205,102 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True)
+class PackConfig:
+    """Packing a `.rec` set from images, a list or another set."""
+
+    # What to pack: a folder with one folder per identity, a .rec set, a .lst of face2rec or im2rec, or a CSV.
+    source: str = ""
+    # Folder for the set; it must not exist yet.
+    output: str = ""
+    # What the paths in a .lst or CSV are relative to. Empty: the folder of the list.
+    image_root: str = ""
+    # Identities to pack, comma separated, as the source names them; @FILE: a text file with one a line. Empty: all.
+    identities: tuple[str, ...] = ()
+    # Identities with fewer images are left out.
+    min_images: int = 1
+    # Identities to pack at most. 0: all.
+    limit: int = 0
+    # Shuffle the identities, before the limit, and the images of each; else they keep their order.
+    shuffle: bool = False
+    # Seed of the shuffle.
+    seed: int = 0
+    # Height and width of the faces in the set, pixels.
+    image_size: int = 112
+    # Aligned faces of another size: refuse stops with the name of the image, resize makes new JPEGs of them.
+    other_sizes: Literal["refuse", "resize"] = "refuse"
+    # JPEG quality of aligned and resized faces, 1 to 100. Other images keep their bytes.
+    quality: int = 95
+
+    def __post_init__(self) -> None:
+        check_types(self, "pack")
+        for name in ("min_images", "limit", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"pack.{name}", f"must be 0 or more, got {value}")
+        require(self.image_size >= 16, "pack.image_size", f"must be 16 or more, got {self.image_size}")
+        require(1 <= self.quality <= 100, "pack.quality", f"must be from 1 to 100, got {self.quality}")
+
+
+@dataclass(frozen=True)
+class PackBinConfig:
+    """Packing a verification set (`.bin`) from a list of pairs."""
+
+    # The list: LFW's pairs.txt, or a CSV with the header path1,path2,same.
+    pairs: str = ""
+    # Folder of the images that the list names.
+    images: str = ""
+    # The .bin to write; beside a training set, training verifies on it.
+    output: str = ""
+    # Height and width of the faces, pixels.
+    image_size: int = 112
+    # Faces of another size: refuse stops with the name of the image, resize makes new JPEGs of them.
+    other_sizes: Literal["refuse", "resize"] = "refuse"
+    # JPEG quality of resized faces, 1 to 100. Other images keep their bytes.
+    quality: int = 95
+
+    def __post_init__(self) -> None:
+        check_types(self, "pack_bin")
+        require(self.image_size >= 16, "pack_bin.image_size", f"must be 16 or more, got {self.image_size}")
+        require(1 <= self.quality <= 100, "pack_bin.quality", f"must be from 1 to 100, got {self.quality}")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Looking at a face set and checking it."""
+
+    # The set: a folder with a .rec file, a .rec file, or a folder with one folder per identity. Empty: data.root.
+    set: tuple[str, ...] = field(default=(), metadata={"positional": True})
+    # Decode every image and list the broken ones; else only the heads of the records are read.
+    check: bool = False
+    # Folder for the set without its broken records, found as with --check; it must not exist yet. Empty: none.
+    repair: str = ""
+    # Folder for the report. Empty: `report-NAME` in the working directory, NAME being the set's.
+    output: str = ""
+    # Random images that are decoded for their sizes when not all are.
+    sample: int = 200
+    # Random identities on the sheet of faces, a row each.
+    rows: int = 12
+    # Seed of the sample and the sheet.
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_types(self, "report")
+        require(len(self.set) <= 1, "report.set", f"must be one set, got {', '.join(self.set)}")
+        for name in ("sample", "rows"):
+            value = getattr(self, name)
+            require(value >= 1, f"report.{name}", f"must be 1 or more, got {value}")
+        require(self.seed >= 0, "report.seed", f"must be 0 or more, got {self.seed}")
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """The embedded set of drawn faces."""
 
     # Folder for all that `make demo` writes.
     folder: str = "demo"
-    # Folder for the training set and demo.bin.
-    output: str = "demo/set"
-    # Folder for the second set, to merge with the first.
-    more: str = "demo/more"
+    # Folder for the training set and demo.bin. Empty: `set` in demo.folder.
+    output: str = ""
+    # Folder for the second set, to merge with the first. Empty: `more` in demo.folder.
+    more: str = ""
     # People in the training set.
     people: int = 400
     # Pictures of each person.
@@ -235,15 +337,18 @@ class Config:
     test: TestConfig = TestConfig()
     merge: MergeConfig = MergeConfig()
     prepare: PrepareConfig = PrepareConfig()
+    pack: PackConfig = PackConfig()
+    pack_bin: PackBinConfig = PackBinConfig()
+    report: ReportConfig = ReportConfig()
     demo: DemoConfig = DemoConfig()
 
 
 # The recipe of insightface's arcface_torch for eight cards of 128 images each.
 _PUBLISHED = {"train.batch_size": 1024, "train.lr": 0.1, "train.weight_decay": 5e-4, "train.epochs": 20}
-_MS1MV3 = {**_PUBLISHED, "data.root": "datasets/ms1mv3", "loss.name": "arcface", "loss.margin": 0.5}
+_MS1MV3 = {**_PUBLISHED, "data.root": ("datasets/ms1mv3",), "loss.name": "arcface", "loss.margin": 0.5}
 _GLINT360K = {
     **_PUBLISHED,
-    "data.root": "datasets/glint360k",
+    "data.root": ("datasets/glint360k",),
     "loss.name": "cosface",
     "loss.margin": 0.4,
     "train.weight_decay": 1e-4,
@@ -259,7 +364,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # ArcFace paper, section 3.1: 32 k steps of 512 images; its LR steps are replaced by the linear fall.
     "casia_r50": {
         **_PUBLISHED,
-        "data.root": "datasets/casia",
+        "data.root": ("datasets/casia",),
         "loss.name": "arcface",
         "loss.margin": 0.5,
         "model.network": "r50",
@@ -268,7 +373,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The embedded set of `make demo`: minutes on two CPU cores.
     "demo": {
-        "data.root": "datasets/demo",
+        "data.root": ("demo/set",),
         "model.network": "demo",
         "model.embedding_size": 128,
         "loss.scale": 32.0,

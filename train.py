@@ -13,7 +13,7 @@ accuracy.
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -21,26 +21,37 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from config import PRESETS, Config, DataConfig
-from data.face_sets import open_face_set
+from data.face_sets import open_training_set
 from data.loading import DecodedFaces, EpochBatches, flips, to_network_input, training_loader
+from data.orders import create_order
 from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models import create_network
 from models.embedder import NetworkEmbedder
-from models.embedding import verify
+from models.embedding import check_pairs, verify
 from models.heads import DenseHead
 from models.margins import create_margin
-from utils.checkpoints import BEST, CHECKPOINT, Progress, load_checkpoint, save_backbone, save_checkpoint
+from utils.checkpoints import (
+    BEST,
+    CHECKPOINT,
+    CONFIG,
+    Progress,
+    load_checkpoint,
+    save_backbone,
+    save_checkpoint,
+    settings_beside,
+)
 from utils.devices import describe_device, pick_device, pick_precision
 from utils.files import write_text_atomic
 from utils.interrupts import catch_interrupt
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.schedules import linear_decay
-from utils.settings import Settings, describe, from_json, parse_settings, to_json
+from utils.scripts import readable_errors
+from utils.settings import Settings, describe, parse_settings, to_json
 from utils.training_log import Meter, TrainingLog
 
 
-class TrainingError(RuntimeError):
+class TrainingError(ValueError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
@@ -55,9 +66,12 @@ def train(config: Config) -> Path:
     precision = pick_precision(settings.precision, device)
     workers = worker_count(config.common.workers)
 
-    faces = open_face_set(config.data.root)
+    faces = open_training_set(config.data.root, config.data.min_images)
     tests = verification_sets(config.data)
-    batches = EpochBatches(len(faces), settings.batch_size, settings.seed)
+    for test in tests:
+        check_pairs(test, config.data.image_size)
+    order = create_order(config.data.order, faces.labels, settings.seed)
+    batches = EpochBatches(order, len(faces), settings.batch_size)
     if batches.batches == 0:
         raise TrainingError(f"train.batch_size is {settings.batch_size}, but {faces.path} has only {len(faces)} images")
     steps = settings.epochs * batches.batches
@@ -82,7 +96,7 @@ def train(config: Config) -> Path:
         progress = load_checkpoint(run / CHECKPOINT, modules, optimizer, scaler)
     step, best_accuracy = progress.step, progress.best_accuracy
     run.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(run / "config.json", to_json(config))
+    write_text_atomic(run / CONFIG, to_json(config))
 
     print(f"{faces.path}: {len(faces):,} images of {len(faces.identities):,} identities")
     print(f"verified on: {', '.join(test.name for test in tests) or 'nothing (no .bin found): the last model is kept'}")
@@ -94,9 +108,11 @@ def train(config: Config) -> Path:
         nonlocal best_accuracy
         network.eval()
         embedder = NetworkEmbedder(network, config.data.image_size, device, run.name)
-        results = {
-            test.name: verify(embedder, test, config.test.batch_size, workers, config.test.mirror) for test in tests
-        }
+        options = (config.test.batch_size, workers, config.test.mirror)
+        try:
+            results = {test.name: verify(embedder, test, *options) for test in tests}
+        except ValueError as error:
+            raise TrainingError(f"step {step:,}: {error}; if the network diverged, lower train.lr") from None
         network.train()
         for name, result in results.items():
             bar.write(f"step {step:>7,}  {name}: {100 * result.accuracy:.3f} % +- {100 * result.std:.3f}")
@@ -110,7 +126,9 @@ def train(config: Config) -> Path:
     def save_state() -> None:
         save_checkpoint(run / CHECKPOINT, modules, optimizer, scaler, Progress(step, best_accuracy), to_json(config))
 
-    loader = training_loader(DecodedFaces(faces, faces.labels, config.data.image_size), batches, workers, device)
+    decoded = DecodedFaces(faces, faces.labels, config.data.image_size, config.data.resize, tolerant=True)
+    loader = training_loader(decoded, batches, workers, device)
+    broken: set[str] = set()
     images_in_all, images_done = steps * settings.batch_size, step * settings.batch_size
     with (
         TrainingLog(run, step) as log,
@@ -124,8 +142,9 @@ def train(config: Config) -> Path:
         while step < steps:
             epoch, first_batch = divmod(step, batches.batches)
             batches.start_at(epoch, first_batch)
-            bar.set_description(f"epoch {epoch + 1}/{settings.epochs}")
-            for batch, (images, labels) in enumerate(loader, first_batch):
+            bar.set_description(f"epoch {epoch + 1}/{settings.epochs}", refresh=False)
+            for batch, (images, labels, newly_broken) in enumerate(loader, first_batch):
+                note_broken(broken, newly_broken, config.data.broken_limit, bar.write)
                 mirror = flips(settings.seed, epoch, batch, settings.batch_size).to(device, non_blocking=True)
                 inputs = to_network_input(images.to(device, non_blocking=True), mirror)
                 labels = labels.to(device, non_blocking=True)
@@ -150,27 +169,42 @@ def train(config: Config) -> Path:
 
                 verify_now = step == steps or step % (settings.verify_every or batches.batches) == 0
                 save_now = step == steps or step % (settings.checkpoint_every or batches.batches) == 0
-                save_now |= interrupt.requested
                 if step % settings.log_every == 0 or verify_now or save_now:
                     means = meter.read()
                     if not math.isfinite(means["train/loss"]):
                         raise TrainingError(
-                            f"the loss became {means['train/loss']} before step {step:,}; the last checkpoint and best "
-                            "model are kept. Lower train.lr, raise train.warmup_epochs, or lower loss.scale"
+                            f"the loss became {means['train/loss']} before step {step:,}; what {run} holds of earlier "
+                            "steps is kept. Lower train.lr, raise train.warmup_epochs, or lower loss.scale"
                         )
                     log.scalars(step, {**means, "train/lr": lr})
-                    bar.set_postfix(loss=f"{means['train/loss']:.3f}", accuracy=f"{means['train/accuracy']:.1%}")
+                    loss_now, accuracy_now = f"{means['train/loss']:.3f}", f"{means['train/accuracy']:.1%}"
+                    bar.set_postfix(loss=loss_now, accuracy=accuracy_now, refresh=False)
                 if verify_now:
                     with meter.paused():
-                        check_accuracy()
-                if save_now:
+                        try:
+                            check_accuracy()
+                        except (RuntimeError, OSError):  # out of memory, a full disk: the steps are not lost
+                            save_state()
+                            raise
+                stopping = interrupt.requested  # a Ctrl-C from here on is for the next step to see
+                if save_now or stopping:
                     save_state()
-                if interrupt.requested:
+                if stopping:
                     raise KeyboardInterrupt(
                         f"stopped and saved at step {step:,} of {steps:,}; go on with: python train.py --resume {run}"
                     )
         log.draw()
     return run
+
+
+def note_broken(broken: set[str], found: Sequence[str], limit: int, write: Callable[[str], None]) -> None:
+    """Add what was `found` to `broken`, saying so once an image; TrainingError when that makes more than `limit`."""
+    for message in set(found) - broken:
+        write(f"left out: {message}")
+    broken.update(found)
+    if len(broken) > limit:
+        listed = "\n  ".join(sorted(broken))
+        raise TrainingError(f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
 
 
 def run_folder(config: Config) -> Path:
@@ -182,39 +216,42 @@ def run_folder(config: Config) -> Path:
         return run
     run = Path(config.common.runs) / (config.train.run or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
     if run.exists():
-        raise TrainingError(f"{run} exists: name another with --run, go on with --resume {run}, or remove it")
+        go_on = f", go on with --resume {run}" if (run / CHECKPOINT).exists() else ""
+        raise TrainingError(f"{run} exists: name another with --run{go_on}, or remove it")
     return run
 
 
 def verification_sets(data: DataConfig) -> list[VerificationPairs]:
     """The sets of `data.verification`, or every `.bin` beside the training set."""
-    tests = [read_bin(path) for path in data.verification or find_bins(data.root)]
+    beside = [path for root in data.root for path in find_bins(root)]
+    try:
+        tests = [read_bin(path) for path in data.verification or beside]
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"data.verification: {error}") from None
     names = [test.name for test in tests]
     if len(set(names)) < len(names):
         raise TrainingError(f"data.verification: two sets have the same name ({', '.join(names)}): rename one")
     return tests
 
 
-def saved_settings(flags: Settings) -> Settings:
-    """The settings of the run that the flags resume."""
-    saved = Path(flags.get("train.resume", "")) / "config.json"
-    return from_json(saved.read_text()) if "train.resume" in flags and saved.exists() else {}
+def saved_settings(settings: Settings) -> Settings:
+    """The settings of the run to resume, if there is one."""
+    resume = settings["train.resume"]
+    return {**settings_beside(Path(resume)), "train.resume": resume} if resume else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    own = ("train", "common", "data", "model", "loss")
-    config = parse_settings(Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.exit("train: one process per run for now; start it without torchrun")
-    print(describe(config, own))
-    try:
-        run = train(config)
-    except KeyboardInterrupt as interrupt:
-        print(interrupt)
-        sys.exit(130)
-    except (ValueError, OSError, TrainingError) as error:
-        sys.exit(f"train: {error}")
+    with readable_errors("train", "the last checkpoint is kept"):
+        config = parse_settings(Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings)
+        print(describe(config, ("train", "common", "data", "model", "loss", "test")))
+        try:
+            run = train(config)
+        except torch.OutOfMemoryError as error:
+            message = str(error).split(". ")[0]
+            raise TrainingError(f"{message}. Lower train.batch_size (now {config.train.batch_size})") from None
     print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {run}")
 
 

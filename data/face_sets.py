@@ -5,7 +5,7 @@ class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -167,6 +167,56 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_ENDINGS and file.name[0] != "."
 
 
+class JoinedFaceSet:
+    """Several sets as one, the identities of each apart from those of the others."""
+
+    def __init__(self, sets: Sequence[FaceSet]) -> None:
+        self._sets = sets
+        self.path = Path(",".join(str(faces.path) for faces in sets))
+        self.identities = [f"{faces.path}: {name}" for faces in sets for name in faces.identities]
+        first_labels = np.cumsum([0, *(len(faces.identities) for faces in sets)])
+        self.labels = np.concatenate([faces.labels + first for faces, first in zip(sets, first_labels, strict=False)])
+        self._starts = np.cumsum([0, *(len(faces) for faces in sets)])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def _locate(self, i: int) -> tuple[FaceSet, int]:
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return self._sets[number], i - int(self._starts[number])
+
+    def encoded(self, i: int) -> bytes:
+        faces, position = self._locate(i)
+        return faces.encoded(position)
+
+    def describe(self, i: int) -> str:
+        faces, position = self._locate(i)
+        return faces.describe(position)
+
+
+class FrequentIdentities:
+    """The identities of a set that have `min_images` images or more, numbered anew without holes."""
+
+    def __init__(self, faces: FaceSet, min_images: int) -> None:
+        self._faces = faces
+        self.path = faces.path
+        kept = np.bincount(faces.labels, minlength=len(faces.identities)) >= min_images
+        if not kept.any():
+            raise FaceSetError(f"{faces.path}: no identity has {min_images} images (data.min_images)")
+        self.identities = [name for name, keep in zip(faces.identities, kept, strict=True) if keep]
+        self._positions = np.flatnonzero(kept[faces.labels])
+        self.labels = (np.cumsum(kept) - 1)[faces.labels[self._positions]]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def encoded(self, i: int) -> bytes:
+        return self._faces.encoded(int(self._positions[i]))
+
+    def describe(self, i: int) -> str:
+        return self._faces.describe(int(self._positions[i]))
+
+
 class PairImages:
     """The distinct images of a verification set as EncodedImages."""
 
@@ -210,6 +260,13 @@ def open_face_set(path: Path | str) -> FaceSet:
         return RecFaceSet(path)
     rec_path = find_rec(path)
     return RecFaceSet(rec_path) if rec_path else FolderFaceSet(path)
+
+
+def open_training_set(paths: Sequence[Path | str], min_images: int) -> FaceSet:
+    """The sets at `paths` as one, without the identities that have fewer than `min_images` images."""
+    sets = [open_face_set(path) for path in paths]
+    faces: FaceSet = sets[0] if len(sets) == 1 else JoinedFaceSet(sets)
+    return faces if min_images <= 1 else FrequentIdentities(faces, min_images)
 
 
 class FaceSetWriter:

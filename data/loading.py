@@ -1,7 +1,9 @@
 """Batches of decoded faces: uint8 until they are on the device, in an order that seed, epoch and position decide."""
 
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -11,44 +13,70 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.face_sets import EncodedImages
 from data.images import ImageError, decode_rgb
+from data.recordio import RecordError
 
-Batch = tuple[Tensor, Tensor]
+
+class Batch(NamedTuple):
+    """`faces`: uint8 [B, size, size, 3], RGB; `labels`: int64 [B]; `broken`: what is wrong with faces labelled -1."""
+
+    faces: Tensor
+    labels: Tensor
+    broken: list[str]
 
 
 class DecodedFaces(Dataset):
-    """Faces decoded a batch at a time: uint8 [B, size, size, 3], RGB, and their labels, int64 [B]."""
+    """Faces decoded a batch at a time.
 
-    def __init__(self, images: EncodedImages, labels: np.ndarray, size: int) -> None:
+    `resize`: scale faces of another size to size x size instead of raising ImageError. `tolerant`: give broken faces
+    the label -1, which no loss counts, and zeros for pixels, instead of raising.
+    """
+
+    def __init__(
+        self, images: EncodedImages, labels: np.ndarray, size: int, resize: bool = False, tolerant: bool = False
+    ) -> None:
         self.images = images
         self.labels = torch.from_numpy(np.ascontiguousarray(labels, np.int64))
-        self.size = size
+        self.size, self.resize, self.tolerant = size, resize, tolerant
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        """Raises ImageError, naming the image, for one that does not decode or is not size x size."""
-        batch = np.empty((len(positions), self.size, self.size, 3), np.uint8)
+        """Raises ImageError or RecordError, naming the image, for a face that is broken or of the wrong size."""
+        faces = np.zeros((len(positions), self.size, self.size, 3), np.uint8)
+        labels = self.labels[torch.as_tensor(positions)]
+        broken = []
         for row, i in enumerate(positions):
-            image = decode_rgb(self.images.encoded(i), self.images.describe(i))
-            if image.shape != batch.shape[1:]:
-                raise ImageError(
-                    f"{self.images.describe(i)} is {image.shape[1]}x{image.shape[0]} pixels, expected "
-                    f"{self.size}x{self.size}: align and resize the set, or set data.image_size"
-                )
-            batch[row] = image
-        return torch.from_numpy(batch), self.labels[torch.as_tensor(positions)]
+            try:
+                faces[row] = self._decode(i)
+            except (ImageError, RecordError, OSError) as error:
+                if not self.tolerant:
+                    raise
+                labels[row] = -1
+                broken.append(str(error))
+        return Batch(torch.from_numpy(faces), labels, broken)
+
+    def _decode(self, i: int) -> np.ndarray:
+        image = decode_rgb(self.images.encoded(i), self.images.describe(i))
+        if image.shape[:2] == (self.size, self.size):
+            return image
+        if self.resize:
+            return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
+        raise ImageError(
+            f"{self.images.describe(i)} is {image.shape[1]}x{image.shape[0]} pixels, expected {self.size}x{self.size}: "
+            "align the set, set data.image_size, or let data.resize scale its images"
+        )
 
 
 class EpochBatches(Sampler[list[int]]):
     """Batches of positions for one epoch after another.
 
-    The order is a permutation that (seed, epoch) alone decides, whatever the number of workers, and an epoch can be
-    entered at any batch. The last, incomplete batch is dropped: every step sees `batch_size` faces.
+    `order` gives an epoch's positions (see data/orders.py), whatever the number of workers, and an epoch can be entered
+    at any batch. The last, incomplete batch is dropped: every step sees `batch_size` faces.
     """
 
-    def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
+    def __init__(self, order: Callable[[int], np.ndarray], images: int, batch_size: int) -> None:
+        self.order, self.images, self.batch_size = order, images, batch_size
         self.epoch = self.first = 0
 
     def start_at(self, epoch: int, batch: int) -> None:
@@ -64,7 +92,7 @@ class EpochBatches(Sampler[list[int]]):
         return self.batches - self.first
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.images)
+        order = self.order(self.epoch)
         for batch in range(self.first, self.batches):
             yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
 
@@ -89,6 +117,8 @@ def _loader(faces: DecodedFaces, batches: object, workers: int, device: torch.de
         collate_fn=_as_it_is,  # type: ignore[arg-type]
         pin_memory=device.type == "cuda",
         persistent_workers=keep_workers,
+        # Python 3.14 would start every worker anew and pickle the index to it; forked ones share it.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         worker_init_fn=_set_up_worker,
     )
 

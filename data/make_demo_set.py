@@ -21,10 +21,11 @@ from data.face_sets import FaceSetWriter, write_face_set
 from data.images import decode_rgb
 from data.synthetic_faces import draw_jpeg
 from data.verification_bin import write_bin
-from utils.files import write_text_atomic
+from utils.files import require_free, write_text_atomic
 from utils.plots import draw_contact_sheet
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
+from utils.scripts import readable_errors
 from utils.settings import parse_settings
 
 IMAGE_SIZE = 112
@@ -35,6 +36,12 @@ PAIRS_PER_PERSON = 10  # of each kind
 PEOPLE_SHOWN, SHOTS_SHOWN = 12, 10
 
 Album = dict[int, list[bytes]]  # person to JPEG images
+
+
+def set_folders(demo: DemoConfig) -> tuple[Path, Path]:
+    """Where the two sets go."""
+    folder = Path(demo.folder)
+    return Path(demo.output) if demo.output else folder / "set", Path(demo.more) if demo.more else folder / "more"
 
 
 def draw_people(people: Sequence[int], shots: range, seed: int, workers: int, title: str) -> Album:
@@ -86,6 +93,7 @@ def make_pairs(album: Album, seed: int) -> tuple[list[bytes], list[bool]]:
 
 def make_sets(output: Path, more: Path, demo: DemoConfig, workers: int) -> None:
     """Write both sets. Raises FileExistsError when a folder is there and not empty."""
+    require_free(more)
     known = range(demo.people)
     with write_face_set(output, IMAGE_SIZE) as out:
         add_people(out, draw_people(known, range(demo.shots), demo.seed, workers, "draw people"))
@@ -101,12 +109,10 @@ def make_sets(output: Path, more: Path, demo: DemoConfig, workers: int) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, argv)
-    output, more = Path(config.demo.output), Path(config.demo.more)
-    try:
+    with readable_errors("make_demo_set", "nothing was written"):
+        config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, argv)
+        output, more = set_folders(config.demo)
         make_sets(output, more, config.demo, worker_count(config.common.workers))
-    except (ValueError, OSError) as error:
-        sys.exit(f"make_demo_set: {error}")
     print(f"{output}, {more}: drawn faces, for trying the program, not for results about real ones")
 
 

@@ -21,7 +21,8 @@ from data.face_sets import FaceSetError, RecFaceSet, find_rec
 from data.images import image_extension
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
-from utils.settings import parse_settings
+from utils.scripts import readable_errors
+from utils.settings import describe, parse_settings
 
 JOURNAL = ".prepare_journal.jsonl"
 RECORDS_PER_BLOCK = 1000
@@ -140,16 +141,15 @@ class _Journal:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = parse_settings(Config, PRESETS, ("prepare", "common"), __doc__, argv)
-    source = Path(config.prepare.rec_data_path or config.data.root)
-    try:
+    with readable_errors("prepare_data", "the same command goes on where it stopped"):
+        config = parse_settings(Config, PRESETS, ("prepare", "common"), __doc__, argv)
+        print(describe(config, ("prepare", "common")))
+        source = Path(config.prepare.rec_data_path or config.data.root[0])
         rec_path = find_rec(source) if source.is_dir() else source
-        if rec_path is None or not rec_path.exists():
-            raise FaceSetError(f"{source} has no .rec file")
+        if rec_path is None or rec_path.suffix != ".rec" or not rec_path.exists():
+            raise FaceSetError(f"{source} is no .rec file and no folder with one")
         output = Path(config.prepare.output) if config.prepare.output else rec_path.parent / "images"
         result = prepare(rec_path, output, worker_count(config.common.workers))
-    except (ValueError, OSError) as error:
-        sys.exit(f"prepare_data: {error}")
     print(
         f"{output}: {result.images:,} images of {result.identities:,} identities; "
         f"{result.written:,} written now ({result.bytes / 2**20:,.1f} MiB), bytes as in {rec_path}"

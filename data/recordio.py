@@ -211,7 +211,8 @@ class IndexedRecordReader:
         ordered = self.keys[self._by_key]
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if repeated.size:
-            raise RecordError(f"{index}: key {repeated[0]} occurs more than once ({repeated.size} such keys)")
+            source = index if index.exists() else self.file.path
+            raise RecordError(f"{source}: key {repeated[0]} occurs more than once ({repeated.size} such keys)")
 
     def __len__(self) -> int:
         return len(self.keys)

@@ -19,6 +19,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from data.images import encode_jpeg
+
 Array = NDArray[Any]
 Rng = np.random.Generator
 
@@ -532,5 +534,4 @@ def draw_face(person: int, shot: int, seed: int = 0, size: int = TEMPLATE) -> Ar
 def draw_jpeg(person: int, shot: int, seed: int = 0, size: int = TEMPLATE) -> bytes:
     """The picture of `draw_face` as a JPEG file, of a quality between 45 and 95 that varies by shot."""
     picture, quality = _photograph(person, shot, seed, size)
-    bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
-    return bytes(cv2.imencode(".jpg", bgr, [cv2.IMWRITE_JPEG_QUALITY, quality])[1])
+    return encode_jpeg(picture, quality)

@@ -153,4 +153,5 @@ def write_bin(path: Path | str, images: Sequence[bytes], same: Sequence[bool]) -
 def find_bins(root: Path | str) -> list[Path]:
     """Every `.bin` in the folder of a set; `root` is that folder or a file in it."""
     root = Path(root)
-    return sorted((root if root.is_dir() else root.parent).glob("*.bin"))
+    folder = root.parent if root.is_file() else root
+    return sorted(path for path in folder.glob("*.bin") if path.name[0] != ".")

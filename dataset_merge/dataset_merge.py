@@ -31,11 +31,12 @@ from models.embedder import Embedder, load_embedder
 from models.embedding import embed_images
 from utils.checkpoints import newest_run
 from utils.devices import pick_device
-from utils.files import write_text_atomic
+from utils.files import require_free, write_text_atomic
 from utils.plots import draw_contact_sheet
 from utils.processes import worker_count
 from utils.progress import progress_bar
-from utils.settings import parse_settings
+from utils.scripts import readable_errors
+from utils.settings import describe, parse_settings
 
 ROWS_DRAWN = 24
 IMAGES_DRAWN = 4  # of each side
@@ -43,6 +44,7 @@ IMAGES_DRAWN = 4  # of each side
 
 def merge(paths: Sequence[Path], output: Path, embedder: Embedder, config: Config) -> list[Decision]:
     """Merge the sets at `paths` into the new folder `output`; returns what became of every identity."""
+    require_free(output)
     sets = [open_face_set(path) for path in paths]
     workers = worker_count(config.common.workers)
     sums = []
@@ -125,9 +127,10 @@ def summary(paths: Sequence[Path], decisions: Sequence[Decision]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = parse_settings(Config, PRESETS, ("merge", "common"), __doc__, argv)
-    paths = [Path(path) for path in config.merge.sets]
-    try:
+    with readable_errors("dataset_merge", "nothing was written"):
+        config = parse_settings(Config, PRESETS, ("merge", "common"), __doc__, argv)
+        print(describe(config, ("merge", "common")))
+        paths = [Path(path) for path in config.merge.sets]
         if len(paths) < 2:
             raise FaceSetError("name two sets or more to merge: --merge A,B")
         if not config.merge.output:
@@ -142,8 +145,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             config.data.image_size,
         )
         decisions = merge(paths, Path(config.merge.output), embedder, config)
-    except (ValueError, OSError) as error:
-        sys.exit(f"dataset_merge: {error}")
     print(summary(paths, decisions))
     print(f"{config.merge.output}: train on it with: python train.py --data.root {config.merge.output}")
 

@@ -12,14 +12,17 @@ from torch import Tensor, nn
 
 from data.loading import to_network_input
 from models import create_network
-from utils.checkpoints import BEST, CheckpointError, load_backbone
-from utils.devices import full_precision
+from utils.checkpoints import BEST, CheckpointError, load_backbone, shorten
+from utils.devices import describe_device, full_precision
 
 
 class Embedder(Protocol):
-    """`name`: of the model, for people; `image_size`: of the faces it takes; `device`: where it computes."""
+    """`name`, `runs_on`: the model and what computes it, for people; `image_size`: of the faces it takes; `device`:
+    where its embeddings arrive.
+    """
 
     name: str
+    runs_on: str
     image_size: int
     device: torch.device
 
@@ -43,6 +46,7 @@ class NetworkEmbedder:
     def __init__(self, network: nn.Module, image_size: int, device: torch.device, name: str) -> None:
         self.network = network.to(device)
         self.image_size, self.device, self.name = image_size, device, name
+        self.runs_on = describe_device(device)
 
     @torch.inference_mode()
     def embed(self, faces: Tensor, mirror: bool) -> Tensor:
@@ -65,7 +69,7 @@ class OnnxEmbedder:
             import onnxruntime
         except ImportError as error:
             raise CheckpointError(
-                f"{path}: ONNX models need two more packages: pip install onnx onnxruntime"
+                f"{path}: ONNX models need two more packages: pip install onnx onnxruntime (onnxruntime-gpu for CUDA)"
             ) from error
         try:
             graph = onnx.load(path, load_external_data=False).graph
@@ -74,16 +78,20 @@ class OnnxEmbedder:
         if normalisation == "auto":
             normalisation = "none" if normalises_itself([node.op_type for node in graph.node]) else "127.5"
         self._scale = {"none": None, "127.5": 127.5, "128": 128.0}[normalisation]
-        on_cuda = device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers()
-        providers = ["CUDAExecutionProvider"] if on_cuda else []
-        self._session = onnxruntime.InferenceSession(str(path), providers=[*providers, "CPUExecutionProvider"])
+        providers: list[Any] = ["CPUExecutionProvider"]
+        if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))  # scores are quoted in float32
+        try:
+            self._session = onnxruntime.InferenceSession(str(path), providers=providers)
+        except Exception as error:  # onnxruntime's own exception types have no common base
+            raise CheckpointError(f"onnxruntime cannot run {path}: {error}") from None
         shape = self._session.get_inputs()[0].shape
         if len(shape) != 4 or shape[1] != 3 or not isinstance(shape[2], int) or shape[2] != shape[3]:
             raise CheckpointError(f"{path} takes inputs of shape {shape}: expected [N, 3, size, size]")
         self.image_size = shape[2]
         self._fixed_batch = shape[0] if isinstance(shape[0], int) else None
-        self.device = torch.device("cpu")  # where embeddings arrive
-        self.name = path.stem
+        self.device, self.name = device, path.stem
+        self.runs_on = f"onnxruntime {self._session.get_providers()[0].removesuffix('ExecutionProvider')}"
 
     def embed(self, faces: Tensor, mirror: bool) -> Tensor:
         return _embed(self._forward, faces, mirror)
@@ -93,7 +101,7 @@ class OnnxEmbedder:
         inputs = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2), np.float32)
         if self._scale:
             inputs = (inputs - np.float32(127.5)) / np.float32(self._scale)
-        return torch.from_numpy(np.concatenate([self._run(part) for part in self._batches(inputs)]))
+        return torch.from_numpy(np.concatenate([self._run(part) for part in self._batches(inputs)])).to(self.device)
 
     def _batches(self, inputs: np.ndarray) -> list[np.ndarray]:
         if self._fixed_batch is None:
@@ -156,5 +164,7 @@ def load_embedder(
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise CheckpointError(f"{file} does not hold the weights of {network}: {error}") from None
+        raise CheckpointError(
+            f"{file} does not hold the weights of {network} (of another? say --model.network): {shorten(str(error))}"
+        ) from None
     return NetworkEmbedder(module.eval(), image_size, device, name)

@@ -63,7 +63,7 @@ def tiny_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "common.device": "cpu",
             "common.workers": 0,
             "common.runs": str(tmp_path_factory.mktemp("runs")),
-            "data.root": str(tiny_set),
+            "data.root": (str(tiny_set),),
             "data.image_size": 32,
             "model.network": "demo",
             "model.embedding_size": 16,

@@ -24,8 +24,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 def test_without_arguments_it_tests_the_newest_run_on_the_configured_sets(
     tiny_set: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """No --model: the newest run's best. No SET: the .bin files beside the set. Results in the run's folder."""
-    shown = run(capsys, "--runs", tiny_run.parent, "--data.root", tiny_set)
+    """No --model: the newest run's best. No SET: what the run was verified on. Results in the run's folder."""
+    shown = run(capsys, "--runs", tiny_run.parent)
     assert f"model: {tiny_run}" in shown
     assert "tiny" in shown
     report = json.loads((tiny_run / "test" / "results.json").read_text())
@@ -64,6 +64,26 @@ def test_all_pairs_of_a_set_by_hand(
         assert point["tar"] == pytest.approx((scores[genuine] > threshold).mean(), abs=2.1 / genuine.sum())
 
 
+def test_results_of_a_runs_file_go_to_its_folder(
+    tiny_set: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--model runs/X/best.safetensors is run X; a file from elsewhere gets a folder under its own name."""
+    shown = run(capsys, tiny_set / "tiny.bin", "--model", tiny_run / "best.safetensors")
+    assert f"numbers and pictures: {tiny_run / 'test'}" in shown
+    shutil.copy(tiny_run / "best.safetensors", tmp_path / "x.safetensors")
+    shown = run(capsys, tiny_set / "tiny.bin", "--model", tmp_path / "x.safetensors", "--runs", tmp_path)
+    assert f"numbers and pictures: {tmp_path / 'test-x'}" in shown
+
+
+def test_numbers_survive_a_set_that_fails(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """What was measured before an error is in results.json."""
+    (tmp_path / "bad.bin").write_bytes(b"nonsense")
+    arguments = [tiny_set / "tiny.bin", tmp_path / "bad.bin", "--model", tiny_run, "--output", tmp_path]
+    with pytest.raises(SystemExit, match=r"bad\.bin"):
+        all_pair_test.main([*map(str, arguments), "--workers", "0"])
+    assert list(json.loads((tmp_path / "results.json").read_text())["sets"]) == ["tiny"]
+
+
 def test_a_folder_of_identities_is_a_set_too(
     tiny_set: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +106,9 @@ def test_sets_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert names == ["demo_demo.bin", f"{tmp_path.name}_demo", "lfw"]
     assert set_names([tmp_path / "a" / "lfw.bin", tmp_path / "b" / "lfw.bin"]) == ["a_lfw.bin", "b_lfw.bin"]
     assert set_names([tmp_path / "a" / "train.rec", tmp_path / "b"]) == ["a", "b"]
+    (tmp_path / "v1.5").mkdir()
+    (tmp_path / "v1.5" / "train.rec").touch()
+    assert set_names([tmp_path / "v1.5" / "train.rec"]) == set_names([tmp_path / "v1.5"]) == ["v1.5"]
 
 
 def test_nothing_is_skipped_in_silence(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -94,6 +94,30 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
             load_backbone(tmp_path / name)
 
 
+def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
+    """Whoever names the checkpoint instead of the run is told so, not shown a wall of key names."""
+    layer, optimizer = stepped(0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    save_checkpoint(tmp_path / "checkpoint", {"network": layer}, optimizer, scaler, Progress(1, 0.0), SETTINGS)
+    with pytest.raises(CheckpointError, match="is a checkpoint to resume from: name its run"):
+        load_backbone(tmp_path / "checkpoint")
+
+
+def test_momentum_is_laid_out_like_its_weights(tmp_path: Path) -> None:
+    """Weights that are channels last get channels-last momentum back, which the fused optimizers need to stay fast."""
+    convolution = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(convolution.parameters(), lr=0.1, momentum=0.9)
+    convolution(torch.randn(1, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    wanted = optimizer.state[convolution.weight]["momentum_buffer"].clone()
+    save_checkpoint(tmp_path / "c", {"network": convolution}, optimizer, scaler, Progress(1, 0.0), SETTINGS)
+    load_checkpoint(tmp_path / "c", {"network": convolution}, optimizer, scaler)
+    loaded = optimizer.state[convolution.weight]["momentum_buffer"]
+    assert loaded.stride() == convolution.weight.stride()
+    assert torch.equal(loaded, wanted)
+
+
 def test_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:
     """Testing without --model takes the run whose best model is newest, whatever the names say."""
     with pytest.raises(CheckpointError, match="no model is named"):

@@ -19,6 +19,13 @@ def test_a_missing_card_is_an_error() -> None:
         pick_device("cuda")
 
 
+@pytest.mark.parametrize("name", ["mps", "meta", "abacus"])
+def test_other_devices_are_refused(name: str) -> None:
+    """Only what the program is tested on: CPU and CUDA."""
+    with pytest.raises(ValueError, match=rf"common\.device: must be auto, cpu, cuda .*'{name}'"):
+        pick_device(name)
+
+
 @pytest.mark.parametrize(
     ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
 )

@@ -1,5 +1,6 @@
 """Loading: the order of faces, where it can be entered, the pixels, and what a broken image says."""
 
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from data.face_sets import RecFaceSet, open_face_set
 from data.images import ImageError, encode_png
 from data.loading import DecodedFaces, EpochBatches, flips, sequential_loader, to_network_input, training_loader
+from data.orders import exact_order
 from data.recordio import IndexedRecordWriter, pack_image
 
 CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ def faces(tmp_path: Path) -> DecodedFaces:
 @given(st.integers(1, 200), st.integers(1, 20), st.integers(0, 2**40), st.integers(0, 50))
 def test_an_epoch_is_a_permutation(images: int, batch_size: int, seed: int, epoch: int) -> None:
     """Every image at most once, all but the incomplete last batch, in full batches, the same each time."""
-    batches = EpochBatches(images, batch_size, seed)
+    batches = EpochBatches(partial(exact_order, images, seed), images, batch_size)
     batches.start_at(epoch, 0)
     order = list(batches)
     seen = [i for batch in order for i in batch]
@@ -53,7 +55,7 @@ def test_an_epoch_is_a_permutation(images: int, batch_size: int, seed: int, epoc
     assert set(seen) <= set(range(images))
     assert all(len(batch) == batch_size for batch in order)
     assert len(order) == len(batches) == batches.batches == images // batch_size
-    again = EpochBatches(images, batch_size, seed)
+    again = EpochBatches(partial(exact_order, images, seed), images, batch_size)
     again.start_at(epoch, 0)
     assert list(again) == order
 
@@ -61,7 +63,7 @@ def test_an_epoch_is_a_permutation(images: int, batch_size: int, seed: int, epoc
 @given(st.integers(0, 3), st.integers(0, 12))
 def test_entering_an_epoch_midway(epoch: int, first: int) -> None:
     """From batch k on, the batches are those that a whole epoch has from k on: resuming repeats and skips nothing."""
-    batches = EpochBatches(64, 5, seed=3)
+    batches = EpochBatches(partial(exact_order, 64, 3), 64, 5)
     batches.start_at(epoch, 0)
     whole = list(batches)
     batches.start_at(epoch, first)
@@ -73,7 +75,7 @@ def test_seed_and_epoch_decide_the_order() -> None:
     """Another epoch or seed is another order; seed and epoch do not stand for each other."""
 
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        batches = EpochBatches(100, 10, seed)
+        batches = EpochBatches(partial(exact_order, 100, seed), 100, 10)
         batches.start_at(epoch, 0)
         return tuple(i for batch in batches for i in batch)
 
@@ -84,7 +86,7 @@ def test_seed_and_epoch_decide_the_order() -> None:
 
 def test_order_does_not_depend_on_global_generators() -> None:
     """Random numbers drawn elsewhere change nothing."""
-    batches = EpochBatches(50, 10, seed=0)
+    batches = EpochBatches(partial(exact_order, 50, 0), 50, 10)
     first = list(batches)
     torch.manual_seed(99)
     np.random.seed(99)  # noqa: NPY002
@@ -108,7 +110,7 @@ def test_flips_are_decided_by_their_arguments(seed: int, epoch: int, batch: int)
 
 def test_pixels_are_what_opencv_decodes(faces: DecodedFaces) -> None:
     """uint8, height x width x RGB, with the labels of the same images."""
-    pixels, labels = faces.__getitems__([4, 0, 22])
+    pixels, labels, _ = faces.__getitems__([4, 0, 22])
     assert pixels.dtype == torch.uint8
     assert labels.dtype == torch.int64
     for row, key in enumerate((5, 1, 23)):
@@ -121,7 +123,7 @@ def test_pixels_are_what_opencv_decodes(faces: DecodedFaces) -> None:
 def test_real_faces(face_data: Path) -> None:
     """JPEGs of a real set, by the record keys, as OpenCV decodes them."""
     records = open_face_set(face_data / "faces_glint24")
-    pixels, labels = DecodedFaces(records, records.labels, 112).__getitems__([0, 2000, 4193])
+    pixels, labels, _ = DecodedFaces(records, records.labels, 112).__getitems__([0, 2000, 4193])
     for row, i in enumerate((0, 2000, 4193)):
         bgr = cv2.imdecode(np.frombuffer(records.encoded(i), np.uint8), cv2.IMREAD_COLOR)
         assert np.array_equal(pixels[row], bgr[:, :, ::-1])
@@ -132,16 +134,16 @@ def test_workers_make_no_difference(faces: DecodedFaces) -> None:
     """Over two epochs, the second entered midway, no worker and two give the same batches in the same order."""
     seen = []
     for workers in (0, 2):
-        batches = EpochBatches(len(faces), 4, seed=7)
+        batches = EpochBatches(partial(exact_order, len(faces), 7), len(faces), 4)
         loader = training_loader(faces, batches, workers, CPU)
         epochs = []
         for epoch, first in ((0, 0), (1, 2)):
             batches.start_at(epoch, first)
-            epochs.append([(pixels.numpy().tobytes(), labels.tolist()) for pixels, labels in loader])
+            epochs.append([(pixels.numpy().tobytes(), labels.tolist()) for pixels, labels, _ in loader])
         seen.append(epochs)
     assert seen[0] == seen[1]
     assert [len(epoch) for epoch in seen[0]] == [5, 3]
-    batches = EpochBatches(len(faces), 4, seed=7)
+    batches = EpochBatches(partial(exact_order, len(faces), 7), len(faces), 4)
     assert seen[0][0][0][1] == [(i + 1) % 5 for i in next(iter(batches))]
 
 
@@ -149,10 +151,10 @@ def test_workers_make_no_difference(faces: DecodedFaces) -> None:
 def test_sequential_loader(faces: DecodedFaces, workers: int) -> None:
     """Testing goes through all faces once, in order, the last batch as large as it is."""
     loaded = list(sequential_loader(faces, 10, workers, CPU))
-    assert [len(labels) for _, labels in loaded] == [10, 10, 3]
-    pixels = torch.cat([batch for batch, _ in loaded])
+    assert [len(batch.labels) for batch in loaded] == [10, 10, 3]
+    pixels = torch.cat([batch.faces for batch in loaded])
     assert all(np.array_equal(pixels[key - 1], picture(key)) for key in range(1, IMAGES + 1))
-    assert torch.cat([labels for _, labels in loaded]).tolist() == faces.labels.tolist()
+    assert torch.cat([batch.labels for batch in loaded]).tolist() == faces.labels.tolist()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -171,6 +173,30 @@ def test_unusable_images_are_named(tmp_path: Path, workers: int, image: bytes, m
     where = rf"train\.rec, record 9 at byte {records._offsets[8]}:? "
     with pytest.raises(ImageError, match=where + message):
         list(loader)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_tolerant_loader_labels_broken_images(tmp_path: Path, workers: int) -> None:
+    """In training a broken image is a row of zeros that no loss counts, with a message that names it."""
+    records = write_set(tmp_path, {9: b"no picture", 12: encode_png(np.zeros((4, 4, 3), np.uint8))})
+    faces = DecodedFaces(records, records.labels, SIZE, tolerant=True)
+    batches = list(sequential_loader(faces, 10, workers, CPU))
+    labels = torch.cat([batch.labels for batch in batches])
+    assert np.flatnonzero(labels == -1).tolist() == [8, 11]
+    assert not batches[0].faces[8].any()
+    assert ["record 9 at" in message for message in batches[0].broken] == [True]
+    assert ["record 12 at" in message for message in batches[1].broken] == [True]
+    assert batches[2].broken == []
+    assert faces.labels[8] == 9 % 5, "the set's own labels must stay"
+
+
+def test_other_sizes_are_scaled_when_asked(tmp_path: Path) -> None:
+    """`resize` takes images of any size; what has the right size already is not touched."""
+    large = np.full((2 * SIZE, 2 * SIZE, 3), (200, 30, 90), np.uint8)
+    records = write_set(tmp_path, {9: encode_png(large)})
+    faces, _, _ = DecodedFaces(records, records.labels, SIZE, resize=True).__getitems__([8, 9])
+    assert (faces[0] == torch.tensor([200, 30, 90])).all()
+    assert np.array_equal(faces[1], picture(10))
 
 
 # --- to the network ---------------------------------------------------------------------------------------------------

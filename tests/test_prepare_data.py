@@ -207,8 +207,8 @@ def test_damaged_record_names_itself(tmp_path: Path, rec: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--r", "{here}/nothing"], "nothing has no .rec file"),
-        (["--r", "{here}"], "has no .rec file"),
+        (["--r", "{here}/nothing"], "nothing is no .rec file"),
+        (["--r", "{here}"], "is no .rec file and no folder with one"),
         (["--r", "{here}/set", "--output", "{here}/file"], "file"),
         (["--r", "{here}/set/train.idx"], "train.idx"),
     ],

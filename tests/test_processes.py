@@ -2,6 +2,10 @@
 
 import os
 import signal
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -35,6 +39,21 @@ def test_a_killed_worker_is_an_error() -> None:
     """A worker that the kernel kills ends the work with a reason instead of hanging it."""
     with pytest.raises(WorkerError, match="a worker process died"):
         list(map_unordered(work, [1, -2, 3], 2, set_base, 0))
+
+
+def leave_a_mark(folder_and_number: tuple[Path, int]) -> None:
+    folder, number = folder_and_number
+    time.sleep(0.02)
+    (folder / str(number)).touch()
+
+
+def test_what_is_not_wanted_any_more_is_not_done(tmp_path: Path) -> None:
+    """After an interrupt or an error the queue is dropped instead of worked off."""
+    tasks = [(tmp_path, number) for number in range(500)]
+    results = cast("Generator[None]", map_unordered(leave_a_mark, tasks, 2, set_base, 0))
+    next(results)
+    results.close()
+    assert 1 <= len(list(tmp_path.iterdir())) < 100
 
 
 def test_worker_count() -> None:

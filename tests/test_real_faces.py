@@ -6,6 +6,7 @@ were computed from the same program's embeddings by a plain loop over thresholds
 """
 
 import csv
+import hashlib
 import json
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import all_pair_test
 from data import prepare_data
@@ -22,6 +24,7 @@ from data.face_sets import FaceSet, open_face_set, write_face_set
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge
 from dataset_merge.dataset_merge import images_by_identity
+from models.embedder import OnnxEmbedder
 from train import main as train_main
 from utils.training_log import read_metrics
 
@@ -30,6 +33,25 @@ from utils.training_log import read_metrics
 def weights(face_data: Path) -> Path:
     """insightface's MobileFaceNet "y1", which normalises its input itself."""
     return face_data / "models" / "mobilefacenet_y1_128d.onnx"
+
+
+_remembered: dict[tuple[bytes, bool], np.ndarray] = {}
+
+
+@pytest.fixture(autouse=True)
+def each_face_is_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real net takes minutes for all of LFW: what it gave for an image is remembered for the whole run."""
+    forward = OnnxEmbedder._forward
+
+    def remember(self: OnnxEmbedder, faces: torch.Tensor, mirror: bool) -> torch.Tensor:
+        keys = [(hashlib.sha256(face.numpy().tobytes()).digest(), mirror) for face in faces]
+        new = [row for row, key in enumerate(keys) if key not in _remembered]
+        if new:
+            for row, embedding in zip(new, forward(self, faces[new], mirror).numpy(), strict=True):
+                _remembered[keys[row]] = embedding
+        return torch.from_numpy(np.stack([_remembered[key] for key in keys]))
+
+    monkeypatch.setattr(OnnxEmbedder, "_forward", remember)
 
 
 def lfw_part(face_data: Path, folder: Path) -> tuple[Path, Path]:

@@ -10,17 +10,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import train as train_script
 from config import Config, LossConfig, ModelConfig, TrainConfig
-from data.face_sets import FaceSetError
+from data.face_sets import FaceSetError, open_training_set, write_face_set
 from data.prepare_data import prepare
+from data.verification_bin import read_bin, write_bin
+from tiny_faces import tiny_face
 from train import TrainingError, train
 from utils.checkpoints import BEST, CHECKPOINT, CheckpointError, load_backbone
-from utils.settings import build, flatten, from_json
+from utils.settings import as_flags, build, flatten, from_json
 from utils.training_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +35,7 @@ def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
         "common.device": "cpu",
         "common.workers": 0,
         "common.runs": str(runs),
-        "data.root": str(tiny_set),
+        "data.root": (str(tiny_set),),
         "data.image_size": 32,
         "model.network": "demo",
         "model.embedding_size": 16,
@@ -106,8 +109,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny_set: Path, tmp_path: Path) -> None:
     """The promise to whoever stops a run: nothing lost, the command to resume on the screen, and it works."""
     config = configure(tiny_set, tmp_path, train__epochs=5000, common__workers=1)
-    flags = [f"--{name}={value}" for name, value in flatten(config).items() if value not in ((), "")]
-    flags = [flag for flag in flags if "mirror" not in flag and "verify_at_start" not in flag]
+    flags = as_flags(flatten(config))
     command = [sys.executable, ROOT / "train.py"]
     process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "a" / "metrics.jsonl"
@@ -117,18 +119,109 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny_set: Path, tmp_path: Path) -> N
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert f"go on with: python train.py --resume {tmp_path / 'a'}" in output
+    assert f"go on with: python train.py --resume {tmp_path / 'a'}" in errors
     assert "Traceback" not in errors
 
-    step = int(output.split("saved at step ")[1].split()[0].replace(",", ""))
+    step = int(errors.split("saved at step ")[1].split()[0].replace(",", ""))
     epochs = step // 6 + 1
     resumed = subprocess.run(
         [*command, "--resume", tmp_path / "a", "--epochs", str(epochs)], capture_output=True, text=True, check=True
     )
     assert f"from step {step:,}" in resumed.stdout
     assert read_metrics(tmp_path / "a")[-1]["step"] == 6 * epochs
+
+
+def test_an_interrupt_during_verification_is_saved_too(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the sets are tested, at a step that has no checkpoint of its own, still loses nothing."""
+    real = train_script.verify
+
+    def interrupted(*arguments: object) -> object:
+        signal.raise_signal(signal.SIGINT)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train_script, "verify", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped and saved at step 2 of 12"):
+        train(configure(tiny_set, tmp_path, train__verify_every=2))
+    assert (tmp_path / "a" / CHECKPOINT).exists()
+
+
+def test_what_breaks_verification_does_not_cost_the_epoch(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Out of memory while verifying: the steps before are saved."""
+
+    def no_memory(*arguments: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train_script, "verify", no_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        train(configure(tiny_set, tmp_path))
+    assert (tmp_path / "a" / CHECKPOINT).exists()
+
+
+def test_verification_sets_are_checked_before_the_first_step(tiny_set: Path, tmp_path: Path) -> None:
+    """A set that cannot be tested stops the run at its start, not after an epoch."""
+    pairs = read_bin(tiny_set / "tiny.bin")
+    images = [pairs.images[i] for i in pairs.index.reshape(-1)]
+    for name, chosen, same, message in (
+        ("few", images[:18], pairs.same[:9], "few: 9 pairs cannot make 10 folds"),
+        ("bad", [b"no image", *images[1:]], pairs.same, "bad, image A of pair 0: its 8 bytes are no image"),
+    ):
+        write_bin(tmp_path / f"{name}.bin", chosen, same.tolist())
+        with pytest.raises(ValueError, match=message):
+            train(configure(tiny_set, tmp_path / "runs", data__verification=(str(tmp_path / f"{name}.bin"),)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_can_go_on_in_another_precision(tiny_set: Path, tmp_path: Path) -> None:
+    """A run begun in float32 (no loss scaling) resumes in float16, and back."""
+    run = train(configure(tiny_set, tmp_path, train__epochs=1))
+    train(configure(tiny_set, tmp_path, train__epochs=2, train__resume=str(run), train__precision="fp16"))
+    train(configure(tiny_set, tmp_path, train__epochs=3, train__resume=str(run), train__precision="fp32"))
+    assert read_metrics(run)[-1]["step"] == 18
+
+
+def test_several_sets_and_few_images(tiny_set: Path, tmp_path: Path) -> None:
+    """`data.root A,B` trains on both with their people apart; `data.min_images` drops identities without a hole."""
+    more = tmp_path / "more"
+    with write_face_set(more, 32) as out:
+        for identity, shots in ((200, 1), (201, 6), (202, 3)):
+            out.add_identity(tiny_face(identity, shot) for shot in range(shots))
+    both = train(configure(tiny_set, tmp_path, data__root=(str(tiny_set), str(more)), train__epochs=1))
+    assert len(weights(both)["head.weight"]) == 9
+    fewer = configure(
+        tiny_set, tmp_path, data__root=(str(tiny_set), str(more)), data__min_images=3, train__run="b", train__epochs=1
+    )
+    assert len(weights(train(fewer))["head.weight"]) == 8
+    faces = open_training_set([tiny_set, more], 3)
+    assert faces.identities[6:] == [f"{more / 'train.rec'}: 1", f"{more / 'train.rec'}: 2"]
+    assert [faces.encoded(i) for i in np.flatnonzero(faces.labels == 7)] == [tiny_face(202, s) for s in range(3)]
+    with pytest.raises(FaceSetError, match="no identity has 9 images"):
+        open_training_set([tiny_set], 9)
+
+
+@pytest.mark.parametrize("order", ["blocks", "balanced"])
+def test_other_orders_train(tiny_set: Path, tmp_path: Path, order: str) -> None:
+    """Each order of the config goes through the loop."""
+    assert (train(configure(tiny_set, tmp_path, data__order=order, train__epochs=1)) / BEST).exists()
+
+
+def test_broken_images_are_left_out_up_to_a_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few broken images cost themselves, each named once; more than the limit stop the run with their list."""
+    with write_face_set(tmp_path / "set", 32) as out:
+        for identity in range(4):
+            out.add_identity(b"broken" if shot == 3 else tiny_face(identity, shot) for shot in range(8))
+    run = train(configure(tmp_path / "set", tmp_path, data__broken_limit=4))
+    assert capsys.readouterr().out.count("left out:") == 4
+    assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
+    with pytest.raises(
+        TrainingError, match=r"4 images are broken, data\.broken_limit allows 3:(\n  .*record \d+ at.*){4}"
+    ):
+        train(configure(tmp_path / "set", tmp_path, data__broken_limit=3, train__run="b"))
 
 
 def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
@@ -191,11 +284,11 @@ def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"data__root": "/nowhere"}, FaceSetError, "/nowhere does not exist"),
+        ({"data__root": ("/nowhere",)}, FaceSetError, "/nowhere does not exist"),
         ({"train__batch_size": 1000}, TrainingError, "has only 48 images"),
-        ({"data__verification": ("/nowhere.bin",)}, FileNotFoundError, r"nowhere\.bin"),
+        ({"data__verification": ("/nowhere.bin",)}, TrainingError, r"data\.verification: .*nowhere\.bin"),
         ({"data__verification": ("TINY", "TINY")}, TrainingError, r"two sets have the same name \(tiny, tiny\)"),
-        ({"data__image_size": 48}, ValueError, r"record \d+ at byte \d+ is 32x32 pixels, expected 48x48"),
+        ({"data__image_size": 48}, ValueError, r"image A of pair 0 is 32x32 pixels, expected 48x48"),
         ({"model__network": "r49"}, ValueError, r"model\.network: there is no network 'r49'; there are r18"),
         ({"train__resume": "/nowhere"}, TrainingError, "/nowhere has no checkpoint"),
         ({"common__device": "abacus"}, ValueError, r"common\.device"),

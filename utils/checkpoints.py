@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.files import atomic_path
+from utils.settings import Settings, from_json
 
 BEST = "best.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
+CONFIG = "config.json"
 
 
 class CheckpointError(ValueError):
@@ -41,6 +43,8 @@ def save_backbone(path: Path, network: nn.Module, settings: str, progress: Progr
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict, settings by `section` and field) of a backbone file. Raises CheckpointError for anything else."""
     tensors, metadata = _load(path)
+    if "scaler" in metadata:
+        raise CheckpointError(f"{path} is a checkpoint to resume from: name its run, {path.parent}, or its {BEST}")
     return tensors, json.loads(metadata["settings"])
 
 
@@ -72,7 +76,7 @@ def load_checkpoint(
         try:
             module.load_state_dict(state)
         except RuntimeError as error:
-            raise CheckpointError(f"{path} does not fit the {name} that the settings describe: {error}") from None
+            raise CheckpointError(f"{path} does not fit the {name} of the settings: {shorten(str(error))}") from None
     optimizer_state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
@@ -80,8 +84,19 @@ def load_checkpoint(
             optimizer_state.setdefault(int(index), {})[field] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-    scaler.load_state_dict(json.loads(metadata["scaler"]))
+    _match_strides(optimizer)
+    scaler_state = json.loads(metadata["scaler"])
+    if scaler_state and scaler.is_enabled():  # a run may go on in another precision
+        scaler.load_state_dict(scaler_state)
     return Progress(int(metadata["step"]), float(metadata["best_accuracy"]))
+
+
+def _match_strides(optimizer: torch.optim.Optimizer) -> None:
+    """Lay each buffer out like its parameter (channels last, say): the optimizer's fast path wants them alike."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def newest_run(runs: Path) -> Path:
@@ -90,6 +105,17 @@ def newest_run(runs: Path) -> Path:
     if not found:
         raise CheckpointError(f"no model is named, and {runs} has no trained one: train one, or give --model")
     return found[-1].parent
+
+
+def settings_beside(model: Path) -> Settings:
+    """The settings of the run that `model`, its folder or a file in it, comes from; none for a model from elsewhere."""
+    file = (model if model.is_dir() else model.parent) / CONFIG
+    return from_json(file.read_text()) if file.exists() else {}
+
+
+def shorten(message: str, lines: int = 6) -> str:
+    """The first lines of what torch says of weights that do not fit; whole, it can be thousands of names."""
+    return "\n".join(line[:300] for line in message.splitlines()[:lines])
 
 
 def _as_text(progress: Progress) -> dict[str, str]:

@@ -20,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import PRESETS, Config
-from utils.settings import parse_settings
+from data.make_demo_set import set_folders
+from utils.scripts import readable_errors
+from utils.settings import as_flags, build, flatten, parse_settings
 from utils.training_log import read_metrics
 
 MARKER = ".made_by_the_demo"
@@ -58,27 +60,28 @@ def count_joins(merged: Path, first: Path, second: Path) -> tuple[int, int, int]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line: settings are those of the preset `demo`, flags override them."""
+    """The command line: settings are those of the preset `demo`, flags override them, for all of the scripts."""
     given = list(sys.argv[1:] if argv is None else argv)
-    config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, ["--preset", "demo", *given])
+    with readable_errors("demo", "run it again to start afresh"):
+        config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, ["--preset", "demo", *given])
+        run_all(config)
+
+
+def run_all(config: Config) -> None:
+    """Run the four jobs with their own command lines, then sum up."""
     began = time.monotonic()
-    demo, folder = config.demo, Path(config.demo.folder)
-    first, second, merged, trained = folder / "set", folder / "more", folder / "merged", folder / "runs" / "demo"
-    common = ("--device", config.common.device, "--workers", config.common.workers)
+    folder = Path(config.demo.folder)
+    (first, second), merged, trained = set_folders(config.demo), folder / "merged", folder / "runs" / "demo"
+    preset = flatten(build(Config, PRESETS["demo"]))
+    overrides = as_flags({name: value for name, value in flatten(config).items() if value != preset[name]})
     start_afresh(folder)
-    sizes = ("--people", demo.people, "--shots", demo.shots, "--test-people", demo.test_people)
-    more = ("--more-people", demo.more_people, "--seed", demo.seed)
-    run("data/make_demo_set.py", "--output", first, "--more", second, *sizes, *more, *common)
-    run("data/prepare_data.py", "--rec_data_path", first, "--output", folder / "images", *common)
-    run(
-        "train.py", "--preset", "demo", "--data.root", first, "--runs", folder / "runs", "--run", "demo",
-        "--epochs", config.train.epochs, *common,
-    )  # fmt: skip
-    run("all_pair_test.py", first / "demo.bin", second, "--model", trained, *common)
-    run(
-        "dataset_merge/dataset_merge.py", "--merge", f"{first},{second}", "--output", merged, "--model", trained,
-        "--t", config.merge.t, *common,
-    )  # fmt: skip
+    run("data/make_demo_set.py", *overrides, "--output", first, "--more", second)
+    run("data/prepare_data.py", *overrides, "--rec_data_path", first, "--output", folder / "images")
+    preset_demo = ("--preset", "demo", *overrides)
+    run("train.py", *preset_demo, "--data.root", first, "--runs", folder / "runs", "--run", "demo")
+    run("all_pair_test.py", *preset_demo, first / "demo.bin", second, "--model", trained)
+    merge = ("--merge", f"{first},{second}", "--output", merged, "--model", trained)
+    run("dataset_merge/dataset_merge.py", *preset_demo, *merge)
 
     before = next(line["verify/demo"] for line in read_metrics(trained) if "verify/demo" in line)
     results = json.loads((trained / "test" / "results.json").read_text())

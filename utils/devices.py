@@ -10,14 +10,16 @@ import torch
 def pick_device(name: str) -> torch.device:
     """The device of the setting `common.device`; `auto` is CUDA when there is a card, else the CPU.
 
-    Raises ValueError for a device that torch does not know or this machine does not have.
+    Raises ValueError for any but CPU and CUDA devices, and for a CUDA card that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"common.device: {error}") from None
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"common.device: must be auto, cpu, cuda or cuda:NUMBER, got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"common.device: {name!r} asked for, but torch sees no CUDA card")
     return device
@@ -45,7 +47,9 @@ def describe_device(device: torch.device) -> str:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute in float32 on `device`: no TF32 on CUDA, no bfloat16 products on the CPU, no autocast."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
+    cpu: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
+    backends = (*cuda, *cpu)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

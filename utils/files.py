@@ -51,15 +51,21 @@ def write_text_atomic(path: Path | str, text: str) -> None:
         file.write(text.encode())
 
 
+def require_free(folder: Path | str) -> None:
+    """Raise FileExistsError when `folder` is there and not empty: nothing that is there is ever replaced."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty: name another output, or remove it first")
+
+
 @contextmanager
 def atomic_folder(folder: Path | str) -> Iterator[Path]:
     """Yield an empty working folder that becomes `folder` when the block ends without error.
 
-    Raises FileExistsError when `folder` exists and is not empty: nothing that is there is ever replaced.
+    Raises FileExistsError when `folder` exists and is not empty.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty: name another output, or remove it first")
+    folder = Path(folder).resolve()
+    require_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     working = temporary_name(folder)
     shutil.rmtree(working, ignore_errors=True)

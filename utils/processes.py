@@ -42,4 +42,4 @@ def map_unordered(
         except BrokenProcessPool:
             raise WorkerError("a worker process died (out of memory?); try fewer with --workers") from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)

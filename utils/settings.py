@@ -58,8 +58,8 @@ def parse_settings(
 ) -> C:
     """The configuration that `argv` (default: the command line) asks for.
 
-    `own_sections` are those whose fields need no prefix. `saved`, given the flags as {`section.field`: value}, may
-    return settings to start from in place of the defaults (those of a run that is resumed).
+    `own_sections` are those whose fields need no prefix. `saved`, given all settings so far, may return some
+    that take the place of the defaults (those of a run that is resumed).
     Prints help, or an error that names the field, and exits as argparse does.
     """
     parser = _parser(config_class, presets, own_sections, description)
@@ -68,9 +68,10 @@ def parse_settings(
         parser.error(_unknown_flag(unknown[0], parser))
     flags = vars(arguments)
     preset = flags.pop("preset")
+    chosen = {**(presets[preset] if preset else {}), **flags}
     try:
-        start = saved(flags) if saved else {}
-        return build(config_class, {**start, **(presets[preset] if preset else {}), **flags})
+        start = saved({**flatten(config_class()), **chosen}) if saved else {}
+        return build(config_class, {**start, **chosen})
     except ConfigError as error:
         parser.error(str(error))
 
@@ -99,16 +100,29 @@ def _flat(groups: Mapping[str, Settings]) -> dict[str, Any]:
     return {f"{section}.{field}": value for section, group in groups.items() for field, value in group.items()}
 
 
+def as_flags(settings: Settings) -> list[str]:
+    """Command-line flags that set `settings`; every script understands them."""
+    flags = []
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            flags.append(f"--{flag}={','.join(value) if isinstance(value, tuple) else value}")
+    return flags
+
+
 def to_json(config: Any) -> str:
     """A configuration as JSON, one object a section."""
     return json.dumps(asdict(config), indent=2)
 
 
 def from_json(text: str) -> dict[str, Any]:
-    """What `to_json` wrote, as settings for `build`."""
-    return {
-        f"{section}.{field}": value for section, group in json.loads(text).items() for field, value in group.items()
-    }
+    """What `to_json` wrote, as settings for `build`. Raises ConfigError for anything else."""
+    try:
+        return _flat(json.loads(text))
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"these are no saved settings: {error}") from None
 
 
 def describe(config: Any, sections: Sequence[str]) -> str:
@@ -168,15 +182,16 @@ def _parser(
 def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: Any, comment: str, own: bool) -> None:
     dest = f"{section}.{field.name}"
     flag = field.name.replace("_", "-")
+    full_name = f"--{dest.replace('_', '-')}"
     names = [f"--{flag}"] if own else []
-    names += [f"--{section}.{flag}"]
+    names += [full_name]
     if own:
         names += field.metadata.get("aliases", ())
     assert field.default is not MISSING
     text = f"{comment} [{_as_text(field.default)}]".replace("%", "%%")
     if own and field.metadata.get("positional"):
         group.add_argument(dest, nargs="*", metavar=flag.upper(), help=text, default=argparse.SUPPRESS)
-        names = [f"--{section}.{flag}"]
+        names = [full_name]
     if hint is bool:
         group.add_argument(
             *names, dest=dest, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS

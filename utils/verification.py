@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 # The published grid of squared distances. Unit vectors are never further apart than 4.
 _THRESHOLDS = np.arange(0, 4, 0.01)
+FOLDS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,9 @@ class FoldResult:
         return 1.0 - float(self.thresholds.mean()) / 2.0
 
 
-def ten_fold(embeddings: NDArray[np.floating], same: Sequence[bool] | NDArray[np.bool_], folds: int = 10) -> FoldResult:
+def ten_fold(
+    embeddings: NDArray[np.floating], same: Sequence[bool] | NDArray[np.bool_], folds: int = FOLDS
+) -> FoldResult:
     """Verification accuracy of pairs of embeddings by cross-validation over consecutive folds.
 
     embeddings: [2P, D], any float dtype; rows 2i and 2i + 1 are pair i. They need not be normalised.

@@ -1,0 +1,57 @@
+"""The order in which an epoch shows its images: functions of (seed, epoch) alone, whatever reads them.
+
+Each function returns positions, int64 [images]. Resuming, ranks and workers cut slices out of the same array.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+OrderName = Literal["exact", "blocks", "balanced"]
+
+# Images that "blocks" mixes at a time, and in one sequential read: 4 x 8192 images of 6 kB are 200 MB of cache.
+BLOCK = 8192
+BLOCKS_MIXED = 4
+
+
+def create_order(name: OrderName, labels: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
+    """The order called `name` in the config (`data.order`), as a function of the epoch."""
+    if name == "balanced":
+        return partial(balanced_order, labels, seed)
+    return partial({"exact": exact_order, "blocks": block_order}[name], len(labels), seed)
+
+
+def exact_order(images: int, seed: int, epoch: int) -> np.ndarray:
+    """A uniformly random permutation: every order is equally likely."""
+    return np.random.default_rng([seed, epoch]).permutation(images)
+
+
+def block_order(images: int, seed: int, epoch: int, block: int = BLOCK, blocks_mixed: int = BLOCKS_MIXED) -> np.ndarray:
+    """A permutation for disks that read runs faster than single images: blocks of neighbours are taken in random
+    order, and the images of each `blocks_mixed` of them in succession are shuffled together.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    starts = generator.permutation(np.arange(0, images, block))
+    order = np.concatenate([np.arange(start, min(start + block, images)) for start in starts])
+    for start in range(0, images, block * blocks_mixed):
+        generator.shuffle(order[start : start + block * blocks_mixed])
+    return order
+
+
+def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """As many draws as there are images, in which every identity is (nearly) equally frequent.
+
+    Identities go round in random order; each one's images go round in a random order of its own, so that none is seen
+    twice before all of them were. `labels`: int64 [images], 0..identities-1, each of which occurs.
+    """
+    generator = np.random.default_rng([seed, epoch])
+    images, counts = len(labels), np.bincount(labels)
+    shuffled = generator.permutation(images)
+    by_identity = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    first = np.cumsum(counts) - counts
+    rounds = -(-images // len(counts))
+    identities = np.concatenate([generator.permutation(len(counts)) for _ in range(rounds)])[:images]
+    turn = np.repeat(np.arange(rounds), len(counts))[:images]
+    return by_identity[first[identities] + turn % counts[identities]]

@@ -1,0 +1,98 @@
+"""Alignment: the least-squares similarity, and the crops that it makes of real photos."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.align import TEMPLATE, align, similarity_transform
+from data.images import decode_rgb, encode_jpeg
+
+
+def moved(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    return points @ matrix[:, :2].T + matrix[:, 2]
+
+
+def random_similarity(rng: np.random.Generator) -> np.ndarray:
+    angle, scale = rng.uniform(-np.pi, np.pi), rng.uniform(0.1, 5)
+    turn = scale * np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return np.column_stack([turn, rng.uniform(-200, 200, 2)])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_similarity_is_found_again(seed: int) -> None:
+    """Points that were turned, scaled and shifted come back exactly, by any angle."""
+    matrix = random_similarity(np.random.default_rng(seed))
+    found = similarity_transform(TEMPLATE, moved(TEMPLATE, matrix))
+    assert found.shape == (2, 3)
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, matrix, atol=1e-10)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_least_squares(seed: int) -> None:
+    """For points that fit no similarity, the result is the solution of the linear system in (a, b, tx, ty).
+
+    A turn with scale is [[a, -b], [b, a]], so least squares over it is linear: an independent way to the same optimum.
+    """
+    rng = np.random.default_rng(seed)
+    source = moved(TEMPLATE, random_similarity(rng)) + rng.normal(0, 8, (5, 2))
+    system = np.zeros((10, 4))
+    system[0::2] = np.column_stack([source[:, 0], -source[:, 1], np.ones(5), np.zeros(5)])
+    system[1::2] = np.column_stack([source[:, 1], source[:, 0], np.zeros(5), np.ones(5)])
+    (a, b, tx, ty), *_ = np.linalg.lstsq(system, TEMPLATE.ravel(), rcond=None)
+    np.testing.assert_allclose(similarity_transform(source, TEMPLATE), [[a, -b, tx], [b, a, ty]], atol=1e-9)
+
+
+def test_no_mirroring() -> None:
+    """Landmarks of a mirrored face are turned and scaled as well as it goes, never mirrored."""
+    mirrored = TEMPLATE * [-1, 1]
+    matrix = similarity_transform(mirrored, TEMPLATE)
+    assert np.linalg.det(matrix[:, :2]) > 0
+
+
+@pytest.mark.parametrize("points", [np.ones((5, 2)), np.full((5, 2), np.nan), TEMPLATE * np.inf])
+def test_points_without_a_transform(points: np.ndarray) -> None:
+    """Five equal points, and points that are none, are an error and not a matrix of NaN."""
+    with pytest.raises(ValueError, match="finite and not all the same"):
+        similarity_transform(points, TEMPLATE)
+
+
+def test_landmarks_at_the_template_change_nothing() -> None:
+    """A face that is aligned already keeps every pixel; another size scales template and face alike."""
+    image = np.random.default_rng(0).integers(0, 256, (112, 112, 3), np.uint8)
+    assert np.array_equal(align(image, TEMPLATE), image)
+    twice = align(image, TEMPLATE, 224)
+    assert twice.shape == (224, 224, 3)
+    assert np.array_equal(twice[:222:2, :222:2], image[:111, :111])
+
+
+def test_outside_of_the_photo_is_black() -> None:
+    """A face at the photo's edge is filled up with black, as in published sets."""
+    face = align(np.full((112, 112, 3), 200, np.uint8), TEMPLATE - [40, 0])
+    assert (face[:, :39] == 0).all()
+    assert (face[:, 41:] == 200).all()
+
+
+def test_known_crops_of_real_photos(face_data: Path) -> None:
+    """60 LFW photos come out as the crops that an independent aligner made of them and saved at JPEG quality 85.
+
+    Measured mean absolute difference of a pixel, of 255: 1.45 to 2.61 as aligned, 0.82 to 1.37 after the same JPEG
+    compression; with landmarks half a pixel off, the latter would be 2.16 to 5.13.
+    """
+    plain, compressed = [], []
+    with (face_data / "lfw_raw" / "landmarks.csv").open() as file:
+        for row in csv.DictReader(file):
+            points = np.array([(float(row[f"x{k}"]), float(row[f"y{k}"])) for k in range(1, 6)])
+            photo = decode_rgb((face_data / "lfw_raw" / row["path"]).read_bytes(), row["path"])
+            crop = face_data / "lfw" / "images" / row["name"] / row["path"]
+            known = decode_rgb(crop.read_bytes(), row["path"]).astype(int)
+            face = align(photo, points)
+            plain.append(np.abs(face - known).mean())
+            compressed.append(np.abs(decode_rgb(encode_jpeg(face, 85), row["path"]) - known).mean())
+            wrong = align(photo, points + 0.5)
+            assert np.abs(decode_rgb(encode_jpeg(wrong, 85), row["path"]) - known).mean() > 1.9
+    assert len(plain) == 60
+    assert max(plain) < 3.0
+    assert max(compressed) < 1.7

@@ -1,0 +1,381 @@
+"""pack_set: from every kind of source the same images, in order, under labels without holes; whole or not at all."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config import PackConfig
+from conftest import ROOT
+from data import fitting
+from data.align import TEMPLATE, align
+from data.face_sets import FaceSet, FaceSetError, open_face_set, write_face_set
+from data.fitting import Fit, fit_image, fit_images
+from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
+from data.pack_set import main, pack, select
+from data.prepare_data import prepare
+from data.recordio import IndexedRecordWriter, pack_image
+from data.set_sources import LANDMARK_COLUMNS, ListedFaceSet, identity_order, open_source
+from tiny_faces import tiny_face
+
+SCRIPT = ROOT / "data" / "pack_set.py"
+SIZE = 32
+FIT = Fit(SIZE, "refuse", 95)
+# Name of each person, and the shots there are of them.
+PEOPLE = {"anna": 3, "bert": 1, "carl": 4}
+CONTENT = [
+    (name, tiny_face(person, shot)) for person, (name, shots) in enumerate(PEOPLE.items()) for shot in range(shots)
+]
+NUMBERS = {"anna": 5, "bert": 20, "carl": 100}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The people as folders of images, with what else lies about in such folders."""
+    root = tmp_path / "faces"
+    for person, (name, shots) in enumerate(PEOPLE.items()):
+        (root / name).mkdir(parents=True)
+        for shot in range(shots):
+            (root / name / f"{shot}.png").write_bytes(tiny_face(person, shot))
+    (root / "anna" / "._0.png").write_bytes(b"not an image")
+    (root / "anna" / "notes.txt").write_text("not an image")
+    (root / "empty").mkdir()
+    return root
+
+
+def files(folder: Path) -> list[tuple[str, str]]:
+    """(name, path in `folder`) of every image, the people in turn, as lists have them shuffled."""
+    listed = [(name, f"{name}/{shot}.png") for shot in range(max(PEOPLE.values())) for name in PEOPLE]
+    return [(name, path) for name, path in listed if (folder / path).exists()]
+
+
+def as_folders(folder: Path) -> Path:
+    return folder
+
+
+def as_im2rec(folder: Path) -> Path:
+    lines = [f"{index}\t{NUMBERS[name]}.000000\t{path}\n" for index, (name, path) in enumerate(files(folder), 7)]
+    return written(folder / "faces.lst", "".join(lines))
+
+
+def as_face2rec(folder: Path) -> Path:
+    lines = [f"1\t{path}\t{NUMBERS[name]}\n" for name, path in files(folder)]
+    lines[2] = lines[2].rstrip() + "\t1\t2\t30\t31\n"  # a box
+    lines[4] = lines[4].rstrip() + "\t1\t2\t30\t31" + "\t1.5" * 10 + "\n"  # landmarks of a face that is aligned
+    return written(folder / "faces.lst", "\n" + "\r\n".join(lines))
+
+
+def as_csv(folder: Path) -> Path:
+    lines = [f'"{folder / path}",x,{name}\n' for name, path in files(folder)]
+    return written(folder / "faces.csv", "\ufeffPath,source,label\n" + "".join(lines))
+
+
+def as_rec(folder: Path) -> Path:
+    """Records in the order of no identity, without record 0, labels with holes."""
+    with IndexedRecordWriter(folder / "some.rec") as writer:
+        for key, (name, path) in enumerate(files(folder), 11):
+            writer.write(key, pack_image([float(NUMBERS[name]), 1.0], key, (folder / path).read_bytes()))
+    return folder / "some.rec"
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, newline="")
+    return path
+
+
+def pack_all(source: Path, output: Path, pick: PackConfig | None = None, fit: Fit = FIT, workers: int = 0) -> FaceSet:
+    faces = open_source(source)
+    pack(faces, select(faces, pick or PackConfig()), output, fit, workers)
+    return open_face_set(output)
+
+
+def content(faces: FaceSet) -> list[tuple[int, bytes]]:
+    return [(int(faces.labels[i]), faces.encoded(i)) for i in range(len(faces))]
+
+
+EXPECTED = [(list(PEOPLE).index(name), image) for name, image in CONTENT]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("kind", [as_folders, as_im2rec, as_face2rec, as_csv, as_rec])
+def test_every_source_gives_the_same_set(
+    tmp_path: Path, folder: Path, kind: Callable[[Path], Path], workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes as they are, grouped by person, labels 0, 1, 2; `packed.csv` says who they were."""
+    monkeypatch.setattr(fitting, "IMAGES_PER_BLOCK", 3)
+    packed = pack_all(kind(folder), tmp_path / "set", workers=workers)
+    assert content(packed) == EXPECTED
+    assert (tmp_path / "set" / "property").read_text() == f"3,{SIZE},{SIZE}"
+    names = list(PEOPLE) if kind in (as_folders, as_csv) else [str(NUMBERS[name]) for name in PEOPLE]
+    with (tmp_path / "set" / "packed.csv").open(newline="") as file:
+        rows = list(csv.reader(file))
+    assert rows == [
+        ["label", "identity", "images"],
+        *(
+            [str(label), name, str(count)]
+            for label, (name, count) in enumerate(zip(names, PEOPLE.values(), strict=True))
+        ),
+    ]
+
+
+def test_records_to_folders_and_back(tmp_path: Path, tiny_set: Path) -> None:
+    """The set that is unpacked by prepare_data and packed again is the same file, byte for byte."""
+    prepare(tiny_set / "train.rec", tmp_path / "images", workers=0)
+    pack_all(tmp_path / "images", tmp_path / "again")
+    pack_all(tiny_set, tmp_path / "copy")
+    for name in ("train.rec", "train.idx", "property"):
+        for folder in ("again", "copy"):
+            assert (tmp_path / folder / name).read_bytes() == (tiny_set / name).read_bytes()
+
+
+def test_the_file_that_mxnet_wrote(tmp_path: Path, face_data: Path) -> None:
+    """A real set in insightface's layout, written by mxnet, comes out of the packer as the same bytes."""
+    source = face_data / "faces_celeba5k"
+    pack_all(source, tmp_path / "set", fit=Fit(112, "refuse", 95))
+    for name in ("train.rec", "train.idx"):
+        assert (tmp_path / "set" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_im2rec_list_from_elsewhere(tmp_path: Path, face_data: Path) -> None:
+    """A list that im2rec wrote is known as such: the images of its set, named by path, come back as that set."""
+    records = open_face_set(face_data / "kazakh25")
+    prepare(records.path, tmp_path / "images", workers=0)
+    of_key = {int(file.stem): file for file in (tmp_path / "images").rglob("*.jpg")}
+    for line in (face_data / "kazakh25" / "validation.lst").read_text().splitlines():
+        key, _, path = line.split("\t")
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        of_key[int(key)].rename(tmp_path / path)
+    listed = open_source(face_data / "kazakh25" / "validation.lst", tmp_path)
+    assert listed.identities == records.identities
+    assert sorted(content(listed)) == sorted(content(records))
+
+
+def test_numbers_are_ordered_by_value() -> None:
+    """Labels of a million and more keep their order as folder names; a name among them makes it the alphabet."""
+    assert identity_order(["1000000", "999999", "000007"]) == [2, 1, 0]
+    assert identity_order(["b", "10", "9"]) == [1, 2, 0]
+
+
+def names_of(pick: PackConfig, folder: Path) -> list[str]:
+    return [identity.name for identity in select(open_source(folder), pick)]
+
+
+def test_choosing_identities(folder: Path) -> None:
+    """By name, from a file of names, by number of images, the first ones: all conditions hold together."""
+    assert names_of(PackConfig(identities=("carl", "anna")), folder) == ["anna", "carl"]
+    list_of_names = written(folder / "names.txt", "carl\n\nbert\n")
+    assert names_of(PackConfig(identities=(f"@{list_of_names}",)), folder) == ["bert", "carl"]
+    assert names_of(PackConfig(min_images=3), folder) == ["anna", "carl"]
+    assert names_of(PackConfig(limit=2), folder) == ["anna", "bert"]
+    assert names_of(PackConfig(identities=("bert", "carl"), min_images=2, limit=5), folder) == ["carl"]
+    with pytest.raises(FaceSetError, match=r"faces has no identity 'dora' \(1 such names\)"):
+        names_of(PackConfig(identities=("anna", "dora")), folder)
+    with pytest.raises(FaceSetError, match="no identity with 9 images or more"):
+        names_of(PackConfig(min_images=9), folder)
+
+
+def test_shuffle(folder: Path) -> None:
+    """A seed gives one order of identities and images, another seed another; every image stays with its person."""
+    orders = set()
+    for seed in range(8):
+        chosen = [select(open_source(folder), PackConfig(shuffle=True, seed=seed)) for _ in range(2)]
+        ordered = [[(name, tuple(images)) for name, images in identities] for identities in chosen]
+        assert ordered[0] == ordered[1]
+        orders.add(str(ordered[0]))
+        assert {name: set(images) for name, images in ordered[0]} == {
+            "anna": {0, 1, 2},
+            "bert": {3},
+            "carl": {4, 5, 6, 7},
+        }
+    assert len(orders) > 4
+    first = {names_of(PackConfig(shuffle=True, seed=seed, limit=1), folder)[0] for seed in range(8)}
+    assert len(first) > 1, "the limit must come after the shuffle"
+
+
+PHOTO = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
+POINTS = (TEMPLATE * 0.4 + [10, 5]).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", ["csv", "face2rec"])
+def test_faces_with_landmarks_are_aligned(tmp_path: Path, kind: str) -> None:
+    """Both lists' orders of the ten numbers give the same alignment; an image without landmarks keeps its bytes."""
+    (tmp_path / "photo.png").write_bytes(encode_png(PHOTO))
+    (tmp_path / "crop.png").write_bytes(tiny_face(0, 0))
+    if kind == "csv":
+        numbers = ",".join(map(str, POINTS.ravel()))
+        header = f"label,{','.join(LANDMARK_COLUMNS)},path"
+        source = written(tmp_path / "a.csv", f"{header}\n0,{',' * 9},crop.png\n1,{numbers},photo.png\n")
+    else:
+        numbers = "\t".join(map(str, POINTS.T.ravel()))
+        source = written(tmp_path / "a.lst", f"1\tcrop.png\t0\n0\tphoto.png\t1\t1\t1\t9\t9\t{numbers}\n")
+    packed = pack_all(source, tmp_path / "set")
+    assert content(packed) == [(0, tiny_face(0, 0)), (1, encode_jpeg(align(PHOTO, POINTS, SIZE), 95))]
+
+
+def test_images_of_another_size(tmp_path: Path, folder: Path) -> None:
+    """Refused with the name and what to do; resized when asked, which leaves those that fit untouched."""
+    smaller = encode_png(decode_rgb(tiny_face(0, 0), "")[:20, :20])
+    (folder / "carl" / "1.png").write_bytes(smaller)
+    with pytest.raises(ImageError, match=r"carl/1\.png has 20x20 pixels, expected 32x32: .*--other-sizes resize"):
+        pack_all(folder, tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    packed = pack_all(folder, tmp_path / "set", fit=Fit(SIZE, "resize", 95))
+    changed = [i for i in range(len(packed)) if packed.encoded(i) != CONTENT[i][1]]
+    assert [CONTENT[i][0] for i in changed] == ["carl"]
+    assert decode_rgb(packed.encoded(changed[0]), "").shape == (SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "landmarks", "message"),
+    [
+        (encode_png(PHOTO), None, "a face has 80x60 pixels: resizing it to a square would distort the face"),
+        (encode_png(PHOTO), POINTS + 100, r"a face: the landmarks, around \(132, 134\), lie outside of its 80x60"),
+        (encode_png(PHOTO), np.full((5, 2), 9.0), "a face: no transform"),
+        (encode_png(PHOTO)[:100], POINTS, "a face: its 100 bytes are no image"),
+        (b"", None, "a face: its 0 bytes are no image"),
+    ],
+)
+def test_images_that_cannot_be_made_to_fit(image: bytes, landmarks: np.ndarray | None, message: str) -> None:
+    """Each error says which image, what was found, and, where there is a way, what to do."""
+    with pytest.raises(ImageError, match=message):
+        fit_image(image, "a face", Fit(SIZE, "resize", 95), landmarks)
+
+
+BAD_LISTS = {
+    "im2rec columns": ("1\t0\ta.png\n2\t0\tb.png\t9\n", r"list, line 2: 4 columns, expected 3 \(index label path\)"),
+    "im2rec label": ("1\t0\ta.png\n\n2\t0.5\tb.png\n", r"list, line 3: label '0\.5' is no identity number"),
+    "im2rec negative label": ("1\t-1\ta.png\n", "list, line 1: label '-1' is no identity number"),
+    "face2rec columns": ("1\ta.png\t0\n1\tb.png\t0\t5\n", r"list, line 2: 4 columns, expected 3 .*, 7 .* or 17"),
+    "face2rec label": ("1\ta.png\t0\n1\tb.png\tbert\n", "list, line 2: label 'bert' is no identity number"),
+    "face2rec aligned": ("1\ta.png\t0\n2\tb.png\t0\n", "list, line 2: the first column .* 0 or 1, found '2'"),
+    "face2rec without landmarks": ("0\ta.png\t0\n", "list, line 1: the face is not aligned .* no landmarks"),
+    "face2rec landmark": ("0\ta.png\t0" + "\t1" * 13 + "\tx\n", "list, line 1: 'x' is no coordinate"),
+    "no path": ("1\t0\ta.png\n2\t0\t \n", "list, line 2: its path is empty"),
+    "unknown kind": ("a\tb\tc\n", "list: its first line .* neither face2rec's .* nor im2rec's"),
+    "csv header": (
+        "path,who\na.png,0\n",
+        "list: its header 'path,who' lacks name; expected a .rec file, a tab-separated",
+    ),
+    "csv landmark columns": ("path,label,x1,y1\na.png,0,1,1\n", "lacks x2, y2"),
+    "csv columns": ("path,label\na.png,0\n\nb.png\n", "list, line 4: 1 columns, expected 2"),
+    "csv label": ("path,label\na.png, \n", "list, line 2: its label is empty"),
+    "csv landmark": (
+        f"path,label,{','.join(LANDMARK_COLUMNS)}\na,0,1,2,3,4,5,6,7,8,9,\n",
+        "list, line 2: '' is no coord",
+    ),
+    "csv landmark nan": (f"path,label,{','.join(LANDMARK_COLUMNS)}\na,0,1,2,3,4,5,6,7,8,9,nan\n", "'nan' is no coord"),
+    "nothing": ("", "list: its header '' lacks path"),
+    "only a header": ("path,label\n", "list names no images"),
+    "binary": ("\x00\x01\x02" * 99, "list: its header .* expected a .rec"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_LISTS.values(), ids=BAD_LISTS.keys())
+def test_bad_lists(tmp_path: Path, text: str, message: str) -> None:
+    """Every mistake in a list names the list and its line, counted as an editor counts."""
+    with pytest.raises(FaceSetError, match=message):
+        ListedFaceSet(written(tmp_path / "list", text))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_bad_images_of_a_list(tmp_path: Path, folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A missing file and one that is no image stop the run with the list's line and the file, and leave no set."""
+    monkeypatch.setattr(fitting, "IMAGES_PER_BLOCK", 3)
+    source = as_im2rec(folder)
+    (folder / "carl" / "3.png").write_bytes(b"oops")
+    with pytest.raises(ImageError, match=r"faces\.lst, line 8: .*carl/3\.png: its 4 bytes are no image"):
+        pack_all(source, tmp_path / "set", workers=workers)
+    (folder / "carl" / "3.png").unlink()
+    with pytest.raises(FaceSetError, match=r"faces\.lst, line 8: .*carl/3\.png: No such file"):
+        pack_all(source, tmp_path / "set", workers=workers)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces"]
+
+
+def test_few_results_wait(monkeypatch: pytest.MonkeyPatch, tiny_set: Path) -> None:
+    """Images are read a few blocks ahead of the writer, however many there are: the set is never held in memory."""
+    faces = open_face_set(tiny_set)
+    monkeypatch.setattr(fitting, "IMAGES_PER_BLOCK", 2)
+    monkeypatch.setattr(fitting, "BLOCKS_PER_WORKER", 2)
+    submitted: list[object] = []
+    submit = fitting.ProcessPoolExecutor.submit
+    monkeypatch.setattr(
+        fitting.ProcessPoolExecutor, "submit", lambda *items: (submitted.append(items), submit(*items))[1]
+    )
+    images = fit_images(faces, np.arange(len(faces)), FIT, 1)
+    for taken in range(len(faces)):
+        assert next(images).encoded == faces.encoded(taken)
+        assert len(submitted) <= taken // 2 + 2
+    assert len(submitted) == len(faces) / 2
+
+
+def test_nothing_is_replaced(tmp_path: Path, folder: Path) -> None:
+    """An output that is there already is left as it is."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="set exists and is not empty"):
+        pack_all(folder, tmp_path / "set")
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_in_the_middle(tmp_path: Path, how: signal.Signals) -> None:
+    """A program that is killed while it writes leaves no set; the next run makes it whole."""
+    with write_face_set(tmp_path / "source", SIZE) as out:
+        for person in range(60):
+            out.add_identity([tiny_face(person, 0)] * 200)
+    command = [sys.executable, str(SCRIPT), "--source", "source", "--output", "set", "--image-size", str(SIZE)]
+    program = subprocess.Popen(
+        [*command, "--workers", "0"],
+        cwd=tmp_path,
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        # A shell that runs the tests in the background makes them, and what they start, ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 20
+    while not any(path.stat().st_size for path in tmp_path.glob(".set.*/.train.rec.*")):
+        assert program.poll() is None, "it must be caught while it writes"
+        assert time.monotonic() < deadline, "it writes nothing"
+        time.sleep(0.005)
+    os.kill(program.pid, how)
+    assert program.wait(20) != 0
+    assert not (tmp_path / "set").exists()
+    assert list(tmp_path.glob(".set.*")) == [] or how == signal.SIGKILL
+    pack_all(tmp_path / "source", tmp_path / "set")
+    assert (tmp_path / "set" / "train.rec").read_bytes() == (tmp_path / "source" / "train.rec").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--output", "{here}/set"], "name what to pack: --source A"),
+        (["--source", "{here}/faces"], "name a folder for the set: --output B"),
+        (["--source", "{here}/nothing", "--output", "{here}/set"], "nothing does not exist"),
+        (["--source", "{here}", "--output", "{here}/set"], "has no folders of images"),
+        (["--source", "{here}/faces", "--output", "{here}/set"], "anna/0.png has 32x32 pixels, expected 112x112"),
+        (["--source", "{here}/faces", "--output", "{here}/set", "--identities", "@{here}/no"], "No such file"),
+    ],
+)
+def test_errors_on_the_command_line(tmp_path: Path, folder: Path, arguments: list[str], message: str) -> None:
+    """A mistake ends the program with one line that says what is wrong, not with a traceback."""
+    with pytest.raises(SystemExit) as error:
+        main([argument.format(here=tmp_path) for argument in arguments] + ["--workers", "0"])
+    assert str(error.value).startswith("pack_set: ")
+    assert message in str(error.value)
+
+
+def test_script_from_another_directory(tmp_path: Path, folder: Path) -> None:
+    """The program runs wherever it is called; paths of a list are relative to the list, or to --image-root."""
+    source = written(tmp_path / "list.csv", "path,label\nanna/0.png,a\ncarl/2.png,c\n")
+    flags = ["--source", source.name, "--image-root", "faces", "--output", "out/set", "--image-size", str(SIZE)]
+    done = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "out/set: 2 images of 2 identities, 0 aligned or resized" in done.stdout
+    assert content(open_face_set(tmp_path / "out" / "set")) == [(0, tiny_face(0, 0)), (1, tiny_face(2, 2))]

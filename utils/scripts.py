@@ -1,0 +1,23 @@
+"""What every script does about errors: one line that says what is wrong, and no traceback for a user's mistake."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
+    """End the program with `script: message` for errors of input, files and settings, and for Ctrl-C.
+
+    `when_interrupted` says what an interrupted run left behind; an interrupt's own message comes before it.
+    Errors of other kinds are faults of the program and keep their traceback.
+    """
+    # In a log file, too, a line should appear when it is printed.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        print(f"\n{script}: {interrupt or 'interrupted; ' + when_interrupted}", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        sys.exit(f"{script}: {error}")
