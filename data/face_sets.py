@@ -59,16 +59,18 @@ class RecFaceSet:
 
     `labels`: int64 [images], classes 0..C-1; `identities`: the label of each class in the file, as text;
     `keys`: int64 [images], the record key of each image.
+    Memory: 24 bytes an image; opening takes some more, in passing.
     The image records' own labels decide who is who. The ranges in the header and identity records are float32, which
     cannot hold keys above 2**24 exactly, so they are not used; those records are known by their empty image.
     """
 
     def __init__(self, rec_path: Path | str) -> None:
         self.path = Path(rec_path)
-        self._reader = IndexedRecordReader(self.path)
-        labels, has_image = _read_labels(self._reader)
-        self.keys = self._reader.keys[has_image]
-        self._offsets = self._reader.offsets[has_image]
+        reader = IndexedRecordReader(self.path)
+        labels, has_image = _read_labels(reader)
+        self.keys = reader.keys[has_image]
+        self._offsets = reader.offsets[has_image]
+        self._file = reader.file
         labels = labels[has_image]
         if not labels.size:
             raise FaceSetError(f"{self.path} has {len(has_image)} records and not one image")
@@ -98,7 +100,7 @@ class RecFaceSet:
         return len(self.labels)
 
     def encoded(self, i: int) -> bytes:
-        return unpack_image(self._reader.file.read(int(self._offsets[i])), self.describe(i)).image
+        return unpack_image(self._file.read(int(self._offsets[i])), self.describe(i)).image
 
     def describe(self, i: int) -> str:
         return f"{self.path}, record {self.keys[i]} at byte {self._offsets[i]}"

@@ -183,12 +183,12 @@ class RecordFile:
 def read_index(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
     """Read an `.idx` file: (keys, byte offsets), int64, in the order of its lines."""
     path = Path(path)
+    if path.stat().st_size == 0:
+        raise RecordError(f"{path} is empty: remove it and the index is rebuilt from the .rec")
     try:
         table = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
     except ValueError as error:
         raise RecordError(f"{path}: every line must be 'key<tab>byte offset': {error}") from error
-    if table.size == 0:
-        raise RecordError(f"{path} is empty: remove it and the index is rebuilt from the .rec")
     if table.shape[1] != 2:
         raise RecordError(f"{path}: every line must be 'key<tab>byte offset', found {table.shape[1]} columns")
     return table[:, 0].copy(), table[:, 1].copy()

@@ -1,0 +1,414 @@
+#!/usr/bin/env python3
+"""What is in a face set: counts, sizes, bytes, broken records, a histogram, and a sheet of faces to look at.
+
+    python data/report.py datasets/ms1mv3                         # reads the heads of the records only
+    python data/report.py datasets/ms1mv3 --check                 # decodes every image
+    python data/report.py datasets/ms1mv3 --repair datasets/mended # and writes the set without what is broken
+
+The output folder gets report.json, broken.csv, images_per_identity.png and faces.png. The exit status is 1 when --check
+finds broken records. RecFaceSet refuses a damaged set; this reads on behind the damage, so it reads records itself.
+docs/data.md shows an example.
+"""
+
+import csv
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import cv2
+import numpy as np
+
+from config import PRESETS, Config, ReportConfig
+from data.face_sets import FaceSetError, write_face_set
+from data.images import ImageError, decode_rgb
+from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
+from utils.files import atomic_path, require_free, write_text_atomic
+from utils.plots import draw_contact_sheet, draw_curves
+from utils.processes import map_unordered, worker_count
+from utils.progress import progress_bar
+from utils.scripts import readable_errors
+from utils.settings import describe, parse_settings
+
+HEADS_AT_ONCE = 1 << 16
+BLOCK = 1000
+
+# The contact sheet: pixels of a face, faces of an identity.
+TILE = 112
+COLUMNS = 8
+
+# Broken records on the screen; broken.csv has them all.
+SHOWN = 20
+
+
+@dataclass
+class Survey:
+    """What is known about all records of a set; the arrays, as in Heads, take 10 bytes a record."""
+
+    labels: np.ndarray
+    image_bytes: np.ndarray
+    kinds: np.ndarray
+    #: Grows with every image that is decoded in vain.
+    broken: np.ndarray
+    #: (width, height) of the images that were decoded.
+    shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
+
+    @property
+    def good(self) -> np.ndarray:
+        """bool [records]: an image, and not known to be broken."""
+        return (self.labels != NO_LABEL) & ~self.broken
+
+    def per_identity(self) -> tuple[np.ndarray, np.ndarray]:
+        """(label, number of good images) of every identity that has any."""
+        labels, counts = np.unique(self.labels[self.good], return_counts=True)
+        return labels, counts
+
+
+def survey_heads(records: Records) -> Survey:
+    """One pass over the heads of all records."""
+    count = len(records)
+    survey = Survey(
+        labels=np.zeros(count, np.int32),
+        image_bytes=np.zeros(count, np.uint32),
+        kinds=np.zeros(count, np.uint8),
+        broken=np.zeros(count, bool),
+    )
+    with progress_bar(count, "record", "heads") as bar:
+        for start in range(0, count, HEADS_AT_ONCE):
+            stop = min(start + HEADS_AT_ONCE, count)
+            heads = records.heads(start, stop)
+            survey.labels[start:stop], survey.image_bytes[start:stop] = heads.labels, heads.image_bytes
+            survey.kinds[start:stop], survey.broken[start:stop] = heads.kinds, heads.broken
+            bar.update(stop - start)
+    return survey
+
+
+def decode(records: Records, i: int) -> np.ndarray:
+    """The pixels of image `i` as `decode_rgb` gives them; ValueError or OSError says what is wrong with it."""
+    encoded = records.encoded(i)
+    # Some versions of OpenCV fill up a cut JPEG with grey. Its end marker follows the start of its last scan.
+    if encoded.startswith(b"\xff\xd8") and encoded.rfind(b"\xff\xd9") <= encoded.rfind(b"\xff\xda"):
+        raise ImageError(f"{records.place(i)}: its JPEG of {len(encoded)} bytes has no end: it was cut off")
+    return decode_rgb(encoded, str(records.place(i)))
+
+
+def why_broken(records: Records, i: int) -> str:
+    """What is wrong with record `i`, without its place; empty when nothing is."""
+    try:
+        decode(records, i)
+    except (ValueError, OSError) as error:
+        place = records.place(i)
+        return str(error).removeprefix(f"{place}: ").removeprefix(f"{place.file}: ")
+    return ""
+
+
+class _Decoded(NamedTuple):
+    images: int
+    #: Positions in the set.
+    broken: list[int]
+    #: (width, height) of the others.
+    shapes: Counter[tuple[int, int]]
+
+
+def _decode_block(block: tuple[int, Records, np.ndarray]) -> _Decoded:
+    start, records, wanted = block
+    decoded = _Decoded(int(wanted.sum()), [], Counter())
+    for i in np.flatnonzero(wanted).tolist():
+        try:
+            height, width = decode(records, i).shape[:2]
+            decoded.shapes[width, height] += 1
+        except (ValueError, OSError):
+            decoded.broken.append(start + i)
+    return decoded
+
+
+def decode_images(records: Records, survey: Survey, wanted: np.ndarray, workers: int, title: str) -> None:
+    """Decode the images that `wanted` (bool [records]) marks, and note in `survey` their shapes and which are broken.
+
+    `workers` processes do it; 0 means this one.
+    """
+    starts = [start for start in range(0, len(records), BLOCK) if wanted[start : start + BLOCK].any()]
+    blocks = [(start, records.part(start, start + BLOCK), wanted[start : start + BLOCK]) for start in starts]
+    with progress_bar(int(wanted.sum()), "image", title) as bar:
+        for decoded in map_unordered(_decode_block, blocks, workers, cv2.setNumThreads, 1):
+            survey.broken[decoded.broken] = True
+            survey.shapes += decoded.shapes
+            bar.update(decoded.images)
+
+
+def choose_sample(survey: Survey, count: int, seed: int) -> np.ndarray:
+    """bool [records]: `count` random images, or all when there are fewer."""
+    images = np.flatnonzero(survey.good)
+    wanted = np.zeros(len(survey.broken), bool)
+    wanted[np.random.default_rng(seed).choice(images, min(count, images.size), replace=False)] = True
+    return wanted
+
+
+@dataclass(frozen=True)
+class Report:
+    """What report.json holds."""
+
+    set: str
+    #: Whether every image was decoded. If not, `sizes` are of a random sample.
+    checked: bool
+    records: int
+    #: Images that are not known to be broken; all numbers but `broken` and `without_image` are about them.
+    images: int
+    #: Header and identity records.
+    without_image: int
+    broken: int
+    identities: int
+    #: Names of the identities all of whose images are broken.
+    identities_lost: list[str]
+    #: min, median, mean, max.
+    images_per_identity: dict[str, float]
+    #: Images by width x height.
+    sizes: dict[str, int]
+    #: Images by what their first bytes say.
+    kinds: dict[str, int]
+    #: sum, and the min, median, mean, max of an image.
+    image_bytes: dict[str, float]
+    #: The first line of the file `property`; None without one.
+    property: str | None
+    remarks: list[str]
+
+
+def make_report(path: Path, output: Path, options: ReportConfig, workers: int) -> tuple[Report, Records, Survey]:
+    """Look through the set at `path` and write the files of the report into the folder `output`."""
+    checked = options.check or bool(options.repair)
+    records, remarks = open_records(path)
+    if isinstance(records, FolderRecords) and output.resolve().is_relative_to(path.resolve()):
+        raise FaceSetError(f"{output} is within the set, where its pictures would be faces: name another with --output")
+    output.mkdir(parents=True, exist_ok=True)
+    survey = survey_heads(records)
+    if checked:
+        decode_images(records, survey, survey.good, workers, "check")
+    else:
+        decode_images(records, survey, choose_sample(survey, options.sample, options.seed), 0, "sample")
+    if survey.good.any():
+        _draw_faces(output / "faces.png", records, survey, options)
+        _draw_images_per_identity(output / "images_per_identity.png", survey, set_name(path))
+    report = _summarise(path, records, survey, checked, remarks)
+    write_text_atomic(output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
+    write_broken(output / "broken.csv", records, survey)
+    return report, records, survey
+
+
+def _summarise(path: Path, records: Records, survey: Survey, checked: bool, remarks: list[str]) -> Report:
+    good = survey.good
+    labels, per_identity = survey.per_identity()
+    known = np.unique(survey.labels[survey.labels != NO_LABEL])
+    kinds = np.bincount(survey.kinds[good], minlength=len(KINDS)).tolist()
+    image_bytes = survey.image_bytes[good]
+    property_line = _property(records)
+    return Report(
+        set=str(path),
+        checked=checked,
+        records=len(records),
+        images=int(good.sum()),
+        without_image=int(((survey.labels == NO_LABEL) & ~survey.broken).sum()),
+        broken=int(survey.broken.sum()),
+        identities=labels.size,
+        identities_lost=[records.identity(label) for label in np.setdiff1d(known, labels).tolist()],
+        images_per_identity=_spread(per_identity),
+        sizes={f"{width}x{height}": count for (width, height), count in survey.shapes.most_common()},
+        kinds={kind: count for kind, count in zip(KINDS, kinds, strict=True) if count},
+        image_bytes={"sum": int(image_bytes.sum(dtype=np.int64)), **_spread(image_bytes)},
+        property=property_line,
+        remarks=remarks + _compare_with_property(property_line, labels.size, survey.shapes),
+    )
+
+
+def _spread(values: np.ndarray) -> dict[str, float]:
+    if not values.size:
+        return {}
+    measures = {"min": values.min(), "median": np.median(values), "mean": values.mean(), "max": values.max()}
+    return {name: round(value.item(), 1) for name, value in measures.items()}
+
+
+def _property(records: Records) -> str | None:
+    path = Path(records.place(0).file).with_name("property")
+    if isinstance(records, FolderRecords) or not path.is_file():
+        return None
+    return path.read_text(errors="replace").split("\n", 1)[0].strip()
+
+
+def _compare_with_property(line: str | None, identities: int, shapes: Counter[tuple[int, int]]) -> list[str]:
+    if line is None:
+        return []
+    stated = [text.strip() for text in line.split(",")]
+    if len(stated) != 3 or not all(map(str.isdecimal, stated)):
+        return [f"property says {line!r} in place of identities,height,width"]
+    stated_identities, height, width = map(int, stated)
+    others = shapes.total() - shapes[width, height]
+    remarks = []
+    if stated_identities != identities:
+        remarks.append(f"property says {stated_identities:,} identities, the images have {identities:,}")
+    if others:
+        remarks.append(f"property says {width}x{height}, {others:,} of {shapes.total():,} images have another size")
+    return remarks
+
+
+def write_broken(path: Path, records: Records, survey: Survey) -> None:
+    """A line for each broken record: file, key, offset, identity where it is known, and what is wrong."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", errors="surrogateescape") as file:
+        lines = csv.writer(file)
+        lines.writerow([*Place._fields, "identity", "reason"])
+        for i in np.flatnonzero(survey.broken).tolist():
+            label = int(survey.labels[i])
+            identity = "" if label == NO_LABEL else records.identity(label)
+            lines.writerow([*records.place(i), identity, why_broken(records, i)])
+
+
+def _draw_images_per_identity(path: Path, survey: Survey, name: str) -> None:
+    """A histogram. A few large identities would flatten it, so its last bar holds all beyond the 99th percentile."""
+    _, counts = survey.per_identity()
+    # At least 20 bars: the outline of fewer would be drawn with dots.
+    top = max(20, int(np.percentile(counts, 99)))
+    width = -(-top // 50)
+    edges = np.arange(0.5, top + width, width)
+    xlabel = "images of an identity"
+    if counts.max() > edges[-1]:
+        xlabel += f" (last bar: {edges[-1] + 0.5:,.0f} to {counts.max():,})"
+        edges = np.append(edges, edges[-1] + width)
+    bars, _ = np.histogram(np.minimum(counts, edges[-1]), edges)
+    legend = "identities" if width == 1 else f"identities (bars {width} wide)"
+    outline = {legend: (edges.repeat(2), np.concatenate(([0], bars.repeat(2), [0])))}
+    title = f"{name}: {counts.size:,} identities, {counts.sum():,} images"
+    draw_curves(path, outline, xlabel, "identities", title)
+
+
+def _draw_faces(path: Path, records: Records, survey: Survey, options: ReportConfig) -> None:
+    """A row of faces for each of some random identities."""
+    rng = np.random.default_rng(options.seed)
+    labels, _ = survey.per_identity()
+    tiles: list[np.ndarray] = []
+    names = []
+    for label in np.sort(rng.choice(labels, min(options.rows, labels.size), replace=False)).tolist():
+        images = rng.permutation(np.flatnonzero(survey.good & (survey.labels == label)))
+        faces = [_tile(face) for face in islice(_decodable(records, survey, images), COLUMNS)]
+        tiles += faces + [np.full((TILE, TILE, 3), 255, np.uint8)] * (COLUMNS - len(faces))
+        names.append(f"{records.identity(label)} ({images.size:,})")
+    draw_contact_sheet(path, tiles, COLUMNS, "random identities (images of each)", names)
+
+
+def _decodable(records: Records, survey: Survey, positions: np.ndarray) -> Iterator[np.ndarray]:
+    for i in positions.tolist():
+        try:
+            yield decode(records, i)
+        except (ValueError, OSError):
+            survey.broken[i] = True
+
+
+def _tile(face: np.ndarray) -> np.ndarray:
+    """The face in the middle of a white square of TILE pixels, made larger or smaller to fit."""
+    tile = np.full((TILE, TILE, 3), 255, np.uint8)
+    height, width = (max(1, round(TILE * side / max(face.shape[:2]))) for side in face.shape[:2])
+    top, left = (TILE - height) // 2, (TILE - width) // 2
+    tile[top : top + height, left : left + width] = cv2.resize(face, (width, height), interpolation=cv2.INTER_AREA)
+    return tile
+
+
+def repair(records: Records, survey: Survey, output: Path) -> None:
+    """Write the images of `survey.good` in insightface's layout, bytes as they are, identity after identity.
+
+    repair.csv in `output` says what became of every identity: its name, its label now (none: it lost all images),
+    images kept and images broken. Raises FileExistsError when `output` is there and not empty.
+    """
+    labels, counts = np.unique(survey.labels[survey.labels != NO_LABEL], return_counts=True)
+    kept = np.flatnonzero(survey.good)
+    kept = kept[np.argsort(survey.labels[kept], kind="stable")]
+    stops = np.searchsorted(survey.labels[kept], labels, side="right")
+    image_size = survey.shapes.most_common(1)[0][0][1] if survey.shapes else 0
+    with (
+        write_face_set(output, image_size) as out,
+        (out.folder / "repair.csv").open("w", newline="", errors="surrogateescape") as file,
+        progress_bar(kept.size, "image", "repair") as bar,
+    ):
+        lines = csv.writer(file)
+        lines.writerow(["identity", "label", "images", "broken"])
+        start = 0
+        for label, count, stop in zip(labels.tolist(), counts.tolist(), stops.tolist(), strict=True):
+            images = kept[start:stop].tolist()
+            new_label = out.add_identity(records.encoded(i) for i in images) if images else ""
+            lines.writerow([records.identity(label), new_label, len(images), count - len(images)])
+            bar.update(len(images))
+            start = stop
+
+
+def as_text(report: Report) -> str:
+    """The report as a table for the screen."""
+    sampled = "" if report.checked else f" (of {sum(report.sizes.values()):,} images, drawn at random)"
+    rows = {
+        "records": f"{report.records:,}",
+        "images": f"{report.images:,}",
+        "without image": f"{report.without_image:,} (header and identities)",
+        "broken": f"{report.broken:,}" + ("" if report.checked else " (by their heads; --check decodes every image)"),
+        "identities": f"{report.identities:,}",
+        "images per identity": _spread_text(report.images_per_identity),
+        "width x height": _counts_text(report.sizes) + sampled,
+        "kinds": _counts_text(report.kinds),
+        "bytes of images": f"{report.image_bytes['sum']:,}",
+        "bytes per image": _spread_text(report.image_bytes),
+        "property": report.property or "none",
+    }
+    lines = [f"  {name:<21}{text}" for name, text in rows.items()]
+    lines += [f"  note: {remark}" for remark in report.remarks]
+    lines += [f"  every image of identity {identity} is broken" for identity in report.identities_lost[:SHOWN]]
+    return "\n".join([report.set, *lines])
+
+
+def _spread_text(spread: dict[str, float]) -> str:
+    return ", ".join(f"{name} {spread[name]:,.10g}" for name in ("min", "median", "mean", "max") if name in spread)
+
+
+def _counts_text(counts: dict[str, int], shown: int = 5) -> str:
+    texts = [f"{name}: {count:,}" for name, count in islice(counts.items(), shown)]
+    return ", ".join(texts) + (f", {len(counts) - shown:,} others" if len(counts) > shown else "")
+
+
+def broken_as_text(records: Records, survey: Survey) -> str:
+    """A line for each of the first broken records, for the screen."""
+    broken = np.flatnonzero(survey.broken).tolist()
+    lines = [f"  {records.place(i)}: {why_broken(records, i)}\n" for i in broken[:SHOWN]]
+    return "".join(lines) + (f"  and {len(broken) - SHOWN:,} more\n" if len(broken) > SHOWN else "")
+
+
+def set_name(path: Path) -> str:
+    """What to call a set: the name of its folder or, where that may hold several, of its `.rec`."""
+    path = path.resolve()
+    return (
+        path.stem if path.suffix == ".rec" and path.stem != "train" else (path.parent if path.is_file() else path).name
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with readable_errors("report", "the set is untouched; run the same command again"):
+        config = parse_settings(Config, PRESETS, ("report", "common"), __doc__, argv)
+        print(describe(config, ("report", "common")))
+        options = config.report
+        path = Path((options.set or config.data.root)[0])
+        output = Path(options.output or f"report-{set_name(path)}")
+        if options.repair:
+            require_free(options.repair)
+        report, records, survey = make_report(path, output, options, worker_count(config.common.workers))
+        print(as_text(report))
+        print(broken_as_text(records, survey), end="")
+        pictures = ", images_per_identity.png, faces.png" if report.images else ""
+        print(f"{output}: report.json, broken.csv{pictures}")
+        if options.repair:
+            repair(records, survey, Path(options.repair))
+            print(f"{options.repair}: {report.images:,} images of {report.identities:,} identities; see its repair.csv")
+    if options.check and report.broken and not options.repair:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

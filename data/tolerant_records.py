@@ -1,0 +1,255 @@
+"""The records of a set that may be damaged, read on behind every damage.
+
+RecFaceSet refuses a set with a broken record; a report on such a set, and its repair, need the rest of it.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from data.face_sets import FaceSetError, FolderFaceSet, find_rec
+from data.images import ImageError
+from data.recordio import (
+    IMAGE_HEADER_SIZE,
+    LENGTH_BITS,
+    LENGTH_MASK,
+    MAGIC,
+    WHOLE,
+    RecordError,
+    RecordFile,
+    read_index,
+    unpack_image,
+)
+from utils.progress import progress_bar
+
+KINDS = ("JPEG", "PNG", "other")
+SCAN_BYTES = 1 << 24
+NO_LABEL = -1
+_RECORD_HEAD = 8
+_HEAD = _RECORD_HEAD + IMAGE_HEADER_SIZE + 4  # record head, image header, first label of an array
+
+
+class Place(NamedTuple):
+    """Where a record lies; key and offset are empty for a file in a folder."""
+
+    file: str
+    key: int | str
+    offset: int | str
+
+    def __str__(self) -> str:
+        return self.file if self.key == "" else f"{self.file}, record {self.key} at byte {self.offset}"
+
+
+class Heads(NamedTuple):
+    """What the heads of some records say; arrays of equal length."""
+
+    #: int32, the label of an image; NO_LABEL where there is no image or it is broken.
+    labels: np.ndarray
+    #: int64, bytes of the image.
+    image_bytes: np.ndarray
+    #: uint8, index into KINDS.
+    kinds: np.ndarray
+    #: bool, known to be broken without decoding anything.
+    broken: np.ndarray
+
+
+class Records(Protocol):
+    """The records of a set, or the files of a tree, in their order, damaged ones included."""
+
+    def __len__(self) -> int: ...
+
+    def part(self, start: int, stop: int) -> "Records":
+        """Records `start` to `stop`, to send to another process."""
+
+    def heads(self, start: int, stop: int) -> Heads:
+        """What the heads of records `start` to `stop` say."""
+
+    def encoded(self, i: int) -> bytes:
+        """The bytes of image `i`; ValueError or OSError when it is broken."""
+
+    def place(self, i: int) -> Place:
+        """Where record `i` lies."""
+
+    def identity(self, label: int) -> str:
+        """The name of an identity in the set."""
+
+
+class RecRecords:
+    """The records of a `.rec` file in the order of their offsets."""
+
+    def __init__(self, file: RecordFile, keys: np.ndarray, offsets: np.ndarray, id_start: float) -> None:
+        self._file, self._keys, self._offsets, self._id_start = file, keys, offsets, id_start
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def part(self, start: int, stop: int) -> "RecRecords":
+        return RecRecords(self._file, self._keys[start:stop], self._offsets[start:stop], self._id_start)
+
+    def encoded(self, i: int) -> bytes:
+        where = str(self.place(i))
+        if i and self._offsets[i - 1] == self._offsets[i]:
+            raise RecordError(f"{where}: record {self._keys[i - 1]} has the same offset: the .idx file is wrong")
+        record = unpack_image(self._file.read(int(self._offsets[i])), where)
+        if not record.image:
+            raise RecordError(f"{where}: its image is empty")
+        if not _is_label(record.labels[0]):
+            raise RecordError(f"{where}: label {record.labels[0]} is no identity number: it must be whole, from 0")
+        return record.image
+
+    def place(self, i: int) -> Place:
+        return Place(str(self._file.path), int(self._keys[i]), int(self._offsets[i]))
+
+    def identity(self, label: int) -> str:
+        return str(label)
+
+    def heads(self, start: int, stop: int) -> Heads:
+        keys, offsets = self._keys[start:stop], self._offsets[start:stop]
+        heads = self._bytes_at(offsets, _HEAD)
+        magic, lrec, flag = heads[:, :12].copy().view("<u4").T
+        length, label_bytes = (lrec & LENGTH_MASK).astype(np.int64), 4 * flag.astype(np.int64)
+        scalar, first = heads[:, 12:16].copy().view("<f4")[:, 0], heads[:, 32:36].copy().view("<f4")[:, 0]
+        labels, label_counts = np.where(flag > 0, first, scalar), np.maximum(flag, 1)
+        sizes = length - IMAGE_HEADER_SIZE - label_bytes
+        starts = self._bytes_at(offsets + _RECORD_HEAD + IMAGE_HEADER_SIZE + label_bytes, 4)
+        plain = (magic == MAGIC) & (lrec >> LENGTH_BITS == WHOLE) & (sizes >= 0)
+        plain &= (offsets >= 0) & (offsets <= self._file.size - _RECORD_HEAD - length)
+
+        before = np.arange(start, stop) - 1
+        broken = (before >= 0) & (offsets == self._offsets[before])
+        for i in np.flatnonzero(~plain).tolist():  # cut at an embedded magic, or damaged: read it whole
+            try:
+                record = unpack_image(self._file.read(int(offsets[i])), str(self.place(start + i)))
+            except RecordError:
+                broken[i] = True
+                continue
+            labels[i], label_counts[i], sizes[i] = record.labels[0], record.labels.size, len(record.image)
+            starts[i] = np.frombuffer(record.image[:4].ljust(4, b"\0"), np.uint8)
+
+        # Header and identity records are empty too: a scalar label, or a key before theirs, tells a lost image.
+        broken |= (sizes == 0) & (keys != 0) & ((keys < self._id_start) | (label_counts == 1))
+        broken |= (sizes > 0) & ~_is_label(labels)
+        good = ~broken & (sizes > 0)
+        return Heads(np.where(good, labels, NO_LABEL).astype(np.int32), sizes, _kinds(starts), broken)
+
+    def _bytes_at(self, offsets: np.ndarray, count: int) -> np.ndarray:
+        """uint8 [offsets, count] bytes of the file from each offset on; what would lie outside is arbitrary."""
+        return self._file.view()[np.clip(offsets[:, None] + np.arange(count), 0, self._file.size - 1)]
+
+
+def _is_label(label: np.ndarray) -> np.ndarray:
+    return (label >= 0) & (label < 2**31) & (label == np.floor(label))
+
+
+def _kinds(starts: np.ndarray) -> np.ndarray:
+    """Indices into KINDS by the first bytes (uint8 [images, 4]) of images."""
+    words = np.ascontiguousarray(starts).view("<u4")[:, 0]
+    is_jpeg, is_png = words & 0xFFFFFF == 0xFFD8FF, words == 0x474E5089
+    return np.select([is_jpeg, is_png], [0, 1], 2).astype(np.uint8)
+
+
+class FolderRecords:
+    """The image files of a folder of identity folders."""
+
+    def __init__(self, files: Sequence[str], labels: np.ndarray, identities: list[str]) -> None:
+        self._files, self._labels, self._identities = files, labels, identities
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def part(self, start: int, stop: int) -> "FolderRecords":
+        return FolderRecords(self._files[start:stop], self._labels[start:stop], [])
+
+    def encoded(self, i: int) -> bytes:
+        image = Path(self._files[i]).read_bytes()
+        if not image:
+            raise ImageError(f"{self._files[i]}: the file is empty")
+        return image
+
+    def place(self, i: int) -> Place:
+        return Place(self._files[i], "", "")
+
+    def identity(self, label: int) -> str:
+        return self._identities[label]
+
+    def heads(self, start: int, stop: int) -> Heads:
+        sizes, starts = np.zeros(stop - start, np.int64), np.zeros((stop - start, 4), np.uint8)
+        for i, file in enumerate(self._files[start:stop]):
+            try:
+                with Path(file).open("rb") as opened:
+                    starts[i] = np.frombuffer(opened.read(4).ljust(4, b"\0"), np.uint8)
+                    sizes[i] = opened.seek(0, 2)
+            except OSError:
+                pass  # a size of 0 says that it is broken; reading it again will say why
+        labels = np.where(sizes > 0, self._labels[start:stop], NO_LABEL)
+        return Heads(labels.astype(np.int32), sizes, _kinds(starts), sizes == 0)
+
+
+def open_records(path: Path) -> tuple[Records, list[str]]:
+    """The records of a face set as `data.face_sets.open_face_set` takes it, and what is odd about their index.
+
+    Raises FaceSetError when `path` is no face set, RecordError when its `.rec` holds no record at all.
+    """
+    if not path.exists():
+        raise FaceSetError(f"{path} does not exist")
+    rec_path = find_rec(path) if path.is_dir() else path
+    if rec_path is None:
+        faces = FolderFaceSet(path)
+        return FolderRecords([faces.describe(i) for i in range(len(faces))], faces.labels, faces.identities), []
+    if rec_path.suffix != ".rec":
+        raise FaceSetError(f"{path} is no face set: expected a .rec file or a folder")
+    return _open_rec(rec_path)
+
+
+def _open_rec(path: Path) -> tuple[RecRecords, list[str]]:
+    file, index, remarks = RecordFile(path), path.with_suffix(".idx"), []
+    try:
+        keys, offsets = read_index(index)
+    except (RecordError, FileNotFoundError) as error:
+        remarks.append(f"the index is not used, records were searched in {path.name}: {error}")
+        keys, offsets = find_records(file)
+    repeated = keys.size - np.unique(keys).size
+    if repeated:
+        remarks.append(
+            f"{repeated:,} keys occur more than once, so that training refuses the set; --repair numbers anew"
+        )
+    order = np.lexsort((keys, offsets))
+    return RecRecords(file, keys[order], offsets[order], _id_start(file, offsets[keys == 0])), remarks
+
+
+def _id_start(file: RecordFile, zero: np.ndarray) -> float:
+    """The first key of the identity records, less what float32 may have rounded it up, as record 0 states it.
+
+    `zero`: its offset, [0] or [1]. 0 when the record is missing, damaged or an image.
+    """
+    try:
+        record = unpack_image(b"".join(file.read(int(offset)) for offset in zero[:1]), "record 0")
+    except RecordError:
+        return 0.0
+    if record.image or record.labels.size < 2:
+        return 0.0
+    id_start = record.labels[0]
+    return float(id_start - np.spacing(id_start)) if id_start > 2**24 else float(id_start)
+
+
+def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
+    """(keys, offsets) of all records of a file that may be damaged; the keys are the ids in their headers, -1 without.
+
+    Every magic at a multiple of 4 begins a part of a record, because the writer cuts payloads there.
+    """
+    words = file.view()[: file.size // 4 * 4].view("<u4")
+    found = [np.zeros(0, np.int64)]
+    with progress_bar(file.size, "B", "search") as bar:
+        for start in range(0, len(words), SCAN_BYTES // 4):
+            part = words[start : start + SCAN_BYTES // 4]
+            found.append(start + np.flatnonzero(part == MAGIC))
+            bar.update(part.nbytes)
+    heads = np.concatenate(found)
+    heads = heads[heads + 1 < len(words)]
+    heads = heads[words[heads + 1] >> LENGTH_BITS < 2]  # cflag: a whole record, or the first part of one
+    if not heads.size:
+        raise RecordError(f"{file.path} holds no record: it is no .rec file, copy it again")
+    low, high = (words[np.minimum(heads + word, len(words) - 1)].astype(np.int64) for word in (4, 5))
+    return np.where(heads + 5 < len(words), low | high << 32, -1), 4 * heads

@@ -1,0 +1,411 @@
+"""report: what it says about good sets is exact, no damage stops it, and a repaired set has every good byte."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from config import ReportConfig
+from conftest import ROOT
+from data import report as report_module
+from data import tolerant_records
+from data.face_sets import FaceSet, open_face_set, write_face_set
+from data.images import encode_jpeg, encode_png
+from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, RecordFile, pack_image
+from data.report import Report, main, make_report, set_name
+from data.tolerant_records import find_records, open_records
+from tiny_faces import tiny_face
+
+SCRIPT = ROOT / "data" / "report.py"
+PNG = tiny_face(0, 0)
+JPEG = encode_jpeg(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
+SPLIT = JPEG + bytes(-len(JPEG) % 4) + MAGIC_BYTES * 2  # good, and cut twice within its record
+
+# key: (label, image, what broken.csv must say; empty for a good one)
+FACES: dict[int, tuple[float | list[float], bytes, str]] = {
+    1: (0.0, JPEG, ""),
+    2: (0.0, PNG, ""),
+    3: (0.0, b"garbage", "its 7 bytes are no image"),
+    4: ([1.0, 1.0], SPLIT, ""),
+    5: (1.0, b"", "its image is empty"),
+    6: ([1.0, 1.0], b"", "its image is empty"),
+    7: (0.5, PNG, "label 0.5 is no identity number"),
+    8: (float("nan"), PNG, "label nan is no identity number"),
+    9: (2.0, JPEG[: len(JPEG) // 2], "it was cut off"),  # the only image of identity 2
+    10: (3.0, JPEG[:-2], "it was cut off"),
+    11: (3.0, PNG[:-30], "are no image"),
+    12: (3.0, PNG, ""),
+    13: (-1.0, PNG, "label -1.0 is no identity number"),
+    14: (3.0, PNG, "no record begins at byte"),  # its magic is destroyed
+    15: (3.0, PNG, "announces 4294967295 labels"),  # its flag is
+    16: (3.0, PNG, "expected the start of a record"),  # its cflag is
+    17: (3.0, PNG, "record 12 has the same offset"),  # by the .idx
+    18: (3.0, PNG, "no record can begin at byte"),  # by the .idx
+    19: (3.0, PNG, "no record begins at byte"),  # by the .idx
+    20: (0.0, PNG, "but the file ends at"),  # the file is cut within
+}
+HEADERS = {0: [21.0, 25.0], 21: [1.0, 4.0], 22: [4.0, 7.0], 23: [9.0, 10.0], 24: [10.0, 21.0]}
+GOOD = {key: face for key, face in FACES.items() if not face[2]}
+BROKEN = {key: face for key, face in FACES.items() if face[2]}
+# Those that only decoding shows.
+HIDDEN = {3, 9, 10, 11}
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """The set of FACES and HEADERS, headers first, and a `property` that is wrong."""
+    folder = tmp_path / "sets" / "damaged"
+    folder.mkdir(parents=True)
+    rec = folder / "train.rec"
+    with IndexedRecordWriter(rec) as writer:
+        for key, label in HEADERS.items():
+            writer.write(key, pack_image(label, key, b""))
+        for key, (label, image, _) in FACES.items():
+            writer.write(key, pack_image(label, key, image))
+    lines = [line.split("\t") for line in rec.with_suffix(".idx").read_text().splitlines()]
+    offsets = {int(key): int(offset) for key, offset in lines}
+    content = bytearray(rec.read_bytes())
+    content[offsets[14]] ^= 1
+    content[offsets[15] + 8 : offsets[15] + 12] = b"\xff" * 4
+    content[offsets[16] + 7] |= 2 << 5
+    rec.write_bytes(content[:-8])
+    offsets |= {17: offsets[12], 18: 10**12, 19: offsets[19] + 4}
+    rec.with_suffix(".idx").write_text("".join(f"{key}\t{offset}\n" for key, offset in offsets.items()))
+    (folder / "property").write_text("4,112,112\nmade by hand")
+    return folder
+
+
+def report_on(path: Path, output: Path, **options) -> Report:
+    return make_report(path, output, ReportConfig(**options), workers=0)[0]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def people(faces: FaceSet) -> list[tuple[int, bytes]]:
+    """(label, image) of all images of a set."""
+    return [(int(label), faces.encoded(i)) for i, label in enumerate(faces.labels)]
+
+
+def test_the_damaged_set_is_one(damaged: Path) -> None:
+    """Opening it for training fails, so the report cannot lean on that."""
+    with pytest.raises(RecordError):
+        open_face_set(damaged)
+
+
+def test_check_lists_every_damage(damaged: Path, tmp_path: Path) -> None:
+    """Each broken record with file, key, offset and its own reason, no good one among them, and the counts fit."""
+    report = report_on(damaged, tmp_path / "out", check=True)
+    found = read_csv(tmp_path / "out" / "broken.csv")
+    assert {int(row["key"]) for row in found} == set(BROKEN)
+    for row in found:
+        assert BROKEN[int(row["key"])][2] in row["reason"]
+        assert row["file"] == str(damaged / "train.rec")
+        assert row["reason"].count("train.rec") == 0, "the place has columns of its own"
+    assert {row["key"]: row["identity"] for row in found if row["identity"]} == {
+        "3": "0",
+        "9": "2",
+        "10": "3",
+        "11": "3",
+    }
+    assert {row["key"]: row["offset"] for row in found}["18"] == str(10**12)
+    assert (report.records, report.images, report.without_image, report.broken) == (25, 4, 5, 16)
+    assert (report.identities, report.identities_lost) == (3, ["2"])
+    assert report.sizes == {"32x32": 4}
+    assert report.kinds == {"JPEG": 2, "PNG": 2}
+    assert report.remarks == [
+        "property says 4 identities, the images have 3",
+        "property says 112x112, 4 of 4 images have another size",
+    ]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["broken"] == 16
+
+
+def test_heads_show_all_but_what_decoding_shows(damaged: Path, tmp_path: Path) -> None:
+    """Without --check the damage of records is found; the images that happen to be decoded are counted too."""
+    records, _ = open_records(damaged)
+    survey = report_module.survey_heads(records)
+    broken = {records.place(i).key for i in np.flatnonzero(survey.broken)}
+    assert broken == set(BROKEN) - HIDDEN
+    report = report_on(damaged, tmp_path / "out")  # 8 images: the sample is all of them
+    assert report.broken == 16
+    assert not report.checked
+
+
+def test_heads_are_read_in_blocks(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block boundaries change nothing: not for records of equal offset, nor for what is decoded."""
+    whole = report_on(damaged, tmp_path / "whole", check=True)
+    monkeypatch.setattr(report_module, "HEADS_AT_ONCE", 1)
+    monkeypatch.setattr(report_module, "BLOCK", 2)
+    monkeypatch.setattr(tolerant_records, "SCAN_BYTES", 64)
+    assert report_on(damaged, tmp_path / "blocks", check=True) == whole
+    assert (tmp_path / "blocks" / "broken.csv").read_bytes() == (tmp_path / "whole" / "broken.csv").read_bytes()
+    file = RecordFile(damaged / "train.rec")
+    small = find_records(file)
+    monkeypatch.undo()
+    assert [part.tolist() for part in small] == [part.tolist() for part in find_records(file)]
+
+
+def test_repair_keeps_every_good_byte(damaged: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The repaired set opens, holds the good images bit for bit and no other, and says what became of each identity."""
+    before = {path: path.read_bytes() for path in damaged.iterdir()}
+    out = tmp_path / "mended"
+    main([str(damaged), "--repair", str(out), "--output", str(tmp_path / "report"), "--workers", "0"])
+    repaired = open_face_set(out)
+    assert people(repaired) == [(0, JPEG), (0, PNG), (1, SPLIT), (2, PNG)]
+    assert (out / "property").read_text() == "3,32,32"
+    assert [list(row.values()) for row in read_csv(out / "repair.csv")] == [
+        ["0", "0", "2", "1"],
+        ["1", "1", "1", "0"],
+        ["2", "", "0", "1"],
+        ["3", "2", "1", "2"],
+    ]
+    assert "every image of identity 2 is broken" in capsys.readouterr().out
+    assert report_on(out, tmp_path / "again", check=True).broken == 0
+    assert {path: path.read_bytes() for path in damaged.iterdir()} == before
+
+
+def test_repair_never_writes_over_anything(damaged: Path, tmp_path: Path) -> None:
+    """A folder that is there is refused at once, before hours of checking."""
+    out = tmp_path / "mine"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    with pytest.raises(SystemExit, match="mine exists and is not empty"):
+        main([str(damaged), "--repair", str(out), "--output", str(tmp_path / "report")])
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    assert not (tmp_path / "report").exists()
+
+
+def test_repair_that_fails_leaves_nothing(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error midway leaves no folder that looks like a set, nor a temporary one."""
+    records, survey = make_report(damaged, tmp_path / "report", ReportConfig(check=True), 0)[1:]
+    monkeypatch.setattr(type(records), "encoded", lambda self, i: b"")  # broken since it was checked
+    with pytest.raises(ValueError, match="image 0 of identity 0 is empty"):
+        report_module.repair(records, survey, tmp_path / "mended")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "sets"]
+
+
+def test_without_an_index(damaged: Path, tmp_path: Path) -> None:
+    """A lost .idx, in a damaged file: whatever still begins with a magic is found, and the report says how."""
+    (damaged / "train.idx").unlink()
+    report = report_on(damaged, tmp_path / "out", check=True)
+    # 17, 18 and 19 were only wrong in the index; 14 has no magic and 16 no start of a record, so they are not seen.
+    keys = {int(row["key"]) for row in read_csv(tmp_path / "out" / "broken.csv")}
+    assert keys == set(BROKEN) - {14, 16, 17, 18, 19}
+    assert (report.images, report.broken) == (7, 11)
+    assert report.remarks[0].startswith("the index is not used, records were searched in train.rec")
+
+
+@pytest.mark.parametrize("index", ["", "1\n2\n", "1\tone\n"])
+def test_with_an_unreadable_index(damaged: Path, tmp_path: Path, index: str) -> None:
+    """An .idx that is none counts as lost."""
+    (damaged / "train.idx").write_text(index)
+    report = report_on(damaged, tmp_path / "out", check=True)
+    assert report.images == 7
+    assert "train.idx" in report.remarks[0]
+
+
+def test_keys_that_occur_twice(tmp_path: Path) -> None:
+    """Training refuses such a set, the report says so, and repair makes a good one of it."""
+    with IndexedRecordWriter(tmp_path / "a.rec") as writer:
+        for key in (1, 1, 2):
+            writer.write(key, pack_image(float(key), key, PNG))
+    with pytest.raises(RecordError, match="more than once"):
+        open_face_set(tmp_path / "a.rec")
+    records, survey = make_report(tmp_path / "a.rec", tmp_path / "out", ReportConfig(check=True), 0)[1:]
+    report_module.repair(records, survey, tmp_path / "mended")
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["remarks"][0].startswith("1 keys occur more than")
+    assert people(open_face_set(tmp_path / "mended")) == [(0, PNG), (0, PNG), (1, PNG)]
+
+
+def test_identity_records_beyond_float32(tmp_path: Path) -> None:
+    """id_start may be rounded up: an identity record is not taken for an image that lost its bytes."""
+    first = 2**24 + 3  # stored as 2**24 + 4
+    with IndexedRecordWriter(tmp_path / "a.rec") as writer:
+        writer.write(first - 1, pack_image(0.0, first - 1, PNG))
+        writer.write(first, pack_image([first - 1, first], first, b""))
+        writer.write(0, pack_image([first, first + 1], 0, b""))
+    report = report_on(tmp_path / "a.rec", tmp_path / "out", check=True)
+    assert (report.images, report.without_image, report.broken) == (1, 2, 0)
+
+
+@pytest.mark.parametrize("content", [b"\0" * 4, b"no records here, but long enough for one", MAGIC_BYTES])
+def test_a_file_without_any_record(tmp_path: Path, content: bytes) -> None:
+    """With an .idx all its records are broken; without, there is nothing to report on, and that is an error."""
+    rec = tmp_path / "a.rec"
+    rec.write_bytes(content)
+    with pytest.raises(RecordError, match=r"a\.rec holds no record"):
+        report_on(rec, tmp_path / "out")
+    rec.with_suffix(".idx").write_text("0\t0\n1\t40\n")
+    report = report_on(rec, tmp_path / "out", check=True)
+    assert (report.images, report.broken, report.identities, report.sizes) == (0, 2, 0, {})
+    assert not (tmp_path / "out" / "faces.png").exists()
+    with pytest.raises(SystemExit, match="needs at least one identity"):
+        main([str(rec), "--repair", str(tmp_path / "mended"), "--output", str(tmp_path / "out"), "--workers", "0"])
+    assert not (tmp_path / "mended").exists()
+
+
+def test_folder_of_identities(tmp_path: Path) -> None:
+    """Files instead of records: empty, unreadable and undecodable ones are named, and repair packs the rest."""
+    root = tmp_path / "people"
+    images = {"Ada/1.jpg": JPEG, "Ada/2.png": PNG, "Ada/3.jpg": b"", "Bea/1.jpg": b"text", "Cai/1.png": PNG}
+    for name, image in images.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(image)
+    (root / "Cai" / "2.jpg").symlink_to("gone")
+    report = report_on(root, tmp_path / "out")
+    assert (report.images, report.broken, report.identities_lost) == (3, 3, ["Bea"])
+    rows = read_csv(tmp_path / "out" / "broken.csv")
+    assert [(Path(row["file"]).name, row["key"], row["identity"]) for row in rows] == [
+        ("3.jpg", "", ""),
+        ("1.jpg", "", "Bea"),
+        ("2.jpg", "", ""),
+    ]
+    assert ["empty" in rows[0]["reason"], "no image" in rows[1]["reason"], "No such file" in rows[2]["reason"]] == [
+        True
+    ] * 3
+    main([str(root), "--repair", str(tmp_path / "mended"), "--output", str(tmp_path / "out"), "--workers", "0"])
+    assert people(open_face_set(tmp_path / "mended")) == [(0, JPEG), (0, PNG), (1, PNG)]
+    assert [row["identity"] for row in read_csv(tmp_path / "mended" / "repair.csv")] == ["Ada", "Bea", "Cai"]
+
+
+def test_report_within_a_folder_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started in the set's own folder, it does not add its pictures to the set as one more identity."""
+    (tmp_path / "Ada").mkdir()
+    (tmp_path / "Ada" / "1.png").write_bytes(PNG)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="is within the set"):
+        main(["."])
+    assert [path.name for path in tmp_path.iterdir()] == ["Ada"]
+
+
+def test_numbers_of_a_real_set(face_data: Path, tmp_path: Path) -> None:
+    """A set that mxnet wrote: the counts that its makers state, and nothing broken, with two processes decoding."""
+    options = ReportConfig(check=True)
+    report, _, _ = make_report(face_data / "faces_glint24", tmp_path, options, workers=2)
+    assert (report.records, report.images, report.without_image, report.broken) == (4219, 4194, 25, 0)
+    assert (report.identities, report.identities_lost, report.remarks) == (24, [], [])
+    assert report.sizes == {"112x112": 4194}
+    assert report.kinds == {"JPEG": 4194}
+    assert report.property == "24,112,112"
+    faces = open_face_set(face_data / "faces_glint24")
+    counts = np.bincount(faces.labels)
+    assert report.images_per_identity["max"] == counts.max()
+    assert report.images_per_identity["mean"] == pytest.approx(counts.mean(), abs=0.051)
+    assert report.image_bytes["sum"] == sum(len(faces.encoded(i)) for i in range(len(faces)))
+
+
+def test_repair_of_a_real_set(face_data: Path, tmp_path: Path) -> None:
+    """An im2rec set in shuffled order, two images damaged: all others come out bit for bit, sorted by identity."""
+    source = face_data / "kazakh25"
+    content = bytearray((source / "validation.rec").read_bytes())
+    faces = open_face_set(source)
+    for i in (7, 100):
+        start = content.index(faces.encoded(i))
+        content[start : start + 20] = bytes(20)
+    damaged = tmp_path / "kazakh"
+    damaged.mkdir()
+    (damaged / "validation.rec").write_bytes(content)
+    (damaged / "validation.idx").write_bytes((source / "validation.idx").read_bytes())
+    records, survey = make_report(damaged, tmp_path / "out", ReportConfig(check=True), 0)[1:]
+    report_module.repair(records, survey, tmp_path / "mended")
+    expected = [face for i, face in enumerate(people(faces)) if i not in (7, 100)]
+    assert people(open_face_set(tmp_path / "mended")) == sorted(expected, key=lambda face: face[0])
+
+
+def test_sample_and_sheet_follow_the_seed(face_data: Path, tmp_path: Path) -> None:
+    """Without --check only a sample is decoded, and says so; one seed gives one picture, another another."""
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        report = report_on(face_data / "faces_glint24", tmp_path / name, seed=seed, sample=30, rows=3)
+        assert sum(report.sizes.values()) == 30
+        assert not report.checked
+    pictures = [cv2.imread(str(tmp_path / name / "faces.png")) for name in "abc"]
+    assert (pictures[0] == pictures[1]).all()
+    assert pictures[0].shape != pictures[2].shape or (pictures[0] != pictures[2]).any()
+
+
+def test_pictures_of_images_of_any_size(tmp_path: Path) -> None:
+    """Loose crops and one-image identities: the sheet has a white-framed tile for each, and both pictures open."""
+    sizes = [(5, 40), (300, 100), (1, 1)]
+    with write_face_set(tmp_path / "set", 112) as out:
+        for identity in range(3):
+            out.add_identity(encode_png(np.full((*size, 3), 60 * identity, np.uint8)) for size in sizes[identity:])
+    report = report_on(tmp_path / "set", tmp_path / "out")
+    assert report.sizes == {"1x1": 3, "100x300": 2, "40x5": 1}
+    assert report.remarks == ["property says 112x112, 6 of 6 images have another size"]
+    for name in ("faces.png", "images_per_identity.png"):
+        assert cv2.imread(str(tmp_path / "out" / name)) is not None
+
+
+@pytest.mark.parametrize(
+    ("path", "name"), [("ms1", "ms1"), ("ms1/train.rec", "ms1"), ("ms1/val.rec", "val"), ("people.v2", "people.v2")]
+)
+def test_name_of_the_report(tmp_path: Path, path: str, name: str) -> None:
+    """Reports of several sets in one working directory do not overwrite each other."""
+    (tmp_path / path).parent.mkdir(exist_ok=True)
+    if path.endswith(".rec"):
+        (tmp_path / path).touch()
+    else:
+        (tmp_path / path).mkdir()
+    assert set_name(tmp_path / path) == name
+
+
+def test_nothing_heavy_is_imported() -> None:
+    """A report needs no torch, and matplotlib only once it draws."""
+    program = (
+        "import sys, data.report; sys.exit(', '.join({'torch', 'matplotlib', 'sklearn'} & set(sys.modules)) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("how", "workers"), [("script", "1"), ("module", "0")])
+def test_from_another_directory(damaged: Path, tmp_path: Path, how: str, workers: str) -> None:
+    """As a script and as a module, from anywhere: the same table, a folder beside nobody's set, status 1 for damage."""
+    program = [str(SCRIPT)] if how == "script" else ["-m", "data.report"]
+    done = subprocess.run(
+        [sys.executable, *program, "sets/damaged", "--check", "--workers", workers],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT) if how == "module" else ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "  broken               16\n" in done.stdout
+    assert "train.rec, record 3 at byte" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "report-damaged").iterdir()) == [
+        "broken.csv",
+        "faces.png",
+        "images_per_identity.png",
+        "report.json",
+    ]
+    assert sorted(path.name for path in damaged.iterdir()) == ["property", "train.idx", "train.rec"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "nothing does not exist"),
+        (["file.txt"], "is no face set"),
+        (["empty"], "has no folders of images"),
+    ],
+)
+def test_errors_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    """A wrong path ends the program with one line that names it, and leaves no folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file.txt").write_text("x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=message) as error:
+        main(arguments)
+    assert str(error.value).startswith("report: ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file.txt"]
