@@ -2,8 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+MXNET_VENV := .venv-mxnet
+# mxnet 1.9.1 needs a numpy that installs on Python 3.11 and not on later ones.
+MXNET_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 
-.PHONY: setup demo lint test test-long clean
+.PHONY: setup demo lint test test-long conformance clean
 
 setup: $(VENV)/.installed
 
@@ -29,5 +32,15 @@ test: lint
 test-long: setup
 	$(RUN) -m pytest -m long
 
+# Our record files against those of the real mxnet, which has an environment of its own.
+conformance: setup $(MXNET_VENV)/.installed
+	$(RUN) -m pytest tests/conformance/with_mxnet.py
+
+$(MXNET_VENV)/.installed: tests/conformance/requirements.txt
+	$(MXNET_PYTHON) -c 'import sys; sys.exit(0 if sys.version_info < (3, 12) else "mxnet needs Python 3.11: make MXNET_PYTHON=python3.11 ...")'
+	$(MXNET_PYTHON) -m venv $(MXNET_VENV)
+	$(MXNET_VENV)/bin/python -m pip install --quiet -r tests/conformance/requirements.txt
+	touch $@
+
 clean:
-	rm -rf demo $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf demo $(VENV) $(MXNET_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -137,14 +137,15 @@ def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
 
 
 class FolderFaceSet:
-    """A tree `<root>/<identity>/<image>`; identities and images in the order of their names."""
+    """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names."""
 
     def __init__(self, root: Path | str) -> None:
         self.path = Path(root)
         self.identities = []
         self._files: list[Path] = []
         counts = []
-        for folder in sorted(entry for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != "."):
+        folders = [entry for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != "."]
+        for folder in (folders[position] for position in identity_order([entry.name for entry in folders])):
             images = sorted(file for file in folder.iterdir() if _is_image(file))
             if images:
                 self.identities.append(folder.name)
@@ -217,6 +218,16 @@ class FrequentIdentities:
 
     def describe(self, i: int) -> str:
         return self._faces.describe(int(self._positions[i]))
+
+
+def identity_order(names: list[str]) -> list[int]:
+    """Positions of `names` in the order that labels are given in: numbers by value, any other names by alphabet.
+
+    So the folders `999999` and `1000000`, whose alphabetical order is the other one, come back as they went.
+    """
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(range(len(names)), key=lambda position: int(names[position]))
+    return sorted(range(len(names)), key=names.__getitem__)
 
 
 class PairImages:

@@ -174,7 +174,11 @@ class RecordFile:
         offset = 0
         while offset < self.size:
             payload, end = self._read_with_end(offset)
-            keys.append(unpack_image(payload, f"{self.path}, record at byte {offset}").id)
+            where = f"{self.path}, record at byte {offset}"
+            key = unpack_image(payload, where).id
+            if key >= 2**63:
+                raise RecordError(f"{where}: its id {key} is too large for a key")
+            keys.append(key)
             offsets.append(offset)
             offset = end
         return np.array(keys, np.int64), np.array(offsets, np.int64)

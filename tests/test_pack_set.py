@@ -16,14 +16,15 @@ from config import PackConfig
 from conftest import ROOT
 from data import fitting
 from data.align import TEMPLATE, align
-from data.face_sets import FaceSet, FaceSetError, open_face_set, write_face_set
+from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set, write_face_set
 from data.fitting import Fit, fit_image, fit_images
 from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
-from data.pack_set import main, pack, select
+from data.pack_set import Packed, main, pack, select, summary
 from data.prepare_data import prepare
 from data.recordio import IndexedRecordWriter, pack_image
-from data.set_sources import LANDMARK_COLUMNS, ListedFaceSet, identity_order, open_source
+from data.set_sources import LANDMARK_COLUMNS, ListedFaceSet, open_source
 from tiny_faces import tiny_face
+from utils import processes
 
 SCRIPT = ROOT / "data" / "pack_set.py"
 SIZE = 32
@@ -302,11 +303,11 @@ def test_few_results_wait(monkeypatch: pytest.MonkeyPatch, tiny_set: Path) -> No
     """Images are read a few blocks ahead of the writer, however many there are: the set is never held in memory."""
     faces = open_face_set(tiny_set)
     monkeypatch.setattr(fitting, "IMAGES_PER_BLOCK", 2)
-    monkeypatch.setattr(fitting, "BLOCKS_PER_WORKER", 2)
+    monkeypatch.setattr(processes, "ITEMS_PER_WORKER", 2)
     submitted: list[object] = []
-    submit = fitting.ProcessPoolExecutor.submit
+    submit = processes.ProcessPoolExecutor.submit
     monkeypatch.setattr(
-        fitting.ProcessPoolExecutor, "submit", lambda *items: (submitted.append(items), submit(*items))[1]
+        processes.ProcessPoolExecutor, "submit", lambda *items: (submitted.append(items), submit(*items))[1]
     )
     images = fit_images(faces, np.arange(len(faces)), FIT, 1)
     for taken in range(len(faces)):
@@ -324,18 +325,18 @@ def test_nothing_is_replaced(tmp_path: Path, folder: Path) -> None:
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_killed_in_the_middle(tmp_path: Path, how: signal.Signals) -> None:
-    """A program that is killed while it writes leaves no set; the next run makes it whole."""
+@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 2), (signal.SIGKILL, 0), (signal.SIGINT, 0)])
+def test_killed_in_the_middle(tmp_path: Path, how: signal.Signals, workers: int) -> None:
+    """A program that is killed while it writes leaves no set and no processes; the next run makes the set whole."""
     with write_face_set(tmp_path / "source", SIZE) as out:
         for person in range(60):
             out.add_identity([tiny_face(person, 0)] * 200)
     command = [sys.executable, str(SCRIPT), "--source", "source", "--output", "set", "--image-size", str(SIZE)]
     program = subprocess.Popen(
-        [*command, "--workers", "0"],
+        [*command, "--workers", str(workers)],
         cwd=tmp_path,
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         # A shell that runs the tests in the background makes them, and what they start, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
@@ -345,7 +346,8 @@ def test_killed_in_the_middle(tmp_path: Path, how: signal.Signals) -> None:
         assert time.monotonic() < deadline, "it writes nothing"
         time.sleep(0.005)
     os.kill(program.pid, how)
-    assert program.wait(20) != 0
+    program.communicate(timeout=20)  # its output ends when the last of its processes does
+    assert program.returncode != 0
     assert not (tmp_path / "set").exists()
     assert list(tmp_path.glob(".set.*")) == [] or how == signal.SIGKILL
     pack_all(tmp_path / "source", tmp_path / "set")
@@ -371,11 +373,18 @@ def test_errors_on_the_command_line(tmp_path: Path, folder: Path, arguments: lis
     assert message in str(error.value)
 
 
+def test_the_summary_counts_new_bytes() -> None:
+    """The last line says how many images were aligned or resized, and whether the rest is untouched."""
+    assert summary(Packed(2, 9, 0), "a", "b") == "b: 9 images of 2 identities, byte for byte as in a"
+    assert summary(Packed(2, 9, 9), "a", "b") == "b: 9 images of 2 identities, all aligned or resized"
+    assert summary(Packed(2, 9, 4), "a", "b").endswith("4 of them aligned or resized, the rest byte for byte as in a")
+
+
 def test_script_from_another_directory(tmp_path: Path, folder: Path) -> None:
     """The program runs wherever it is called; paths of a list are relative to the list, or to --image-root."""
     source = written(tmp_path / "list.csv", "path,label\nanna/0.png,a\ncarl/2.png,c\n")
     flags = ["--source", source.name, "--image-root", "faces", "--output", "out/set", "--image-size", str(SIZE)]
     done = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "out/set: 2 images of 2 identities, 0 aligned or resized" in done.stdout
+    assert "out/set: 2 images of 2 identities, byte for byte as in list.csv" in done.stdout
     assert content(open_face_set(tmp_path / "out" / "set")) == [(0, tiny_face(0, 0)), (1, tiny_face(2, 2))]

@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from utils.processes import WorkerError, map_unordered, worker_count
+from utils.processes import WorkerError, map_ordered, map_unordered, worker_count
 
 _base = 0
 
@@ -30,9 +30,12 @@ def work(item: int) -> int:
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_every_result_arrives(workers: int) -> None:
     """All items, once each, in processes that were initialised; an error is raised as it is."""
-    assert sorted(map_unordered(work, range(20), workers, set_base, 100)) == list(range(100, 120))
-    with pytest.raises(ZeroDivisionError, match="item -1"):
-        list(map_unordered(work, [1, -1, 2], workers, set_base, 0))
+    assert sorted(map_unordered(work, range(50), workers, set_base, 100)) == list(range(100, 150))
+    assert list(map_ordered(work, range(50), workers, set_base, 100)) == list(range(100, 150))
+    for mapped in (map_unordered, map_ordered):
+        assert list(mapped(work, [], workers, set_base, 0)) == []
+        with pytest.raises(ZeroDivisionError, match="item -1"):
+            list(mapped(work, [1, -1, 2], workers, set_base, 0))
 
 
 def test_a_killed_worker_is_an_error() -> None:

@@ -13,6 +13,9 @@ SCRIPTS = [
     "train.py",
     "all_pair_test.py",
     "data/prepare_data.py",
+    "data/pack_set.py",
+    "data/pack_bin.py",
+    "data/report.py",
     "data/make_demo_set.py",
     "dataset_merge/dataset_merge.py",
     "utils/demo.py",
@@ -68,7 +71,7 @@ def test_mxnet_is_never_imported() -> None:
 def test_preparing_data_needs_no_torch(tmp_path: Path) -> None:
     """Settings, records and prepare_data are light: they load neither torch nor matplotlib."""
     program = (
-        "import sys, config, data.prepare_data, data.face_sets, data.verification_bin; "
+        "import sys, config, data.prepare_data, data.pack_set, data.pack_bin, data.face_sets, data.verification_bin; "
         "sys.exit(', '.join({'torch', 'matplotlib', 'sklearn', 'tensorboard'} & set(sys.modules)) or None)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)

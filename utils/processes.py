@@ -2,10 +2,17 @@
 
 import multiprocessing
 import os
+import signal
+import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import Any
+
+# Items given out at a time bound the memory of results that wait; fewer would let processes idle behind a slow one.
+ITEMS_PER_WORKER = 4
 
 
 class WorkerError(OSError):
@@ -20,26 +27,71 @@ def worker_count(workers: int) -> int:
     return min(8, usable)
 
 
-def map_unordered(
+def map_ordered(
     function: Callable[[Any], Any], items: Sequence[Any], workers: int, initialise: Callable[..., None], *arguments: Any
 ) -> Iterator[Any]:
-    """`function(item)` for every item, results as they come; `initialise(*arguments)` runs once in each process.
+    """`function(item)` for every item, results in order; `initialise(*arguments)` runs once in each process.
 
-    With `workers` 0 all of it happens in this process. An error in a worker is raised here; WorkerError when one died.
+    Only a few results are made ahead of those that were taken. With `workers` 0 all of it happens in this process.
+    An error in a worker is raised here; WorkerError when one died.
     """
     if workers == 0:
         initialise(*arguments)
         yield from map(function, items)
         return
+    waiting: deque[Future] = deque()
+    with _executor(min(workers, len(items)), initialise, arguments) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == workers * ITEMS_PER_WORKER:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def map_unordered(
+    function: Callable[[Any], Any], items: Sequence[Any], workers: int, initialise: Callable[..., None], *arguments: Any
+) -> Iterator[Any]:
+    """As `map_ordered`, with results as they come."""
+    if workers == 0:
+        initialise(*arguments)
+        yield from map(function, items)
+        return
+    waiting: set[Future] = set()
+    with _executor(min(workers, len(items)), initialise, arguments) as pool:
+        for item in items:
+            waiting.add(pool.submit(function, item))
+            if len(waiting) == workers * ITEMS_PER_WORKER:
+                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    yield future.result()
+        for future in as_completed(waiting):
+            yield future.result()
+
+
+@contextmanager
+def _executor(workers: int, initialise: Callable[..., None], arguments: tuple) -> Iterator[ProcessPoolExecutor]:
     # Forking a process that runs threads (OpenCV, torch) can deadlock, so workers start afresh. Unlike
     # multiprocessing.Pool, the executor notices when one is killed (out of memory, say) instead of waiting for ever.
     context = multiprocessing.get_context("spawn")
-    processes = min(workers, max(1, len(items)))
-    with ProcessPoolExecutor(processes, context, initialise, arguments) as pool:
+    with ProcessPoolExecutor(max(1, workers), context, _start_worker, (initialise, *arguments)) as pool:
         try:
-            for done in as_completed([pool.submit(function, item) for item in items]):
-                yield done.result()
+            yield pool
         except BrokenProcessPool:
             raise WorkerError("a worker process died (out of memory?); try fewer with --workers") from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker(initialise: Callable[..., None], *arguments: Any) -> None:
+    """End with the program, also a killed one, and not by Ctrl-C, which the program answers for all."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    initialise(*arguments)

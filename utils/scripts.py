@@ -17,7 +17,7 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        print(f"\n{script}: {interrupt or 'interrupted; ' + when_interrupted}", file=sys.stderr)
+        print(f"\n{script}: {str(interrupt) or 'interrupted; ' + when_interrupted}", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError) as error:
         sys.exit(f"{script}: {error}")

@@ -1,0 +1,45 @@
+"""Faces to the template that recognition networks are trained on, from five landmarks.
+
+The transform is the similarity (turn, scale, shift; no mirroring) with the least squared distance between the moved
+landmarks and the template: S. Umeyama, "Least-squares estimation of transformation parameters between two point
+patterns", IEEE PAMI 13 (1991), equations 38 to 43. The template is insightface's (`face_align.py`, `arcface_dst`).
+"""
+
+import cv2
+import numpy as np
+
+# (x, y) in a face of 112x112: left eye, right eye, nose, left and right corner of the mouth, as the viewer sees them.
+TEMPLATE = np.array(
+    [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)], np.float64
+)
+TEMPLATE_SIZE = 112
+
+
+def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """The similarity that takes the points `source` [n, 2] nearest to `target` [n, 2], by least squares.
+
+    Returns float64 [2, 3]: a point p goes to `m[:, :2] @ p + m[:, 2]`. Raises ValueError when the source points are not
+    finite or all the same.
+    """
+    source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
+    if not np.isfinite(source).all() or (source == source[0]).all():
+        raise ValueError(f"no transform from the points {source.tolist()}: they must be finite and not all the same")
+    source_mean, target_mean = source.mean(axis=0), target.mean(axis=0)
+    from_mean = source - source_mean
+    variance = np.square(from_mean).sum(axis=1).mean()
+    covariance = (target - target_mean).T @ from_mean / len(source)
+    u, singular, v_transposed = np.linalg.svd(covariance)
+    turned = np.linalg.det(u) * np.linalg.det(v_transposed)
+    signs = np.array([1.0, 1.0 if turned > 0 else -1.0])  # a mirroring may fit better, but is none of a camera's doing
+    scale = (singular * signs).sum() / variance
+    matrix = scale * (u * signs) @ v_transposed
+    return np.column_stack([matrix, target_mean - matrix @ source_mean])
+
+
+def align(image: np.ndarray, landmarks: np.ndarray, size: int = TEMPLATE_SIZE) -> np.ndarray:
+    """The face of `image` (uint8 [height, width, 3], RGB) at the template's place: uint8 [size, size, 3], RGB.
+
+    `landmarks` [5, 2] are x, y in pixels, in the order of `TEMPLATE`. What lies outside of the image becomes black.
+    """
+    matrix = similarity_transform(landmarks, TEMPLATE * (size / TEMPLATE_SIZE))
+    return cv2.warpAffine(image, matrix, (size, size), flags=cv2.INTER_LINEAR)

@@ -1,0 +1,222 @@
+"""What a set can be packed from: records, folders of identities, and the lists that name image files.
+
+A list is a text file, told apart by what is in it:
+
+- face2rec's `.lst`: `aligned  path  label [x1 y1 x2 y2 [landmarks x1..x5, then y1..y5]]`, tab-separated
+  (insightface's `face_preprocess.parse_lst_line`); the box is not used, nor are the landmarks of an aligned face (1);
+- im2rec's `.lst`: `index  label  path`, tab-separated (mxnet's `tools/im2rec.py`);
+- CSV with a header: `path` and `label` (or `name`), for landmarks also `x1,y1,x2,y2,x3,y3,x4,y4,x5,y5`.
+
+Paths are relative to a folder that the caller names.
+"""
+
+import csv
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+
+from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
+
+LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
+FACE2REC_COLUMNS = (3, 7, 17)
+LARGEST_LABEL = 2**31 - 1
+_NO_LANDMARKS = [float("nan")] * 10
+
+
+class ListLine(NamedTuple):
+    """One image of a list. `landmarks`: x1, y1 .. x5, y5 in pixels; empty for a face that is taken as it is."""
+
+    line: int
+    path: str
+    identity: str
+    landmarks: Sequence[float] = ()
+
+
+class ListedFaceSet:
+    """The images that a list names, identities in the order of `identity_order`, images in the order of the list.
+
+    Raises FaceSetError, with the number of the line, for a list that is not as it should be.
+    """
+
+    def __init__(self, path: Path | str, image_root: Path | str | None = None) -> None:
+        self.path = Path(path)
+        self._root = self.path.parent if image_root is None else Path(image_root)
+        # Lists have millions of lines, and every worker gets a copy: no object a line.
+        codes, lines, ends, landmarks = array("q"), array("q"), array("q", [0]), array("f")
+        names: dict[str, int] = {}
+        self._paths = bytearray()
+        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            for row in _read_lines(file, self.path):
+                if row.landmarks and not landmarks:
+                    landmarks.extend(_NO_LANDMARKS * len(codes))
+                if row.landmarks or landmarks:
+                    landmarks.extend(row.landmarks or _NO_LANDMARKS)
+                codes.append(names.setdefault(row.identity, len(names)))
+                lines.append(row.line)
+                self._paths += os.fsencode(row.path)
+                ends.append(len(self._paths))
+        if not codes:
+            raise FaceSetError(f"{self.path} names no images")
+        self._lines, self._ends = np.array(lines), np.array(ends)
+        self._landmarks = np.array(landmarks).reshape(-1, 5, 2)
+        texts = list(names)
+        order = identity_order(texts)
+        self.identities = [texts[code] for code in order]
+        self.labels = np.argsort(order)[np.array(codes)]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def file(self, i: int) -> Path:
+        """The file of image `i`."""
+        return Path(self._root, os.fsdecode(bytes(self._paths[self._ends[i] : self._ends[i + 1]])))
+
+    def landmarks(self, i: int) -> np.ndarray | None:
+        """What to align image `i` by: float32 [5, 2], (x, y) in pixels; None for one that is taken as it is."""
+        if not len(self._landmarks) or np.isnan(self._landmarks[i, 0, 0]):
+            return None
+        return self._landmarks[i]
+
+    def encoded(self, i: int) -> bytes:
+        try:
+            return self.file(i).read_bytes()
+        except OSError as error:
+            raise FaceSetError(f"{self.describe(i)}: {error.strerror or error}") from None
+
+    def describe(self, i: int) -> str:
+        return f"{self.path}, line {self._lines[i]}: {self.file(i)}"
+
+
+def open_source(path: Path | str, image_root: Path | str | None = None) -> FaceSet:
+    """Open anything that a set can be packed from; `image_root` is what the paths of a list are relative to.
+
+    Without `image_root`, that is the folder of the list. Raises FaceSetError for anything else.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix != ".rec":
+        return ListedFaceSet(path, image_root)
+    return open_face_set(path)
+
+
+def _read_lines(file: TextIO, path: Path) -> Iterator[ListLine]:
+    first = next((line for line in file if line.strip()), "")
+    file.seek(0)
+    if "\t" in first:
+        parse = _parse_face2rec if _is_face2rec(first, path) else _parse_im2rec
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield parse(number, line.rstrip("\r\n").split("\t"), path)
+    else:
+        yield from _read_csv(file, path)
+
+
+def _is_face2rec(first: str, path: Path) -> bool:
+    """Whether the list is face2rec's: its label is the third field, im2rec's the second, where paths have letters."""
+    fields = first.split("\t")
+    numbers = [_is_number(field) for field in fields]
+    if numbers[0] and len(fields) >= 3 and numbers[1] != numbers[2]:
+        return numbers[2]
+    raise FaceSetError(
+        f"{path}: its first line {first.strip()[:100]!r} is neither face2rec's 'aligned path label ...' "
+        "nor im2rec's 'index label path', tab-separated"
+    )
+
+
+def _parse_face2rec(number: int, fields: list[str], path: Path) -> ListLine:
+    where = f"{path}, line {number}"
+    if len(fields) not in FACE2REC_COLUMNS:
+        raise FaceSetError(
+            f"{where}: {len(fields)} columns, expected 3 (aligned path label), 7 (and a box) or 17 (and five landmarks)"
+        )
+    aligned = fields[0].strip()
+    if aligned not in ("0", "1"):
+        raise FaceSetError(f"{where}: the first column says whether the face is aligned, 0 or 1, found {fields[0]!r}")
+    points = _numbers(fields[7:], where)
+    if aligned == "0" and not points:
+        raise FaceSetError(
+            f"{where}: the face is not aligned (0) and has no landmarks to do it by: "
+            "add them, or write 1 if it shall be taken as it is"
+        )
+    landmarks = [points[k] for point in range(5) for k in (point, point + 5)] if aligned == "0" else []
+    return ListLine(number, _path(fields[1], where), _label(fields[2], where), landmarks)
+
+
+def _parse_im2rec(number: int, fields: list[str], path: Path) -> ListLine:
+    where = f"{path}, line {number}"
+    if len(fields) != 3:
+        raise FaceSetError(f"{where}: {len(fields)} columns, expected 3 (index label path)")
+    return ListLine(number, _path(fields[2], where), _label(fields[1], where))
+
+
+def _read_csv(file: TextIO, path: Path) -> Iterator[ListLine]:
+    rows = csv.reader(file)
+    try:
+        header = [name.strip().lower() for name in next(rows, [])]
+        columns = _csv_columns(header, path)
+        for row in rows:
+            if not row:
+                continue
+            where = f"{path}, line {rows.line_num}"
+            if len(row) != len(header):
+                raise FaceSetError(f"{where}: {len(row)} columns, expected {len(header)} as in the header")
+            image, identity, *landmarks = (row[column] for column in columns)
+            if not identity.strip():
+                raise FaceSetError(f"{where}: its label is empty")
+            given = any(text.strip() for text in landmarks)
+            yield ListLine(
+                rows.line_num,
+                _path(image, where),
+                identity.strip(),
+                _numbers(landmarks, where) if given else (),
+            )
+    except csv.Error as error:
+        raise FaceSetError(f"{path}, line {rows.line_num}: {error}") from None
+
+
+def _csv_columns(header: list[str], path: Path) -> list[int]:
+    """Positions of path, label and, where the header has them, the ten landmarks."""
+    label = "label" if "label" in header else "name"
+    wanted = ["path", label, *(LANDMARK_COLUMNS if set(LANDMARK_COLUMNS) & set(header) else [])]
+    missing = [name for name in wanted if name not in header]
+    if missing:
+        raise FaceSetError(
+            f"{path}: its header {','.join(header)[:200]!r} lacks {', '.join(missing)}; expected a .rec file, a "
+            "tab-separated .lst, or a CSV with the header path,label and, for landmarks, also "
+            + ",".join(LANDMARK_COLUMNS)
+        )
+    return [header.index(name) for name in wanted]
+
+
+def _path(text: str, where: str) -> str:
+    if not text.strip():
+        raise FaceSetError(f"{where}: its path is empty")
+    return text.strip()
+
+
+def _label(text: str, where: str) -> str:
+    """The identity number of a list as text; im2rec writes `7.000000` for 7."""
+    value = float(text) if _is_number(text) else float("nan")
+    if not (0 <= value <= LARGEST_LABEL and value.is_integer()):
+        raise FaceSetError(f"{where}: label {text!r} is no identity number: expected a whole number from 0")
+    return str(int(value))
+
+
+def _numbers(texts: Iterable[str], where: str) -> list[float]:
+    values = []
+    for text in texts:
+        if not _is_number(text) or not np.isfinite(float(text)):
+            raise FaceSetError(f"{where}: {text!r} is no coordinate of a landmark")
+        values.append(float(text))
+    return values
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
