@@ -50,6 +50,17 @@ class DataConfig:
     order: OrderName = "exact"
     # Broken training images are left out of the loss; more of them than this stop the run with their list.
     broken_limit: int = 100
+    # Probability that a training face is cropped, black filling the rest. 0: off. AdaFace: 0.2; strong augmentation
+    # tends to cost accuracy.
+    augment_crop: float = 0.0
+    # Probability that a training face is blurred. 0: off.
+    augment_blur: float = 0.0
+    # Probability that a training face is reduced, to a fifth at most, and enlarged again. 0: off. AdaFace: 0.2.
+    augment_low_resolution: float = 0.0
+    # Probability that brightness, contrast and saturation of a training face change. 0: off. AdaFace: 0.2.
+    augment_colour: float = 0.0
+    # Probability that a training face turns grey. 0: off.
+    augment_grey: float = 0.0
 
     def __post_init__(self) -> None:
         check_types(self, "data")
@@ -57,6 +68,9 @@ class DataConfig:
         require(self.image_size >= 16, "data.image_size", f"must be 16 or more, got {self.image_size}")
         require(self.min_images >= 1, "data.min_images", f"must be 1 or more, got {self.min_images}")
         require(self.broken_limit >= 0, "data.broken_limit", f"must be 0 or more, got {self.broken_limit}")
+        for name in ("crop", "blur", "low_resolution", "colour", "grey"):
+            value = getattr(self, f"augment_{name}")
+            require(0 <= value <= 1, f"data.augment_{name}", f"must be from 0 to 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -117,7 +131,7 @@ class TrainConfig:
     gradient_clip: float = 5.0
     # auto: bfloat16 on CUDA cards that have it, float16 with loss scaling on older ones, float32 on the CPU.
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    # Seed of everything random: initial weights, image order, flips. Same seed, same run.
+    # Seed of everything random: initial weights, image order, flips, augmentations. Same seed, same run.
     seed: int = 0
     # Steps between two lines of the log (screen, TensorBoard, metrics.jsonl).
     log_every: int = 50
@@ -199,9 +213,18 @@ class PrepareConfig:
     rec_data_path: str = field(default="", metadata={"aliases": ("--r",)})
     # Where the folders go: OUTPUT/<label>/<key>.jpg. Empty: `images` in the set's folder.
     output: str = ""
+    # Identities to unpack, comma separated, by their labels in the set; @FILE: a text file with one a line. Empty: all.
+    identities: tuple[str, ...] = ()
+    # Identities with fewer images are left out.
+    min_images: int = 1
+    # Identities to unpack at most, those with the lowest labels. 0: all.
+    limit: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "prepare")
+        for name in ("min_images", "limit"):
+            value = getattr(self, name)
+            require(value >= 0, f"prepare.{name}", f"must be 0 or more, got {value}")
 
 
 @dataclass(frozen=True)

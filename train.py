@@ -6,10 +6,11 @@
     python train.py --resume runs/NAME                     go on where a run stopped
 
 A run's folder, `runs/NAME`, gets `config.json`, `best.safetensors` (the network that verified best),
-`checkpoint.safetensors` (to resume from), `metrics.jsonl`, the TensorBoard record, and pictures of inputs, loss and
-accuracy.
+`checkpoint.safetensors` (to resume from), `classes.csv` (the identity behind each class), `metrics.jsonl`, the
+TensorBoard record, and pictures of inputs, loss and accuracy.
 """
 
+import json
 import math
 import os
 import sys
@@ -21,6 +22,7 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from config import PRESETS, Config, DataConfig
+from data.augment import Chances, augment
 from data.face_sets import open_training_set
 from data.loading import DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
@@ -97,8 +99,12 @@ def train(config: Config) -> Path:
     step, best_accuracy = progress.step, progress.best_accuracy
     run.mkdir(parents=True, exist_ok=True)
     write_text_atomic(run / CONFIG, to_json(config))
+    rows = "".join(f"{label},{json.dumps(name)}\n" for label, name in enumerate(faces.identities))
+    write_text_atomic(run / "classes.csv", f"class,identity\n{rows}")
 
+    left_over = len(faces) - batches.batches * settings.batch_size
     print(f"{faces.path}: {len(faces):,} images of {len(faces.identities):,} identities")
+    print(f"{batches.batches:,} steps an epoch; {left_over:,} images, others each time, do not fill a batch and wait")
     print(f"verified on: {', '.join(test.name for test in tests) or 'nothing (no .bin found): the last model is kept'}")
     print(f"{describe_device(device)}, {str(precision).removeprefix('torch.')}, {workers} workers, {steps:,} steps")
     print(f"run: {run}" + (f", from step {step:,}" if step else ""))
@@ -128,6 +134,7 @@ def train(config: Config) -> Path:
 
     decoded = DecodedFaces(faces, faces.labels, config.data.image_size, config.data.resize, tolerant=True)
     loader = training_loader(decoded, batches, workers, device)
+    chances = Chances(*(getattr(config.data, f"augment_{name}") for name in Chances._fields))
     broken: set[str] = set()
     images_in_all, images_done = steps * settings.batch_size, step * settings.batch_size
     with (
@@ -146,7 +153,8 @@ def train(config: Config) -> Path:
             for batch, (images, labels, newly_broken) in enumerate(loader, first_batch):
                 note_broken(broken, newly_broken, config.data.broken_limit, bar.write)
                 mirror = flips(settings.seed, epoch, batch, settings.batch_size).to(device, non_blocking=True)
-                inputs = to_network_input(images.to(device, non_blocking=True), mirror)
+                images = augment(images.to(device, non_blocking=True), chances, settings.seed, epoch, batch)
+                inputs = to_network_input(images, mirror)
                 labels = labels.to(device, non_blocking=True)
                 if step == 0:
                     log.inputs(inputs[:64], step)

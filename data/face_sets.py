@@ -12,19 +12,23 @@ from typing import Protocol
 
 import numpy as np
 
+from data.index_cache import CACHED_FROM, ImageIndex, load_index, save_index
 from data.recordio import (
     IMAGE_HEADER_SIZE,
     LENGTH_BITS,
     LENGTH_MASK,
     MAGIC,
+    WHOLE,
     IndexedRecordReader,
     IndexedRecordWriter,
     RecordError,
+    RecordFile,
     pack_image,
     unpack_image,
 )
 from data.verification_bin import VerificationPairs
 from utils.files import atomic_folder, write_text_atomic
+from utils.progress import progress_bar
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _HEADERS_AT_ONCE = 1 << 16
@@ -66,23 +70,30 @@ class RecFaceSet:
 
     def __init__(self, rec_path: Path | str) -> None:
         self.path = Path(rec_path)
+        self._file = RecordFile(self.path)
+        images = load_index(self._file) or self._read_index()
+        self.keys, self._offsets, self.labels = images.keys, images.offsets, images.labels
+        self.identities = [str(label) for label in images.identities]
+        self._compare_with_property()
+
+    def _read_index(self) -> ImageIndex:
         reader = IndexedRecordReader(self.path)
         labels, has_image = _read_labels(reader)
-        self.keys = reader.keys[has_image]
-        self._offsets = reader.offsets[has_image]
-        self._file = reader.file
-        labels = labels[has_image]
+        keys, offsets, labels = reader.keys[has_image], reader.offsets[has_image], labels[has_image]
         if not labels.size:
             raise FaceSetError(f"{self.path} has {len(has_image)} records and not one image")
         wrong = np.flatnonzero(~((labels >= 0) & (labels < 2**31) & (labels == np.floor(labels))))
         if wrong.size:
+            first = wrong[0]
             raise RecordError(
-                f"{self.describe(wrong[0])}: label {labels[wrong[0]]} is no identity number "
-                f"({wrong.size} such records): labels must be whole numbers from 0"
+                f"{self.path}, record {keys[first]} at byte {offsets[first]}: label {labels[first]} is no identity "
+                f"number ({wrong.size} such records): labels must be whole numbers from 0"
             )
-        file_labels, self.labels = np.unique(labels.astype(np.int64), return_inverse=True)
-        self.identities = [str(label) for label in file_labels]
-        self._compare_with_property()
+        identities, classes = np.unique(labels.astype(np.int64), return_inverse=True)
+        images = ImageIndex(keys, offsets, classes, identities)
+        if len(has_image) >= CACHED_FROM:
+            save_index(self._file, images)
+        return images
 
     def _compare_with_property(self) -> None:
         path = self.path.with_name("property")
@@ -100,7 +111,10 @@ class RecFaceSet:
         return len(self.labels)
 
     def encoded(self, i: int) -> bytes:
-        return unpack_image(self._file.read(int(self._offsets[i])), self.describe(i)).image
+        payload = self._file.read(int(self._offsets[i]))
+        # Text that names the record is made for damaged ones only: this runs for every image of every epoch.
+        start = IMAGE_HEADER_SIZE + 4 * int.from_bytes(payload[:4], "little")
+        return payload[start:] if start < len(payload) else unpack_image(payload, self.describe(i)).image
 
     def describe(self, i: int) -> str:
         return f"{self.path}, record {self.keys[i]} at byte {self._offsets[i]}"
@@ -108,31 +122,31 @@ class RecFaceSet:
 
 def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
     """(label float64 [records], has an image bool [records]) of every record, from one pass over the headers."""
-    file_bytes = reader.file.view()
-    labels = np.zeros(len(reader))
-    has_image = np.zeros(len(reader), bool)
-    head = 8 + IMAGE_HEADER_SIZE + 4  # record head, image header, first label of an array
-    for start in range(0, len(reader), _HEADERS_AT_ONCE):
-        part = slice(start, start + _HEADERS_AT_ONCE)
-        offsets = reader.offsets[part]
-        outside = np.flatnonzero((offsets < 0) | (offsets > reader.file.size - 8))
-        if outside.size:
-            reader.file.read(int(offsets[outside[0]]))  # raises the error that says so
-        # The last record may be shorter than the window; what lies behind it is masked by its length below.
-        window = np.minimum(offsets[:, None] + np.arange(head), reader.file.size - 1)
-        heads = file_bytes[window]
-        magic, lrec, flag = heads[:, :12].copy().view("<u4").T
-        length = (lrec & LENGTH_MASK).astype(np.int64)
-        scalar, first = heads[:, 12:16].copy().view("<f4")[:, 0], heads[:, 32:36].copy().view("<f4")[:, 0]
-        image_size = length - IMAGE_HEADER_SIZE - 4 * flag.astype(np.int64)
-        labels[part] = np.where(flag > 0, first, scalar)
-        has_image[part] = image_size > 0
-        plain = (magic == MAGIC) & (lrec >> LENGTH_BITS == 0) & (image_size >= 0)
-        plain &= offsets + 8 + length <= reader.file.size
-        for i in np.flatnonzero(~plain):  # cut at an embedded magic, or damaged: read it whole
-            where = f"{reader.file.path}, record {reader.keys[start + i]} at byte {offsets[i]}"
-            record = unpack_image(reader.file.read(int(offsets[i])), where)
-            labels[start + i], has_image[start + i] = record.labels[0], bool(record.image)
+    size = reader.file.size
+    words = reader.file.view()[: size // 4 * 4].view("<u4")  # records begin at multiples of 4
+    labels, has_image = np.zeros(len(reader)), np.zeros(len(reader), bool)
+    large = len(reader) >= CACHED_FROM
+    with progress_bar(len(reader), "record", f"labels of {reader.file.path}", disable=not large) as bar:
+        for start in range(0, len(reader), _HEADERS_AT_ONCE):
+            offsets = reader.offsets[start : start + _HEADERS_AT_ONCE]
+            # Words of a record: magic, lrec, flag, label, four of ids, and the first label of an array. Of a record
+            # that ends sooner the last are somebody else's: its length masks them.
+            first = np.clip(offsets // 4, 0, len(words) - 1)
+            magic, lrec, flag, scalar, array = (
+                words[np.minimum(first + word, len(words) - 1)] for word in (0, 1, 2, 3, 8)
+            )
+            length = (lrec & LENGTH_MASK).astype(np.int64)
+            image_size = length - IMAGE_HEADER_SIZE - 4 * flag.astype(np.int64)
+            part = slice(start, start + len(offsets))
+            labels[part] = np.where(flag > 0, array.view("<f4"), scalar.view("<f4"))
+            has_image[part] = image_size > 0
+            plain = (magic == MAGIC) & (lrec >> LENGTH_BITS == WHOLE) & (image_size >= 0)
+            plain &= (offsets >= 0) & (offsets % 4 == 0) & (offsets + 8 + length <= size)
+            for i in np.flatnonzero(~plain):  # cut at an embedded magic, or damaged: read it whole
+                where = f"{reader.file.path}, record {reader.keys[start + i]} at byte {offsets[i]}"
+                record = unpack_image(reader.file.read(int(offsets[i])), where)
+                labels[start + i], has_image[start + i] = record.labels[0], bool(record.image)
+            bar.update(len(offsets))
     return labels, has_image
 
 

@@ -11,11 +11,11 @@ class ImageError(ValueError):
     """An image cannot be decoded or has the wrong size; the message says which."""
 
 
-def decode_rgb(encoded: bytes, where: str) -> np.ndarray:
+def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     """Decode JPEG, PNG or whatever OpenCV reads.
 
     Returns uint8 [height, width, 3], RGB (grey images are repeated over the channels).
-    `where` names the image in the ImageError that undecodable bytes raise.
+    `where`, as text, names the image in the ImageError that undecodable bytes raise.
     """
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)

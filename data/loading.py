@@ -1,5 +1,6 @@
 """Batches of decoded faces: uint8 until they are on the device, in an order that seed, epoch and position decide."""
 
+import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.face_sets import EncodedImages
 from data.images import ImageError, decode_rgb
@@ -43,21 +44,22 @@ class DecodedFaces(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Raises ImageError or RecordError, naming the image, for a face that is broken or of the wrong size."""
-        faces = np.zeros((len(positions), self.size, self.size, 3), np.uint8)
+        faces = _empty_batch((len(positions), self.size, self.size, 3))
+        rows = faces.numpy()
         labels = self.labels[torch.as_tensor(positions)]
         broken = []
         for row, i in enumerate(positions):
             try:
-                faces[row] = self._decode(i)
+                rows[row] = self._decode(i)
             except (ImageError, RecordError, OSError) as error:
                 if not self.tolerant:
                     raise
-                labels[row] = -1
+                rows[row], labels[row] = 0, -1
                 broken.append(str(error))
-        return Batch(torch.from_numpy(faces), labels, broken)
+        return Batch(faces, labels, broken)
 
     def _decode(self, i: int) -> np.ndarray:
-        image = decode_rgb(self.images.encoded(i), self.images.describe(i))
+        image = decode_rgb(self.images.encoded(i), _Where(self.images, i))
         if image.shape[:2] == (self.size, self.size):
             return image
         if self.resize:
@@ -66,6 +68,24 @@ class DecodedFaces(Dataset):
             f"{self.images.describe(i)} is {image.shape[1]}x{image.shape[0]} pixels, expected {self.size}x{self.size}: "
             "align the set, set data.image_size, or let data.resize scale its images"
         )
+
+
+class _Where:
+    """The text that names an image, made only when it is printed."""
+
+    def __init__(self, images: EncodedImages, i: int) -> None:
+        self._images, self._i = images, i
+
+    def __str__(self) -> str:
+        return self._images.describe(self._i)
+
+
+def _empty_batch(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised uint8 tensor; in a worker process in shared memory, where the main process reads it uncopied."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class EpochBatches(Sampler[list[int]]):

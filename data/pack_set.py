@@ -19,28 +19,21 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
 from config import PRESETS, Config, PackConfig
-from data.face_sets import FaceSet, FaceSetError, identity_order, write_face_set
+from data.face_sets import FaceSet, FaceSetError, write_face_set
 from data.fitting import Fit, fit_images
+from data.identity_choice import Identity, choose_identities
 from data.set_sources import open_source
 from utils.files import require_free, write_text_atomic
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
-
-
-class Identity(NamedTuple):
-    """A person of the new set: the name in the source, and the positions of the images there, int64 [images]."""
-
-    name: str
-    images: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -57,36 +50,12 @@ def select(faces: FaceSet, pick: PackConfig) -> list[Identity]:
 
     Raises FaceSetError when none is left, or when one that is asked for by name does not exist.
     """
-    by_label = np.argsort(faces.labels, kind="stable")
-    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
-    wanted = _names(pick.identities)
-    unknown = wanted - set(faces.identities)
-    if unknown:
-        raise FaceSetError(f"{faces.path} has no identity {min(unknown)!r} ({len(unknown)} such names)")
-    identities = []
-    for label in identity_order(faces.identities):
-        images = by_label[ends[label - 1] if label else 0 : ends[label]]
-        if len(images) >= pick.min_images and (not wanted or faces.identities[label] in wanted):
-            identities.append(Identity(faces.identities[label], images))
-    if not identities:
-        raise FaceSetError(f"{faces.path}: no identity with {pick.min_images} images or more is asked for")
+    identities = choose_identities(faces, pick.identities, pick.min_images)
     if pick.shuffle:
         rng = np.random.default_rng(pick.seed)
         shuffled = [identities[i] for i in rng.permutation(len(identities))]
         identities = [Identity(name, rng.permutation(images)) for name, images in shuffled]
     return identities[: pick.limit or None]
-
-
-def _names(items: Sequence[str]) -> set[str]:
-    """Names as given; `@FILE` stands for the lines of a text file."""
-    names: set[str] = set()
-    for item in items:
-        if item.startswith("@"):
-            lines = Path(item[1:]).read_text(encoding="utf-8-sig").splitlines()
-            names.update(line.strip() for line in lines if line.strip())
-        else:
-            names.add(item)
-    return names
 
 
 def pack(faces: FaceSet, identities: Sequence[Identity], output: Path, fit: Fit, workers: int) -> Packed:

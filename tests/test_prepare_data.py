@@ -1,5 +1,6 @@
 """prepare_data: the bytes of the records as files, whole after any interruption, and never mixed with another set."""
 
+import csv
 import json
 import os
 import subprocess
@@ -12,8 +13,8 @@ import pytest
 
 from conftest import ROOT
 from data import prepare_data
-from data.face_sets import RecFaceSet, open_face_set
-from data.prepare_data import JOURNAL, JournalError, main, prepare
+from data.face_sets import FaceSetError, RecFaceSet, open_face_set
+from data.prepare_data import JOURNAL, TABLE, JournalError, main, prepare
 from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, pack_image
 
 SCRIPT = ROOT / "data" / "prepare_data.py"
@@ -61,7 +62,7 @@ def tree(output: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(output)): path.read_bytes()
         for path in output.rglob("*")
-        if path.is_file() and path.name != JOURNAL
+        if path.is_file() and path.name not in (JOURNAL, TABLE)
     }
 
 
@@ -147,7 +148,7 @@ def test_an_error_midway_is_a_place_to_go_on_from(tmp_path: Path, rec: Path, mon
     write_bytes, left = Path.write_bytes, [10]
 
     def disk_full(path: Path, content: bytes) -> int:
-        left[0] -= 1
+        left[0] -= path.parent.exists()  # the first try in a new folder is no write
         if left[0] < 0:
             write_bytes(path, content[:2])
             raise OSError(28, "No space left on device", str(path))
@@ -161,6 +162,89 @@ def test_an_error_midway_is_a_place_to_go_on_from(tmp_path: Path, rec: Path, mon
     result = prepare(rec, out, workers=0)
     assert tree(out) == EXPECTED
     assert result.written == IMAGES - 2 * BLOCK
+
+
+def table(output: Path) -> list[tuple[str, ...]]:
+    """The rows of prepared.csv, without the header."""
+    header, *rows = csv.reader((output / TABLE).read_text().splitlines())
+    assert header == ["key", "label", "identity", "file"]
+    return [tuple(row) for row in rows]
+
+
+def test_a_full_disk_is_named(tmp_path: Path, rec: Path) -> None:
+    """The system's own error for a full disk does not say which file: ours does, and the same call goes on."""
+    out = tmp_path / "out"
+    full = out / path_of(7)
+    prepare(rec, out, workers=0)
+    drop_lines(out / JOURNAL, 1, 2, 3, 4)
+    (out / TABLE).unlink()
+    full.unlink()
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left") as error:
+        prepare(rec, out, workers=0)
+    assert error.value.filename == str(full)
+    assert not (out / TABLE).exists(), "the table must wait for the last image"
+    full.unlink()
+    prepare(rec, out, workers=0)
+    assert tree(out) == EXPECTED
+    assert len(table(out)) == IMAGES
+
+
+def test_a_disk_too_full_for_the_journal_is_named(tmp_path: Path) -> None:
+    """The journal is named too, while a line is added and when what is left of it cannot be written at the end."""
+    path = tmp_path / JOURNAL
+    journal = prepare_data._Journal(path, {})
+    journal._file.close()
+    with Path("/dev/full").open("w") as journal._file:
+        for write in (lambda: journal.add(0), journal.__exit__):
+            with pytest.raises(OSError, match="No space left") as error:
+                write()
+            assert error.value.filename == str(path)
+
+
+def test_the_table_says_what_went_where(tmp_path: Path, rec: Path) -> None:
+    """Every image has its row, with the label that the folders give when they are read as a set."""
+    out = tmp_path / "out"
+    prepare(rec, out, workers=0)
+    folders = open_face_set(out)
+    rows = table(out)
+    assert sorted(int(key) for key, *_ in rows) == list(range(1, IMAGES + 1))
+    assert [int(row[1]) for row in rows] == folders.labels.tolist()
+    for i, (key, _, identity, file) in enumerate(rows):
+        assert (int(identity), file) == (label(int(key)), path_of(int(key)))
+        assert (out / file).read_bytes() == folders.encoded(i)
+
+
+@pytest.mark.parametrize(
+    ("choice", "kept"),
+    [
+        ({"names": ("30", "0")}, {0, 30}),
+        ({"min_images": 4}, {10, 20, 30}),
+        ({"limit": 2}, {0, 10}),
+        ({"min_images": 4, "limit": 1, "names": ("0", "20", "30")}, {20}),
+    ],
+)
+def test_filters(tmp_path: Path, rec: Path, choice: dict, kept: set[int]) -> None:
+    """Exactly the identities that are asked for come out; another choice does not get into their folder."""
+    out = tmp_path / "out"
+    prepare(rec, out, 0, **choice)
+    expected = {name: content for name, content in EXPECTED.items() if int(name.split("/")[0]) in kept}
+    assert tree(out) == expected
+    assert {file for *_, file in table(out)} == set(expected)
+    assert prepare(rec, out, 0, **choice).written == 0
+    with pytest.raises(JournalError, match="another set or choice"):
+        prepare(rec, out, 0)
+
+
+def test_filters_on_the_command_line(tmp_path: Path, rec: Path) -> None:
+    """The flags reach the filters, names come from a file too, and a name that does not exist is an error."""
+    (tmp_path / "names.txt").write_text("10\n\n20\n")
+    out = tmp_path / "out"
+    main(["--r", str(rec), "--output", str(out), "--workers", "0", "--limit", "1", "--min-images", "2",
+          "--identities", f"@{tmp_path / 'names.txt'}"])  # fmt: skip
+    assert {row[2] for row in table(out)} == {"10"}
+    with pytest.raises(FaceSetError, match="has no identity '11'"):
+        prepare(rec, tmp_path / "other", 0, ("11",))
 
 
 @pytest.mark.parametrize("other", ["images", "bytes", "block", "no journal of ours"])

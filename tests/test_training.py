@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import train as train_script
 from config import Config, LossConfig, ModelConfig, TrainConfig
+from data.augment import Chances
 from data.face_sets import FaceSetError, open_training_set, write_face_set
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin
@@ -80,11 +81,15 @@ def test_folders_train_like_the_records_they_came_from(tiny_set: Path, tmp_path:
     assert same(weights(records), weights(folders))
 
 
+AUGMENTED = {f"data__augment_{name}": 0.5 for name in Chances._fields}
+
+
+@pytest.mark.parametrize("augmented", [{}, AUGMENTED], ids=["plain", "augmented"])
 def test_resume_is_exact_in_the_middle_of_an_epoch(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augmented: dict[str, object]
 ) -> None:
     """Stopped after 8 of 12 steps (the second of epoch 2) and resumed: the same weights as without the stop."""
-    whole = train(configure(tiny_set, tmp_path, train__run="whole"))
+    whole = train(configure(tiny_set, tmp_path, train__run="whole", **augmented))
 
     saved = train_script.save_checkpoint
 
@@ -94,7 +99,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
 
     monkeypatch.setattr(train_script, "save_checkpoint", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        train(configure(tiny_set, tmp_path, train__run="cut", train__checkpoint_every=8))
+        train(configure(tiny_set, tmp_path, train__run="cut", train__checkpoint_every=8, **augmented))
     monkeypatch.undo()
     cut = tmp_path / "cut"
     settings = from_json((cut / "config.json").read_text())
@@ -235,6 +240,7 @@ def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
     for picture in ("inputs.png", "loss.png", "accuracy.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     assert list(run.glob("events.out.tfevents.*"))
+    assert (run / "classes.csv").read_text() == 'class,identity\n0,"0"\n1,"1"\n2,"2"\n3,"3"\n4,"4"\n5,"5"\n'
     assert not list(run.glob(".*.tmp"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8, 10, 12]

@@ -1,0 +1,49 @@
+"""Which identities of a face set are asked for: what packing and unpacking have in common."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.face_sets import FaceSet, FaceSetError, identity_order
+
+
+class Identity(NamedTuple):
+    """A person of the new set: the name in the source, and the positions of the images there, int64 [images]."""
+
+    name: str
+    images: np.ndarray
+
+
+def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> list[Identity]:
+    """The identities of `faces` called `names` that have `min_images` images or more, in the order of their labels.
+
+    `@FILE` among the names stands for the lines of a text file; no names are all of them. Raises FaceSetError when no
+    identity is left, or when one that is asked for by name does not exist.
+    """
+    wanted = _expand(names)
+    unknown = wanted - set(faces.identities)
+    if unknown:
+        raise FaceSetError(f"{faces.path} has no identity {min(unknown)!r} ({len(unknown)} such names)")
+    by_label = np.argsort(faces.labels, kind="stable")
+    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
+    identities = []
+    for label in identity_order(faces.identities):
+        images = by_label[ends[label - 1] if label else 0 : ends[label]]
+        if len(images) >= min_images and (not wanted or faces.identities[label] in wanted):
+            identities.append(Identity(faces.identities[label], images))
+    if not identities:
+        raise FaceSetError(f"{faces.path}: no identity with {min_images} images or more is asked for")
+    return identities
+
+
+def _expand(items: Sequence[str]) -> set[str]:
+    names: set[str] = set()
+    for item in items:
+        if item.startswith("@"):
+            lines = Path(item[1:]).read_text(encoding="utf-8-sig").splitlines()
+            names.update(line.strip() for line in lines if line.strip())
+        else:
+            names.add(item)
+    return names

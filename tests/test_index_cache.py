@@ -1,0 +1,101 @@
+"""The kept index of large sets: used while it is true, and never longer."""
+
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import face_sets, index_cache
+from data.face_sets import RecFaceSet
+from data.index_cache import cache_path
+from data.recordio import IndexedRecordWriter, pack_image
+
+
+@pytest.fixture(autouse=True)
+def small_sets_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (index_cache, face_sets):
+        monkeypatch.setattr(module, "CACHED_FROM", 1)
+
+
+def write_set(folder: Path, labels: list[int]) -> Path:
+    with IndexedRecordWriter(folder / "train.rec") as writer:
+        for key, label in enumerate(labels, 1):
+            writer.write(key, pack_image(float(label), key, b"image"))
+    return folder / "train.rec"
+
+
+def contents(faces: RecFaceSet) -> tuple[list[int], list[int], list[str], list[str]]:
+    return faces.keys.tolist(), faces.labels.tolist(), faces.identities, [faces.describe(i) for i in range(len(faces))]
+
+
+def forbid_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RecFaceSet, "_read_index", lambda self: pytest.fail("the set was read through again"))
+
+
+def test_the_second_opening_reads_the_kept_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same keys, labels, identities and offsets, without a pass over the records."""
+    rec = write_set(tmp_path, [7, 7, 3, 9, 3])
+    first = contents(RecFaceSet(rec))
+    assert cache_path(rec).exists()
+    forbid_reading(monkeypatch)
+    assert contents(RecFaceSet(rec)) == first
+
+
+def test_a_changed_set_is_read_anew(tmp_path: Path) -> None:
+    """Another .rec or .idx of the same name, even of the same size, is never described by the old index."""
+    rec = write_set(tmp_path, [1, 2, 3])
+    RecFaceSet(rec)
+    write_set(tmp_path, [1, 2, 5])
+    assert RecFaceSet(rec).identities == ["1", "2", "5"]
+    index = rec.with_suffix(".idx")
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[:2]))
+    assert RecFaceSet(rec).identities == ["1", "2"]
+
+
+def test_a_set_with_the_old_times_is_checked_too(tmp_path: Path) -> None:
+    """Sizes and times can lie (a copy that keeps them): the sample of records notices other labels."""
+    rec = write_set(tmp_path, [1, 2, 3])
+    RecFaceSet(rec)
+    times = [(path, path.stat()) for path in (rec, rec.with_suffix(".idx"))]
+    write_set(tmp_path, [1, 4, 3])
+    for path, stat in times:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert RecFaceSet(rec).identities == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize("damage", [b"", b"no archive", None])
+def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: bytes | None) -> None:
+    """Cut off, overwritten or emptied: a warning, and the right labels."""
+    rec = write_set(tmp_path, [5, 6])
+    RecFaceSet(rec)
+    whole = cache_path(rec).read_bytes()
+    cache_path(rec).write_bytes(whole[: len(whole) // 2] if damage is None else damage)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert RecFaceSet(rec).identities == ["5", "6"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert RecFaceSet(rec).identities == ["5", "6"]
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only set opens all the same, with a warning that each start will take its time."""
+
+    def read_only(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(index_cache, "atomic_write", read_only)
+    rec = write_set(tmp_path, [5, 6])
+    with pytest.warns(UserWarning, match="cannot be written .*Permission denied"):
+        assert RecFaceSet(rec).identities == ["5", "6"]
+
+
+def test_nothing_is_unpickled(tmp_path: Path) -> None:
+    """An index that somebody else put there cannot run code."""
+    rec = write_set(tmp_path, [5, 6])
+    evil = np.array([print], dtype=object)
+    with cache_path(rec).open("wb") as out:
+        np.savez(out, fingerprint=evil, keys=evil, offsets=evil, labels=evil, identities=evil)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert RecFaceSet(rec).identities == ["5", "6"]
