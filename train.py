@@ -10,7 +10,6 @@ A run's folder, `runs/NAME`, gets `config.json`, `best.safetensors` (the network
 TensorBoard record, and pictures of inputs, loss and accuracy.
 """
 
-import json
 import math
 import os
 import sys
@@ -43,7 +42,7 @@ from utils.checkpoints import (
     settings_beside,
 )
 from utils.devices import describe_device, pick_device, pick_precision
-from utils.files import write_text_atomic
+from utils.files import write_csv_atomic, write_text_atomic
 from utils.interrupts import catch_interrupt
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -99,8 +98,7 @@ def train(config: Config) -> Path:
     step, best_accuracy = progress.step, progress.best_accuracy
     run.mkdir(parents=True, exist_ok=True)
     write_text_atomic(run / CONFIG, to_json(config))
-    rows = "".join(f"{label},{json.dumps(name)}\n" for label, name in enumerate(faces.identities))
-    write_text_atomic(run / "classes.csv", f"class,identity\n{rows}")
+    write_csv_atomic(run / "classes.csv", ("class", "identity"), enumerate(faces.identities))
 
     left_over = len(faces) - batches.batches * settings.batch_size
     print(f"{faces.path}: {len(faces):,} images of {len(faces.identities):,} identities")
@@ -108,6 +106,18 @@ def train(config: Config) -> Path:
     print(f"verified on: {', '.join(test.name for test in tests) or 'nothing (no .bin found): the last model is kept'}")
     print(f"{describe_device(device)}, {str(precision).removeprefix('torch.')}, {workers} workers, {steps:,} steps")
     print(f"run: {run}" + (f", from step {step:,}" if step else ""))
+
+    def note_progress(lr: float) -> None:
+        """Log what the steps since the last note came to; TrainingError, before anything is saved, if they diverged."""
+        means = meter.read()
+        if not math.isfinite(means["train/loss"]):
+            raise TrainingError(
+                f"the loss became {means['train/loss']} before step {step:,}; what {run} holds of earlier steps is "
+                "kept. Lower train.lr, raise train.warmup_epochs, or lower loss.scale"
+            )
+        log.scalars(step, {**means, "train/lr": lr})
+        loss, accuracy = f"{means['train/loss']:.3f}", f"{means['train/accuracy']:.1%}"
+        bar.set_postfix(loss=loss, accuracy=accuracy, refresh=False)
 
     def check_accuracy() -> None:
         """Verify on every set, note it, and keep the network if it is the best so far."""
@@ -177,16 +187,9 @@ def train(config: Config) -> Path:
 
                 verify_now = step == steps or step % (settings.verify_every or batches.batches) == 0
                 save_now = step == steps or step % (settings.checkpoint_every or batches.batches) == 0
-                if step % settings.log_every == 0 or verify_now or save_now:
-                    means = meter.read()
-                    if not math.isfinite(means["train/loss"]):
-                        raise TrainingError(
-                            f"the loss became {means['train/loss']} before step {step:,}; what {run} holds of earlier "
-                            "steps is kept. Lower train.lr, raise train.warmup_epochs, or lower loss.scale"
-                        )
-                    log.scalars(step, {**means, "train/lr": lr})
-                    loss_now, accuracy_now = f"{means['train/loss']:.3f}", f"{means['train/accuracy']:.1%}"
-                    bar.set_postfix(loss=loss_now, accuracy=accuracy_now, refresh=False)
+                note_now = step % settings.log_every == 0 or verify_now or save_now
+                if note_now:
+                    note_progress(lr)
                 if verify_now:
                     with meter.paused():
                         try:
@@ -195,6 +198,8 @@ def train(config: Config) -> Path:
                             save_state()
                             raise
                 stopping = interrupt.requested  # a Ctrl-C from here on is for the next step to see
+                if stopping and not note_now:
+                    note_progress(lr)
                 if save_now or stopping:
                     save_state()
                 if stopping:

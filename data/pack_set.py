@@ -11,8 +11,6 @@ order of their numbers or names (or shuffled); `packed.csv` in the set says whic
 whole: an interrupted run leaves nothing that could be taken for a set.
 """
 
-import csv
-import io
 import sys
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -29,7 +27,7 @@ from data.face_sets import FaceSet, FaceSetError, write_face_set
 from data.fitting import Fit, fit_images
 from data.identity_choice import Identity, choose_identities
 from data.set_sources import open_source
-from utils.files import require_free, write_text_atomic
+from utils.files import require_free, write_csv_atomic
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
@@ -79,16 +77,9 @@ def pack(faces: FaceSet, identities: Sequence[Identity], output: Path, fit: Fit,
         with closing(encoded()) as images:
             for identity in identities:
                 out.add_identity(islice(images, len(identity.images)))
-        write_text_atomic(out.folder / "packed.csv", _table(identities))
+        rows = ((label, identity.name, len(identity.images)) for label, identity in enumerate(identities))
+        write_csv_atomic(out.folder / "packed.csv", ("label", "identity", "images"), rows)
     return Packed(len(identities), len(order), changed)
-
-
-def _table(identities: Sequence[Identity]) -> str:
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["label", "identity", "images"])
-    rows.writerows((label, identity.name, len(identity.images)) for label, identity in enumerate(identities))
-    return text.getvalue()
 
 
 def summary(packed: Packed, source: str, output: str) -> str:

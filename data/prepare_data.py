@@ -9,9 +9,7 @@ interrupted run goes on where it stopped: a journal in OUTPUT names the blocks o
 only checked by size; all others are written (again).
 """
 
-import csv
 import hashlib
-import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,7 +26,7 @@ from config import PRESETS, Config
 from data.face_sets import FaceSetError, RecFaceSet, find_rec
 from data.identity_choice import Identity, choose_identities
 from data.images import image_extension
-from utils.files import atomic_write
+from utils.files import write_csv_atomic
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
@@ -144,13 +142,13 @@ def _naming(path: Path) -> Iterator[None]:
 
 def _write_table(path: Path, faces: RecFaceSet, identities: Sequence[Identity], is_png: np.ndarray) -> None:
     """A line per image, with the label that packing or training on the folders gives, and the one of the records."""
-    with _naming(path), atomic_write(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
-        rows = csv.writer(text, lineterminator="\n")
-        rows.writerow(["key", "label", "identity", "file"])
-        for label, identity in enumerate(identities):
-            for i in identity.images:
-                file_name = _file(faces, i, ".png" if is_png[i] else ".jpg")
-                rows.writerow([faces.keys[i], label, identity.name, file_name])
+    rows = (
+        (faces.keys[i], label, identity.name, _file(faces, i, ".png" if is_png[i] else ".jpg"))
+        for label, identity in enumerate(identities)
+        for i in identity.images
+    )
+    with _naming(path):
+        write_csv_atomic(path, ("key", "label", "identity", "file"), rows)
 
 
 def _fingerprint(faces: RecFaceSet, order: np.ndarray) -> dict[str, Any]:

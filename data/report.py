@@ -29,7 +29,7 @@ from config import PRESETS, Config, ReportConfig
 from data.face_sets import FaceSetError, write_face_set
 from data.images import ImageError, decode_rgb
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
-from utils.files import atomic_path, require_free, write_text_atomic
+from utils.files import require_free, write_csv_atomic, write_text_atomic
 from utils.plots import draw_contact_sheet, draw_curves
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
@@ -257,13 +257,14 @@ def _compare_with_property(line: str | None, identities: int, shapes: Counter[tu
 
 def write_broken(path: Path, records: Records, survey: Survey) -> None:
     """A line for each broken record: file, key, offset, identity where it is known, and what is wrong."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", errors="surrogateescape") as file:
-        lines = csv.writer(file)
-        lines.writerow([*Place._fields, "identity", "reason"])
-        for i in np.flatnonzero(survey.broken).tolist():
-            label = int(survey.labels[i])
-            identity = "" if label == NO_LABEL else records.identity(label)
-            lines.writerow([*records.place(i), identity, why_broken(records, i)])
+
+    def line(i: int) -> list[object]:
+        label = int(survey.labels[i])
+        identity = "" if label == NO_LABEL else records.identity(label)
+        return [*records.place(i), identity, why_broken(records, i)]
+
+    header = [*Place._fields, "identity", "reason"]
+    write_csv_atomic(path, header, (line(i) for i in np.flatnonzero(survey.broken).tolist()))
 
 
 def _draw_images_per_identity(path: Path, survey: Survey, name: str) -> None:

@@ -10,8 +10,6 @@ stay apart. The merged set has the layout of train.rec sets, images as the bytes
 (what became of every identity), and the pairs nearest to the threshold as a picture.
 """
 
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -31,7 +29,7 @@ from models.embedder import Embedder, load_embedder
 from models.embedding import embed_images
 from utils.checkpoints import newest_run
 from utils.devices import pick_device
-from utils.files import require_free, write_text_atomic
+from utils.files import require_free, write_csv_atomic
 from utils.plots import draw_contact_sheet
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -55,7 +53,8 @@ def merge(paths: Sequence[Path], output: Path, embedder: Embedder, config: Confi
     decisions = plan_merge(sums, sets, config.merge.t)
     with write_face_set(output, embedder.image_size) as out:
         write_merged(out, sets, decisions)
-        write_text_atomic(out.folder / "merge.csv", as_csv(decisions))
+        header = [field.name for field in fields(Decision)]
+        write_csv_atomic(out.folder / "merge.csv", header, (list(asdict(decision).values()) for decision in decisions))
         draw_nearest_pairs(out.folder / "nearest_to_t.png", sets, decisions, config.merge.t)
     return decisions
 
@@ -80,15 +79,6 @@ def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
     order = np.argsort(faces.labels, kind="stable")
     ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
     return np.split(order, ends[:-1])
-
-
-def as_csv(decisions: Sequence[Decision]) -> str:
-    """The decisions as CSV with a header line."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in fields(Decision)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(asdict(decision) for decision in decisions)
-    return text.getvalue()
 
 
 def draw_nearest_pairs(path: Path, sets: Sequence[FaceSet], decisions: Sequence[Decision], t: float) -> None:

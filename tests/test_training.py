@@ -240,7 +240,7 @@ def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
     for picture in ("inputs.png", "loss.png", "accuracy.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     assert list(run.glob("events.out.tfevents.*"))
-    assert (run / "classes.csv").read_text() == 'class,identity\n0,"0"\n1,"1"\n2,"2"\n3,"3"\n4,"4"\n5,"5"\n'
+    assert (run / "classes.csv").read_text() == "class,identity\n0,0\n1,1\n2,2\n3,3\n4,4\n5,5\n"
     assert not list(run.glob(".*.tmp"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8, 10, 12]

@@ -1,8 +1,10 @@
 """Files that are either whole or not there: written under a temporary name, synced, then renamed."""
 
+import csv
+import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -49,6 +51,17 @@ def write_text_atomic(path: Path | str, text: str) -> None:
     """Write `text` as UTF-8 to `path`, all or nothing."""
     with atomic_write(path) as file:
         file.write(text.encode())
+
+
+def write_csv_atomic(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Write a CSV with a header line to `path`, all or nothing; names that are no UTF-8 keep their bytes."""
+    with (
+        atomic_write(path) as file,
+        io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="") as text,
+    ):
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
 
 
 def require_free(folder: Path | str) -> None:
