@@ -234,6 +234,13 @@ class FrequentIdentities:
         return self._faces.describe(int(self._positions[i]))
 
 
+def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
+    """The positions of each identity's images, int64, in order."""
+    order = np.argsort(faces.labels, kind="stable")
+    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
+    return np.split(order, ends[:-1])
+
+
 def identity_order(names: list[str]) -> list[int]:
     """Positions of `names` in the order that labels are given in: numbers by value, any other names by alphabet.
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.face_sets import FaceSet, FaceSetError, identity_order
+from data.face_sets import FaceSet, FaceSetError, identity_order, images_by_identity
 
 
 class Identity(NamedTuple):
@@ -26,13 +26,12 @@ def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> 
     unknown = wanted - set(faces.identities)
     if unknown:
         raise FaceSetError(f"{faces.path} has no identity {min(unknown)!r} ({len(unknown)} such names)")
-    by_label = np.argsort(faces.labels, kind="stable")
-    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
-    identities = []
-    for label in identity_order(faces.identities):
-        images = by_label[ends[label - 1] if label else 0 : ends[label]]
-        if len(images) >= min_images and (not wanted or faces.identities[label] in wanted):
-            identities.append(Identity(faces.identities[label], images))
+    images = images_by_identity(faces)
+    identities = [
+        Identity(faces.identities[label], images[label])
+        for label in identity_order(faces.identities)
+        if len(images[label]) >= min_images and (not wanted or faces.identities[label] in wanted)
+    ]
     if not identities:
         raise FaceSetError(f"{faces.path}: no identity with {min_images} images or more is asked for")
     return identities

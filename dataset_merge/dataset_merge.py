@@ -21,7 +21,14 @@ import numpy as np
 import torch
 
 from config import PRESETS, Config
-from data.face_sets import FaceSet, FaceSetError, FaceSetWriter, open_face_set, write_face_set
+from data.face_sets import (
+    FaceSet,
+    FaceSetError,
+    FaceSetWriter,
+    images_by_identity,
+    open_face_set,
+    write_face_set,
+)
 from data.images import decode_rgb
 from dataset_merge.matching import identity_sums
 from dataset_merge.plan import Decision, plan_merge
@@ -72,13 +79,6 @@ def write_merged(out: FaceSetWriter, sets: Sequence[FaceSet], decisions: Sequenc
         for parts in members:
             out.add_identity(faces.encoded(int(i)) for faces, indices in parts for i in indices)
             bar.update(sum(len(indices) for _, indices in parts))
-
-
-def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
-    """The positions of each identity's images, int64, in order."""
-    order = np.argsort(faces.labels, kind="stable")
-    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
-    return np.split(order, ends[:-1])
 
 
 def draw_nearest_pairs(path: Path, sets: Sequence[FaceSet], decisions: Sequence[Decision], t: float) -> None:

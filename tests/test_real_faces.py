@@ -20,10 +20,9 @@ import torch
 
 import all_pair_test
 from data import prepare_data
-from data.face_sets import FaceSet, open_face_set, write_face_set
+from data.face_sets import FaceSet, images_by_identity, open_face_set, write_face_set
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge
-from dataset_merge.dataset_merge import images_by_identity
 from models.embedder import OnnxEmbedder
 from train import main as train_main
 from utils.training_log import read_metrics
