@@ -41,7 +41,7 @@ class DataConfig:
     verification: tuple[str, ...] = ()
     # Height and width of the aligned faces, pixels. 112 is the field's standard.
     image_size: int = 112
-    # Scale training images of another size to image_size; otherwise they are refused.
+    # Scale training images of another size to image_size; otherwise they count as broken.
     resize: bool = False
     # Leave out identities with fewer training images.
     min_images: int = 1

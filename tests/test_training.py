@@ -19,8 +19,13 @@ import train as train_script
 from config import Config, LossConfig, ModelConfig, TrainConfig
 from data.augment import Chances
 from data.face_sets import FaceSetError, open_training_set, write_face_set
+from data.images import decode_rgb
+from data.loading import flips
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin
+from models import create_network
+from models.heads import DenseHead
+from models.margins import ArcFace
 from tiny_faces import tiny_face
 from train import TrainingError, train
 from utils.checkpoints import BEST, CHECKPOINT, CheckpointError, load_backbone
@@ -64,6 +69,46 @@ def test_same_run_twice_gives_the_same_numbers(tiny_set: Path, tmp_path: Path) -
     other = train(configure(tiny_set, tmp_path, train__run="c", train__seed=1))
     assert same(*map(weights, runs))
     assert not same(weights(runs[0]), weights(other))
+
+
+def test_the_loop_is_the_published_recipe(tiny_set: Path, tmp_path: Path) -> None:
+    """Order, flips, pixels, LR, clipping of the network alone, momentum, decay: it ends where a plain loop ends."""
+    clip, momentum, decay, peak, steps = 0.5, 0.8, 1e-2, 0.05, 12
+    run = train(
+        configure(tiny_set, tmp_path, train__warmup_epochs=1.0, train__gradient_clip=clip, train__momentum=momentum,
+                  train__weight_decay=decay, train__lr=peak)
+    )  # fmt: skip
+
+    faces = open_training_set([tiny_set], 1)
+    pixels = np.stack([decode_rgb(faces.encoded(i), i) for i in range(48)]).astype(np.float32)
+    torch.manual_seed(0)
+    network, head = create_network("demo", 16, 32), DenseHead(6, 16, ArcFace(0.5), 16.0)
+    weights_by_group = [list(network.parameters()), list(head.parameters())]
+    velocity = [[torch.zeros_like(weight) for weight in group] for group in weights_by_group]
+    clipped = 0
+    for step in range(steps):
+        epoch, batch = divmod(step, 6)
+        chosen = np.random.default_rng([0, epoch]).permutation(48)[8 * batch : 8 * batch + 8]
+        inputs = (pixels[chosen].transpose(0, 3, 1, 2) - 127.5) / 127.5
+        mirror = flips(0, epoch, batch, 8).numpy()
+        inputs[mirror] = inputs[mirror][..., ::-1]
+        labels = torch.from_numpy(faces.labels[chosen])
+        lr = peak * ((step + 1) / 6 if step < 6 else (steps - step) / 6)
+        loss = head(network(torch.from_numpy(inputs)), labels).loss
+        gradients = [list(torch.autograd.grad(loss, group, retain_graph=True)) for group in weights_by_group]
+        norm = torch.cat([gradient.flatten() for gradient in gradients[0]]).norm()
+        clipped += int(norm > clip)
+        gradients[0] = [gradient * min(1.0, clip / float(norm)) for gradient in gradients[0]]
+        with torch.no_grad():
+            for group, own, speeds in zip(weights_by_group, gradients, velocity, strict=True):
+                for weight, gradient, speed in zip(group, own, speeds, strict=True):
+                    speed.mul_(momentum).add_(gradient + decay * weight)
+                    weight -= lr * speed
+    assert clipped == steps, "the clip must bite, or it is not tested"
+    reached = weights(run)
+    for name, module in (("network", network), ("head", head)):
+        for key, value in module.named_parameters():
+            torch.testing.assert_close(reached[f"{name}.{key}"], value, rtol=1e-3, atol=1e-4)
 
 
 def test_workers_change_nothing(tiny_set: Path, tmp_path: Path) -> None:
@@ -152,6 +197,23 @@ def test_an_interrupt_during_verification_is_saved_too(
     with pytest.raises(KeyboardInterrupt, match="stopped and saved at step 2 of 12"):
         train(configure(tiny_set, tmp_path, train__verify_every=2))
     assert (tmp_path / "a" / CHECKPOINT).exists()
+
+
+def test_a_diverged_run_is_not_saved_when_it_is_stopped(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between two lines of the log, after the loss became NaN: nothing of it reaches a checkpoint."""
+    real, calls = train_script.clip_grad_norm_, iter(range(100))
+
+    def interrupt_the_third(*arguments: object) -> object:
+        if next(calls) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train_script, "clip_grad_norm_", interrupt_the_third)
+    with pytest.raises(TrainingError, match=r"the loss became nan before step 3"):
+        train(configure(tiny_set, tmp_path, train__lr=1e30, train__gradient_clip=1e30, train__log_every=100))
+    assert not (tmp_path / "a" / CHECKPOINT).exists()
 
 
 def test_what_breaks_verification_does_not_cost_the_epoch(

@@ -100,6 +100,7 @@ The four jobs ran in {time.monotonic() - began:.0f} s, on faces drawn by a progr
   merged set                  {merged}
 
 Next: put a set's train.rec, train.idx and its .bin files into a folder and
+  . .venv/bin/activate
   python train.py --preset ms1mv3_r50 --data.root FOLDER      (python train.py --help lists all settings)
 """)
 

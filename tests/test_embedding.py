@@ -1,0 +1,43 @@
+"""Embeddings of whole sets: each in its place, and the pairs of a verification set as they are listed."""
+
+import numpy as np
+import torch
+
+from data.face_sets import PairImages
+from data.images import encode_png
+from data.verification_bin import VerificationPairs
+from models.embedding import embed_images, verify
+
+
+class Compass:
+    """An embedder whose unit vector points where the image's grey says: 0..255 is 0..255 degrees."""
+
+    name, runs_on, image_size, device = "compass", "paper", 8, torch.device("cpu")
+
+    def embed(self, faces: torch.Tensor, mirror: bool) -> torch.Tensor:
+        angle = faces[:, 0, 0, 0].float().deg2rad()
+        return torch.stack((angle.cos(), angle.sin()), 1)
+
+
+GREYS = [0, 200, 90, 10, 30, 180, 45, 60]
+IMAGES = [encode_png(np.full((8, 8, 3), grey, np.uint8)) for grey in GREYS]
+
+
+def test_pairs_are_compared_as_listed() -> None:
+    """Pair i is images index[i, 0] and index[i, 1], in whatever order and however often images occur."""
+    index = np.random.default_rng(0).integers(0, len(GREYS), (30, 2))
+    same = np.arange(30) % 2 == 0
+    result = verify(Compass(), VerificationPairs("v", IMAGES, index, same), 3, 0, mirror=False)
+    degrees = np.array(GREYS)[index]
+    expected = 2 - 2 * np.cos(np.deg2rad(degrees[:, 0] - degrees[:, 1]))
+    np.testing.assert_allclose(result.distances, expected, atol=1e-6)
+    assert np.array_equal(result.same, same)
+
+
+def test_embeddings_keep_the_order_of_the_images() -> None:
+    """Row i is image i, with a last batch that is not full and with worker processes."""
+    pairs = VerificationPairs("v", IMAGES, np.arange(8).reshape(4, 2), np.ones(4, bool))
+    for workers in (0, 2):
+        embeddings = embed_images(Compass(), PairImages(pairs), 3, workers, False, "v")
+        degrees = np.rad2deg(np.arctan2(embeddings[:, 1], embeddings[:, 0])) % 360
+        np.testing.assert_allclose(degrees, GREYS, atol=1e-3)
