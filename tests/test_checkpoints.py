@@ -134,10 +134,14 @@ def test_atomic_write_is_all_or_nothing(tmp_path: Path) -> None:
     """An error while writing leaves the old content and no temporary file."""
     with atomic_write(tmp_path / "f") as file:
         file.write(b"old")
+    with (tmp_path / "f").open("rb") as reader:
+        with atomic_write(tmp_path / "f") as file:
+            file.write(b"new")
+        assert reader.read() == b"old", "renamed into place: who reads the old file goes on reading it"
     with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "f") as file:
         file.write(b"half")
         raise KeyboardInterrupt
-    assert (tmp_path / "f").read_bytes() == b"old"
+    assert (tmp_path / "f").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
 
 
