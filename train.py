@@ -22,7 +22,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from config import PRESETS, Config, DataConfig
 from data.augment import Chances, augment
-from data.face_sets import open_training_set
+from data.face_sets import FaceSetError, open_training_set
 from data.loading import DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
 from data.verification_bin import VerificationPairs, find_bins, read_bin
@@ -67,7 +67,10 @@ def train(config: Config) -> Path:
     precision = pick_precision(settings.precision, device)
     workers = worker_count(config.common.workers)
 
-    faces = open_training_set(config.data.root, config.data.min_images)
+    try:
+        faces = open_training_set(config.data.root, config.data.min_images)
+    except FaceSetError as error:
+        raise FaceSetError(f"data.root: {error}") from None
     tests = verification_sets(config.data)
     for test in tests:
         check_pairs(test, config.data.image_size)

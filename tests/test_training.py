@@ -353,7 +353,7 @@ def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"data__root": ("/nowhere",)}, FaceSetError, "/nowhere does not exist"),
+        ({"data__root": ("/nowhere",)}, FaceSetError, r"data\.root: /nowhere does not exist"),
         ({"train__batch_size": 1000}, TrainingError, "has only 48 images"),
         ({"data__verification": ("/nowhere.bin",)}, TrainingError, r"data\.verification: .*nowhere\.bin"),
         ({"data__verification": ("TINY", "TINY")}, TrainingError, r"two sets have the same name \(tiny, tiny\)"),

@@ -4,9 +4,8 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
@@ -35,38 +34,46 @@ def map_ordered(
     Only a few results are made ahead of those that were taken. With `workers` 0 all of it happens in this process.
     An error in a worker is raised here; WorkerError when one died.
     """
-    if workers == 0:
-        initialise(*arguments)
-        yield from map(function, items)
-        return
-    waiting: deque[Future] = deque()
-    with _executor(min(workers, len(items)), initialise, arguments) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == workers * ITEMS_PER_WORKER:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    return _map(_take_first, function, items, workers, initialise, arguments)
 
 
 def map_unordered(
     function: Callable[[Any], Any], items: Sequence[Any], workers: int, initialise: Callable[..., None], *arguments: Any
 ) -> Iterator[Any]:
     """As `map_ordered`, with results as they come."""
+    return _map(_take_finished, function, items, workers, initialise, arguments)
+
+
+def _map(
+    take: Callable[[list[Future]], Future],
+    function: Callable[[Any], Any],
+    items: Sequence[Any],
+    workers: int,
+    initialise: Callable[..., None],
+    arguments: tuple,
+) -> Iterator[Any]:
     if workers == 0:
         initialise(*arguments)
         yield from map(function, items)
         return
-    waiting: set[Future] = set()
+    waiting: list[Future] = []
     with _executor(min(workers, len(items)), initialise, arguments) as pool:
         for item in items:
-            waiting.add(pool.submit(function, item))
+            waiting.append(pool.submit(function, item))
             if len(waiting) == workers * ITEMS_PER_WORKER:
-                finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    yield future.result()
-        for future in as_completed(waiting):
-            yield future.result()
+                yield take(waiting).result()
+        while waiting:
+            yield take(waiting).result()
+
+
+def _take_first(waiting: list[Future]) -> Future:
+    return waiting.pop(0)
+
+
+def _take_finished(waiting: list[Future]) -> Future:
+    finished = wait(waiting, return_when=FIRST_COMPLETED).done.pop()
+    waiting.remove(finished)
+    return finished
 
 
 @contextmanager
