@@ -21,6 +21,7 @@ from data.recordio import (
     WHOLE,
     IndexedRecordReader,
     IndexedRecordWriter,
+    RecordAppender,
     RecordError,
     RecordFile,
     pack_image,
@@ -172,6 +173,10 @@ class FolderFaceSet:
     def __len__(self) -> int:
         return len(self._files)
 
+    def file(self, i: int) -> Path:
+        """The file of image `i`."""
+        return self._files[i]
+
     def encoded(self, i: int) -> bytes:
         return self._files[i].read_bytes()
 
@@ -304,28 +309,55 @@ def open_training_set(paths: Sequence[Path | str], min_images: int) -> FaceSet:
 
 
 class FaceSetWriter:
-    """Adds identities to a set that is being written; made by `write_face_set`."""
+    """Adds identities to a set that is being written; made by `write_face_set`.
 
-    def __init__(self, folder: Path, records: IndexedRecordWriter) -> None:
+    A set that was begun earlier goes on behind `images` images in all, those of the finished identities in `ranges`
+    and, behind them, those of one that is not finished.
+    """
+
+    def __init__(
+        self, folder: Path, records: RecordAppender, ranges: Sequence[tuple[int, int]] = (), images: int = 0
+    ) -> None:
         #: The working folder: files put here appear together with the set.
         self.folder = folder
         #: The range of image keys (first, last + 1) of each identity so far.
-        self.ranges: list[tuple[int, int]] = []
+        self.ranges = list(ranges)
         self._records = records
-        self._next_key = 1
+        self._next_key = 1 + images
+
+    @property
+    def images(self) -> int:
+        """Images so far."""
+        return self._next_key - 1
+
+    @property
+    def images_of_identity(self) -> int:
+        """Images so far of the identity that is not finished."""
+        return self._next_key - self._first_key
+
+    @property
+    def _first_key(self) -> int:
+        return self.ranges[-1][1] if self.ranges else 1
+
+    def add_image(self, image: bytes) -> None:
+        """Append an encoded image, bytes as they are, to the identity that is not finished."""
+        if not image:
+            raise ValueError(f"image {self.images_of_identity} of identity {len(self.ranges)} is empty")
+        self._records.write(self._next_key, pack_image(float(len(self.ranges)), self._next_key, image))
+        self._next_key += 1
+
+    def end_identity(self) -> int:
+        """Finish the identity; the next image is another's. Returns its label."""
+        if not self.images_of_identity:
+            raise ValueError(f"identity {len(self.ranges)} has no images")
+        self.ranges.append((self._first_key, self._next_key))
+        return len(self.ranges) - 1
 
     def add_identity(self, images: Iterable[bytes]) -> int:
         """Append an identity with its encoded images, bytes as they are; returns its label."""
-        label, first = len(self.ranges), self._next_key
         for image in images:
-            if not image:
-                raise ValueError(f"image {self._next_key - first} of identity {label} is empty")
-            self._records.write(self._next_key, pack_image(float(label), self._next_key, image))
-            self._next_key += 1
-        if self._next_key == first:
-            raise ValueError(f"identity {label} has no images")
-        self.ranges.append((first, self._next_key))
-        return label
+            self.add_image(image)
+        return self.end_identity()
 
     def finish(self, image_size: int) -> None:
         """Write what describes the images: identity records, record 0 and `property`."""

@@ -1,9 +1,9 @@
-"""Images made to fit a set: checked, aligned or resized where asked, in parallel, and handed on in order.
+"""Images made to fit a set: checked, their faces found, aligned or resized where asked, in parallel and in order.
 
 An image that fits already keeps its bytes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from data.align import align
+from data.detect import Detection, FaceChoice, FaceDetector, choose_face
 from data.face_sets import EncodedImages
 from data.images import ImageError, decode_rgb, encode_jpeg
 from data.set_sources import ListedFaceSet
@@ -21,11 +22,17 @@ IMAGES_PER_BLOCK = 64
 
 @dataclass(frozen=True)
 class Fit:
-    """What images have to be: `size` pixels high and wide; others are refused or resized; JPEG quality of new bytes."""
+    """What images have to be: `size` pixels high and wide; others are refused or resized; JPEG quality of new bytes.
+
+    With `detection`, images without landmarks are photos whose faces have to be found. Images that do not decode or fit
+    are an error, or left out when `bad_images` says skip.
+    """
 
     size: int
     other_sizes: Literal["refuse", "resize"]
     quality: int
+    detection: Detection | None = None
+    bad_images: Literal["refuse", "skip"] = "refuse"
 
 
 class Fitted(NamedTuple):
@@ -33,6 +40,13 @@ class Fitted(NamedTuple):
 
     encoded: bytes
     changed: bool
+
+
+class LeftOut(NamedTuple):
+    """An image that is left out, having no face or being bad: where it lies, and why."""
+
+    where: str
+    reason: str
 
 
 def fit_image(encoded: bytes, where: str, fit: Fit, landmarks: np.ndarray | None = None) -> Fitted:
@@ -43,11 +57,8 @@ def fit_image(encoded: bytes, where: str, fit: Fit, landmarks: np.ndarray | None
     image = decode_rgb(encoded, where)
     height, width = image.shape[:2]
     if landmarks is not None:
-        x, y = landmarks.mean(axis=0)
-        if not (0 <= x < width and 0 <= y < height):
-            raise ImageError(f"{where}: the landmarks, around ({x:.0f}, {y:.0f}), lie outside of its {width}x{height}")
         try:
-            return Fitted(encode_jpeg(align(image, landmarks, fit.size), fit.quality), True)
+            return _fit_photo(image, landmarks, fit)
         except ValueError as error:
             raise ImageError(f"{where}: {error}") from None
     if height == width == fit.size:
@@ -56,7 +67,7 @@ def fit_image(encoded: bytes, where: str, fit: Fit, landmarks: np.ndarray | None
         raise ImageError(
             f"{where} has {width}x{height} pixels, expected {fit.size}x{fit.size}: resize such images with "
             "--other-sizes resize if they are aligned crops, or make a set of their size with --image-size; "
-            "photos need landmarks to be aligned by"
+            "photos need landmarks to be aligned by, from a list or found with --detector"
         )
     if height != width:
         raise ImageError(
@@ -66,10 +77,35 @@ def fit_image(encoded: bytes, where: str, fit: Fit, landmarks: np.ndarray | None
     return Fitted(encode_jpeg(cv2.resize(image, (fit.size, fit.size), interpolation=method), fit.quality), True)
 
 
-def fit_images(images: EncodedImages, order: np.ndarray, fit: Fit, workers: int) -> Iterator[Fitted]:
-    """`fit_image` of the images at the positions `order`, in that order; landmarks are those of a ListedFaceSet.
+def find_and_fit(encoded: bytes, where: str, fit: Fit, detector: FaceDetector, face: FaceChoice) -> Fitted | LeftOut:
+    """The `face` that `detector` finds in the image, aligned. Raises ImageError for bytes that are no image."""
+    image = decode_rgb(encoded, where)
+    height, width = image.shape[:2]
+    faces = detector.detect(image)
+    if not faces:
+        return LeftOut(where, f"no face found in its {width}x{height} pixels")
+    try:
+        return _fit_photo(image, choose_face(faces, height, width, face).landmarks, fit)
+    except ValueError as error:
+        return LeftOut(where, str(error))
 
-    `workers` processes read, decode and encode; 0 means this one. A few blocks of images are held at a time.
+
+def _fit_photo(image: np.ndarray, landmarks: np.ndarray, fit: Fit) -> Fitted:
+    height, width = image.shape[:2]
+    x, y = landmarks.mean(axis=0)
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"the landmarks, around ({x:.0f}, {y:.0f}), lie outside of its {width}x{height}")
+    return Fitted(encode_jpeg(align(image, landmarks, fit.size), fit.quality), True)
+
+
+def fit_images(
+    images: EncodedImages, order: np.ndarray, fit: Fit, workers: int
+) -> Generator[Fitted | LeftOut, None, None]:
+    """The images at the positions `order` as `fit` asks for them, in that order.
+
+    Landmarks are those of a ListedFaceSet; with `fit.detection`, faces of images that have none are found. LeftOut
+    comes for images without a face, and for bad ones where `fit` leaves them out. `workers` processes read, decode,
+    find and encode; 0 means this one. A few blocks of images are held at a time.
     """
     blocks = [order[start : start + IMAGES_PER_BLOCK] for start in range(0, len(order), IMAGES_PER_BLOCK)]
     for block in map_ordered(_fit_block, blocks, workers, _open, images, fit):
@@ -81,13 +117,32 @@ _worker: dict[str, Any] = {}
 
 def _open(images: EncodedImages, fit: Fit) -> None:
     cv2.setNumThreads(0)  # the processes are the parallelism
-    _worker.update(images=images, fit=fit)
+    _worker.update(images=images, fit=fit, detector=None)
 
 
-def _fit_block(block: np.ndarray) -> list[Fitted]:
+def _fit_block(block: np.ndarray) -> list[Fitted | LeftOut]:
     images: EncodedImages = _worker["images"]
-    fitted = []
+    fit: Fit = _worker["fit"]
+    fitted: list[Fitted | LeftOut] = []
     for i in block.tolist():
-        landmarks = images.landmarks(i) if isinstance(images, ListedFaceSet) else None
-        fitted.append(fit_image(images.encoded(i), images.describe(i), _worker["fit"], landmarks))
+        encoded, where = images.encoded(i), images.describe(i)
+        landmarks, aligned = None, False
+        if isinstance(images, ListedFaceSet):
+            landmarks, aligned = images.landmarks(i), images.is_aligned(i)
+        try:
+            if fit.detection is None or landmarks is not None or aligned:
+                fitted.append(fit_image(encoded, where, fit, landmarks))
+            else:
+                fitted.append(find_and_fit(encoded, where, fit, _detector(fit.detection), fit.detection.face))
+        except ImageError as error:
+            if fit.bad_images == "refuse":
+                raise
+            fitted.append(LeftOut(where, str(error).removeprefix(where).lstrip(": ")))
     return fitted
+
+
+def _detector(detection: Detection) -> FaceDetector:
+    """This process's detector. It is opened here, not in `_open`, so that what is wrong with it can be told."""
+    if _worker["detector"] is None:
+        _worker["detector"] = FaceDetector(detection.path, detection.threshold, detection.size)
+    return _worker["detector"]

@@ -2,12 +2,13 @@
 """Pack a verification set (`lfw.bin`) from a list of pairs and a folder of aligned images.
 
     python data/pack_bin.py --pairs lfw/pairs.txt --images lfw/images --output datasets/mine/lfw.bin
+    python data/pack_bin.py --pairs lfw/pairs.txt --images photos --detector scrfd.onnx --output datasets/mine/lfw.bin
 
 The list is LFW's: `name i j` for two images of a person and `name1 i name2 j` for two people, separated by tabs or
 blanks; image i of a person is IMAGES/name/name_%04d.jpg (or .png, ...). The first line may say how many pairs there are
 (`10 300`: 10 folds of 300 of each kind). Or it is a CSV with the header `path1,path2,same`: paths in IMAGES, 1 or 0.
 The order of the pairs is kept: testing cuts it into 10 consecutive folds, so each tenth needs pairs of both kinds.
-Images keep their bytes, unless a resize is asked for.
+Images keep their bytes, unless a resize is asked for, or a detector: then they are photos whose faces are aligned.
 """
 
 import csv
@@ -21,8 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, Config
+from data.detect import Detection
 from data.face_sets import IMAGE_ENDINGS
-from data.fitting import Fit, fit_images
+from data.fitting import Fit, LeftOut, fit_images
 from data.verification_bin import write_bin
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -162,17 +164,27 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
     """Write the verification set `output`; returns the numbers of pairs and of those of one person.
 
     `workers` processes read and check the images; 0 means this one. Raises PairsError and ImageError, with the line,
-    FileExistsError when `output` is there.
+    FileExistsError when `output` is there. Photos without a face are an error that lists them all: without their pairs
+    the ten folds would be others.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists: name another output, or remove it first")
     pairs = read_pairs(pairs_path, images)
     files = PairFiles(pairs, pairs_path)
-    encoded = []
+    encoded: list[bytes] = []
+    missed: list[LeftOut] = []
     with progress_bar(len(files), "image", "pack") as bar:
         for image in fit_images(files, np.arange(len(files)), fit, workers):
-            encoded.append(image.encoded)
+            if isinstance(image, LeftOut):
+                missed.append(image)
+            else:
+                encoded.append(image.encoded)
             bar.update()
+    if missed:
+        raise PairsError(
+            f"no face was found in {len(missed):,} of {len(files):,} images: lower --detector-threshold, or take their "
+            "pairs out of the list\n" + "\n".join(f"  {image.where}: {image.reason}" for image in missed)
+        )
     same = [pair.same for pair in pairs]
     write_bin(output, [encoded[i] for i in files.index.ravel()], same)
     return len(same), sum(same)
@@ -189,7 +201,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise PairsError(f"--{name} is missing: list of pairs, folder of images and .bin to write are needed")
         if Path(chosen.output).suffix != ".bin":
             raise PairsError(f"--output {chosen.output}: verification sets are found by the ending .bin")
-        fit = Fit(chosen.image_size, chosen.other_sizes, chosen.quality)
+        threshold, size = chosen.detector_threshold, chosen.detector_size
+        detection = Detection(Path(chosen.detector), threshold, size, chosen.face) if chosen.detector else None
+        fit = Fit(chosen.image_size, chosen.other_sizes, chosen.quality, detection)
         workers = worker_count(config.common.workers)
         pairs, same = pack_bin(Path(chosen.pairs), Path(chosen.images), Path(chosen.output), fit, workers)
     print(f"{chosen.output}: {pairs:,} pairs, {same:,} of one person")

@@ -3,19 +3,21 @@
 
     python data/pack_set.py --source my_faces --output datasets/mine                  # my_faces/<identity>/<image>
     python data/pack_set.py --source faces.lst --image-root photos --output datasets/mine
+    python data/pack_set.py --source photos --detector scrfd.onnx --output datasets/mine    # photos/<identity>/<image>
     python data/pack_set.py --source datasets/ms1mv3 --min-images 20 --shuffle --limit 1000 --output datasets/small
 
 The lists and their columns are described in `data/set_sources.py` and docs/own_data.md. Faces with landmarks are
-aligned; all other images keep their bytes, unless a resize is asked for. Identities get the labels 0, 1, 2 ... in the
-order of their numbers or names (or shuffled); `packed.csv` in the set says which is which. OUTPUT appears when it is
-whole: an interrupted run leaves nothing that could be taken for a set.
+aligned; all other images keep their bytes, unless a resize is asked for, or a detector that finds the landmarks:
+photos in which it finds no face are left out, as are, with --bad-images skip, images that do not decode or fit;
+`left_out.csv` in the set names them. Identities get the labels 0, 1, 2 ... in the order of their numbers or names (or
+shuffled); `packed.csv` in the set says which is which. OUTPUT appears when it is whole. An interrupted run, killed ones
+too, leaves `.NAME.partial` beside it, and the same command goes on from there; --restart begins anew.
 """
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,24 +25,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, Config, PackConfig
-from data.face_sets import FaceSet, FaceSetError, write_face_set
+from data.detect import Detection
+from data.face_sets import FaceSet, FaceSetError
 from data.fitting import Fit, fit_images
 from data.identity_choice import Identity, choose_identities
+from data.resumable_set import ResumableSet, made_from
 from data.set_sources import open_source
-from utils.files import require_free, write_csv_atomic
+from utils.files import require_free
 from utils.processes import worker_count
 from utils.progress import progress_bar
+from utils.resumable import JournalError, resumable_folder
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
 
 
 @dataclass(frozen=True)
 class Packed:
-    """What `pack` did: identities, images, of them with new bytes (aligned or resized)."""
+    """What `pack` did: identities; images, of them with new bytes, of them an interrupted run's; what it left out."""
 
     identities: int
     images: int
     changed: int
+    taken_over: int = 0
+    left_out_images: int = 0
+    left_out_identities: int = 0
 
 
 def select(faces: FaceSet, pick: PackConfig) -> list[Identity]:
@@ -56,30 +64,38 @@ def select(faces: FaceSet, pick: PackConfig) -> list[Identity]:
     return identities[: pick.limit or None]
 
 
-def pack(faces: FaceSet, identities: Sequence[Identity], output: Path, fit: Fit, workers: int) -> Packed:
+def pack(
+    faces: FaceSet, identities: Sequence[Identity], output: Path, fit: Fit, workers: int, restart: bool = False
+) -> Packed:
     """Write `identities` of `faces` as the new set `output`, labelled in their order.
 
-    `workers` processes read and check; 0 means this one. Raises ImageError and FaceSetError, with file or record, for
-    images that do not fit, FileExistsError when `output` is there; then there is no new set.
+    `workers` processes read and check; 0 means this one. An interrupted call is gone on with by the next one, or begun
+    anew with `restart`. Raises ImageError and FaceSetError, with file or record, for images that do not fit,
+    FileExistsError when `output` is there, BusyError when another process is packing it, JournalError when what was
+    interrupted is another set. Images that `fit` leaves out, and identities without another image, are named in
+    `left_out.csv`; FaceSetError when nothing is left.
     """
-    order = np.concatenate([identity.images for identity in identities])
-    changed = 0
+    try:
+        with resumable_folder(output, made_from(faces, identities, fit), restart) as folder:
+            return _pack(ResumableSet(folder, faces, identities), faces, fit, workers)
+    except JournalError as error:
+        raise JournalError(
+            f"{error}: go on with the settings and images of that run, or discard what it packed with --restart"
+        ) from None
 
-    def encoded() -> Generator[bytes, None, None]:
-        nonlocal changed
-        with progress_bar(len(order), "image", "pack") as bar:
-            for image in fit_images(faces, order, fit, workers):
-                changed += image.changed
-                bar.update()
-                yield image.encoded
 
-    with write_face_set(output, fit.size) as out:
-        with closing(encoded()) as images:
-            for identity in identities:
-                out.add_identity(islice(images, len(identity.images)))
-        rows = ((label, identity.name, len(identity.images)) for label, identity in enumerate(identities))
-        write_csv_atomic(out.folder / "packed.csv", ("label", "identity", "images"), rows)
-    return Packed(len(identities), len(order), changed)
+def _pack(out: ResumableSet, faces: FaceSet, fit: Fit, workers: int) -> Packed:
+    taken_over, rest = out.standing.images, out.rest
+    with (
+        progress_bar(out.standing.taken + len(rest), "image", "pack", initial=out.standing.taken) as bar,
+        closing(fit_images(faces, rest, fit, workers)) as images,
+    ):
+        for image in images:
+            out.add(image)
+            bar.update()
+    found = out.finish(fit.size)
+    done = out.standing
+    return Packed(found, done.images, done.changed, taken_over, done.left_out, done.lost_identities)
 
 
 def summary(packed: Packed, source: str, output: str) -> str:
@@ -92,12 +108,18 @@ def summary(packed: Packed, source: str, output: str) -> str:
             if all_changed
             else f"{packed.changed:,} of them aligned or resized, the rest {kept}"
         )
-    return f"{output}: {packed.images:,} images of {packed.identities:,} identities, {kept}"
+    text = f"{output}: {packed.images:,} images of {packed.identities:,} identities, {kept}"
+    if packed.taken_over:
+        text += f"; {packed.taken_over:,} of them taken over from an interrupted run"
+    if packed.left_out_images:
+        text += f"\nleft out (left_out.csv): {packed.left_out_images:,} images"
+        text += f", and with them {packed.left_out_identities:,} identities" if packed.left_out_identities else ""
+    return text
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with readable_errors("pack_set", "nothing was packed"):
+    with readable_errors("pack_set", "the same command goes on where it stopped"):
         config = parse_settings(Config, PRESETS, ("pack", "common"), __doc__, argv)
         print(describe(config, ("pack", "common")))
         pick = config.pack
@@ -106,10 +128,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not pick.output:
             raise FaceSetError("name a folder for the set: --output B")
         require_free(pick.output)
-        faces = open_source(pick.source, pick.image_root or None)
+        faces = open_source(pick.source, pick.image_root or None, detected=bool(pick.detector))
         identities = select(faces, pick)
-        fit = Fit(pick.image_size, pick.other_sizes, pick.quality)
-        packed = pack(faces, identities, Path(pick.output), fit, worker_count(config.common.workers))
+        threshold, size = pick.detector_threshold, pick.detector_size
+        detection = Detection(Path(pick.detector), threshold, size, pick.face) if pick.detector else None
+        fit = Fit(pick.image_size, pick.other_sizes, pick.quality, detection, pick.bad_images)
+        workers = worker_count(config.common.workers)
+        packed = pack(faces, identities, Path(pick.output), fit, workers, pick.restart)
     print(summary(packed, pick.source, pick.output))
     print(f"train on it with: python train.py --data.root {pick.output}")
 

@@ -12,8 +12,7 @@ only checked by size; all others are written (again).
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -26,7 +25,7 @@ from config import PRESETS, Config
 from data.face_sets import FaceSetError, RecFaceSet, find_rec
 from data.identity_choice import Identity, choose_identities
 from data.images import image_extension
-from utils.files import write_csv_atomic
+from utils.files import naming, write_csv_atomic
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
@@ -123,21 +122,12 @@ def _file(faces: RecFaceSet, i: int, extension: str) -> str:
 
 
 def _write(path: Path, image: bytes) -> None:
-    with _naming(path):
+    with naming(path):
         try:
             path.write_bytes(image)
         except FileNotFoundError:
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(image)
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Name the file in an OSError: those of writing, unlike those of opening, do not say where the disk is full."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _write_table(path: Path, faces: RecFaceSet, identities: Sequence[Identity], is_png: np.ndarray) -> None:
@@ -147,7 +137,7 @@ def _write_table(path: Path, faces: RecFaceSet, identities: Sequence[Identity], 
         for label, identity in enumerate(identities)
         for i in identity.images
     )
-    with _naming(path):
+    with naming(path):
         write_csv_atomic(path, ("key", "label", "identity", "file"), rows)
 
 
@@ -188,7 +178,7 @@ class _Journal:
             raise JournalError(
                 f"{path} belongs to another set or choice of identities: name another output, or remove that folder"
             )
-        with _naming(path):
+        with naming(path):
             self._file.flush()
 
     def __enter__(self) -> Self:
@@ -197,12 +187,12 @@ class _Journal:
     def add(self, start: int) -> None:
         if start not in self.done:
             self.done.add(start)
-            with _naming(self._path):
+            with naming(self._path):
                 self._file.write(f"{start}\n")
                 self._file.flush()
 
     def __exit__(self, *error: object) -> None:
-        with _naming(self._path):
+        with naming(self._path):
             self._file.close()
 
 

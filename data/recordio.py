@@ -7,16 +7,16 @@ The format is dmlc-core's `recordio.h`; the header is `mxnet.recordio.IRHeader`.
 """
 
 import mmap
-import os
 import struct
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NamedTuple, Self
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from utils.files import sync_folder, temporary_name
+from utils.files import atomic_write
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -129,12 +129,29 @@ class RecordFile:
         self.path = state["path"]
         self._map()
 
+    def expect_random_reads(self) -> None:
+        """From now on, in this process and those forked from it, read what is looked at and nothing around it."""
+        if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+            self._bytes.madvise(mmap.MADV_RANDOM)
+
+    def read_soon(self, start: int, end: int) -> None:
+        """Have bytes `start` to `end` read from disk, without waiting for it."""
+        if hasattr(mmap, "MADV_WILLNEED") and 0 <= start < self.size:
+            page = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._bytes.madvise(mmap.MADV_WILLNEED, page, end - page)
+
     def view(self) -> np.ndarray:
         """The whole file as a read-only uint8 array; only the pages that are looked at are read."""
         return np.frombuffer(self._bytes, np.uint8)
 
     def read(self, offset: int) -> bytes:
         """The payload of the record that begins at byte `offset`, its parts joined."""
+        # Nearly all records are whole, and this runs for every image of every epoch: with cflag 0, lrec is the length.
+        if 0 <= offset <= self.size - _RECORD_HEAD.size:
+            magic, length = _RECORD_HEAD.unpack_from(self._bytes, offset)
+            start = offset + _RECORD_HEAD.size
+            if magic == MAGIC and length <= LENGTH_MASK and start + length <= self.size:
+                return self._bytes[start : start + length]
         return self._read_with_end(offset)[0]
 
     def _read_with_end(self, offset: int) -> tuple[bytes, int]:
@@ -229,18 +246,20 @@ class IndexedRecordReader:
         return self.file.read(int(self.offsets[self._by_key[position]]))
 
 
-class IndexedRecordWriter:
-    """Writes a `.rec` and its `.idx`; both appear, complete and synced, when the `with` block ends without error."""
+class RecordSink(Protocol):
+    """What records are appended to: a binary file."""
 
-    def __init__(self, rec_path: Path | str, idx_path: Path | str | None = None) -> None:
-        self.rec_path = Path(rec_path)
-        self.idx_path = Path(idx_path) if idx_path is not None else self.rec_path.with_suffix(".idx")
-        self._offset = 0
+    def write(self, data: bytes, /) -> object: ...
 
-    def __enter__(self) -> Self:
-        self._rec: BinaryIO = temporary_name(self.rec_path).open("wb")
-        self._idx: BinaryIO = temporary_name(self.idx_path).open("wb")
-        return self
+    def tell(self) -> int: ...
+
+
+class RecordAppender:
+    """Appends records to an open `.rec`, and their lines to its open `.idx`; both go on where they are."""
+
+    def __init__(self, rec: RecordSink, idx: RecordSink) -> None:
+        self._rec, self._idx = rec, idx
+        self._offset = rec.tell()
 
     def write(self, key: int, payload: bytes) -> None:
         """Append a record; keys are the caller's, in any order."""
@@ -249,21 +268,24 @@ class IndexedRecordWriter:
         self._rec.write(record)
         self._offset += len(record)
 
+
+class IndexedRecordWriter:
+    """Writes a `.rec` and its `.idx`; both appear, complete and synced, when the `with` block ends without error."""
+
+    def __init__(self, rec_path: Path | str, idx_path: Path | str | None = None) -> None:
+        self.rec_path = Path(rec_path)
+        self.idx_path = Path(idx_path) if idx_path is not None else self.rec_path.with_suffix(".idx")
+
+    def __enter__(self) -> RecordAppender:
+        with ExitStack() as files:
+            rec, idx = (files.enter_context(atomic_write(path)) for path in (self.rec_path, self.idx_path))
+            self._files = files.pop_all()
+        return RecordAppender(rec, idx)
+
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        with self._rec, self._idx:
-            if kind is None:
-                for file in (self._rec, self._idx):
-                    file.flush()
-                    os.fsync(file.fileno())
-        for path in (self.rec_path, self.idx_path):
-            if kind is None:
-                temporary_name(path).replace(path)
-            else:
-                temporary_name(path).unlink(missing_ok=True)
-        if kind is None:
-            sync_folder(self.rec_path.parent)
+        self._files.__exit__(kind, error, traceback)

@@ -4,6 +4,7 @@ A list is a text file, told apart by what is in it:
 
 - face2rec's `.lst`: `aligned  path  label [x1 y1 x2 y2 [landmarks x1..x5, then y1..y5]]`, tab-separated
   (insightface's `face_preprocess.parse_lst_line`); the box is not used, nor are the landmarks of an aligned face (1);
+  one that is not aligned (0) needs them, unless faces are going to be found;
 - im2rec's `.lst`: `index  label  path`, tab-separated (mxnet's `tools/im2rec.py`);
 - CSV with a header: `path` and `label` (or `name`), for landmarks also `x1,y1,x2,y2,x3,y3,x4,y4,x5,y5`.
 
@@ -28,35 +29,43 @@ _NO_LANDMARKS = [float("nan")] * 10
 
 
 class ListLine(NamedTuple):
-    """One image of a list. `landmarks`: x1, y1 .. x5, y5 in pixels; empty for a face that is taken as it is."""
+    """One image of a list. `landmarks`: x1, y1 .. x5, y5 in pixels, or empty; `aligned`: where the list says it."""
 
     line: int
     path: str
     identity: str
     landmarks: Sequence[float] = ()
+    aligned: bool | None = None
 
 
 class ListedFaceSet:
     """The images that a list names, identities in the order of `identity_order`, images in the order of the list.
 
-    Raises FaceSetError, with the number of the line, for a list that is not as it should be.
+    `detected` says that faces without landmarks are going to be found. Raises FaceSetError, with the number of the
+    line, for a list that is not as it should be.
     """
 
-    def __init__(self, path: Path | str, image_root: Path | str | None = None) -> None:
+    def __init__(self, path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> None:
         self.path = Path(path)
         self._root = self.path.parent if image_root is None else Path(image_root)
         # Lists have millions of lines, and every worker gets a copy: no object a line.
         codes, lines, ends, landmarks = array("q"), array("q"), array("q", [0]), array("f")
         names: dict[str, int] = {}
-        self._paths = bytearray()
+        self._paths, self._aligned = bytearray(), bytearray()
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for row in _read_lines(file, self.path):
+                if row.aligned is False and not row.landmarks and not detected:
+                    raise FaceSetError(
+                        f"{self.path}, line {row.line}: the face is not aligned (0) and has no landmarks to do it by: "
+                        "add them, find them with --detector, or write 1 if it shall be taken as it is"
+                    )
                 if row.landmarks and not landmarks:
                     landmarks.extend(_NO_LANDMARKS * len(codes))
                 if row.landmarks or landmarks:
                     landmarks.extend(row.landmarks or _NO_LANDMARKS)
                 codes.append(names.setdefault(row.identity, len(names)))
                 lines.append(row.line)
+                self._aligned.append(row.aligned is True)
                 self._paths += os.fsencode(row.path)
                 ends.append(len(self._paths))
         if not codes:
@@ -76,10 +85,14 @@ class ListedFaceSet:
         return Path(self._root, os.fsdecode(bytes(self._paths[self._ends[i] : self._ends[i + 1]])))
 
     def landmarks(self, i: int) -> np.ndarray | None:
-        """What to align image `i` by: float32 [5, 2], (x, y) in pixels; None for one that is taken as it is."""
+        """What to align image `i` by: float32 [5, 2], (x, y) in pixels; None when the list has no landmarks of it."""
         if not len(self._landmarks) or np.isnan(self._landmarks[i, 0, 0]):
             return None
         return self._landmarks[i]
+
+    def is_aligned(self, i: int) -> bool:
+        """Whether the list says that image `i` is aligned already, as only face2rec's can."""
+        return bool(self._aligned[i])
 
     def encoded(self, i: int) -> bytes:
         try:
@@ -91,14 +104,15 @@ class ListedFaceSet:
         return f"{self.path}, line {self._lines[i]}: {self.file(i)}"
 
 
-def open_source(path: Path | str, image_root: Path | str | None = None) -> FaceSet:
+def open_source(path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> FaceSet:
     """Open anything that a set can be packed from; `image_root` is what the paths of a list are relative to.
 
-    Without `image_root`, that is the folder of the list. Raises FaceSetError for anything else.
+    Without `image_root`, that is the folder of the list; `detected` is as in ListedFaceSet. Raises FaceSetError for
+    anything else.
     """
     path = Path(path)
     if path.is_file() and path.suffix != ".rec":
-        return ListedFaceSet(path, image_root)
+        return ListedFaceSet(path, image_root, detected)
     return open_face_set(path)
 
 
@@ -136,13 +150,8 @@ def _parse_face2rec(number: int, fields: list[str], path: Path) -> ListLine:
     if aligned not in ("0", "1"):
         raise FaceSetError(f"{where}: the first column says whether the face is aligned, 0 or 1, found {fields[0]!r}")
     points = _numbers(fields[7:], where)
-    if aligned == "0" and not points:
-        raise FaceSetError(
-            f"{where}: the face is not aligned (0) and has no landmarks to do it by: "
-            "add them, or write 1 if it shall be taken as it is"
-        )
-    landmarks = [points[k] for point in range(5) for k in (point, point + 5)] if aligned == "0" else []
-    return ListLine(number, _path(fields[1], where), _label(fields[2], where), landmarks)
+    landmarks = [points[k] for point in range(5) for k in (point, point + 5)] if points and aligned == "0" else []
+    return ListLine(number, _path(fields[1], where), _label(fields[2], where), landmarks, aligned == "1")
 
 
 def _parse_im2rec(number: int, fields: list[str], path: Path) -> ListLine:

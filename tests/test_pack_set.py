@@ -325,33 +325,45 @@ def test_nothing_is_replaced(tmp_path: Path, folder: Path) -> None:
     assert [path.name for path in (tmp_path / "set").iterdir()] == ["mine.txt"]
 
 
+PACK = """
+import sys
+from data import pack_set, resumable_set
+resumable_set.SECONDS_BETWEEN_SAVES = 0.05
+pack_set.main(sys.argv[1:])
+"""
+
+
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, 2), (signal.SIGKILL, 0), (signal.SIGINT, 0)])
 def test_killed_in_the_middle(tmp_path: Path, how: signal.Signals, workers: int) -> None:
-    """A program that is killed while it writes leaves no set and no processes; the next run makes the set whole."""
+    """A program that is killed while it writes leaves no set and no processes; the next run goes on to the same one."""
     with write_face_set(tmp_path / "source", SIZE) as out:
         for person in range(60):
             out.add_identity([tiny_face(person, 0)] * 200)
-    command = [sys.executable, str(SCRIPT), "--source", "source", "--output", "set", "--image-size", str(SIZE)]
+    source, output = str(tmp_path / "source"), str(tmp_path / "set")
+    command = [sys.executable, "-c", PACK, "--source", source, "--output", output, "--image-size", str(SIZE)]
     program = subprocess.Popen(
         [*command, "--workers", str(workers)],
-        cwd=tmp_path,
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         # A shell that runs the tests in the background makes them, and what they start, ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 20
-    while not any(path.stat().st_size for path in tmp_path.glob(".set.*/.train.rec.*")):
+    while not (tmp_path / ".set.partial" / ".journal.json").exists():
         assert program.poll() is None, "it must be caught while it writes"
-        assert time.monotonic() < deadline, "it writes nothing"
+        assert time.monotonic() < deadline, "it saves nothing"
         time.sleep(0.005)
     os.kill(program.pid, how)
     program.communicate(timeout=20)  # its output ends when the last of its processes does
     assert program.returncode != 0
-    assert not (tmp_path / "set").exists()
-    assert list(tmp_path.glob(".set.*")) == [] or how == signal.SIGKILL
-    pack_all(tmp_path / "source", tmp_path / "set")
-    assert (tmp_path / "set" / "train.rec").read_bytes() == (tmp_path / "source" / "train.rec").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.partial", "source"]
+    faces = open_source(tmp_path / "source")
+    packed = pack(faces, select(faces, PackConfig()), tmp_path / "set", FIT, 0)
+    assert 0 < packed.taken_over < packed.images
+    for name in ("train.rec", "train.idx", "property"):
+        assert (tmp_path / "set" / name).read_bytes() == (tmp_path / "source" / name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set", "source"]
 
 
 @pytest.mark.parametrize(
@@ -378,6 +390,14 @@ def test_the_summary_counts_new_bytes() -> None:
     assert summary(Packed(2, 9, 0), "a", "b") == "b: 9 images of 2 identities, byte for byte as in a"
     assert summary(Packed(2, 9, 9), "a", "b") == "b: 9 images of 2 identities, all aligned or resized"
     assert summary(Packed(2, 9, 4), "a", "b").endswith("4 of them aligned or resized, the rest byte for byte as in a")
+
+
+def test_the_summary_tells_what_else_became_of_the_images() -> None:
+    """What an interrupted run had packed is said, and what was left out, with the file that names it."""
+    text = summary(Packed(2, 9, 0, taken_over=4, left_out_images=3, left_out_identities=1), "a", "b")
+    assert "b: 9 images of 2 identities, byte for byte as in a" in text
+    assert "4 of them taken over from an interrupted run" in text
+    assert text.splitlines()[1:] == ["left out (left_out.csv): 3 images, and with them 1 identities"]
 
 
 def test_script_from_another_directory(tmp_path: Path, folder: Path) -> None:

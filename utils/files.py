@@ -1,13 +1,31 @@
-"""Files that are either whole or not there: written under a temporary name, synced, then renamed."""
+"""Files and folders that are either whole or not there: made beside their place, synced, then renamed.
+
+Unfinished work on `NAME` lies in the folder `.NAME.partial` beside it, whatever NAME is and whoever makes it, and is
+locked by the process that does. The kernel releases the lock when that process dies, also by `kill -9`. What a killed
+process left is removed by the next one with the same target, unless it has a journal (utils/resumable.py) to go on by.
+"""
 
 import csv
+import errno
+import fcntl
 import io
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
+
+LOCK = ".lock"
+JOURNAL = ".journal.json"
+
+# What flock answers on a file system that has no locks.
+_NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
+
+
+class BusyError(OSError):
+    """Another process is writing the same file or folder."""
 
 
 def sync_folder(folder: Path) -> None:
@@ -19,25 +37,110 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def temporary_name(path: Path) -> Path:
-    """A hidden name in the same folder, so that the final rename stays within one file system."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def partial_folder(path: Path) -> Path:
+    """Where unfinished work on `path` lies: hidden, in the same folder, so that the rename stays in one file system."""
+    return path.with_name(f".{path.name}.partial")
+
+
+@contextmanager
+def unfinished(path: Path, wait: bool, resume: bool = False) -> Iterator[Path]:
+    """Yield `partial_folder(path)`, locked and empty; afterwards it is removed.
+
+    When another process has it, `wait` for that to end, or raise BusyError. With `resume` it may have something in it,
+    and is kept as long as it has a journal; without, a journal there raises FileExistsError.
+    """
+    partial = partial_folder(path)
+    lock = _lock(partial, path, wait)
+    try:
+        if (partial / JOURNAL).exists() and not resume:
+            raise FileExistsError(
+                f"{partial} holds unfinished work on {path}: go on with it by the command that began it, "
+                "name another output, or remove it first"
+            )
+        if not resume:
+            clear_partial(partial)
+        yield partial
+    finally:
+        kept = (partial / JOURNAL).exists()
+        try:
+            if not kept:
+                clear_partial(partial)
+                (partial / LOCK).unlink()
+        finally:
+            os.close(lock)
+        if not kept:
+            with suppress(OSError):  # the next process may have come in already: then the folder is its own
+                partial.rmdir()
+
+
+def _lock(partial: Path, path: Path, wait: bool) -> int:
+    """A descriptor that holds the lock file of `partial`."""
+    while True:
+        with suppress(FileExistsError):
+            partial.mkdir()
+        try:
+            lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            if partial.is_symlink():
+                raise
+            continue  # whoever had the folder has just removed it
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(lock)
+            raise BusyError(
+                f"{path} is being written by another process: wait for it, or name another output"
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                os.close(lock)
+                raise OSError(error.errno, error.strerror, str(partial / LOCK)) from error
+            warnings.warn(f"{partial}: no locks here ({error.strerror}): let one process at a time write", stacklevel=5)
+        if _is_at(partial / LOCK, lock):
+            return lock
+        os.close(lock)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    """Whether the open file is the one at `path`, not one that was removed meanwhile."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def clear_partial(partial: Path) -> None:
+    """Remove all but the lock from a folder that `unfinished` yielded."""
+    # The journal goes first: without it nothing takes what else is left for work to go on with.
+    (partial / JOURNAL).unlink(missing_ok=True)
+    for entry in partial.iterdir():
+        if entry.name != LOCK:
+            remove(entry)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 @contextmanager
 def atomic_path(path: Path | str) -> Iterator[Path]:
-    """Yield a temporary path to write to; it becomes `path`, synced, when the block ends without error."""
+    """Yield a temporary path to write to; it becomes `path`, synced, when the block ends without error.
+
+    Another process that writes the same file is waited for.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(path)
-    try:
+    with unfinished(path, wait=True) as partial:
+        temporary = partial / path.name
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -64,29 +167,56 @@ def write_csv_atomic(path: Path | str, header: Sequence[str], rows: Iterable[Seq
         writer.writerows(rows)
 
 
+def csv_line(row: Sequence[object]) -> bytes:
+    """A line of a CSV as `write_csv_atomic` writes it."""
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerow(row)
+    return text.getvalue().encode(errors="surrogateescape")
+
+
 def require_free(folder: Path | str) -> None:
     """Raise FileExistsError when `folder` is there and not empty: nothing that is there is ever replaced."""
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty: name another output, or remove it first")
+    shown, folder = folder, Path(folder).resolve()
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    partial = partial_folder(folder)
+    if partial.is_dir() and not (partial / folder.name).exists():
+        # A process was killed after the folder had got its name. What it left is no work; a failure leaves it there.
+        with suppress(OSError), unfinished(folder, wait=False, resume=True):
+            if not (partial / folder.name).exists():
+                clear_partial(partial)
+    raise FileExistsError(f"{shown} exists and is not empty: name another output, or remove it first")
 
 
 @contextmanager
 def atomic_folder(folder: Path | str) -> Iterator[Path]:
     """Yield an empty working folder that becomes `folder` when the block ends without error.
 
-    Raises FileExistsError when `folder` exists and is not empty.
+    Raises FileExistsError when `folder` exists and is not empty, or when work on it was interrupted that can go on;
+    BusyError when another process is writing it.
     """
     folder = Path(folder).resolve()
     require_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    working = temporary_name(folder)
-    shutil.rmtree(working, ignore_errors=True)
-    working.mkdir()
-    try:
+    with unfinished(folder, wait=False) as partial:
+        require_free(folder)  # another process may have finished it meanwhile
+        working = partial / folder.name
+        working.mkdir()
         yield working
-        sync_folder(working)
-        working.replace(folder)
-        sync_folder(folder.parent)
-    finally:
-        shutil.rmtree(working, ignore_errors=True)
+        publish(working, folder)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name the file in an OSError: those of writing, unlike those of opening, do not say where the disk is full."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def publish(working: Path, folder: Path) -> None:
+    """Give a finished working folder its name, on the disk as well. Raises OSError when `folder` is not empty."""
+    sync_folder(working)
+    working.replace(folder)
+    sync_folder(folder.parent)

@@ -1,0 +1,383 @@
+"""Packing goes on where it was killed: the same bytes as without a break, or an error that says why not."""
+
+import csv
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config import PackConfig
+from conftest import ROOT
+from data import fitting, resumable_set
+from data.face_sets import FaceSetError, open_face_set, write_face_set
+from data.fitting import Fit
+from data.images import ImageError, encode_png
+from data.pack_set import Packed, main, pack, select
+from data.set_sources import open_source
+from tiny_faces import tiny_face
+from utils.files import BusyError, atomic_folder
+from utils.resumable import JournalError
+
+SIZE = 32
+FIT = Fit(SIZE, "refuse", 95)
+SKIP = replace(FIT, bad_images="skip")
+
+
+def photos(root: Path, people: int, shots: int) -> Path:
+    for person in range(people):
+        (root / f"{person:02}").mkdir(parents=True)
+        for shot in range(shots):
+            (root / f"{person:02}" / f"{shot}.png").write_bytes(tiny_face(person, shot))
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four people of four images."""
+    return photos(tmp_path / "faces", 4, 4)
+
+
+def spoil(folder: Path) -> None:
+    """Make images of three kinds of badness, the third person's all."""
+    (folder / "01" / "2.png").write_bytes(encode_png(np.zeros((20, 24, 3), np.uint8)))
+    for shot in range(4):
+        (folder / "02" / f"{shot}.png").write_bytes(b"no image"[: 4 * shot])
+
+
+def pack_all(
+    source: Path, output: Path, fit: Fit = FIT, restart: bool = False, pick: PackConfig | None = None
+) -> Packed:
+    faces = open_source(source)
+    return pack(faces, select(faces, pick or PackConfig()), output, fit, 0, restart)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder, by its path there."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def killed(source: Path, fit: Fit, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `tests/killed_packing.py` says of `runs`, and `errors`, what they all wrote to stderr."""
+    task = json.dumps({"source": str(source), "fit": asdict(fit), "runs": runs})
+    program = [sys.executable, ROOT / "tests" / "killed_packing.py", task]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    return [{"errors": done.stderr, **json.loads(line)} for line in done.stdout.splitlines()]
+
+
+def test_killed_at_every_file_operation(tmp_path: Path, folder: Path) -> None:
+    """Wherever a run is killed, in the journal's writing too, the next one finishes the set, the same byte for byte.
+
+    Or the set was finished: then the next one says so and tidies up. Nothing else is ever left.
+    """
+    spoil(folder)
+    pack_all(folder, tmp_path / "whole", SKIP)
+    expected = content(tmp_path / "whole")
+    (tmp_path / "count").mkdir()
+    operations = killed(folder, SKIP, [{"output": str(tmp_path / "count" / "set")}])[0]["operations"]
+    assert operations > 40
+    places = {kill_at: tmp_path / str(kill_at) / "set" for kill_at in range(1, operations + 1)}
+    runs: list[dict[str, Any]] = []
+    for kill_at, place in places.items():
+        place.parent.mkdir()
+        runs += [{"output": str(place), "kill_at": kill_at}, {"output": str(place)}]
+    outcomes = killed(folder, SKIP, runs)
+    finished = 0
+    for place, first, second in zip(places.values(), outcomes[::2], outcomes[1::2], strict=True):
+        assert first["status"] == -signal.SIGKILL
+        assert second["status"] == int("set" in first["left"]), second["errors"]
+        finished += "set" in first["left"]
+        if first["operations"] > operations * 2 / 3 and "set" not in first["left"]:
+            assert second["taken_over"] > 0, "it went on, and did not begin anew"
+        assert second["left"] == ["set"]
+        assert content(place) == expected, f"killed at operation {first['operations']}"
+    assert 0 < finished < operations / 4
+
+
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    """A set of a few hundred images, killed at random operations until it is done, is that of one run."""
+    folder = photos(tmp_path / "faces", 30, 9)
+    pack_all(folder, tmp_path / "whole")
+    rng = random.Random(0)
+    (tmp_path / "out").mkdir()
+    runs = [{"output": str(tmp_path / "out" / "set"), "kill_at": rng.randrange(10, 70)} for _ in range(30)]
+    outcomes = killed(folder, FIT, runs)
+    assert [outcome["status"] for outcome in outcomes].index(0) > 4, "killed often, and done in the end"
+    assert content(tmp_path / "out" / "set") == content(tmp_path / "whole")
+
+
+def test_full_disk(tmp_path: Path, folder: Path) -> None:
+    """The error names the file that could not grow; with more room the same command goes on to the same bytes."""
+    pack_all(folder, tmp_path / "whole")
+    largest = (tmp_path / "whole" / "train.rec").stat().st_size * 3 // 4
+    (tmp_path / "out").mkdir()
+    output = str(tmp_path / "out" / "set")
+    full, resumed = killed(folder, FIT, [{"output": output, "largest_file": largest}, {"output": output}])
+    assert full["left"] == [".set.partial"]
+    assert f"[Errno 27] File too large: '{tmp_path}/out/.set.partial/set/train.rec'" in full["errors"]
+    assert resumed["taken_over"] > 0
+    assert content(tmp_path / "out" / "set") == content(tmp_path / "whole")
+
+
+@pytest.fixture
+def saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every image is saved at once, and read by itself; the disk is not waited for."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+    monkeypatch.setattr(resumable_set, "SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr(fitting, "IMAGES_PER_BLOCK", 1)
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path, folder: Path, saves: None) -> Path:
+    """Where a set of `folder` was to come, whose packing an image stopped that was bad and is good again."""
+    bad = folder / "02" / "2.png"
+    good = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"02/2\.png"):
+        pack_all(folder, tmp_path / "set", Fit(SIZE, "refuse", 90))
+    bad.write_bytes(good)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".set.partial", "faces"]
+    return tmp_path / "set"
+
+
+def test_going_on_after_an_error(tmp_path: Path, folder: Path, interrupted: Path) -> None:
+    """What was packed before a bad image is kept; once that is mended, the rest is added, and the sum says so.
+
+    Bytes beyond the journal, and files that it does not know, do not count, whatever they hold.
+    """
+    partial = tmp_path / ".set.partial" / "set"
+    for name in ("train.rec", "train.idx", "packed.csv"):
+        with (partial / name).open("ab") as file:
+            file.write(b"torn")
+    (partial / "property").write_text("torn")
+    (partial / "left_out.csv").write_text("torn")
+    fit = Fit(SIZE, "refuse", 90)
+    assert pack_all(folder, interrupted, fit) == Packed(4, 16, 0, taken_over=10)
+    pack_all(folder, tmp_path / "whole", fit)
+    assert content(interrupted) == content(tmp_path / "whole")
+
+
+def another_quality(folder: Path) -> tuple[Fit, PackConfig]:
+    return Fit(SIZE, "refuse", 95), PackConfig()
+
+
+def another_choice(folder: Path) -> tuple[Fit, PackConfig]:
+    return Fit(SIZE, "refuse", 90), PackConfig(limit=3)
+
+
+def another_image(folder: Path) -> tuple[Fit, PackConfig]:
+    (folder / "00" / "1.png").write_bytes(tiny_face(9, 9))
+    return Fit(SIZE, "refuse", 90), PackConfig()
+
+
+def another_name(folder: Path) -> tuple[Fit, PackConfig]:
+    (folder / "00" / "1.png").rename(folder / "00" / "11.png")
+    return Fit(SIZE, "refuse", 90), PackConfig()
+
+
+def one_more_image(folder: Path) -> tuple[Fit, PackConfig]:
+    (folder / "03" / "9.png").write_bytes(tiny_face(3, 9))
+    return Fit(SIZE, "refuse", 90), PackConfig()
+
+
+def other_bad_images(folder: Path) -> tuple[Fit, PackConfig]:
+    return Fit(SIZE, "refuse", 90, bad_images="skip"), PackConfig()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (another_quality, r"\.set\.partial was begun with another quality \(90, now 95\): go on with the .* --restart"),
+        (another_choice, r"begun with another choice of images \("),
+        (
+            another_image,
+            "begun with other files: one of the first 10 images was changed since: go on with",
+        ),
+        (another_name, "begun with other files: one of the first 10 images was changed"),
+        (one_more_image, r"begun with another choice of images \("),
+        (other_bad_images, r"another bad_images \('refuse', now 'skip'\)"),
+    ],
+)
+def test_another_set_is_never_mixed_in(
+    tmp_path: Path, folder: Path, interrupted: Path, change: Any, message: str
+) -> None:
+    """Other settings and changed sources are told apart, and change nothing; `restart` discards and begins anew."""
+    before = content(tmp_path / ".set.partial")
+    fit, pick = change(folder)
+    with pytest.raises(JournalError, match=message):
+        pack_all(folder, interrupted, fit, pick=pick)
+    assert content(tmp_path / ".set.partial") == before
+    assert pack_all(folder, interrupted, fit, restart=True, pick=pick).taken_over == 0
+    pack_all(folder, tmp_path / "whole", fit, pick=pick)
+    assert content(interrupted) == content(tmp_path / "whole")
+    assert not (tmp_path / ".set.partial").exists()
+
+
+def test_a_changed_rec(tmp_path: Path, folder: Path, saves: None) -> None:
+    """A source of records is known by the size and time of its `.rec` and `.idx`."""
+    (folder / "03" / "0.png").write_bytes(b"no image")
+    with write_face_set(tmp_path / "source", SIZE) as out:
+        for person in range(4):
+            out.add_identity((folder / f"{person:02}" / f"{shot}.png").read_bytes() for shot in range(4))
+    with pytest.raises(ImageError, match="record 13 at"):
+        pack_all(tmp_path / "source", tmp_path / "set")
+    with pytest.raises(ImageError, match="record 13 at"):
+        pack_all(tmp_path / "source", tmp_path / "set")
+    for name in ("train.rec", "train.idx"):
+        status = (tmp_path / "source" / name).stat()
+        os.utime(tmp_path / "source" / name, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+        with pytest.raises(JournalError, match="another size and time of the source"):
+            pack_all(tmp_path / "source", tmp_path / "set")
+        os.utime(tmp_path / "source" / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def test_an_image_that_is_gone(tmp_path: Path, folder: Path, saves: None) -> None:
+    """A file of a list that was packed and is not there any more is named."""
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"faces/00/{shot}.png,a\n" for shot in range(4)))
+    (folder / "00" / "3.png").write_bytes(b"no image")
+    with pytest.raises(ImageError, match=r"00/3\.png"):
+        pack_all(tmp_path / "list.csv", tmp_path / "set")
+    (folder / "00" / "0.png").unlink()
+    with pytest.raises(JournalError, match=r"an image that is gone, .*00/0\.png: .*--restart"):
+        pack_all(tmp_path / "list.csv", tmp_path / "set")
+
+
+def test_a_damaged_journal(tmp_path: Path, folder: Path, interrupted: Path) -> None:
+    """Files that lack what the journal says are on the disk, and a journal that is none, are errors, not guesses."""
+    partial = tmp_path / ".set.partial"
+    os.truncate(partial / "set" / "train.idx", 5)
+    with pytest.raises(JournalError, match=r"train\.idx has 5 bytes, \d+ were written: .*--restart"):
+        pack_all(folder, interrupted, Fit(SIZE, "refuse", 90))
+    (partial / ".journal.json").write_text('{"made_from":')
+    with pytest.raises(JournalError, match=r"journal\.json is damaged .*--restart"):
+        pack_all(folder, interrupted, Fit(SIZE, "refuse", 90))
+
+
+def test_restart_on_the_command_line(
+    tmp_path: Path, folder: Path, interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The flag that the error names is the one that helps; without it the summary counts what was taken over."""
+    flags = ["--source", str(folder), "--output", str(interrupted), "--image-size", str(SIZE), "--workers", "0"]
+    with pytest.raises(SystemExit, match=r"^pack_set: .*another quality \(90, now 95\).*--restart$"):
+        main(flags)
+    main([*flags, "--quality", "90"])
+    assert "16 images of 4 identities, byte for byte as in" in capsys.readouterr().out
+    shutil.rmtree(interrupted)
+    main([*flags, "--restart"])
+
+
+def test_two_at_once(tmp_path: Path, folder: Path, interrupted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one process packs, others with the same output are refused, also with `restart`, and change nothing."""
+    fit, refused = Fit(SIZE, "refuse", 90), []
+    finish = resumable_set.ResumableSet.finish
+
+    def finish_among_others(out: resumable_set.ResumableSet, image_size: int) -> int:
+        before = content(tmp_path / ".set.partial")
+        for restart in (False, True):
+            with pytest.raises(BusyError, match="set is being written by another process"):
+                pack_all(folder, interrupted, fit, restart)
+        with pytest.raises(BusyError), atomic_folder(interrupted):
+            pytest.fail("two at once")
+        assert content(tmp_path / ".set.partial") == before
+        refused.append(True)
+        return finish(out, image_size)
+
+    monkeypatch.setattr(resumable_set.ResumableSet, "finish", finish_among_others)
+    pack_all(folder, interrupted, fit)
+    assert refused
+    monkeypatch.undo()
+    pack_all(folder, tmp_path / "whole", fit)
+    assert content(interrupted) == content(tmp_path / "whole")
+
+
+def test_skipped_images(tmp_path: Path, folder: Path) -> None:
+    """Bad ones are counted and named with the reason, who loses all is left out, and labels have no holes."""
+    spoil(folder)
+    packed = pack_all(folder, tmp_path / "set", SKIP)
+    assert packed == Packed(3, 11, 0, left_out_images=5, left_out_identities=1)
+    faces = open_face_set(tmp_path / "set")
+    assert faces.identities == ["0", "1", "2"]
+    kept = [(label, shot) for label, person in enumerate((0, 1, 3)) for shot in range(4) if (person, shot) != (1, 2)]
+    assert [(int(faces.labels[i]), faces.encoded(i)) for i in range(len(faces))] == [
+        (label, tiny_face((0, 1, 3)[label], shot)) for label, shot in kept
+    ]
+    assert rows(tmp_path / "set" / "packed.csv")[1:] == [["0", "00", "4"], ["1", "01", "3"], ["2", "03", "4"]]
+    left_out = rows(tmp_path / "set" / "left_out.csv")
+    assert left_out[0] == ["identity", "image", "reason"]
+    assert left_out[1][:2] == ["01", str(folder / "01" / "2.png")]
+    assert left_out[1][2].startswith("has 24x20 pixels, expected 32x32")
+    assert left_out[3] == ["02", str(folder / "02" / "1.png"), "its 4 bytes are no image that OpenCV can decode"]
+    assert left_out[6:] == [["02", "", "not one of its 4 images is left"]]
+    assert (tmp_path / "set" / "property").read_text() == f"3,{SIZE},{SIZE}"
+
+
+def rows(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_skipping_leaves_something(tmp_path: Path, folder: Path) -> None:
+    """A source without a good image is an error that names the first, and leaves nothing; files that lack stop too."""
+    (tmp_path / "list.csv").write_text("path,label\nfaces/00/0.png,a\n")
+    (folder / "00" / "0.png").write_bytes(b"no image")
+    with pytest.raises(FaceSetError, match=r"not one of 1 images can be packed; the first: .*0\.png: its 8 bytes"):
+        pack_all(tmp_path / "list.csv", tmp_path / "set", SKIP)
+    (folder / "00" / "0.png").unlink()
+    with pytest.raises(FaceSetError, match=r"list\.csv, line 2: .*0\.png: No such file"):
+        pack_all(tmp_path / "list.csv", tmp_path / "set", SKIP)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "list.csv"]
+
+
+PACK = """
+import sys
+from data import fitting, resumable_set
+from data.pack_set import main
+resumable_set.SECONDS_BETWEEN_SAVES = 0.01
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.long
+def test_twenty_kills_with_workers(tmp_path: Path) -> None:
+    """The program as users run it, with processes that resize and skip, killed twenty times at random images."""
+    rng = np.random.default_rng(0)
+    for person in range(100):
+        (tmp_path / "faces" / f"{person}").mkdir(parents=True)
+        for shot in range(60):
+            side = int(rng.integers(30, 36))
+            image = encode_png(rng.integers(0, 256, (side, side, 3), np.uint8))
+            (tmp_path / "faces" / f"{person}" / f"{shot}.png").write_bytes(image if side > 30 else b"no image")
+    fit = replace(SKIP, other_sizes="resize")
+    pack_all(tmp_path / "faces", tmp_path / "whole", fit)
+    flags = ["--source", str(tmp_path / "faces"), "--output", str(tmp_path / "set"), "--image-size", str(SIZE)]
+    command = [sys.executable, "-c", PACK, *flags, "--other-sizes", "resize", "--bad-images", "skip", "--workers", "2"]
+    journal = tmp_path / ".set.partial" / ".journal.json"
+    taken = [0]
+    for _ in range(20):
+        target = taken[-1] + int(rng.integers(1, 250))
+        program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        while program.poll() is None and images_taken(journal) < target:
+            time.sleep(0.001)
+        program.kill()
+        program.communicate()  # its output ends when the last of its processes does
+        assert program.returncode == -signal.SIGKILL, "killed before it was done"
+        taken.append(images_taken(journal))
+    assert taken == sorted(set(taken)), "every run got further"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert "taken over from an interrupted run" in done.stdout
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+    assert not list(tmp_path.glob(".*"))
+
+
+def images_taken(journal: Path) -> int:
+    return json.loads(journal.read_text())["state"]["taken"] if journal.exists() else 0
