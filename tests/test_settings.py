@@ -11,6 +11,7 @@ import config
 from models import NETWORKS
 from utils.settings import (
     ConfigError,
+    as_flags,
     build,
     check_types,
     describe,
@@ -45,6 +46,8 @@ class Oven:
     mode: Literal["top", "both"] = "both"
     # What is in it.
     content: tuple[str, ...] = field(default=(), metadata={"aliases": ("--bake",)})
+    # Minutes when it rings.
+    rings: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self, "oven")
@@ -145,6 +148,8 @@ def test_own_sections_need_no_prefix(capsys: pytest.CaptureFixture[str]) -> None
         (["--content", "a,b,"], ("content", ("a", "b"))),
         (["--bake", "a"], ("content", ("a",))),
         (["--content", ""], ("content", ())),
+        (["--rings", "8,14"], ("rings", (8, 14))),
+        (["--rings", ""], ("rings", ())),
     ],
 )
 def test_text_becomes_the_type_of_the_field(argv: list[str], value: tuple[str, Any]) -> None:
@@ -180,6 +185,7 @@ def test_positional_field(argv: list[str]) -> None:
         (["--trays", "many"], "--trays/--oven.trays: must be a whole number, got 'many'"),
         (["--trays", "1.5"], "--trays/--oven.trays: must be a whole number, got '1.5'"),
         (["--heat", "hot"], "--heat/--oven.heat: must be a number, got 'hot'"),
+        (["--rings", "8,noon"], "--rings/--oven.rings: must be a whole number, got 'noon'"),
         (["--mode", "fan"], "oven.mode: must be one of top, both, got 'fan'"),
         (["--heat", "5000"], "oven.heat: is too much for 1 trays"),
         (["--preset", "huge"], "--preset: invalid choice: 'huge'"),
@@ -235,6 +241,9 @@ def test_build_refuses_what_is_no_setting(name: str) -> None:
         ("oven.mode", "fan", "must be one of top, both, got 'fan'"),
         ("oven.content", "bread", "must be a tuple of texts, got 'bread'"),
         ("oven.content", [1], r"must be a tuple of texts, got \(1,\)"),
+        ("oven.rings", ["8"], r"must be a tuple of whole numbers, got \('8',\)"),
+        ("oven.rings", [8, True], r"must be a tuple of whole numbers, got \(8, True\)"),
+        ("oven.rings", 8, "must be a tuple of whole numbers, got 8"),
     ],
 )
 def test_build_refuses_values_of_another_type(name: str, value: object, message: str) -> None:
@@ -245,7 +254,7 @@ def test_build_refuses_values_of_another_type(name: str, value: object, message:
 
 def test_json_round_trip() -> None:
     """What a run saves is what it used, tuples included, and readable as one object a section."""
-    baked = Bakery(Oven(heat=150.5, content=("a", "b"), fan_on=False, mode="top"), Shop(rolls=("ä",)))
+    baked = Bakery(Oven(heat=150.5, content=("a", "b"), fan_on=False, mode="top", rings=(8, 14)), Shop(rolls=("ä",)))
     text = to_json(baked)
     assert build(Bakery, from_json(text)) == baked
     assert json.loads(text)["oven"]["content"] == ["a", "b"]
@@ -255,6 +264,13 @@ def test_json_round_trip() -> None:
 def test_describe_shows_the_sections_asked_for() -> None:
     """A line a setting, empty values visible."""
     assert describe(Bakery(), ("shop",)).split() == ["shop.rolls", "none", "shop.trays", "3"]
+    assert describe(Bakery(Oven(rings=(8, 14))), ("oven",)).split()[-2:] == ["oven.rings", "8,14"]
+
+
+def test_flags_say_the_same_as_settings() -> None:
+    """What one script hands to another on its command line arrives unchanged, lists of numbers included."""
+    baked = Bakery(Oven(content=("a", "b"), fan_on=False, rings=(8, 14)), Shop(rolls=("rye",)))
+    assert parse(*as_flags(flatten(baked))) == baked
 
 
 # --- the project's own settings ---------------------------------------------------------------------------------------
@@ -278,13 +294,15 @@ def other_value(name: str) -> tuple[str, object]:
         choice = next(choice for choice in get_args(hint) if choice != default)
         return choice, choice
     if isinstance(default, tuple):
+        if get_args(hint)[0] is int:
+            return "1,2", (1, 2)
         return ("a", ("a",)) if name == "report.set" else ("a,b", ("a", "b"))  # a report is of one set
     if isinstance(default, str):
         return "x_y", "x_y"
     if isinstance(default, int):
-        value = 32 if name == "data.image_size" else default + 1
+        value = 32 if field_name in ("image_size", "detector_size") else default + 1
         return str(value), value
-    value = default / 2 if default else 0.5
+    value = default / 2 if default else 0.1
     return str(value), value
 
 
@@ -341,18 +359,43 @@ def test_the_default_network_exists() -> None:
         ("data.image_size", 15),
         ("model.embedding_size", 0),
         ("model.normalisation", "255"),
-        ("loss.name", "sphereface"),
+        ("loss.name", "arc"),
         ("loss.margin", -0.1),
         ("loss.margin", 1.6),
         ("loss.margin", float("nan")),
-        ("loss.scale", 0.0),
+        ("loss.scale", -1.0),
+        ("loss.m1", 0.0),
+        ("loss.m2", 1.6),
+        ("loss.m3", -0.1),
+        ("loss.lambda_min", -1.0),
+        ("loss.h", 1.1),
+        ("loss.norm_low", 0.0),
+        ("loss.norm_high", 10.0),
+        ("loss.margin_low", -0.1),
+        ("loss.margin_high", 0.4),
+        ("loss.penalty_weight", -1.0),
+        ("loss.std", 0.3),
+        ("loss.sub_centers", 0),
+        ("loss.filter_above", 1.1),
+        ("loss.sample_rate", 0.0),
+        ("loss.sample_rate", 1.1),
+        ("loss.engine", "sparse"),
+        ("loss.block", 0),
         ("train.epochs", 0),
         ("train.batch_size", 0),
-        ("train.lr", 0.0),
+        ("train.lr", -0.1),
         ("train.lr", float("nan")),
         ("train.warmup_epochs", -1.0),
         ("train.warmup_epochs", 21.0),
+        ("train.schedule", "linear"),
+        ("train.schedule_power", 0.0),
+        ("train.milestone_factor", 0.0),
+        ("train.decay_epochs", -1.0),
+        ("train.final_lr", 1.1),
+        ("train.optimizer", "adam"),
         ("train.momentum", 1.0),
+        ("train.backbone_lr", 0.0),
+        ("train.ema", 1.0),
         ("train.weight_decay", -1e-4),
         ("train.gradient_clip", 0.0),
         ("train.precision", "fp8"),
@@ -363,6 +406,11 @@ def test_the_default_network_exists() -> None:
         ("test.batch_size", 0),
         ("merge.batch_size", 0),
         ("merge.t", 1.1),
+        ("pack.detector_threshold", 0.0),
+        ("pack.detector_size", 100),
+        ("pack.face", "leftmost"),
+        ("pack_bin.detector_threshold", 1.1),
+        ("pack_bin.detector_size", 0),
     ],
 )
 def test_values_that_cannot_be(capsys: pytest.CaptureFixture[str], name: str, value: object) -> None:
@@ -372,6 +420,31 @@ def test_values_that_cannot_be(capsys: pytest.CaptureFixture[str], name: str, va
     with pytest.raises(SystemExit):
         parse_settings(config.Config, config.PRESETS, (), "", [f"--{name}={value}"])
     assert f"{name}: must " in capsys.readouterr().err
+
+
+def test_the_range_of_the_margin_is_that_of_the_loss() -> None:
+    """What multiplies an angle may be more than what is added to it, but never less than 1."""
+    assert build(config.Config, {"loss.name": "sphereface", "loss.margin": 4.0}).loss.margin == 4
+    with pytest.raises(ConfigError, match=r"^loss\.margin: must be 0 .* or from 1 to 8 for sphereface_r, got 0\.5$"):
+        build(config.Config, {"loss.name": "sphereface_r", "loss.margin": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train.milestones": (0, 3)}, r"train\.milestones: must be epochs from 1 on, rising, got \(0, 3\)"),
+        ({"train.milestones": (5, 3)}, r"train\.milestones: must be epochs from 1 on, rising"),
+        ({"train.schedule": "step"}, r"train\.milestones: must name the epochs"),
+        (
+            {"train.schedule": "wsd", "train.warmup_epochs": 4.0, "train.decay_epochs": 17.0},
+            r"train\.decay_epochs: must not exceed the epochs after warm-up \(16\), got 17\.0",
+        ),
+    ],
+)
+def test_schedules_that_cannot_be(settings: dict[str, Any], message: str) -> None:
+    """Settings that make no schedule together are refused before anything runs, whichever they are."""
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        build(config.Config, settings)
 
 
 @pytest.mark.parametrize("name", FIELDS)

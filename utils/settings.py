@@ -108,7 +108,7 @@ def as_flags(settings: Settings) -> list[str]:
         if isinstance(value, bool):
             flags.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            flags.append(f"--{flag}={','.join(value) if isinstance(value, tuple) else value}")
+            flags.append(f"--{flag}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return flags
 
 
@@ -140,8 +140,9 @@ def check_types(section: Any, name: str) -> None:
             choices = get_args(hint)
             require(value in choices, f"{name}.{field}", f"must be one of {', '.join(choices)}, got {value!r}")
         elif get_origin(hint) is tuple:
-            good = isinstance(value, tuple) and all(isinstance(item, str) for item in value)
-            require(good, f"{name}.{field}", f"must be a tuple of texts, got {value!r}")
+            item = get_args(hint)[0]
+            good = isinstance(value, tuple) and all(isinstance(v, item) and not isinstance(v, bool) for v in value)
+            require(good, f"{name}.{field}", f"must be a tuple of {_kind(item, many=True)}, got {value!r}")
         else:
             good = isinstance(value, int | float if hint is float else hint)
             good &= hint is bool or not isinstance(value, bool)
@@ -149,9 +150,10 @@ def check_types(section: Any, name: str) -> None:
             require(good, f"{name}.{field}", f"must be {_kind(hint)}, got {value!r}")
 
 
-def _kind(hint: type) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return names[hint]
+def _kind(hint: type, many: bool = False) -> str:
+    if many:
+        return {int: "whole numbers", str: "texts"}[hint]
+    return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
 
 
 def _sections(config_class: type) -> dict[str, type]:
@@ -206,7 +208,8 @@ def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: 
 
 def _converter(hint: Any) -> Callable[[str], Any]:
     if get_origin(hint) is tuple:
-        return lambda text: tuple(item for item in text.split(",") if item)
+        convert_item = _converter(get_args(hint)[0])
+        return lambda text: tuple(convert_item(item) for item in text.split(",") if item)
     if get_origin(hint) is Literal:
         return str  # the section says which values there are
 
@@ -236,5 +239,5 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
 
 def _as_text(value: Any) -> str:
     if isinstance(value, tuple):
-        return ",".join(value) or "none"
+        return ",".join(map(str, value)) or "none"
     return str(value) if value != "" else "''"

@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Time and memory of a head's step (forward, backward, update) by the number of classes and the engine.
+
+    python benchmarks/heads.py --classes 10000,100000,1000000
+    python benchmarks/heads.py --classes 1000000,10000000 --batch-size 512 --matmul bf16      # on a GPU
+
+The peer is PartialFC as other trainers have it, written plainly: normalise all sampled centres, all logits in memory,
+gradients by autograd, torch.optim.SGD. Each engine runs in a process of its own, so that one's memory is not another's;
+ratios are of the best of several steps. Memory is what a step needs at its peak beyond the centres and their momentum:
+allocated bytes on a GPU, growth of the process on the CPU.
+"""
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.heads import RowSGD, automatic_block, create_head
+from models.losses import create_loss
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement."""
+
+    engine: str
+    classes: int
+    batch_size: int
+    embedding_size: int
+    block: int
+    matmul: str
+    device: str
+    steps: int
+
+
+class PlainPartialFC:
+    """Margin softmax over a sample of the classes, as other trainers write it."""
+
+    def __init__(self, classes: int, size: int, sample_rate: float, device: str) -> None:
+        self.weight = torch.empty(classes, size, device=device).normal_(0, 0.01)
+        self.momentum = torch.zeros_like(self.weight).zero_()  # twice: zeros come to be in memory when written to
+        self.sampled = int(sample_rate * classes)
+
+    def step(self, embeddings: Tensor, labels: Tensor, lr: float) -> None:
+        index = None
+        if self.sampled < len(self.weight):
+            score = torch.rand(len(self.weight), device=labels.device)
+            score[labels.unique()] = 2.0
+            index = score.topk(self.sampled).indices.sort().values
+            labels = torch.searchsorted(index, labels)
+        rows = (self.weight if index is None else self.weight[index]).requires_grad_()
+        cosine = (F.normalize(embeddings) @ F.normalize(rows).T).clamp(-1, 1)
+        picked = torch.arange(len(labels), device=labels.device)
+        with torch.no_grad():
+            cosine[picked, labels] = torch.cos(torch.acos(cosine[picked, labels]) + 0.5)
+        F.cross_entropy(64 * cosine, labels).backward()
+        optimizer = torch.optim.SGD([rows], lr, 0.9, weight_decay=5e-4)
+        optimizer.state[rows]["momentum_buffer"] = self.momentum if index is None else self.momentum[index]
+        optimizer.step()
+        self.weight = self.weight.detach()
+        if index is not None:
+            self.weight[index], self.momentum[index] = rows.detach(), optimizer.state[rows]["momentum_buffer"]
+
+
+def measure(case: Case) -> tuple[float, float]:
+    """Seconds of the best step, and bytes that a step needs beyond centres and momentum."""
+    on_gpu = case.device == "cuda"
+    faces = torch.randn(case.batch_size, case.embedding_size, device=case.device)
+    labels = torch.randint(0, case.classes, (case.batch_size,), device=case.device)
+    rate = 0.1 if "0.1" in case.engine else 1.0
+    if case.engine.startswith("peer"):
+        peer = PlainPartialFC(case.classes, case.embedding_size, rate, case.device)
+    else:
+        head = create_head(
+            create_loss("arcface"),
+            case.classes,
+            case.embedding_size,
+            RowSGD(),
+            case.batch_size,
+            device=torch.device(case.device),
+            engine="blockwise" if "blockwise" in case.engine else "dense",
+            block=case.block,
+            sample_rate=rate,
+            matmul=torch.bfloat16 if case.matmul == "bf16" else None,
+        )
+        head.fused = True
+        head.lr = 0.1
+        for state in head.optimizer_states():
+            state.zero_()
+    before = torch.cuda.memory_allocated() if on_gpu else _resident()
+    times = []
+    for step in range(case.steps):
+        embeddings = faces.clone().requires_grad_()
+        began = _now(on_gpu)
+        if case.engine.startswith("peer"):
+            peer.step(embeddings, labels, 0.1)
+        else:
+            head(embeddings, labels, step).loss.backward()
+            head.update(step)
+        times.append(_now(on_gpu) - began)
+    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return min(times), peak - before
+
+
+def _now(on_gpu: bool) -> float:
+    if on_gpu:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _resident() -> int:
+    """Bytes of the process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def main() -> None:
+    """Measure and print a table in Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--classes", default="10000,100000,1000000", help="comma separated")
+    parser.add_argument(
+        "--engines",
+        default="peer,dense,blockwise,peer 0.1,dense 0.1,blockwise 0.1",
+        help="comma separated; 0.1 samples a tenth of the classes",
+    )
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--embedding-size", type=int, default=512)
+    parser.add_argument("--block", type=int, default=0, help="classes computed at a time; 0: automatic")
+    parser.add_argument("--matmul", choices=("fp32", "bf16"), default="fp32", help="of our engines")
+    parser.add_argument("--steps", type=int, default=4)
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
+    print(f"{name}, torch {torch.__version__}; batch {arguments.batch_size}, {arguments.embedding_size} dimensions,")
+    block = arguments.block or automatic_block(arguments.batch_size, torch.device(device))
+    print(f"blocks of {block:,} classes, products in {arguments.matmul}\n")
+    print("| classes | engine | ms a step | of dense | images/s | MiB beyond centres and momentum |")
+    print("|---|---|---|---|---|---|")
+    for classes in map(int, arguments.classes.split(",")):
+        reference = None
+        for engine in arguments.engines.split(","):
+            case = Case(
+                engine, classes, arguments.batch_size, arguments.embedding_size, arguments.block, arguments.matmul,
+                device, arguments.steps,
+            )  # fmt: skip
+            with multiprocessing.get_context("spawn").Pool(1) as alone:
+                try:
+                    seconds, extra = alone.apply(measure, (case,))
+                except torch.OutOfMemoryError:
+                    print(f"| {classes:,} | {engine} | does not fit | | | |", flush=True)
+                    continue
+            reference = seconds if engine == "dense" else reference
+            ratio = f"{seconds / reference:.2f}" if reference else ""
+            rate = arguments.batch_size / seconds
+            print(
+                f"| {classes:,} | {engine} | {1000 * seconds:,.0f} | {ratio} | {rate:,.0f} | {extra / 2**20:,.0f} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""A head for millions of classes: the softmax is computed block by block of classes, and logits are never stored.
+
+Forward, each block adds to a running log sum exp. Backward, each block's products are computed again; from them come
+its part of the embeddings' gradient and the gradient of its own centres, which the optimizer applies at once (`fused`).
+Four matrix products take the place of three, and neither the logits [B, classes] nor the gradient of the centres exist
+in whole: beyond the centres and the optimizer's state a step holds O(B x D + block x (B + D)) floats, B being the
+faces of all ranks together.
+
+The same code holds the classes of one rank out of several (class-parallel), and samples negatives (PartialFC).
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.heads.block_steps import Block, BlockMaths
+from models.heads.classes import initial_centres
+from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
+from models.heads.row_optimizers import RowOptimizer
+from models.heads.sampling import sample_classes, sampled_count
+from models.losses import MarginLoss, Targets
+from utils.ranks import Ranks, share_of
+
+_EPS = 1e-12  # as in torch.nn.functional.normalize
+
+
+class Chosen(NamedTuple):
+    """Classes that take part in a step: `size` of those held, int64 ascending, None for all; `place`: int64 [B], where
+    among them each face's own class is, -1 for elsewhere."""
+
+    classes: Tensor | None
+    size: int
+    place: Tensor
+
+
+class BlockwiseHead(Head):
+    """Class centres of this rank, the margin softmax over those of all ranks.
+
+    `block`: classes computed at a time. `sample_rate`: share of the classes that take part in a step, those of the
+    batch always among them. `batch_size`: faces of one rank and step at most; on several ranks smaller batches are
+    filled up to it. `fused`: update the centres during `backward`, at the rate `lr`; otherwise gradients add up until
+    `update`. `matmul`: None multiplies in the weight's own float32; bfloat16 multiplies copies of that kind and sums in
+    float32. `compiled`: what is computed of a block goes through torch.compile.
+
+    The loss is the mean over all ranks' faces, the same number on each. The embeddings' gradients are those of this
+    loss: the ranks' gradients of the network have to be summed, not averaged.
+    """
+
+    def __init__(
+        self,
+        loss: MarginLoss,
+        classes: int,
+        embedding_size: int,
+        optimizer: RowOptimizer,
+        batch_size: int,
+        block: int = 4096,
+        sub_centers: int = 1,
+        sample_rate: float = 1.0,
+        seed: int = 0,
+        ranks: Ranks | None = None,
+        fused: bool = True,
+        matmul: torch.dtype | None = None,
+        compiled: bool = False,
+    ) -> None:
+        ranks = ranks or Ranks()
+        held = share_of(classes, ranks.rank, ranks.size)
+        centres = initial_centres(held, sub_centers, embedding_size, seed)
+        super().__init__(loss, classes, held, centres, optimizer, sub_centers)
+        self.batch_size, self.block, self.ranks, self.seed = batch_size, block, ranks, seed
+        self.sample_rate, self.fused = sample_rate, fused
+        maths = BlockMaths(loss, sub_centers, matmul)
+        self.block_forward, self.block_backward = maths.forward, maths.backward
+        if compiled:
+            self.block_forward = torch.compile(maths.forward, dynamic=False)
+            self.block_backward = torch.compile(maths.backward, dynamic=False)
+        self._touched: Tensor | None = None  # rows with a gradient, when not all have one
+
+    def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            embeddings, labels, finite = silence_broken(embeddings.to(self.weight.dtype), labels)
+            if self.ranks.size > 1:
+                missing = self.batch_size - len(labels)
+                if missing < 0:
+                    raise ValueError(f"a batch of {len(labels)} faces, but the head was made for {self.batch_size}")
+                embeddings, labels = F.pad(embeddings, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=-1)
+                finite = F.pad(finite, (0, missing), value=True)
+            norm = torch.linalg.vector_norm(embeddings, dim=1)
+            unit = embeddings / norm.clamp_min(_EPS)[:, None]
+            return HeadOutput(*_MarginSoftmax.apply(unit, norm, self.weight, labels, finite, self, step))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """What `fused` has not done already, block by block."""
+        gradient, self.weight.grad = self.weight.grad, None
+        touched, self._touched = self._touched, None
+        if gradient is None:
+            return
+        rows_at_once = self.block * self.sub_centers
+        for start in range(0, len(self.weight), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            parts = [self.weight[rows], *(state[rows] for state in self.optimizer_states())]
+            before = None if touched is None else [part.clone() for part in parts]
+            self.optimizer.step(parts[0], parts[1:], gradient[rows], self.lr, step + 1)
+            if touched is not None and before is not None:
+                for part, old in zip(parts, before, strict=True):
+                    part.copy_(torch.where(touched[rows, None], part, old))
+
+    def take_gradient(self, rows: slice | Tensor, centres: Tensor, gradient: Tensor, step: int) -> None:
+        """Update the centres, `rows` of the weight, now, or add their gradient to what `update` will apply."""
+        if self.fused:
+            states = self.optimizer_states()
+            parts = [state[rows] for state in states]
+            self.optimizer.step(centres, parts, gradient, self.lr, step + 1)
+            if isinstance(rows, Tensor):  # the parts are copies
+                for whole, part in zip([self.weight, *states], [centres, *parts], strict=True):
+                    whole[rows] = part
+            return
+        if self.weight.grad is None:
+            self.weight.grad = torch.zeros_like(self.weight)
+        self.weight.grad[rows] += gradient
+        if isinstance(rows, Tensor):
+            if self._touched is None:
+                self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
+            self._touched[rows] = True
+
+    def choose(self, labels: Tensor, step: int) -> Chosen:
+        """The classes of this rank that take part in a step with the faces `labels` of all ranks."""
+        held = len(self.held)
+        mine = (labels >= self.held.start) & (labels < self.held.stop)
+        place = torch.where(mine, labels - self.held.start, -1)
+        count = sampled_count(held, self.sample_rate, len(labels))
+        if count == held:
+            return Chosen(None, held, place)
+        classes = sample_classes(place, held, count, (self.seed, step, self.ranks.rank))
+        return Chosen(classes, count, torch.where(mine, torch.searchsorted(classes, place), -1))
+
+    def blocks(self, chosen: Chosen) -> Iterator[Block]:
+        """The chosen classes, `block` at a time."""
+        k = self.sub_centers
+        for start in range(0, chosen.size, self.block):
+            stop = min(start + self.block, chosen.size)
+            rows: slice | Tensor = slice(start * k, stop * k)
+            if chosen.classes is not None:
+                each = torch.arange(k, device=chosen.classes.device)
+                rows = (chosen.classes[start:stop, None] * k + each).flatten()
+            here = (chosen.place >= start) & (chosen.place < stop)
+            column = (chosen.place - start).clamp(0, stop - start - 1)
+            yield Block(rows, self.weight.detach()[rows], column[:, None], here[:, None])
+
+    def own_products(self, unit: Tensor, labels: Tensor) -> Tensor:
+        """Products [B] of the faces with their own class's centre, from whichever rank has it; 0 without a class."""
+        if not len(self.held):
+            return self.ranks.sum(unit.new_zeros(len(unit)))
+        mine = (labels >= self.held.start) & (labels < self.held.stop)
+        centres = self.weight.unflatten(0, (-1, self.sub_centers))[torch.where(mine, labels - self.held.start, 0)]
+        products = torch.einsum("bd,bkd->bk", unit, centres)
+        if self.loss.unit_centres:
+            products = products / torch.linalg.vector_norm(centres, dim=2).clamp_min(_EPS)
+        return self.ranks.sum(torch.where(mine, products.amax(1), 0))
+
+
+class _MarginSoftmax(torch.autograd.Function):
+    """From this rank's faces to the loss over all faces and all classes, with the gradients written out."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: Tensor,
+        norm: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        finite: Tensor,
+        head: BlockwiseHead,
+        step: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        del weight  # an argument so that autograd knows of it
+        ranks = head.ranks
+        unit, norm, labels = ranks.gather(unit), ranks.gather(norm), ranks.gather(labels)
+        finite, counted = ranks.gather(finite), labels >= 0
+        chosen = head.choose(labels, step)
+        own = head.own_products(unit, labels)
+        # What is as long as the batch is left to autograd; only what is as wide as the classes is written out.
+        with torch.enable_grad():
+            own.requires_grad_()
+            norm = norm.detach().requires_grad_()
+            targets = head.loss.targets(own, norm, counted, step)
+        log_others, best = _log_sum_exp(head, unit, chosen, targets)
+        log_others = ranks.logsumexp(log_others)
+        best = ranks.maximum(best)
+        with torch.enable_grad():
+            log_others.requires_grad_()
+            output = mean_loss(targets, log_others, own, best, counted, finite)
+        scale_learns = targets.scale.requires_grad
+        ctx.gradients = torch.autograd.grad(
+            output.loss, [own, norm, log_others], retain_graph=scale_learns, materialize_grads=True
+        )
+        ctx.norm, ctx.scale, ctx.bar = norm, targets.scale, targets.bar
+        ctx.save_for_backward(unit, log_others.detach())
+        ctx.head, ctx.step, ctx.chosen = head, step, chosen
+        ctx.mark_non_differentiable(output.correct, output.own)
+        return output.loss.detach(), output.correct, output.own
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
+        unit, log_others = ctx.saved_tensors
+        head: BlockwiseHead = ctx.head
+        d_own, d_norm, d_others = (gradient * outputs[0] for gradient in ctx.gradients)
+        scale, bar = ctx.scale.detach().reshape(-1, 1), ctx.bar
+        d_unit, d_scale = torch.zeros_like(unit), torch.zeros_like(d_own)
+        learns = ctx.scale.requires_grad
+        for block in head.blocks(ctx.chosen):
+            d_centres, part, scale_part = head.block_backward(
+                unit, block.centres, block.column, block.here, scale, bar, log_others, d_own, d_others, learns
+            )
+            d_unit += part
+            if scale_part is not None:
+                d_scale += scale_part
+            head.take_gradient(block.rows, block.centres, d_centres, ctx.step)
+        if learns:
+            (by_scale,) = torch.autograd.grad(ctx.scale, ctx.norm, head.ranks.sum(d_scale).reshape(ctx.scale.shape))
+            d_norm = d_norm + by_scale
+        faces = len(d_norm) // head.ranks.size
+        d_norm = d_norm[head.ranks.rank * faces :][:faces]  # every rank has all of it
+        return head.ranks.scatter_sum(d_unit), d_norm, None, None, None, None, None
+
+
+def _log_sum_exp(head: BlockwiseHead, unit: Tensor, chosen: Chosen, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Over the other classes of this rank: log sum exp of the logits, and the largest product; [B] each."""
+    scale, bar = targets.scale.detach().reshape(-1, 1), targets.bar
+    total = unit.new_full((len(unit),), -torch.inf)
+    best = total.clone()
+    for block in head.blocks(chosen):
+        logs, largest = head.block_forward(unit, block.centres, block.column, block.here, scale, bar)
+        total, best = torch.logaddexp(total, logs), torch.maximum(best, largest)
+    return total, best

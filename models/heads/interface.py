@@ -1,0 +1,109 @@
+"""What every head is: class centres, the optimizer state that goes with them, and a margin softmax over them."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.heads.row_optimizers import RowOptimizer
+from models.losses import MarginLoss, Targets
+
+
+class HeadOutput(NamedTuple):
+    """Of a batch: all ranks' faces together.
+
+    `loss`: mean over the faces that count, scalar; `correct`: share of them nearest to their own centre, margin aside;
+    `own`: [faces], products with their own centre, cosines for all losses but the plain softmax, NaN for faces that do
+    not count. Only the loss has a gradient.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    own: Tensor
+
+
+class Head(nn.Module):
+    """Class centres and the loss over them.
+
+    `weight`: float32 [classes held * sub_centers, embedding_size], class after class. `held`: the classes of this rank.
+    A head updates its centres itself: set `lr`, then `forward`, `backward` on the loss, and `update`. Buffers hold the
+    optimizer's state and the loss's statistics, so that `state_dict` is all there is to save.
+    """
+
+    def __init__(
+        self,
+        loss: MarginLoss,
+        classes: int,
+        held: range,
+        centres: Tensor,
+        optimizer: RowOptimizer,
+        sub_centers: int,
+    ) -> None:
+        super().__init__()
+        if classes < 2:
+            raise ValueError(f"a margin softmax needs two classes or more, got {classes}")
+        self.loss, self.classes, self.held = loss, classes, held
+        self.optimizer, self.sub_centers = optimizer, sub_centers
+        self.lr = 0.0  # learning rate of the coming step, as in an optimizer's param_groups
+        self.fused = False  # whether `backward` may update the centres at once, `update` finding nothing left to do
+        self.weight = nn.Parameter(centres)
+        for name in optimizer.states:
+            self.register_buffer(name, torch.zeros_like(centres))
+
+    def optimizer_states(self) -> list[Tensor]:
+        """The tensors of the optimizer, of the weight's shape."""
+        return [self.get_buffer(name) for name in self.optimizer.states]
+
+    def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
+        """`embeddings`: [B, embedding_size], any length; `labels`: int64 [B], -1 for faces that do not count;
+        `step`: of the run, from 0; whatever is random depends on it."""
+        raise NotImplementedError
+
+    def update(self, step: int) -> None:
+        """Apply the gradients that `backward` left to the centres, at the rate `lr`, and forget them."""
+        raise NotImplementedError
+
+
+class _Silence(torch.autograd.Function):
+    """Zeros in place of rows that are not finite; the gradient of such a row is NaN."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, finite: Tensor) -> Tensor:
+        ctx.save_for_backward(finite)
+        return torch.where(finite[:, None], embeddings, 0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (finite,) = ctx.saved_tensors
+        return torch.where(finite[:, None], gradients[0], torch.nan), None
+
+
+def silence_broken(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings and labels without the rows that are not finite, and whether all were: bool [B].
+
+    An overflow in the network must not reach the class centres, which would never recover from it; the network's own
+    gradient still says that it happened, so that a gradient scaler skips the step.
+    """
+    finite = embeddings.detach().isfinite().all(1)
+    return _Silence.apply(embeddings, finite), torch.where(finite, labels, -1), finite
+
+
+def mean_loss(
+    targets: Targets, log_others: Tensor, own: Tensor, best: Tensor, counted: Tensor, finite: Tensor
+) -> HeadOutput:
+    """Softmax cross-entropy from what the own class has and the log sum exp of the others, meaned over the batch.
+
+    [B] each: `log_others`, of the other classes' logits; `own` and `best`, the product with the own centre and the
+    largest with another; bool: `counted`, `finite`. A face that is not finite makes the loss NaN.
+    """
+    # -log(e^own / (e^own + e^others)) = log(1 + e^(others - own))
+    losses = torch.where(counted, F.softplus(log_others - targets.logits), 0)
+    count = counted.sum().clamp_min(1)
+    loss = losses.sum() / count
+    if targets.penalty is not None:
+        loss = loss + targets.penalty
+    loss = torch.where(finite.all(), loss, torch.nan)
+    own = own.detach()
+    correct = ((own >= best) & counted).sum() / count
+    return HeadOutput(loss, correct, torch.where(counted, own, torch.nan))

@@ -1,0 +1,118 @@
+"""The processes that train together: one on each card, or one alone, which needs no process group."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def share_of(total: int, rank: int, ranks: int) -> range:
+    """What one rank has of `total` things: consecutive ones, and of any two ranks one has at most one more."""
+    return range(total * rank // ranks, total * (rank + 1) // ranks)
+
+
+class Ranks:
+    """This process among those that train together. `group`: a process group; None: this process trains alone.
+
+    No method makes the host wait for the device, save those that say so.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.rank = 0 if group is None else dist.get_rank(group)
+        self.size = 1 if group is None else dist.get_world_size(group)
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def gather(self, part: Tensor) -> Tensor:
+        """The parts [b, ...] of all ranks, one after another: [ranks * b, ...]."""
+        if self.size == 1:
+            return part
+        whole = part.new_empty(self.size * len(part), *part.shape[1:])
+        dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
+        return whole
+
+    def join(self, share: Tensor, total: int) -> Tensor:
+        """Every rank's rows of `total`, split as by `share_of`, in order."""
+        if self.size == 1:
+            return share
+        most = -(-total // self.size)
+        padded = share.new_zeros(most, *share.shape[1:])
+        padded[: len(share)] = share
+        parts = self.gather(padded).split(most)
+        return torch.cat([part[: len(share_of(total, rank, self.size))] for rank, part in enumerate(parts)])
+
+    def scatter_sum(self, whole: Tensor) -> Tensor:
+        """The sum over ranks of `whole` [ranks * b, ...], this rank's part of it: [b, ...]."""
+        if self.size == 1:
+            return whole
+        part = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
+        dist.reduce_scatter_tensor(part, whole.contiguous(), group=self.group)
+        return part
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks of `values`, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.SUM, group=self.group)
+        return values
+
+    def maximum(self, values: Tensor) -> Tensor:
+        """The largest over ranks of `values`, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MAX, group=self.group)
+        return values
+
+    def logsumexp(self, values: Tensor) -> Tensor:
+        """log sum exp over ranks of `values` [B]."""
+        if self.size == 1:
+            return values
+        return torch.logsumexp(self.gather(values[None]), dim=0)
+
+    def broadcast(self, values: Tensor) -> Tensor:
+        """The first rank's `values` on all ranks, in place."""
+        if self.size > 1:
+            dist.broadcast(values, group_src=0, group=self.group)
+        return values
+
+    def agree(self, text: str) -> str:
+        """The first rank's `text`, on all ranks. Waits."""
+        if self.size == 1:
+            return text
+        texts = [text]
+        dist.broadcast_object_list(texts, group_src=0, group=self.group)
+        return texts[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` holds on some rank. Waits."""
+        return -self.least(-int(flag)) > 0
+
+    def least(self, number: int) -> int:
+        """The smallest `number` of all ranks. Waits."""
+        if self.size == 1:
+            return number
+        device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+        return -int(self.maximum(torch.tensor(-number, device=device)).item())
+
+
+@contextmanager
+def join_ranks(device: torch.device) -> Iterator[Ranks]:
+    """This process among those that torchrun started (by `WORLD_SIZE` and its kin), or alone.
+
+    On CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, on the CPU over gloo.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Ranks()
+        return
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+    )
+    try:
+        yield Ranks(dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
