@@ -4,235 +4,396 @@
     python train.py                                        settings as edited in config.py
     python train.py --preset ms1mv3_r50 --batch-size 256 --data.root /sets/ms1mv3
     python train.py --resume runs/NAME                     go on where a run stopped
+    torchrun --nproc-per-node=8 train.py --preset ms1mv3_r50        eight cards, a process each
 
-A run's folder, `runs/NAME`, gets `config.json`, `best.safetensors` (the network that verified best),
-`checkpoint.safetensors` (to resume from), `classes.csv` (the identity behind each class), `metrics.jsonl`, the
+A run's folder, `runs/NAME`, gets `config.json`, `best.safetensors` (the network that verified best), `checkpoints/` (to
+resume from, on any number of processes), `classes.csv` (the identity behind each class), `metrics.jsonl`, the
 TensorBoard record, and pictures of inputs, loss and accuracy.
 """
 
+import json
 import math
 import os
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch.nn.utils import clip_grad_norm_
+from tqdm import tqdm
 
 from config import PRESETS, Config, DataConfig
 from data.augment import Chances, augment
-from data.face_sets import FaceSetError, open_training_set
-from data.loading import DecodedFaces, EpochBatches, flips, to_network_input, training_loader
+from data.face_sets import FaceSet, FaceSetError, open_training_set
+from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
+from data.prefetch import on_device
 from data.verification_bin import VerificationPairs, find_bins, read_bin
-from models import create_network
-from models.embedder import NetworkEmbedder
-from models.embedding import check_pairs, verify
-from models.heads import DenseHead
-from models.margins import create_margin
-from utils.checkpoints import (
-    BEST,
-    CHECKPOINT,
-    CONFIG,
-    Progress,
-    load_checkpoint,
-    save_backbone,
-    save_checkpoint,
-    settings_beside,
-)
+from models.verifier import Verifier
+from utils.checkpoint_store import CheckpointStore
+from utils.checkpoints import BEST, CONFIG, Progress, save_backbone, settings_beside
 from utils.devices import describe_device, pick_device, pick_precision
+from utils.ema import WeightAverage
 from utils.files import write_csv_atomic, write_text_atomic
-from utils.interrupts import catch_interrupt
+from utils.flops import forward_flops
+from utils.interrupts import Stopped, catch_interrupt
+from utils.micro_batch import largest_that_fits, trial_pass
+from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
-from utils.schedules import linear_decay
+from utils.ranks import Ranks, join_ranks
+from utils.schedules import learning_rates, peak_lr
 from utils.scripts import readable_errors
 from utils.settings import Settings, describe, parse_settings, to_json
-from utils.training_log import Meter, TrainingLog
+from utils.training_log import Meter, TrainingLog, step_profiler
+from utils.training_parts import build_head, build_network, compile_network, spread
+from utils.training_state import TrainingState
+from utils.training_step import TrainingStep
+
+CHECKPOINTS = "checkpoints"
 
 
 class TrainingError(ValueError):
     """The run cannot start or go on; the message says why and what to do."""
 
 
-def train(config: Config) -> Path:
-    """Train as `config` says; returns the run's folder.
+class ExplodedError(TrainingError):
+    """The loss of `step` is not a number, or above its limit."""
 
-    Raises TrainingError, FaceSetError and the other errors of the parts; KeyboardInterrupt once a Ctrl-C was heeded
-    and the state is saved.
-    """
-    settings, run = config.train, run_folder(config)
-    device = pick_device(config.common.device)
-    precision = pick_precision(settings.precision, device)
-    workers = worker_count(config.common.workers)
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
 
-    try:
-        faces = open_training_set(config.data.root, config.data.min_images)
-    except FaceSetError as error:
-        raise FaceSetError(f"data.root: {error}") from None
-    tests = verification_sets(config.data)
-    for test in tests:
-        check_pairs(test, config.data.image_size)
-    order = create_order(config.data.order, faces.labels, settings.seed)
-    batches = EpochBatches(order, len(faces), settings.batch_size)
-    if batches.batches == 0:
-        raise TrainingError(f"train.batch_size is {settings.batch_size}, but {faces.path} has only {len(faces)} images")
-    steps = settings.epochs * batches.batches
-    learning_rates = linear_decay(steps, round(settings.warmup_epochs * batches.batches), settings.lr)
 
-    torch.manual_seed(settings.seed)
-    network = create_network(config.model.network, config.model.embedding_size, config.data.image_size)
-    network = network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    margin = create_margin(config.loss.name, config.loss.margin)
-    head = DenseHead(len(faces.identities), config.model.embedding_size, margin, config.loss.scale).to(device)
-    optimizer = torch.optim.SGD(
-        [*network.parameters(), *head.parameters()],
-        lr=settings.lr,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-    modules = {"network": network, "head": head}
+class Trainer:
+    """One run, on this process; `ranks` are all that share it."""
 
-    progress = Progress(step=0, best_accuracy=0.0)
-    if settings.resume:
-        progress = load_checkpoint(run / CHECKPOINT, modules, optimizer, scaler)
-    step, best_accuracy = progress.step, progress.best_accuracy
-    run.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(run / CONFIG, to_json(config))
-    write_csv_atomic(run / "classes.csv", ("class", "identity"), enumerate(faces.identities))
+    def __init__(self, config: Config, run: Path, device: torch.device, ranks: Ranks) -> None:
+        """Raises TrainingError, FaceSetError and the errors of the parts, before anything is written."""
+        settings = config.train
+        self.config, self.run, self.device, self.ranks = config, run, device, ranks
+        self.precision = pick_precision(settings.precision, device)
+        self.workers = worker_count(config.common.workers)
 
-    left_over = len(faces) - batches.batches * settings.batch_size
-    print(f"{faces.path}: {len(faces):,} images of {len(faces.identities):,} identities")
-    print(f"{batches.batches:,} steps an epoch; {left_over:,} images, others each time, do not fill a batch and wait")
-    print(f"verified on: {', '.join(test.name for test in tests) or 'nothing (no .bin found): the last model is kept'}")
-    print(f"{describe_device(device)}, {str(precision).removeprefix('torch.')}, {workers} workers, {steps:,} steps")
-    print(f"run: {run}" + (f", from step {step:,}" if step else ""))
-
-    def note_progress(lr: float) -> None:
-        """Log what the steps since the last note came to; TrainingError, before anything is saved, if they diverged."""
-        means = meter.read()
-        if not math.isfinite(means["train/loss"]):
-            raise TrainingError(
-                f"the loss became {means['train/loss']} before step {step:,}; what {run} holds of earlier steps is "
-                "kept. Lower train.lr, raise train.warmup_epochs, or lower loss.scale"
-            )
-        log.scalars(step, {**means, "train/lr": lr})
-        loss, accuracy = f"{means['train/loss']:.3f}", f"{means['train/accuracy']:.1%}"
-        bar.set_postfix(loss=loss, accuracy=accuracy, refresh=False)
-
-    def check_accuracy() -> None:
-        """Verify on every set, note it, and keep the network if it is the best so far."""
-        nonlocal best_accuracy
-        network.eval()
-        embedder = NetworkEmbedder(network, config.data.image_size, device, run.name)
-        options = (config.test.batch_size, workers, config.test.mirror)
         try:
-            results = {test.name: verify(embedder, test, *options) for test in tests}
-        except ValueError as error:
-            raise TrainingError(f"step {step:,}: {error}; if the network diverged, lower train.lr") from None
-        network.train()
-        for name, result in results.items():
-            bar.write(f"step {step:>7,}  {name}: {100 * result.accuracy:.3f} % +- {100 * result.std:.3f}")
-        mean = math.fsum(result.accuracy for result in results.values()) / max(1, len(results))
-        if results:
-            log.scalars(step, {f"verify/{name}": result.accuracy for name, result in results.items()})
-        if mean > best_accuracy or not results:
-            best_accuracy = mean
-            save_backbone(run / BEST, network, to_json(config), Progress(step, best_accuracy))
+            self.faces: FaceSet = open_training_set(config.data.root, config.data.min_images)
+        except FaceSetError as error:
+            raise FaceSetError(f"data.root: {error}") from None
+        self.verifier = Verifier(
+            verification_sets(config.data),
+            config.data.image_size,
+            device,
+            self.precision,
+            config.test.batch_size,
+            self.workers,
+            config.test.mirror,
+            ranks,
+        )
+        order = create_order(config.data.order, self.faces.labels, settings.seed)
+        self.batches = EpochBatches(order, len(self.faces), settings.batch_size, ranks.rank, ranks.size)
+        if self.batches.batches == 0:
+            raise TrainingError(
+                f"train.batch_size is {settings.batch_size}, but {self.faces.path} has only {len(self.faces)} images"
+            )
+        self.steps = settings.epochs * self.batches.batches
+        self.peak = peak_lr(settings.lr, settings.optimizer, settings.batch_size)
+        self.learning_rates = learning_rates(
+            settings.schedule,
+            self.steps,
+            self.batches.batches,
+            self.peak,
+            warmup_epochs=settings.warmup_epochs,
+            power=settings.schedule_power,
+            milestones=settings.milestones,
+            milestone_factor=settings.milestone_factor,
+            decay_epochs=settings.decay_epochs,
+            final=settings.final_lr,
+        )
 
-    def save_state() -> None:
-        save_checkpoint(run / CHECKPOINT, modules, optimizer, scaler, Progress(step, best_accuracy), to_json(config))
+        self.network = build_network(config, device)
+        self.head = build_head(config, len(self.faces.identities), device, self.precision, ranks)
+        self.flops = 3 * forward_flops(self.network, config.data.image_size)  # backward takes twice as many
+        groups = parameter_groups(self.network, settings.weight_decay, settings.decay_all, settings.backbone_lr)
+        self.optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.average = WeightAverage(self.network, settings.ema) if settings.ema else None
+        self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
-    decoded = DecodedFaces(faces, faces.labels, config.data.image_size, config.data.resize, tolerant=True)
-    loader = training_loader(decoded, batches, workers, device)
-    chances = Chances(*(getattr(config.data, f"augment_{name}") for name in Chances._fields))
-    broken: set[str] = set()
-    images_in_all, images_done = steps * settings.batch_size, step * settings.batch_size
-    with (
-        TrainingLog(run, step) as log,
-        catch_interrupt() as interrupt,
-        progress_bar(images_in_all, "image", initial=images_done, smoothing=0.05) as bar,
-    ):
-        meter = Meter(device)
-        if step == 0 and settings.verify_at_start:
-            check_accuracy()
-        network.train()
-        while step < steps:
-            epoch, first_batch = divmod(step, batches.batches)
-            batches.start_at(epoch, first_batch)
-            bar.set_description(f"epoch {epoch + 1}/{settings.epochs}", refresh=False)
-            for batch, (images, labels, newly_broken) in enumerate(loader, first_batch):
-                note_broken(broken, newly_broken, config.data.broken_limit, bar.write)
-                mirror = flips(settings.seed, epoch, batch, settings.batch_size).to(device, non_blocking=True)
-                images = augment(images.to(device, non_blocking=True), chances, settings.seed, epoch, batch)
-                inputs = to_network_input(images, mirror)
-                labels = labels.to(device, non_blocking=True)
-                if step == 0:
-                    log.inputs(inputs[:64], step)
+        self.step, self.best_accuracy = 0, 0.0
+        self.skipped: set[int] = set()
+        self.broken: set[str] = set()
 
-                lr = float(learning_rates[step])
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                    loss, correct = head(network(inputs), labels)
-                optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                clip_grad_norm_(network.parameters(), settings.gradient_clip)
-                scaler.step(optimizer)
-                scaler.update()
+    def train(self) -> None:
+        """From where the run stands to its end.
 
-                step += 1
-                bar.update(settings.batch_size)
-                meter.add(loss.detach(), correct, settings.batch_size)
+        Raises TrainingError when it cannot go on, Stopped once a signal was heeded and the state is saved.
+        """
+        settings, ranks = self.config.train, self.ranks
+        with ExitStack() as stack:
+            self.store = stack.enter_context(
+                CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
+            )
+            self.restore_newest()
+            if ranks.first:
+                write_text_atomic(self.run / CONFIG, to_json(self.config))
+                write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
+            self.describe()
+            self.training_step = self.build_step()
+            self.log = stack.enter_context(TrainingLog(self.run, self.step, settings.wandb, write=ranks.first))
+            self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
+            self.interrupt = stack.enter_context(catch_interrupt())
+            self.bar = stack.enter_context(
+                progress_bar(
+                    self.steps * settings.batch_size,
+                    "image",
+                    initial=self.step * settings.batch_size,
+                    smoothing=0.05,
+                    disable=not ranks.first,
+                )
+            )
+            self.meter = Meter(self.device)
+            if self.step == 0 and settings.verify_at_start:
+                self.verify()
+            decoded = DecodedFaces(
+                self.faces, self.faces.labels, self.config.data.image_size, self.config.data.resize, tolerant=True
+            )
+            loader = training_loader(decoded, self.batches, self.workers, self.device, self.config.data.decode)
+            while self.step < self.steps:
+                epoch, first_batch = divmod(self.step, self.batches.batches)
+                self.batches.start_at(epoch, first_batch)
+                self.bar.set_description(f"epoch {epoch + 1}/{settings.epochs}", refresh=False)
+                train_mode(self.network, settings.frozen)
+                try:
+                    for batch in self.meter.waiting(on_device(loader, self.device)):
+                        self.train_on(batch)
+                except ExplodedError as error:
+                    self.roll_back(error)
+            self.log.draw()
 
-                verify_now = step == steps or step % (settings.verify_every or batches.batches) == 0
-                save_now = step == steps or step % (settings.checkpoint_every or batches.batches) == 0
-                note_now = step % settings.log_every == 0 or verify_now or save_now
-                if note_now:
-                    note_progress(lr)
-                if verify_now:
-                    with meter.paused():
-                        try:
-                            check_accuracy()
-                        except (RuntimeError, OSError):  # out of memory, a full disk: the steps are not lost
-                            save_state()
-                            raise
-                stopping = interrupt.requested  # a Ctrl-C from here on is for the next step to see
-                if stopping and not note_now:
-                    note_progress(lr)
-                if save_now or stopping:
-                    save_state()
-                if stopping:
-                    raise KeyboardInterrupt(
-                        f"stopped and saved at step {step:,} of {steps:,}; go on with: python train.py --resume {run}"
-                    )
-        log.draw()
+    def train_on(self, batch: Batch) -> None:
+        """One step, and what is due after it."""
+        settings, step = self.config.train, self.step
+        self.note_broken(batch.broken)
+        if step not in self.skipped:
+            inputs = self.prepare(batch.faces)
+            if step == 0:
+                self.log.inputs(inputs[:64], step)
+            torch.manual_seed(settings.seed + step)  # dropout and its like: a resumed run draws the same
+            output = self.training_step(inputs, batch.labels, step, float(self.learning_rates[step]))
+            if self.average is not None:
+                self.average.update(self.network, step)
+            self.meter.add(step, output, settings.batch_size)
+            self.profiler.step()
+        self.step = step = step + 1
+        self.bar.update(settings.batch_size)
+
+        last, an_epoch = step == self.steps, self.batches.batches
+        verify_now = last or step % (settings.verify_every or an_epoch) == 0
+        save_now = last or step % (settings.checkpoint_every or an_epoch) == 0
+        note_now = step % settings.log_every == 0 or verify_now or save_now
+        if note_now:
+            self.note()
+        if verify_now:
+            with self.meter.paused():
+                try:
+                    self.verify()
+                except (RuntimeError, OSError):  # out of memory, a full disk: the steps are not lost
+                    self.save(wait=True)
+                    raise
+        # A signal from here on is for the next step to see. Several ranks have to agree, which waits for all of them.
+        stopping = self.interrupt.requested
+        if self.ranks.size > 1:
+            stopping = note_now and self.ranks.any(stopping)
+        if stopping and not note_now:
+            self.note()
+        if save_now or stopping:
+            self.save(wait=last or stopping)
+        if stopping:
+            go_on = f"go on with: python train.py --resume {self.run}"
+            raise Stopped(f"stopped and saved at step {step:,} of {self.steps:,}; {go_on}", self.interrupt.exit_code)
+
+    def prepare(self, faces: torch.Tensor) -> torch.Tensor:
+        """What the network gets of decoded faces: augmented, mirrored, normalised."""
+        seed, (epoch, batch) = self.config.train.seed, divmod(self.step, self.batches.batches)
+        rank, ranks = self.ranks.rank, self.ranks.size
+        chances = Chances(*(getattr(self.config.data, f"augment_{name}") for name in Chances._fields))
+        mirror = flips(seed, epoch, batch, self.config.train.batch_size, rank, ranks)
+        faces = augment(faces, chances, seed, epoch, batch, rank, ranks)
+        return to_network_input(faces, mirror.to(self.device, non_blocking=True))
+
+    def note(self) -> None:
+        """Log what the steps since the last note came to; ExplodedError, before anything is saved, if they diverged."""
+        noted = self.meter.read()
+        if noted is None:
+            return
+        limit, norms_may_be_infinite = self.config.train.loss_limit, self.scaler.is_enabled()
+        for back, (loss, norm) in enumerate(zip(noted.losses, noted.gradient_norms, strict=True)):
+            if not loss <= limit or not (math.isfinite(norm) or norms_may_be_infinite):
+                self.explode(noted.steps[back], loss, norm)
+        tflops = noted.means["train/images_per_s"] * self.flops / 1e12
+        rate = {"train/lr": float(self.learning_rates[self.step - 1]), "train/tflops_per_s": tflops}
+        self.log.scalars(self.step, {**noted.means, **rate})
+        self.log.distributions(self.step, noted.distributions)
+        shown = {"loss": f"{noted.means['train/loss']:.3f}", "accuracy": f"{noted.means['train/accuracy']:.1%}"}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def verify(self) -> None:
+        """Verify on every set, note it, and keep the network if it is the best so far."""
+        networks = {"verify": self.network}
+        if self.average is not None:
+            networks["verify_average"] = self.average.network
+        best = None
+        for tag, network in networks.items():
+            try:
+                results = self.verifier(network)
+            except ValueError as error:
+                raise TrainingError(f"step {self.step:,}: {error}; if the network diverged, lower train.lr") from None
+            kind = " (average)" if tag == "verify_average" else ""
+            for name, result in results.items():
+                accuracy, std = 100 * result.accuracy, 100 * result.std
+                self.say(f"step {self.step:>7,}  {name}{kind}: {accuracy:.3f} % +- {std:.3f}")
+            if results:
+                self.log.scalars(self.step, {f"{tag}/{name}": result.accuracy for name, result in results.items()})
+            mean = math.fsum(result.accuracy for result in results.values()) / max(1, len(results))
+            if mean > self.best_accuracy or not results:
+                self.best_accuracy, best = mean, network
+        if best is not None and self.ranks.first:
+            save_backbone(self.run / BEST, best, to_json(self.config), Progress(self.step, self.best_accuracy))
+        train_mode(self.network, self.config.train.frozen)
+
+    def save(self, wait: bool) -> None:
+        """Save all that the next step depends on."""
+        notes = {
+            "settings": json.loads(to_json(self.config)),
+            "best_accuracy": self.best_accuracy,
+            "scaler": self.scaler.state_dict(),
+            "skipped": sorted(self.skipped),
+            "torch": torch.__version__,
+        }
+        with self.meter.paused():
+            self.store.save(self.step, self.state.whole(), self.state.rows(), notes, wait)
+
+    def restore_newest(self) -> bool:
+        """Go to where the newest whole checkpoint stands, if there is one."""
+        saved = self.store.newest()
+        if saved is None:
+            if self.config.train.resume not in ("", "auto"):
+                raise TrainingError(f"train.resume: {self.run} has no whole checkpoint to go on from")
+            return False
+        self.state.restore(saved)
+        self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
+        self.skipped |= set(saved.notes["skipped"])
+        if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
+            self.scaler.load_state_dict(saved.notes["scaler"])
+        return True
+
+    def roll_back(self, error: ExplodedError) -> None:
+        """Go back to the last checkpoint and leave out the batches that led astray; or raise `error`."""
+        known = len(self.skipped)
+        # The loss of a step is that of the weights before it: the step before may be the one that broke them.
+        skipped = self.skipped | {error.step - 1, error.step}
+        if self.config.train.on_explosion == "stop" or len(skipped) == known or not self.restore_newest():
+            raise error
+        self.skipped |= skipped
+        self.meter = Meter(self.device)
+        self.bar.reset()
+        self.bar.update(self.step * self.config.train.batch_size)
+        self.log.forget_after(self.step)
+        self.say(f"{error}\nback at step {self.step:,}, and on without steps {error.step - 1:,} and {error.step:,}")
+        self.save(wait=True)
+
+    def explode(self, step: int, loss: float, norm: float) -> None:
+        """Raise ExplodedError, with what there is to know of `step`."""
+        epoch, batch = divmod(step, self.batches.batches)
+        size = self.config.train.batch_size
+        positions = self.batches.order(epoch)[batch * size : (batch + 1) * size]
+        listed = self.run / f"exploded-step-{step}.txt"
+        if self.ranks.first:
+            write_text_atomic(listed, "".join(f"{self.faces.describe(int(i))}\n" for i in positions))
+        raise ExplodedError(
+            step,
+            f"the loss became {loss} at step {step:,} (learning rate {self.learning_rates[step]:.3g}, gradient norm "
+            f"{norm:.3g}; its images are listed in {listed}); what {self.run} holds of earlier steps is kept. Lower "
+            "train.lr, raise train.warmup_epochs, lower loss.scale, or leave such batches out: --on-explosion skip",
+        )
+
+    def note_broken(self, found: Sequence[str]) -> None:
+        """Say which images are broken, each once; TrainingError when they are more than `data.broken_limit`."""
+        for message in set(found) - self.broken:
+            tqdm.write(f"left out: {message}")
+        self.broken.update(found)
+        limit = self.config.data.broken_limit
+        if len(self.broken) > limit:
+            listed = "\n  ".join(sorted(self.broken))
+            raise TrainingError(f"{len(self.broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
+
+    def build_step(self) -> TrainingStep:
+        """The step, with as many faces in a pass as set, or as the card holds, the same on all ranks."""
+        settings = self.config.train
+        whole = settings.batch_size // self.ranks.size
+        most = whole if settings.micro_batch == "auto" else min(whole, int(settings.micro_batch))
+        on_card = self.device.type == "cuda"
+        states = 1 if settings.optimizer == "sgd" else 2
+        trial = partial(trial_pass, image_size=self.config.data.image_size, precision=self.precision, states=states)
+        if settings.micro_batch == "auto" and on_card:
+            most = self.ranks.least(largest_that_fits(trial(self.network), whole))
+        network = self.network
+        if settings.compile == "on" or (settings.compile == "auto" and on_card):
+            network = compile_network(network, lambda compiled: trial(compiled)(most), self.say)
+        network = spread(network, self.ranks, self.device)
+        return TrainingStep(
+            network, self.head, self.optimizer, self.scaler, self.precision, settings.gradient_clip, most, self.ranks
+        )
+
+    def describe(self) -> None:
+        """Say what is about to happen."""
+        an_epoch, size = self.batches.batches, self.config.train.batch_size
+        tests = ", ".join(pairs.name for pairs in self.verifier.sets)
+        on = describe_device(self.device) + (f" x {self.ranks.size}" if self.ranks.size > 1 else "")
+        left = len(self.faces) - an_epoch * size
+        for line in (
+            f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
+            f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
+            f"verified on: {tests or 'nothing (no .bin found): the last model is kept'}",
+            f"{on}, {str(self.precision).removeprefix('torch.')}, {self.workers} workers, {self.steps:,} steps",
+            f"learning rate {self.peak:.4g} at its peak",
+            f"run: {self.run}" + (f", from step {self.step:,}" if self.step else ""),
+        ):
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line on the screen, from the first rank."""
+        if self.ranks.first:
+            tqdm.write(line)
+
+
+def train(config: Config) -> Path:
+    """Train as `config` says, on all processes that torchrun started or on this one; returns the run's folder.
+
+    Raises TrainingError, FaceSetError and the other errors of the parts; Stopped (a KeyboardInterrupt) once a signal
+    was heeded and the state is saved.
+    """
+    device = pick_device(config.common.device)
+    with join_ranks(device) as ranks:
+        run = Path(ranks.agree(str(run_folder(config)) if ranks.first else ""))
+        Trainer(config, run, device, ranks).train()
     return run
 
 
-def note_broken(broken: set[str], found: Sequence[str], limit: int, write: Callable[[str], None]) -> None:
-    """Add what was `found` to `broken`, saying so once an image; TrainingError when that makes more than `limit`."""
-    for message in set(found) - broken:
-        write(f"left out: {message}")
-    broken.update(found)
-    if len(broken) > limit:
-        listed = "\n  ".join(sorted(broken))
-        raise TrainingError(f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
-
-
 def run_folder(config: Config) -> Path:
-    """The folder of a new run, which must not exist yet, or of the one to resume."""
-    if config.train.resume:
-        run = Path(config.train.resume)
-        if not (run / CHECKPOINT).exists():
-            raise TrainingError(f"train.resume: {run} has no {CHECKPOINT} to go on from")
+    """The folder of a new run, which must not exist yet, or of the one to go on with."""
+    settings = config.train
+    if settings.resume not in ("", "auto"):
+        run = Path(settings.resume)
+        if not (run / CHECKPOINTS).is_dir():
+            raise TrainingError(f"train.resume: {run} has no {CHECKPOINTS} to go on from")
         return run
-    run = Path(config.common.runs) / (config.train.run or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
-    if run.exists():
-        go_on = f", go on with --resume {run}" if (run / CHECKPOINT).exists() else ""
+    if settings.resume == "auto" and not settings.run:
+        raise TrainingError("train.resume: auto goes on with the run called train.run: name it with --run")
+    run = Path(config.common.runs) / (settings.run or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
+    if run.exists() and settings.resume != "auto":
+        go_on = f", go on with --resume {run}" if (run / CHECKPOINTS).exists() else ""
         raise TrainingError(f"{run} exists: name another with --run{go_on}, or remove it")
     return run
 
@@ -253,22 +414,24 @@ def verification_sets(data: DataConfig) -> list[VerificationPairs]:
 def saved_settings(settings: Settings) -> Settings:
     """The settings of the run to resume, if there is one."""
     resume = settings["train.resume"]
-    return {**settings_beside(Path(resume)), "train.resume": resume} if resume else {}
+    run = Path(settings["common.runs"], settings["train.run"]) if resume == "auto" else Path(resume)
+    saved = settings_beside(run) if resume and settings["train.run"] + resume != "auto" else {}
+    return {**saved, "train.resume": resume} if saved else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.exit("train: one process per run for now; start it without torchrun")
     with readable_errors("train", "the last checkpoint is kept"):
         config = parse_settings(Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings)
-        print(describe(config, ("train", "common", "data", "model", "loss", "test")))
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(describe(config, ("train", "common", "data", "model", "loss", "test")))
         try:
             run = train(config)
         except torch.OutOfMemoryError as error:
             message = str(error).split(". ")[0]
-            raise TrainingError(f"{message}. Lower train.batch_size (now {config.train.batch_size})") from None
-    print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {run}")
+            raise TrainingError(f"{message}. Lower train.micro_batch, or train.batch_size") from None
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {run}")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 class IBasicBlock(nn.Module):
     """norm, conv, norm, PReLU, conv (with the stride), norm, plus the shortcut."""
 
+    recomputable = True
+
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
         self.bn1 = nn.BatchNorm2d(inputs, eps=_EPS)

@@ -1,7 +1,7 @@
-"""What a run leaves on disk: weights and state as safetensors, written whole or not at all, and never a pickle.
+"""What a run leaves on disk for others to use: weights as safetensors, written whole or not at all, never a pickle.
 
-A backbone file holds a network's state dict under its own names. A checkpoint holds everything that a step changes.
-Both carry JSON in their safetensors metadata: the run's settings, and where the run stood.
+A backbone file holds a network's state dict under its own names, and JSON in its metadata: the run's settings, and
+where the run stood. What a run goes on from is in utils/checkpoint_store.py.
 """
 
 import json
@@ -19,7 +19,6 @@ from utils.files import atomic_path
 from utils.settings import Settings, from_json
 
 BEST = "best.safetensors"
-CHECKPOINT = "checkpoint.safetensors"
 CONFIG = "config.json"
 
 
@@ -42,61 +41,11 @@ def save_backbone(path: Path, network: nn.Module, settings: str, progress: Progr
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict, settings by `section` and field) of a backbone file. Raises CheckpointError for anything else."""
+    if (path.parent / "manifest.json").exists():
+        run = path.parent.parent.parent
+        raise CheckpointError(f"{path} is part of a checkpoint to resume from: name its run, {run}, or its {BEST}")
     tensors, metadata = _load(path)
-    if "scaler" in metadata:
-        raise CheckpointError(f"{path} is a checkpoint to resume from: name its run, {path.parent}, or its {BEST}")
     return tensors, json.loads(metadata["settings"])
-
-
-def save_checkpoint(
-    path: Path,
-    modules: Mapping[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    progress: Progress,
-    settings: str,
-) -> None:
-    """Write all that the next step depends on: `modules` by name, optimizer and loss scaler state, progress."""
-    tensors = {f"{name}.{key}": value for name, module in modules.items() for key, value in module.state_dict().items()}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{key}": value for key, value in state.items() if value is not None}
-    _save(path, tensors, {"settings": settings, "scaler": json.dumps(scaler.state_dict()), **_as_text(progress)})
-
-
-def load_checkpoint(
-    path: Path, modules: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> Progress:
-    """Put what `save_checkpoint` wrote back in place; returns where the run stood.
-
-    Raises CheckpointError when the file's tensors are not those of `modules`.
-    """
-    tensors, metadata = _load(path)
-    for name, module in modules.items():
-        state = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-        try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
-            raise CheckpointError(f"{path} does not fit the {name} of the settings: {shorten(str(error))}") from None
-    optimizer_state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, index, field = key.split(".", 2)
-            optimizer_state.setdefault(int(index), {})[field] = value
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": optimizer_state, "param_groups": groups})
-    _match_strides(optimizer)
-    scaler_state = json.loads(metadata["scaler"])
-    if scaler_state and scaler.is_enabled():  # a run may go on in another precision
-        scaler.load_state_dict(scaler_state)
-    return Progress(int(metadata["step"]), float(metadata["best_accuracy"]))
-
-
-def _match_strides(optimizer: torch.optim.Optimizer) -> None:
-    """Lay each buffer out like its parameter (channels last, say): the optimizer's fast path wants them alike."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def newest_run(runs: Path) -> Path:

@@ -1,30 +1,65 @@
-"""Ctrl-C as a request to stop at the next safe point."""
+"""Ctrl-C, and the signals of schedulers, as a request to stop at the next safe point."""
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
+
+#: Ctrl-C; the warning before SIGKILL of torchrun, SLURM, Kubernetes; SLURM's early one (`--signal=USR1@120`).
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(KeyboardInterrupt):
+    """The run stopped where it was asked to; `exit_code` tells whoever started the process why."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 @dataclass
 class Interrupt:
-    """Whether somebody asked to stop."""
+    """Whether somebody asked to stop. `number`: the first signal that did; 0: none has."""
 
-    requested: bool = False
+    number: int = 0
+
+    @property
+    def requested(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self.number != 0
+
+    @property
+    def exit_code(self) -> int:
+        """What shells and schedulers take for an end by that signal: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1."""
+        return 128 + self.number
 
 
 @contextmanager
 def catch_interrupt() -> Iterator[Interrupt]:
-    """Within the block the first Ctrl-C only sets `requested`; a second one interrupts as usual."""
+    """Within the block the first Ctrl-C only sets `requested`; a second one interrupts as usual.
+
+    SIGTERM and SIGUSR1 set it, too, however often they come: whoever sends them kills in the end. In processes forked
+    from this one SIGTERM ends as usual and SIGUSR1 does nothing. Only the main thread can enter.
+    """
     interrupt = Interrupt()
+    process = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
-        interrupt.requested = True
-        signal.signal(signal.SIGINT, previous)
+        if number == signal.SIGTERM and os.getpid() != process:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        interrupt.number = interrupt.number or number
+        if number == signal.SIGINT:
+            signal.signal(number, previous[number])
 
-    previous = signal.signal(signal.SIGINT, note)
+    previous: dict[int, Any] = {number: signal.getsignal(number) or signal.SIG_DFL for number in SIGNALS}
     try:
+        for number in SIGNALS:
+            signal.signal(number, note)
         yield interrupt
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number in SIGNALS:
+            signal.signal(number, previous[number])

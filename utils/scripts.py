@@ -18,6 +18,6 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         print(f"\n{script}: {str(interrupt) or 'interrupted; ' + when_interrupted}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
         sys.exit(f"{script}: {error}")

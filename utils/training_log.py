@@ -1,19 +1,22 @@
 """The record of a run: TensorBoard, `metrics.jsonl` (one JSON object a line), and curves as PNG."""
 
+import importlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from data.loading import Batch
 from utils.files import write_text_atomic
 from utils.plots import draw_contact_sheet, draw_curves
+from utils.training_step import StepOutput
 
 METRICS = "metrics.jsonl"
 
@@ -29,29 +32,77 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+class Noted(NamedTuple):
+    """What the steps since the last reading came to.
+
+    `means`: loss, accuracy (0..1), images/s, share of the time that was spent waiting for data, gradient norm, and on
+    CUDA the peak memory in GiB. For each of `steps`: `losses`, `gradient_norms`. `distributions`: values of the last
+    step's faces.
+    """
+
+    means: dict[str, float]
+    steps: list[int]
+    losses: list[float]
+    gradient_norms: list[float]
+    distributions: dict[str, np.ndarray]
+
+
 class Meter:
-    """Means since the last reading. Sums stay on the device: only `read` makes the host wait for it."""
+    """Collects steps. Their numbers stay on the device: only `read` makes the host wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._start()
 
     def _start(self) -> None:
-        self._sums = torch.zeros(2, device=self._device)
-        self._steps = self._images = 0
+        self._steps: list[int] = []
+        self._scalars: list[Tensor] = []
+        self._last: StepOutput | None = None
+        self._images = 0
+        self._waited = 0.0
         self._since = time.perf_counter()
 
-    def add(self, loss: Tensor, correct: Tensor, images: int) -> None:
-        """Note a step's loss and share of correct classifications, both scalars on the device."""
-        self._sums += torch.stack((loss, correct))
-        self._steps, self._images = self._steps + 1, self._images + images
+    def add(self, step: int, output: StepOutput, images: int) -> None:
+        """Note what `step` came to, on `images` faces of all ranks."""
+        self._steps.append(step)
+        self._scalars.append(torch.stack((output.loss, output.correct, output.gradient_norm)))
+        self._last, self._images = output, self._images + images
 
-    def read(self) -> dict[str, float]:
-        """Mean loss and accuracy (0..1) of the steps since the last reading, and images/s; starts anew."""
-        loss, accuracy = (self._sums / max(1, self._steps)).tolist()
-        rate = self._images / (time.perf_counter() - self._since)
+    def read(self) -> Noted | None:
+        """The steps since the last reading; None if there were none. Starts anew."""
+        if self._last is None:
+            return None
+        scalars = torch.stack(self._scalars).cpu().double().numpy()  # waits for the device, so that the time is right
+        seconds = time.perf_counter() - self._since
+        loss, accuracy, norm = scalars.mean(axis=0)
+        means = {
+            "train/loss": float(loss),
+            "train/accuracy": float(accuracy),
+            "train/gradient_norm": float(norm),
+            "train/images_per_s": self._images / seconds,
+            "train/data_wait": self._waited / seconds,
+        }
+        if self._device.type == "cuda":
+            means["train/memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
+        own = self._last.own.float().cpu().numpy()
+        distributions = {
+            "train/embedding_norms": self._last.norms.cpu().numpy(),
+            "train/own_cosines": own[~np.isnan(own)],
+        }
+        noted = Noted(means, self._steps, scalars[:, 0].tolist(), scalars[:, 2].tolist(), distributions)
         self._start()
-        return {"train/loss": loss, "train/accuracy": accuracy, "train/images_per_s": rate}
+        return noted
+
+    def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """`batches`, the time that they are waited for counted."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            batch = next(iterator, None)
+            self._waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -62,17 +113,45 @@ class Meter:
 
 
 class TrainingLog:
-    """Writes the record into `folder`; one that goes on from `step` first drops what was noted after it."""
+    """Writes the record into `folder`; one that goes on from `step` first drops what was noted after it.
 
-    def __init__(self, folder: Path, step: int) -> None:
+    `wandb`: project at Weights & Biases to log to as well; empty: none. Without `write` it does nothing, on ranks but
+    the first. Raises ValueError for a `wandb` that is not installed.
+    """
+
+    def __init__(self, folder: Path, step: int, wandb: str = "", write: bool = True) -> None:
+        self.folder, self._write = folder, write
+        self._open: ExitStack = ExitStack()
+        self._elsewhere: Any = None
+        if not write:
+            return
+        if wandb:
+            try:
+                self._elsewhere = importlib.import_module("wandb").init(
+                    project=wandb, name=folder.name, id=folder.name, resume="allow", dir=str(folder)
+                )
+            except ImportError:
+                raise ValueError("train.wandb: it needs one more package: pip install wandb") from None
+            self._open.callback(self._elsewhere.finish)
+        self.forget_after(step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was noted after `step`, and go on from there."""
+        if not self._write:
+            return
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder = folder
-        if (folder / METRICS).exists():
-            kept = [line for line in read_metrics(folder) if line["step"] <= step]
-            write_text_atomic(folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = (folder / METRICS).open("a")
-        self._board = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+        self._close_files()
+        if (self.folder / METRICS).exists():
+            kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+            write_text_atomic(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = (self.folder / METRICS).open("a")
+        self._board = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+
+    def _close_files(self) -> None:
+        for name in ("_metrics", "_board"):
+            if hasattr(self, name):
+                getattr(self, name).close()
 
     def __enter__(self) -> Self:
         return self
@@ -80,18 +159,30 @@ class TrainingLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._metrics.close()
-        self._board.close()
+        self._close_files()
+        self._open.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Note `values`, e.g. {"train/loss": 12.3}, as of `step`."""
+        if not self._write:
+            return
         self._metrics.write(json.dumps({"step": step, **values}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if self._elsewhere is not None:
+            self._elsewhere.log(values, step=step)
+
+    def distributions(self, step: int, values: dict[str, np.ndarray]) -> None:
+        """Note histograms of `values`, arrays that are left out when they are empty or not finite."""
+        for name, array in values.items():
+            if self._write and array.size and np.isfinite(array).all():
+                self._board.add_histogram(name, array, step)
 
     def inputs(self, faces: Tensor, step: int) -> None:
         """Show faces as the network sees them: float [N, 3, H, W], RGB in [-1, 1]."""
+        if not self._write:
+            return
         from torchvision.utils import make_grid
 
         pixels = ((faces.cpu() + 1) * 127.5).round().byte()
@@ -100,6 +191,8 @@ class TrainingLog:
 
     def draw(self) -> None:
         """Draw the curves so far: `loss.png`, and `accuracy.png` once there was a verification."""
+        if not self._write:
+            return
         lines = read_metrics(self.folder)
         for prefix, file, label in (("train/loss", "loss.png", "loss"), ("verify/", "accuracy.png", "accuracy, %")):
             names = sorted({name for line in lines for name in line if name.startswith(prefix)})
@@ -110,3 +203,24 @@ class TrainingLog:
                 curves[name.split("/", 1)[1]] = (steps, 100 * values if prefix == "verify/" else values)
             if curves:
                 draw_curves(self.folder / file, curves, "step", label, self.folder.name)
+
+
+@contextmanager
+def step_profiler(steps: int, folder: Path) -> Iterator[Any]:
+    """Something whose `step()` is called after every step: after the first ten it records `steps` of them, and writes
+    `trace.json` for chrome://tracing or Perfetto into `folder`. With 0 steps it does nothing."""
+    if not steps:
+        yield _NoProfiler()
+        return
+    from torch.profiler import profile, schedule
+
+    def write(recorded: Any) -> None:
+        recorded.export_chrome_trace(str(folder / "trace.json"))
+
+    with profile(schedule=schedule(wait=9, warmup=1, active=steps, repeat=1), on_trace_ready=write) as profiler:
+        yield profiler
+
+
+class _NoProfiler:
+    def step(self) -> None:
+        """Nothing."""

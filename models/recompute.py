@@ -1,0 +1,51 @@
+"""Activation checkpointing: blocks that keep their input alone and compute the rest anew in the backward pass."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute_blocks(network: nn.Module) -> int:
+    """Make every block of `network` that says so (`recomputable = True`) keep its input alone; returns how many do.
+
+    Outputs, gradients and the statistics of norms are the same as before. Raises ValueError for a network without such
+    blocks.
+    """
+    blocks = [module for module in network.modules() if getattr(module, "recomputable", False)]
+    if not blocks:
+        raise ValueError(
+            f"train.activation_checkpointing: {type(network).__name__} has no blocks to recompute; set it to false"
+        )
+    for block in blocks:
+        block.forward = partial(_forward, block, block.forward)
+    return len(blocks)
+
+
+def _forward(block: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Any:
+    if not (block.training and torch.is_grad_enabled()):
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_contexts, block))
+
+
+def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
+    """Of the first pass, and of the second."""
+    return nullcontext(), _statistics_kept(block)
+
+
+@contextmanager
+def _statistics_kept(block: nn.Module) -> Iterator[None]:
+    """Batch norms in training take in each batch once, however often it is computed."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

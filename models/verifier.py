@@ -1,0 +1,49 @@
+"""Accuracy on verification sets during training."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from data.verification_bin import VerificationPairs
+from models.embedder import NetworkEmbedder
+from models.embedding import check_pairs, verify
+from utils.ranks import Ranks
+from utils.verification import FoldResult
+
+
+class Verifier:
+    """The 10-fold protocol on several sets, shared by the ranks. Its images are those of `image_size`, pixels.
+
+    `precision`: what the network computes in; the training's own is several times faster than the float32 of quoted
+    accuracies, and hardly differs. Raises ValueError, naming the set, for one that the protocol cannot be run on.
+    """
+
+    def __init__(
+        self,
+        sets: Sequence[VerificationPairs],
+        image_size: int,
+        device: torch.device,
+        precision: torch.dtype,
+        batch_size: int,
+        workers: int,
+        mirror: bool,
+        ranks: Ranks,
+    ) -> None:
+        for pairs in sets:
+            check_pairs(pairs, image_size)
+        self.sets, self._image_size, self._device, self._precision = sets, image_size, device, precision
+        self._batch_size, self._workers, self._mirror, self._ranks = batch_size, workers, mirror, ranks
+
+    def __call__(self, network: nn.Module) -> dict[str, FoldResult]:
+        """What `network`, put into eval mode, reaches on each set; the same on all ranks.
+
+        The first rank's statistics of norms hold for all. Raises ValueError, naming the set, for embeddings that are
+        not finite.
+        """
+        network.eval()
+        for buffer in network.buffers():
+            self._ranks.broadcast(buffer)
+        embedder = NetworkEmbedder(network, self._image_size, self._device, "training", self._precision)
+        options = (self._batch_size, self._workers, self._mirror, self._ranks)
+        return {pairs.name: verify(embedder, pairs, *options) for pairs in self.sets}

@@ -1,0 +1,613 @@
+"""Checkpoints: whole or not there, never older than what was finished, and readable on any number of ranks."""
+
+import json
+import os
+import re
+import resource
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from live_memory import LiveMemory
+from ranks import run_on_ranks
+from utils import checkpoint_store, host_copy
+from utils.checkpoint_store import CheckpointStore, Rows
+from utils.checkpoints import CheckpointError
+from utils.files import BusyError
+from utils.host_copy import DTYPES, HostCopy
+from utils.ranks import Ranks
+from utils.saved_checkpoints import manifest_text, shard_name
+
+TOTAL = 11
+
+
+def tensors_of_all_dtypes() -> dict[str, Tensor]:
+    """A few random numbers in each dtype, and awkward shapes."""
+    generator = torch.Generator().manual_seed(0)
+    found = {str(dtype): (torch.randn(3, 5, generator=generator) * 50).to(dtype) for dtype in DTYPES}
+    images = torch.randn(2, 3, 4, 5, generator=generator)
+    return found | {
+        "scalar": torch.tensor(0.1, dtype=torch.float64),
+        "empty": torch.empty(0, 7),
+        "channels_last": images.to(memory_format=torch.channels_last),
+        "transposed": images.permute(3, 1, 0, 2),
+        "parameter": torch.nn.Parameter(images[0, 0]),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0]),
+    }
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are alike to the last bit, NaN included."""
+    flat = [tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)]
+    return one.dtype == other.dtype and one.shape == other.shape and torch.equal(*flat)
+
+
+def matrix() -> Tensor:
+    """The whole of a matrix that ranks share."""
+    return torch.arange(TOTAL * 3, dtype=torch.float64).reshape(TOTAL, 3) ** 2
+
+
+def own_range(ranks: Ranks) -> range:
+    """The rows that a rank has: not as many on each."""
+    return range(TOTAL * ranks.rank // ranks.size, TOTAL * (ranks.rank + 1) // ranks.size)
+
+
+def own_rows(ranks: Ranks, whole: Tensor) -> Rows:
+    """This rank's part."""
+    held = own_range(ranks)
+    return Rows(whole[held.start : held.stop], held.start, len(whole))
+
+
+def save_step(store: CheckpointStore, step: int, ranks: Ranks, wait: bool = False) -> None:
+    """Save values that tell the step."""
+    rows = {"centres": own_rows(ranks, matrix() + step), "counts": own_rows(ranks, torch.arange(TOTAL) * step)}
+    store.save(step, {"weight": torch.full((4,), step)}, rows, {"best": step / 7}, wait)
+
+
+def is_step(store: CheckpointStore, step: int) -> bool:
+    """Whether the newest checkpoint is that of `step`, with all of its values."""
+    saved = store.newest()
+    return saved is not None and (
+        (saved.step, saved.notes) == (step, {"best": step / 7})
+        and torch.equal(saved.whole()["weight"], torch.full((4,), step))
+        and saved.shape("centres") == (TOTAL, 3)
+        and torch.equal(saved.rows("centres", 0, TOTAL), matrix() + step)
+        and torch.equal(saved.rows("counts", 0, TOTAL), torch.arange(TOTAL) * step)
+    )
+
+
+def names(folder: Path) -> list[str]:
+    """What is in `folder`."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails for this process, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("chunk", [7, host_copy.CHUNK_BYTES])
+def test_every_dtype_comes_back_to_the_last_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """All dtypes and shapes, in memory of any cut, and notes as JSON has them."""
+    monkeypatch.setattr(host_copy, "CHUNK_BYTES", chunk)
+    tensors = tensors_of_all_dtypes()
+    notes = {"scaler": {"scale": 65536.0}, "best": 1 / 3, "text": "\u00e9\U0001f600", "list": [1, None, True]}
+    rows = {name: Rows(tensor, 0, len(tensor)) for name, tensor in tensors.items() if tensor.ndim}
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        store.save(5, tensors, rows, notes)
+        saved = store.newest()
+    assert saved is not None
+    assert (saved.step, saved.ranks, saved.notes) == (5, 1, notes)
+    whole = saved.whole()
+    assert set(whole) == set(tensors)
+    assert all(same_bits(whole[name], tensor) for name, tensor in tensors.items())
+    for name, part in rows.items():
+        assert same_bits(saved.rows(name, 0, part.total), part.tensor)
+        assert same_bits(saved.rows(name, part.total // 2, part.total), part.tensor[part.total // 2 :])
+
+
+def test_files_are_those_of_safetensors(tmp_path: Path) -> None:
+    """Byte for byte what its own `save_file` writes, so that any reader reads them; again after another set."""
+    copy = HostCopy()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors_of_all_dtypes().items()}
+    for chosen in (tensors, {"a": torch.arange(3)}, {}, tensors):
+        copy.take(chosen)
+        copy.write(tmp_path / "ours")
+        save_file(chosen, tmp_path / "theirs")
+        assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+        assert set(load_file(tmp_path / "ours")) == set(chosen)
+
+
+def test_what_cannot_be_saved_is_refused_at_once(tmp_path: Path) -> None:
+    """A dtype without a name in the format, and notes that are no JSON, fail where they are passed, not in a thread."""
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        with pytest.raises(ValueError, match=r"^phase: tensors of torch.complex64"):
+            store.save(1, {"phase": torch.zeros(1, dtype=torch.complex64)}, {}, {})
+        with pytest.raises(TypeError, match="JSON"):
+            store.save(1, {}, {}, {"path": tmp_path})
+        assert store.newest() is None
+
+
+def test_the_host_holds_one_copy(tmp_path: Path) -> None:
+    """The first save takes memory for the state, once; later ones none."""
+    weight = torch.zeros(1000, 100)
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        peaks = []
+        for step in range(3):
+            with LiveMemory() as memory:
+                store.save(step, {"a": weight}, {"b": Rows(weight, 0, 1000)}, {}, wait=True)
+            peaks.append(memory.peak)
+    assert peaks == [2 * weight.nbytes, 0, 0]
+
+
+@pytest.fixture
+def held_back(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, no file is written."""
+    may_write, write = threading.Event(), HostCopy.write
+
+    def write_later(self: HostCopy, path: Path) -> host_copy.FileSum:
+        assert may_write.wait(30)
+        return write(self, path)
+
+    monkeypatch.setattr(HostCopy, "write", write_later)
+    return may_write
+
+
+def test_the_values_are_those_of_the_call(tmp_path: Path, held_back: threading.Event) -> None:
+    """Training goes on before anything is written, and what it changes is not in the checkpoint."""
+    weight, centres, notes = torch.ones(4), torch.ones(2, 2), {"list": [1]}
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        store.save(1, {"weight": weight}, {"centres": Rows(centres, 0, 2)}, notes)
+        assert names(tmp_path / "checkpoints") == []
+        weight.zero_()
+        centres.zero_()
+        notes["list"].append(2)
+        held_back.set()
+        saved = store.newest()
+    assert saved is not None
+    assert saved.notes == {"list": [1]}
+    assert torch.equal(saved.whole()["weight"], torch.ones(4))
+    assert torch.equal(saved.rows("centres", 0, 2), torch.ones(2, 2))
+
+
+def test_a_save_waits_for_the_one_before(tmp_path: Path, held_back: threading.Event) -> None:
+    """Its memory is not written over while a file is made from it."""
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        save_step(store, 1, Ranks())
+        threading.Timer(0.1, held_back.set).start()
+        save_step(store, 2, Ranks())
+        assert "step-000000001" in names(tmp_path / "checkpoints")
+        assert is_step(store, 2)
+        (tmp_path / "checkpoints" / "step-000000002" / "whole.safetensors").unlink()
+        assert is_step(store, 1)
+
+
+def test_the_last_two_stay(tmp_path: Path) -> None:
+    """`keep` checkpoints are left, beside them nothing; with the modes that the umask gives."""
+    before = os.umask(0o027)
+    try:
+        with CheckpointStore(tmp_path / "run" / "checkpoints", Ranks(), keep=2) as store:
+            for step in (9, 10, 11, 1000):
+                save_step(store, step, Ranks())
+            assert is_step(store, 1000)
+    finally:
+        os.umask(before)
+    assert names(tmp_path / "run") == ["checkpoints"]
+    assert names(tmp_path / "run" / "checkpoints") == ["step-000000011", "step-000001000"]
+    folder = tmp_path / "run" / "checkpoints" / "step-000001000"
+    assert names(folder) == ["manifest.json", "rows-00000-of-00001.safetensors", "whole.safetensors"]
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o640}
+
+
+def test_a_step_saved_again(tmp_path: Path) -> None:
+    """The later save of a step counts; the earlier one is there until the later one is, and is not counted as kept."""
+    folder = tmp_path / "checkpoints"
+    with CheckpointStore(folder, Ranks(), keep=2) as store:
+        save_step(store, 1, Ranks())
+        for value in range(12):
+            store.save(2, {"weight": torch.tensor(value)}, {}, {})
+        saved = store.newest()
+        assert saved is not None
+        assert int(saved.whole()["weight"]) == 11
+    assert names(folder) == ["step-000000001", "step-000000002-12"]
+
+
+def damaged_by(damage: str, checkpoint: Path) -> None:
+    """Do to a checkpoint what disks, copies and people do."""
+    rows, manifest = checkpoint / "rows-00000-of-00001.safetensors", checkpoint / "manifest.json"
+    data = bytearray(rows.read_bytes())
+    match damage:
+        case "truncated":
+            rows.write_bytes(data[:-1])
+        case "longer":
+            rows.write_bytes(data + b"\0")
+        case "flipped":
+            data[-5] ^= 16
+            rows.write_bytes(data)
+        case "no shard":
+            rows.unlink()
+        case "no manifest":
+            manifest.unlink()
+        case "empty manifest":
+            manifest.write_bytes(b"")
+        case "other manifest":
+            manifest.write_text("[1]")
+        case "edited":
+            manifest.write_text(manifest.read_text().replace('"step": 2', '"step": 3'))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        ("truncated", r"rows-00000-of-00001.safetensors has [\d,]+ bytes instead of [\d,]+$"),
+        ("longer", r"rows-00000-of-00001.safetensors has [\d,]+ bytes instead of [\d,]+$"),
+        ("flipped", r"rows-00000-of-00001.safetensors has CRC-32 \w{8} instead of \w{8}$"),
+        ("no shard", r"rows-00000-of-00001.safetensors cannot be read: No such file"),
+        ("no manifest", r"manifest.json cannot be read: No such file"),
+        ("empty manifest", r"manifest.json is not as it was written$"),
+        ("other manifest", r"manifest.json is not as it was written$"),
+        ("edited", r"manifest.json is not as it was written$"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, named: str) -> None:
+    """The one before it is taken, a line names the file, and what is left of it is out of the way of later ones."""
+    folder = tmp_path / "checkpoints"
+    said: list[str] = []
+    with CheckpointStore(folder, Ranks(), say=said.append) as store:
+        save_step(store, 1, Ranks())
+        save_step(store, 2, Ranks(), wait=True)
+        damaged_by(damage, folder / "step-000000002")
+        assert is_step(store, 1)
+        (problem, passed_over) = said
+        assert re.search(named, problem)
+        assert "step-000000002 is damaged and passed over" in passed_over
+        assert is_step(store, 1)
+        assert len(said) == 2
+        save_step(store, 2, Ranks())
+        assert is_step(store, 2)
+    assert [name[:22] for name in names(folder)] == ["damaged-step-000000002", "step-000000001", "step-000000002"]
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path: Path) -> None:
+    """A bit turned over in any byte of any file is either seen or, in white space of the manifest, changes nothing."""
+    folder = tmp_path / "checkpoints"
+    with CheckpointStore(folder, Ranks(), say=lambda line: None) as store:
+        save_step(store, 1, Ranks(), wait=True)
+        checkpoint = folder / "step-000000001"
+        unseen = 0
+        for file in sorted(checkpoint.iterdir()):
+            data = file.read_bytes()
+            for place in range(len(data)):
+                damaged = bytearray(data)
+                damaged[place] ^= 1 << place % 8
+                file.write_bytes(damaged)
+                if saved := store.newest():
+                    assert file.name == "manifest.json"
+                    assert (saved.step, saved.notes) == (1, {"best": 1 / 7})
+                    unseen += 1
+                else:
+                    (aside,) = folder.glob("damaged-*")
+                    aside.rename(checkpoint)
+            file.write_bytes(data)
+        assert is_step(store, 1)
+    assert unseen < 200
+
+
+def test_another_versions_format_is_not_taken_for_damage(tmp_path: Path) -> None:
+    """Nothing is passed over or renamed: the user is told to use the version that wrote it."""
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        save_step(store, 1, Ranks(), wait=True)
+        manifest = tmp_path / "checkpoints" / "step-000000001" / "manifest.json"
+        content = json.loads(manifest.read_text())["content"]
+        manifest.write_text(manifest_text({**content, "format": 2}))
+        with pytest.raises(CheckpointError, match=r"manifest.json has format 2, this version reads 1"):
+            store.newest()
+    assert names(tmp_path / "checkpoints") == ["step-000000001"]
+
+
+def test_a_full_disk_costs_one_checkpoint(tmp_path: Path) -> None:
+    """The training goes on, the old checkpoint stays, nothing is left behind, and the next save is whole."""
+    said: list[str] = []
+    big = {"weight": torch.zeros(50_000)}
+    with CheckpointStore(tmp_path / "checkpoints", Ranks(), say=said.append) as store:
+        save_step(store, 1, Ranks(), wait=True)
+        with files_up_to(100_000):
+            store.save(2, big, {}, {})
+            assert is_step(store, 1)
+        assert len(said) == 1
+        assert "step 2 could not be written" in said[0]
+        assert "whole.safetensors" in said[0]
+        assert names(tmp_path / ".checkpoints.partial") == [".lock"]
+        store.save(3, big, {}, {})
+        saved = store.newest()
+        assert saved is not None
+        assert saved.step == 3
+    assert len(said) == 1
+
+
+def test_finish_raises_what_the_last_save_met(tmp_path: Path) -> None:
+    """A run whose last state is not on the disk does not end as if it were; `wait` tells at once."""
+    big = {"weight": torch.zeros(50_000)}
+    for wait in (False, True):
+        store = CheckpointStore(tmp_path / "checkpoints", Ranks(), say=lambda line: None)
+        with files_up_to(100_000):
+            if wait:
+                with pytest.raises(OSError, match="File too large"):
+                    store.save(2, big, {}, {}, wait=True)
+            else:
+                store.save(2, big, {}, {})
+            with pytest.raises(OSError, match="File too large"):
+                store.finish()
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        store.save(3, big, {}, {})
+    with pytest.raises(ValueError, match="after finish"):
+        store.save(4, big, {}, {})
+    with pytest.raises(ZeroDivisionError), CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        store.save(5, big, {}, {})
+        raise ZeroDivisionError
+    assert names(tmp_path / "checkpoints") == ["step-000000003", "step-000000005"]
+
+
+def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run resumed while it still goes on elsewhere is refused, and leaves the other's unfinished save alone."""
+    monkeypatch.setattr("utils.checkpoint_store._LOCK_SECONDS", 0.1)
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        with pytest.raises(BusyError, match="another process"):
+            CheckpointStore(tmp_path / "checkpoints", Ranks())
+        save_step(store, 1, Ranks())
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        assert is_step(store, 1)
+
+
+def test_rows_that_are_not_there(tmp_path: Path) -> None:
+    """A wrong name, and rows beyond the last, are errors that say what there is."""
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        save_step(store, 1, Ranks())
+        saved = store.newest()
+    assert saved is not None
+    assert saved.rows("centres", 4, 4).shape == (0, 3)
+    with pytest.raises(CheckpointError, match="no rows of 'centers'; it has centres, counts"):
+        saved.rows("centers", 0, 1)
+    with pytest.raises(CheckpointError, match="has 11 rows, so none from 10 to 12"):
+        saved.rows("centres", 10, 12)
+
+
+def read_part(folder: Path, ranks: Ranks) -> tuple[int, Tensor, Tensor]:
+    """(step, this rank's rows, what is whole) of the newest checkpoint."""
+    with CheckpointStore(folder, ranks) as store:
+        saved = store.newest()
+        assert saved is not None
+        held = own_range(ranks)
+        return saved.step, saved.rows("centres", held.start, held.stop), saved.whole()["weight"]
+
+
+def write_three(folder: Path, ranks: Ranks) -> None:
+    """Three saves, the last of them waited for."""
+    with CheckpointStore(folder, ranks) as store:
+        for step in (1, 2, 3):
+            save_step(store, step, ranks, wait=step == 3)
+
+
+def fall_back(folder: Path, ranks: Ranks) -> tuple[bool, int]:
+    """Whether the ranks pass over a damaged step 3 together, and how many lines this one says."""
+    write_three(folder, ranks)
+    if ranks.first:
+        shard = folder / "step-000000003" / shard_name(0, ranks.size)
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+    said: list[str] = []
+    with CheckpointStore(folder, ranks, say=said.append) as store:
+        return is_step(store, 2), len(said)
+
+
+def attempt(action: Callable[[], Any]) -> str:
+    """The error that it raises, as text; empty when it raises none."""
+    try:
+        action()
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__} {error}"
+    return ""
+
+
+def full_disk(folder: Path, ranks: Ranks) -> tuple[str, bool, bool]:
+    """(what a save raises when one rank's disk is full, whether the one before stays, whether the next succeeds)."""
+    with CheckpointStore(folder, ranks, say=lambda line: None) as store:
+        save_step(store, 1, ranks, wait=True)
+        limit = 20 if ranks.rank == 2 else 10**6
+        with files_up_to(limit), records_of_any_size():
+            failure = attempt(lambda: save_step(store, 2, ranks, wait=True))
+        old_stays = is_step(store, 1)
+        save_step(store, 3, ranks, wait=True)
+        return failure, old_stays, is_step(store, 3)
+
+
+@contextmanager
+def records_of_any_size() -> Iterator[None]:
+    """A disk that is full for tensors has room, once they are removed, for the line that says so."""
+    put = checkpoint_store._put
+
+    def put_unlimited(path: Path, content: dict[str, Any]) -> None:
+        with files_up_to(10**6):
+            put(path, content)
+
+    checkpoint_store._put = put_unlimited
+    try:
+        yield
+    finally:
+        checkpoint_store._put = put
+
+
+def dead_rank(folder: Path, ranks: Ranks, dead: int) -> tuple[str, bool]:
+    """(what a save raises in which the rank `dead` takes no part, whether the one before stays)."""
+    store = CheckpointStore(folder, ranks, patience=0.3, say=lambda line: None)
+    save_step(store, 1, ranks, wait=True)
+    failure = "" if ranks.rank == dead else attempt(lambda: save_step(store, 2, ranks, wait=True))
+    old_stays = is_step(store, 1)
+    assert attempt(store.finish) == failure
+    return failure, old_stays
+
+
+def overlap(folder: Path, ranks: Ranks) -> str:
+    """What two ranks' saving the same rows comes to."""
+    store = CheckpointStore(folder, ranks, say=lambda line: None)
+    rows = {"centres": Rows(torch.zeros(3, 2), 2 * ranks.rank, 5)}
+    failure = attempt(lambda: store.save(1, {}, rows, {}, wait=True))
+    assert store.newest() is None
+    attempt(store.finish)
+    return failure
+
+
+def all_on_ranks(folder: str) -> dict[str, Any]:
+    """Every case in one set of processes, for they take long to start: each on the first few of four ranks."""
+    groups = [dist.new_group(list(range(size))) for size in (1, 2, 3, 4)]
+    member = {size: Ranks(group) for size, group in enumerate(groups, 1) if dist.get_rank() < size}
+    found: dict[str, Any] = {}
+    for writers, readers in CROSSINGS:
+        place = Path(folder, f"{writers}to{readers}")
+        if writers in member:
+            write_three(place, member[writers])
+        dist.barrier()
+        if readers in member:
+            found[f"{writers}to{readers}"] = read_part(place, member[readers])
+    if 2 in member:
+        found["fall back"] = fall_back(Path(folder, "damaged"), member[2])
+        found["overlap"] = overlap(Path(folder, "overlap"), member[2])
+        for dead in (0, 1):
+            found[f"dead {dead}"] = dead_rank(Path(folder, f"dead{dead}"), member[2], dead)
+    if 3 in member:
+        found["full disk"] = full_disk(Path(folder, "full"), member[3])
+    return found
+
+
+CROSSINGS = [(3, 2), (1, 4), (2, 1)]
+
+
+@pytest.fixture(scope="module")
+def ranks_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `all_on_ranks` saved."""
+    return tmp_path_factory.mktemp("ranks")
+
+
+@pytest.fixture(scope="module")
+def on_ranks(ranks_folder: Path) -> list[dict[str, Any]]:
+    """What each of four ranks found."""
+    return run_on_ranks(4, all_on_ranks, str(ranks_folder))
+
+
+@pytest.mark.parametrize(("writers", "readers"), CROSSINGS)
+def test_any_number_of_ranks_goes_on(
+    on_ranks: list[dict[str, Any]], ranks_folder: Path, writers: int, readers: int
+) -> None:
+    """Every rank gets its rows, whoever had them, and all get what is whole."""
+    folder = ranks_folder / f"{writers}to{readers}"
+    assert names(folder / "step-000000003") == [
+        "manifest.json",
+        *(f"rows-{rank:05}-of-{writers:05}.safetensors" for rank in range(writers)),
+        "whole.safetensors",
+    ]
+    assert [name for name in names(folder) if name.startswith("step")] == ["step-000000002", "step-000000003"]
+    found = [rank[f"{writers}to{readers}"] for rank in on_ranks[:readers]]
+    assert {step for step, _, _ in found} == {3}
+    assert torch.equal(torch.cat([rows for _, rows, _ in found]), matrix() + 3)
+    assert all(torch.equal(whole, torch.full((4,), 3)) for _, _, whole in found)
+
+
+def test_only_what_holds_the_rows_is_read(
+    on_ranks: list[dict[str, Any]], ranks_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows come in pieces, from the files that hold them: the others need not even be there."""
+    monkeypatch.setattr("utils.saved_checkpoints._READ_BYTES", 48)
+    with CheckpointStore(ranks_folder / "3to2", Ranks()) as store:
+        saved = store.newest()
+    assert saved is not None
+    assert torch.equal(saved.rows("centres", 1, 10), matrix()[1:10] + 3)
+    (saved.folder / shard_name(1, 3)).rename(ranks_folder / "moved")
+    assert torch.equal(saved.rows("centres", 0, 3), matrix()[:3] + 3)
+    assert torch.equal(saved.rows("centres", 7, TOTAL), matrix()[7:] + 3)
+    (ranks_folder / "moved").rename(saved.folder / shard_name(1, 3))
+
+
+def test_ranks_fall_back_together(on_ranks: list[dict[str, Any]]) -> None:
+    """Each checks some of the files; damage that one of them sees counts for all."""
+    assert [rank["fall back"] for rank in on_ranks[:2]] == [(True, 1), (True, 1)]
+
+
+def test_a_full_disk_of_one_rank(on_ranks: list[dict[str, Any]]) -> None:
+    """No rank takes the checkpoint for written, all are told by whom it was not, and the next save is whole."""
+    for rank in on_ranks[:3]:
+        failure, old_stays, recovers = rank["full disk"]
+        assert "rank 2: " in failure
+        assert "File too large" in failure
+        assert old_stays
+        assert recovers
+
+
+@pytest.mark.parametrize(("dead", "missed"), [(0, "the first rank"), (1, "the rows of all ranks")])
+def test_a_dead_rank_does_not_hang_the_others(on_ranks: list[dict[str, Any]], dead: int, missed: str) -> None:
+    """The others give up after a while, whether it is the one that they wait for or the one that waits for them."""
+    assert on_ranks[1 - dead][f"dead {dead}"] == (f"TimeoutError waited 0.3 s in vain for {missed}", True)
+    assert on_ranks[dead][f"dead {dead}"] == ("", True)
+
+
+def test_rows_have_to_make_up_the_matrix(on_ranks: list[dict[str, Any]], tmp_path: Path) -> None:
+    """A matrix with rows twice, or with holes, never becomes a checkpoint; it is a fault, not a full disk."""
+    assert on_ranks[0]["overlap"].startswith("ValueError the ranks' rows do not make up one centres")
+    assert "do not make up one centres" in on_ranks[1]["overlap"]
+    store = CheckpointStore(tmp_path / "alone", Ranks())
+    store.save(1, {}, {"centres": Rows(torch.zeros(3, 2), 1, 4)}, {})
+    with pytest.raises(ValueError, match="do not make up one centres"):
+        store.save(2, {}, {}, {})
+    with pytest.raises(ValueError, match="do not make up one centres"):
+        store.finish()
+
+
+def run_killed(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run killed_saving.py."""
+    script = Path(__file__).with_name("killed_saving.py")
+    return subprocess.run([sys.executable, script, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_killed_before_any_operation(tmp_path: Path) -> None:
+    """kill -9 before each file operation of three saves in turn: the newest is whole, and no finished step is lost."""
+    ended = run_killed("operations", tmp_path / "run" / "checkpoints")
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["kills"] > 50
+
+
+@pytest.mark.parametrize("kills", [10, pytest.param(300, marks=pytest.mark.long)])
+def test_killed_at_any_moment(tmp_path: Path, kills: int) -> None:
+    """kill -9 at random moments, in the middle of writing, too."""
+    ended = run_killed("moments", tmp_path / "run" / "checkpoints", 20261123, kills)
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["kills"] == kills
+    assert found["steps"] > 0
+
+
+def test_an_interrupted_process_ends_what_it_began(tmp_path: Path) -> None:
+    """A KeyboardInterrupt that nobody catches comes while a save is written; the process ends after it."""
+    ended = run_killed("interrupt", tmp_path / "checkpoints")
+    assert "KeyboardInterrupt" in ended.stderr
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        saved = store.newest()
+    assert saved is not None
+    assert saved.step == 1

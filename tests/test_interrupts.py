@@ -1,0 +1,135 @@
+"""Signals ask a run to stop where nothing is lost, and its exit status says which did."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from utils.interrupts import SIGNALS, Stopped, catch_interrupt
+
+# Steps until it is asked to stop; a line for each thing that it notices.
+RUN = """
+import os, signal, sys, time
+from utils.interrupts import Stopped, catch_interrupt
+
+def say(line):
+    print(line, flush=True)
+
+try:
+    with catch_interrupt() as interrupt:
+        if "child" in sys.argv:
+            child = os.fork()
+            if not child:
+                say("ready")
+                while True:
+                    time.sleep(0.01)
+        else:
+            say("ready")
+        while not interrupt.requested:
+            time.sleep(0.01)
+            if "child" in sys.argv:
+                ended, status = os.waitpid(child, os.WNOHANG)
+                if ended:
+                    say(f"child {os.waitstatus_to_exitcode(status)}")
+                    sys.exit(interrupt.exit_code)
+        say(f"asked {interrupt.exit_code}")
+        if "slow" in sys.argv:
+            sys.stdin.readline()
+            say("saved")
+        raise Stopped("stopped", interrupt.exit_code)
+except Stopped as stopped:
+    say(str(stopped))
+    if "after" in sys.argv:
+        sys.stdin.readline()
+    sys.exit(stopped.exit_code)
+except KeyboardInterrupt:
+    say("interrupted")
+    sys.exit(1)
+"""
+
+
+class Run:
+    """A process that steps until it is asked to stop."""
+
+    def __init__(self, *how: str) -> None:
+        root = Path(__file__).resolve().parents[1]
+        command = [sys.executable, "-c", RUN, *how]
+        self.process = subprocess.Popen(
+            command, cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        assert self.line() == "ready"
+
+    def line(self) -> str:
+        """The next line that it prints."""
+        assert self.process.stdout
+        return self.process.stdout.readline().rstrip()
+
+    def end(self, text: str = "") -> tuple[list[str], int]:
+        """(the rest of what it prints, its exit status) once it read `text`."""
+        return self.process.communicate(text, timeout=30)[0].splitlines(), self.process.returncode
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_the_exit_status_names_the_signal(number: signal.Signals, status: int) -> None:
+    """Shells and schedulers take 128 + number for an end by that signal."""
+    run = Run()
+    run.process.send_signal(number)
+    assert run.end() == ([f"asked {status}", "stopped"], status)
+
+
+def test_schedulers_may_ask_again() -> None:
+    """A second SIGTERM or SIGUSR1 does not stop the saving, and the first one stays the reason."""
+    run = Run("slow")
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.line() == "asked 138"
+    for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+        run.process.send_signal(number)
+    assert run.end("go on\n") == (["saved", "stopped"], 138)
+
+
+def test_who_presses_ctrl_c_again_is_heeded_at_once() -> None:
+    """The second Ctrl-C interrupts the saving, also when a scheduler had asked before the first."""
+    run = Run("slow")
+    run.process.send_signal(signal.SIGINT)
+    assert run.line() == "asked 130"
+    run.process.send_signal(signal.SIGINT)
+    assert run.end() == (["interrupted"], 1)
+    with catch_interrupt() as interrupt:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert interrupt.exit_code == 143
+
+
+def test_workers_end_when_they_are_told() -> None:
+    """A forked worker ends by the SIGTERM of whoever stops workers; SIGUSR1, sent to a whole job, it ignores."""
+    run = Run("child")
+    children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children")
+    child = int(children.read_text())
+    os.kill(child, signal.SIGUSR1)
+    os.kill(child, signal.SIGTERM)
+    assert run.end()[0] == [f"child {-signal.SIGTERM}"]
+
+
+def test_afterwards_signals_do_what_they_did() -> None:
+    """Handlers are put back as they were, whichever came."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with pytest.raises(Stopped), catch_interrupt() as interrupt:
+        assert not interrupt.requested
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert interrupt.requested
+        assert interrupt.exit_code == 143
+        raise Stopped("stopped", interrupt.exit_code)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    run = Run("after")
+    run.process.send_signal(signal.SIGUSR1)
+    assert [run.line(), run.line()] == ["asked 138", "stopped"]
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end()[1] == -signal.SIGTERM

@@ -1,0 +1,94 @@
+"""What is saved of a run is all that its next step depends on."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.heads import BlockwiseHead, RowAdamW, RowOptimizer, RowSGD
+from models.losses import create_loss
+from utils.checkpoint_store import CheckpointStore
+from utils.checkpoints import CheckpointError
+from utils.ema import WeightAverage
+from utils.optimizers import OptimizerName, create_optimizer, parameter_groups
+from utils.ranks import Ranks
+from utils.training_state import TrainingState
+from utils.training_step import TrainingStep
+
+CLASSES, SIZE = 9, 6
+
+
+class Parts:
+    """A tiny network with all that training needs around it."""
+
+    def __init__(self, optimizer: OptimizerName, seed: int, loss: str = "adaface", size: int = SIZE) -> None:
+        torch.manual_seed(seed)
+        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(), nn.Linear(4 * 9, size))
+        self.network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
+        rows: RowOptimizer = RowSGD() if optimizer == "sgd" else RowAdamW()
+        self.head = BlockwiseHead(create_loss(loss), CLASSES, size, rows, 8, block=4, sub_centers=2, seed=seed)
+        self.optimizer = create_optimizer(optimizer, parameter_groups(self.network, 1e-3), 0.9)
+        self.average = WeightAverage(self.network, 0.9)
+        self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        self.step = TrainingStep(
+            self.network, self.head, self.optimizer, scaler, torch.float32, 5.0, micro_batch=8, ranks=Ranks()
+        )
+
+    def train(self, *steps: int) -> None:
+        for step in steps:
+            generator = torch.Generator().manual_seed(step)
+            faces = torch.randn(8, 3, 5, 5, generator=generator).to(memory_format=torch.channels_last)
+            self.step(faces, torch.randint(0, CLASSES, (8,), generator=generator), step, lr=0.05)
+            self.average.update(self.network, step)
+
+    def everything(self) -> dict[str, Tensor]:
+        return self.state.whole() | {name: rows.tensor for name, rows in self.state.rows().items()}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_the_next_steps_are_the_same(tmp_path: Path, optimizer: OptimizerName) -> None:
+    """Saved, put into parts that had gone another way, and trained on: every tensor equal to the bit."""
+    ours, other = Parts(optimizer, seed=0), Parts(optimizer, seed=1)
+    ours.train(0, 1, 2)
+    other.train(7, 8)
+    with CheckpointStore(tmp_path, Ranks()) as store:
+        store.save(3, ours.state.whole(), ours.state.rows(), {}, wait=True)
+        saved = store.newest()
+        assert saved is not None
+        other.state.restore(saved)
+        for parts in (ours, other):
+            parts.train(3, 4)
+    expected, reached = ours.everything(), other.everything()
+    assert expected.keys() == reached.keys()
+    assert [name for name, value in expected.items() if not torch.equal(value, reached[name])] == []
+    # Network, its average, momentum of its weights, centres and theirs, and AdaFace's statistics.
+    assert {name.split(".")[0] for name in expected} == {"network", "average", "head", "optimizer"}
+    assert {"head.weight", "head.loss.norm_mean"} <= expected.keys()
+    assert sum(name.startswith("optimizer.") for name in expected) >= len(list(ours.network.parameters()))
+
+
+def test_momentum_is_laid_out_like_its_weights(tmp_path: Path) -> None:
+    """Weights that are channels last get channels-last momentum back, which the fused optimizers need to stay fast."""
+    parts = Parts("sgd", seed=0)
+    parts.train(0)
+    with CheckpointStore(tmp_path, Ranks()) as store:
+        store.save(1, parts.state.whole(), parts.state.rows(), {}, wait=True)
+        saved = store.newest()
+        assert saved is not None
+        parts.state.restore(saved)
+    weight = parts.network[0].weight
+    assert parts.optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
+
+
+@pytest.mark.parametrize(("changed", "message"), [({"size": 5}, "network"), ({"loss": "arcface"}, "head")])
+def test_parts_of_another_kind_are_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:
+    """Resuming with another network or loss names the part that does not fit."""
+    with CheckpointStore(tmp_path, Ranks()) as store:
+        parts = Parts("sgd", seed=0)
+        store.save(1, parts.state.whole(), parts.state.rows(), {}, wait=True)
+        saved = store.newest()
+        assert saved is not None
+        with pytest.raises(CheckpointError, match=f"step-000000001 does not fit the {message} of the settings"):
+            Parts("sgd", seed=0, **changed).state.restore(saved)  # type: ignore[arg-type]

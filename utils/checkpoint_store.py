@@ -1,0 +1,380 @@
+"""The checkpoints of a run: written beside the training, whole or not there, and readable on any number of ranks.
+
+Unfinished ones lie in `.checkpoints.partial` beside the folder (utils/files.py). Each rank writes its own rows there
+and says so in a small file; when all have, the first writes the manifest and gives the folder its name. The ranks
+agree through these files alone: the group that training uses must not be used from a second thread. The folder has to
+be on a file system that all ranks see.
+"""
+
+import json
+import os
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from torch import Tensor
+
+from utils.files import LOCK, BusyError, naming, partial_folder, publish, remove, unfinished
+from utils.host_copy import DTYPES, HostCopy, wait_for_copies
+from utils.ranks import Ranks
+from utils.saved_checkpoints import (
+    FORMAT,
+    MANIFEST,
+    WHOLE,
+    DamagedError,
+    Saved,
+    checkpoint_folders,
+    free_name,
+    manifest_text,
+    shard_name,
+    step_of,
+)
+
+_OUTCOME = ".outcome.json"
+
+# The workers of a killed run keep its lock until they see that it is gone.
+_LOCK_SECONDS = 30.0
+
+_Found = TypeVar("_Found")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """This rank's part `tensor` [n, ...] of a matrix of `total` rows that is spread over ranks, from row `first` on."""
+
+    tensor: Tensor
+    first: int
+    total: int
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save, as the writer thread needs it. `number` counts those of this store."""
+
+    number: int
+    step: int
+    working: Path
+    notes: Any
+    rows: dict[str, dict[str, Any]]
+
+
+class CheckpointStore:
+    """Saves and finds the checkpoints in a folder; one store at a time, on all ranks, has it.
+
+    All ranks make it, call its methods in the same order and `finish` it; as a context manager it does that itself.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        ranks: Ranks,
+        keep: int = 2,
+        patience: float = 600.0,
+        say: Callable[[str], object] = print,
+    ) -> None:
+        """`keep`: how many to leave. `patience`: seconds without any progress after which a rank is taken for dead.
+
+        `say` is given lines for people. Raises BusyError (OSError) when another run has the folder.
+        """
+        if keep < 1:
+            raise ValueError(f"keep: at least one checkpoint has to stay, got {keep}")
+        self._folder, self._ranks, self._keep = Path(folder).resolve(), ranks, keep
+        self._patience, self._say = patience, say
+        self._partial = partial_folder(self._folder)
+        self._held = ExitStack()
+        self._token = self._claim()
+        self._whole, self._rows = HostCopy(), HostCopy()
+        self._saves = 0
+        self._writer: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._finished = False
+
+    def save(
+        self,
+        step: int,
+        whole: Mapping[str, Tensor],
+        rows: Mapping[str, Rows],
+        notes: Mapping[str, Any],
+        wait: bool = False,
+    ) -> None:
+        """Save `whole` (the same on all ranks; the first writes it), this rank's `rows`, and `notes` (JSON).
+
+        Returns once all is copied to host memory; from then on the tensors may change. A thread writes; a save before
+        it is waited for. If writing fails (OSError: a full disk, a dead rank) the checkpoints there are stay, the first
+        rank says so, and the next save tries again; with `wait`, which waits for the writing, it is raised.
+        """
+        self._join()
+        if self._finished:
+            raise ValueError(f"{self._folder}: nothing can be saved after finish()")
+        if self._error and not isinstance(self._error, OSError):
+            raise self._error
+        noted = json.loads(json.dumps(notes))
+        own = dict(whole) if self._ranks.first else {}
+        parts = {name: part.tensor for name, part in rows.items()}
+        self._whole.take(own)
+        self._rows.take(parts)
+        wait_for_copies([*own.values(), *parts.values()])
+        self._saves += 1
+        working = self._partial / f"step-{step:09}-{self._token}-{self._saves}"
+        described = {
+            name: {
+                "dtype": DTYPES[part.tensor.dtype],
+                "shape": [part.total, *part.tensor.shape[1:]],
+                "range": [part.first, part.first + len(part.tensor)],
+            }
+            for name, part in rows.items()
+        }
+        self._error = None
+        # Not a daemon: a process that ends by itself, in whatever way, ends after it.
+        self._writer = threading.Thread(
+            target=self._write, args=(_Save(self._saves, step, working, noted, described),), name="checkpoint"
+        )
+        self._writer.start()
+        if wait:
+            self._join()
+            if self._error:
+                raise self._error
+
+    def finish(self) -> None:
+        """Wait for the last save and let go of the folder. Raises what made that save fail."""
+        self._join()
+        self._finished = True
+        self._held.close()
+        if self._error:
+            raise self._error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self.finish()
+        except OSError:
+            if error is None:
+                raise  # otherwise it was said, and the error that ends the block matters more
+
+    def newest(self) -> Saved | None:
+        """The newest whole checkpoint, every byte of it checked, the files shared out among ranks; None: there is none.
+
+        Damaged ones that are newer are said, and renamed to `damaged-...` so that they are out of the way. Raises
+        CheckpointError for a checkpoint in the format of another version.
+        """
+        self._join()
+        found = [path.name for path in reversed(checkpoint_folders(self._folder))]
+        for name in json.loads(self._ranks.agree(json.dumps(found))):
+            path = self._folder / name
+            saved = self._checked(path)
+            if not self._ranks.any(saved is None):
+                return saved
+            if self._ranks.first:
+                aside = path.with_name(f"damaged-{name}-{uuid.uuid4().hex[:8]}")
+                path.rename(aside)
+                self._say(f"{path} is damaged and passed over; what is left of it is in {aside.name}")
+        return None
+
+    def _checked(self, path: Path) -> Saved | None:
+        """The checkpoint, if its manifest and this rank's part of its files are undamaged."""
+        try:
+            saved = Saved(path)
+        except DamagedError as error:
+            if self._ranks.first:
+                self._say(str(error))
+            return None
+        try:
+            saved.check(saved.files[self._ranks.rank :: self._ranks.size])
+        except DamagedError as error:
+            self._say(str(error))
+            return None
+        return saved
+
+    def _claim(self) -> str:
+        """Take the folder and remove what a killed run left unfinished; returns a name of this store for all ranks."""
+        failure: OSError | None = None
+        token = ""
+        if self._ranks.first:
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._lock()
+                token = uuid.uuid4().hex[:8]
+            except OSError as error:
+                failure = error
+        token = self._ranks.agree(token)
+        if failure:
+            raise failure
+        if not token:
+            raise OSError(f"the first rank cannot write checkpoints to {self._folder}")
+        if not self._ranks.first:
+            what = f"{self._partial}, which the first rank made: put the run where all ranks see it"
+            _await(what, lambda: self._partial.is_dir() or None, None, _LOCK_SECONDS)
+        return token
+
+    def _lock(self) -> None:
+        deadline = time.monotonic() + _LOCK_SECONDS
+        while True:
+            try:
+                self._held.enter_context(unfinished(self._folder, wait=False))
+                return
+            except BusyError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+
+    def _join(self) -> None:
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+
+    def _write(self, save: _Save) -> None:
+        """What the thread does. Nobody sees its errors but through `_error`."""
+        try:
+            if self._ranks.first:
+                self._write_first(save)
+            else:
+                self._write_shard(save)
+                self._heed_outcome(save)
+        except Exception as error:
+            self._error = error
+            if self._ranks.first and isinstance(error, OSError):
+                self._say(
+                    f"the checkpoint of step {save.step:,} could not be written ({error}); "
+                    "earlier ones are kept, the next save tries again"
+                )
+
+    def _write_first(self, save: _Save) -> None:
+        """Write the first rank's part, and when all the others are there, make it a checkpoint."""
+        error_text = None
+        try:
+            for left in self._partial.iterdir():
+                if left.name not in (LOCK, save.working.name):
+                    remove(left)
+            save.working.mkdir(exist_ok=True)
+            whole = self._whole.write(save.working / WHOLE)
+            self._write_shard(save)
+            records = _await("the rows of all ranks", lambda: self._records(save), save.working, self._patience)
+            content = {
+                "format": FORMAT,
+                "step": save.step,
+                "ranks": self._ranks.size,
+                "files": {WHOLE: asdict(whole)} | {record["file"]: record["sum"] for record in records},
+                "rows": _joined([record["rows"] for record in records]),
+                "notes": save.notes,
+            }
+            manifest = save.working / MANIFEST
+            with naming(manifest), manifest.open("w", encoding="utf-8") as file:
+                file.write(manifest_text(content))
+                file.flush()
+                os.fsync(file.fileno())
+            for rank in range(self._ranks.size):
+                self._record(save, rank).unlink()
+            publish(save.working, free_name(self._folder, save.step))
+            self._prune()
+        except Exception as error:
+            error_text = str(error)
+            shutil.rmtree(save.working, ignore_errors=True)  # what stays is removed by the next save
+            raise
+        finally:
+            if self._ranks.size > 1:
+                _put(self._folder / _OUTCOME, {"token": self._token, "number": save.number, "error": error_text})
+
+    def _write_shard(self, save: _Save) -> None:
+        """Write this rank's rows, and then the record that they are there, or why not."""
+        path = save.working / shard_name(self._ranks.rank, self._ranks.size)
+        record: dict[str, Any]
+        try:
+            save.working.mkdir(exist_ok=True)
+            record = {"file": path.name, "sum": asdict(self._rows.write(path)), "rows": save.rows}
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            record = {"error": f"rank {self._ranks.rank}: {error}"}
+        with suppress(FileNotFoundError):  # the first has given up and removed the folder: its outcome says why
+            _put(self._record(save, self._ranks.rank), record)
+
+    def _record(self, save: _Save, rank: int) -> Path:
+        return save.working / f"rank-{rank:05}.json"
+
+    def _records(self, save: _Save) -> list[dict[str, Any]] | None:
+        """The records of all ranks; None while some are not there. Raises OSError when a rank could not write."""
+        paths = [self._record(save, rank) for rank in range(self._ranks.size)]
+        records = [json.loads(path.read_text()) for path in paths if path.exists()]
+        errors = [record["error"] for record in records if "error" in record]
+        if errors:
+            raise OSError("; ".join(errors))
+        return records if len(records) == len(paths) else None
+
+    def _heed_outcome(self, save: _Save) -> None:
+        """Wait for what the first rank says of the save. Raises OSError when it failed."""
+
+        def outcome() -> dict[str, Any] | None:
+            with suppress(FileNotFoundError):
+                said = json.loads((self._folder / _OUTCOME).read_text())
+                if said["token"] == self._token and said["number"] >= save.number:
+                    return said
+            return None
+
+        said = _await("the first rank", outcome, save.working, self._patience)
+        if said["number"] == save.number and said["error"] is not None:
+            raise OSError(f"the checkpoint of step {save.step:,} could not be written: {said['error']}")
+
+    def _prune(self) -> None:
+        """Remove all but the newest of each of the last `keep` steps."""
+        newest_of_step = {step_of(path): path for path in checkpoint_folders(self._folder)}
+        kept = [newest_of_step[step] for step in sorted(newest_of_step)[-self._keep :]]
+        for path in checkpoint_folders(self._folder):
+            if path not in kept:
+                try:
+                    # Renamed first: a process that is killed meanwhile leaves no checkpoint with a part of its files.
+                    remove(path.rename(self._partial / path.name))
+                except OSError as error:
+                    self._say(f"{path} could not be removed: {error}")
+
+
+def _await(what: str, probe: Callable[[], _Found | None], growing: Path | None, patience: float) -> _Found:
+    """What `probe` finds in the end. Raises TimeoutError when for `patience` seconds no file in `growing` grew."""
+    pause, size, deadline = 0.002, -1, time.monotonic() + patience
+    while (found := probe()) is None:
+        if growing and (now := _bytes_in(growing)) != size:
+            size, deadline = now, time.monotonic() + patience
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {patience:g} s in vain for {what}")
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)
+    return found
+
+
+def _joined(rows: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """The manifest's entry for each matrix. Raises ValueError when the ranks' parts do not make one up."""
+    entries = {}
+    for name in sorted(set().union(*rows)):
+        parts = [part[name] for part in rows if name in part]
+        dtypes = {part["dtype"] for part in parts}
+        shapes = {tuple(part["shape"]) for part in parts}
+        ranges = [part["range"] for part in parts]
+        ends = [0, *(end for piece in sorted(ranges) for end in piece), parts[0]["shape"][0]]
+        if len(parts) < len(rows) or len(dtypes) > 1 or len(shapes) > 1 or ends[::2] != ends[1::2]:
+            raise ValueError(f"the ranks' rows do not make up one {name}: {json.dumps(parts)} on {len(rows)} ranks")
+        entries[name] = {"dtype": parts[0]["dtype"], "shape": parts[0]["shape"], "ranges": ranges}
+    return entries
+
+
+def _put(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file that others read as soon as it is there."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(content))
+    new.replace(path)
+
+
+def _bytes_in(folder: Path) -> int:
+    """The bytes of the files in `folder`; 0 if it does not exist."""
+    size = 0
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):  # renamed meanwhile
+                size += entry.stat().st_size
+    return size

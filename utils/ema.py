@@ -1,0 +1,42 @@
+"""A moving average of a network's weights, which often verifies better than the weights of any one step.
+
+Polyak and Juditsky (1992); the slow start is that of TensorFlow's ExponentialMovingAverage.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class WeightAverage:
+    """average = decay x average + (1 - decay) x weights after every step.
+
+    `network`: the average, a copy of the network in eval mode, on its device and laid out like it; verify and save this
+    one, and its state dict is all there is to go on with. Floating-point buffers (the statistics of norms) are averaged
+    as weights are, others are copied.
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        """`decay`: from 0 (no memory) to below 1; 0.999 remembers about the last 1,000 steps."""
+        self.decay = decay
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Take in the weights that `step`, counted from 0, has led to.
+
+        The decay is at most (1 + step) / (10 + step), so that initial weights are soon forgotten. It depends on nothing
+        but the step, so that a resumed run goes on alike, and nothing waits for the device.
+        """
+        decay = min(self.decay, (1 + step) / (10 + step))
+        own, new = _tensors(self.network), _tensors(network)
+        averaged = [i for i, tensor in enumerate(new) if tensor.is_floating_point()]
+        torch._foreach_lerp_([own[i] for i in averaged], [new[i] for i in averaged], 1 - decay)
+        for mine, theirs in zip(own, new, strict=True):
+            if not theirs.is_floating_point():
+                mine.copy_(theirs)
+
+
+def _tensors(network: nn.Module) -> list[Tensor]:
+    return [*network.parameters(), *network.buffers()]

@@ -1,0 +1,38 @@
+"""How much arithmetic a network does, and how much a device can."""
+
+import time
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def forward_flops(network: nn.Module, image_size: int) -> int:
+    """Floating-point operations of convolutions and matrix products for one face; a multiply-add counts as two."""
+    device = next(network.parameters()).device
+    training = network.training
+    network.eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, image_size, image_size, device=device))
+    network.train(training)
+    return int(counter.get_total_flops())
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int = 4096, repeats: int = 20) -> float:
+    """What `device` reaches in products of square matrices of `size` rows: the measure of what a network could."""
+    left = torch.randn(size, size, device=device).to(dtype)
+    right = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        _wait(device)
+        began = time.perf_counter()
+        for _ in range(repeats):
+            left @ right
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 * repeats / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

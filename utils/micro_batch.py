@@ -1,0 +1,50 @@
+"""How many faces fit into a forward and backward pass."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
+    """The first of `most`, its half, its quarter ... for which `attempt` does not run out of memory.
+
+    Raises torch.OutOfMemoryError when a single one does not fit.
+    """
+    while True:
+        try:
+            attempt(most)
+        except torch.OutOfMemoryError:
+            if most == 1:
+                raise
+        else:
+            return most
+        most = -(-most // 2)  # outside of the handler, which keeps the failed pass alive
+        torch.cuda.empty_cache()
+
+
+def trial_pass(network: nn.Module, image_size: int, precision: torch.dtype, states: int) -> Callable[[int], None]:
+    """A forward and backward pass of a number of black faces, with `states` tensors in memory for every weight.
+
+    It leaves neither gradients nor statistics of norms behind.
+    """
+    parameters = list(network.parameters())
+    device = parameters[0].device
+
+    def attempt(faces: int) -> None:
+        buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in network.buffers()]
+        reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(states)]
+        try:
+            inputs = torch.zeros(faces, 3, image_size, image_size, device=device)
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
+            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                embeddings = network(inputs)
+            embeddings.float().sum().backward()
+        finally:
+            del reserved
+            network.zero_grad(set_to_none=True)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
+    return attempt

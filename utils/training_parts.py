@@ -1,0 +1,85 @@
+"""The network and the head of a run, made as its settings say."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from config import Config
+from models import create_network
+from models.embedder import load_weights
+from models.heads import Head, RowAdamW, RowSGD, create_head
+from models.losses import create_loss
+from models.recompute import recompute_blocks
+from utils.optimizers import freeze
+from utils.ranks import Ranks
+
+
+def build_network(config: Config, device: torch.device) -> nn.Module:
+    """The network on `device`, channels last, with its first weights: random ones that the seed decides, or given."""
+    model, settings = config.model, config.train
+    torch.manual_seed(settings.seed)
+    network = create_network(model.network, model.embedding_size, config.data.image_size)
+    if settings.init:
+        load_weights(network, settings.init, model.network)
+    freeze(network, settings.frozen)
+    if settings.activation_checkpointing:
+        recompute_blocks(network)
+    if settings.sync_bn:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def build_head(config: Config, classes: int, device: torch.device, precision: torch.dtype, ranks: Ranks) -> Head:
+    """The head over `classes` on `device`, this rank's part of it; `precision` is the network's."""
+    loss, settings = config.loss, config.train
+    options = asdict(loss) | {"margin": loss.margin or None, "scale": loss.scale or None, "seed": settings.seed}
+    half = loss.products == "bf16" or (loss.products == "auto" and device.type == "cuda" and precision != torch.float32)
+    return create_head(
+        create_loss(**options),
+        classes,
+        config.model.embedding_size,
+        RowSGD(settings.momentum, settings.weight_decay)
+        if settings.optimizer == "sgd"
+        else RowAdamW(weight_decay=settings.weight_decay),
+        settings.batch_size // ranks.size,
+        device=device,
+        engine=loss.engine,
+        block=loss.block,
+        sub_centers=loss.sub_centers,
+        sample_rate=loss.sample_rate,
+        seed=settings.seed,
+        ranks=ranks,
+        matmul=torch.bfloat16 if half else None,
+        compiled=settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"),
+    )
+
+
+def compile_network(
+    network: nn.Module, attempt: Callable[[nn.Module], None], say: Callable[[str], object], backend: str = "inductor"
+) -> nn.Module:
+    """`network` compiled, or, where `attempt` shows that the compiler cannot, said and as it is."""
+    compiled = cast(nn.Module, torch.compile(network, backend=backend))
+    try:
+        attempt(compiled)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # compilers fail in many ways
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        say(f"the network runs uncompiled: torch.compile failed ({reason}); train.compile=off says nothing")
+        return network
+    return compiled
+
+
+def spread(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """`network` with its gradients averaged over `ranks`, if they are several.
+
+    The first rank's weights are all ranks'. Statistics of norms stay each rank's own between verifications.
+    """
+    if ranks.size == 1:
+        return network
+    ids = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else None
+    return DistributedDataParallel(network, ids, process_group=ranks.group, broadcast_buffers=False)
