@@ -9,7 +9,7 @@ are rounded once, at the end; nearest neighbours are taken at pixel centres, whi
 for cubic, and area for nearest when enlarging.
 
 What happens to a face is decided by seed, epoch, batch and place in the batch alone: neither the device nor the number
-of workers, nor which other augmentations are on, changes it.
+of workers or ranks, nor which other augmentations are on, changes it.
 """
 
 from typing import NamedTuple
@@ -61,12 +61,19 @@ class Draws(NamedTuple):
     saturation: Tensor
 
 
-def augment(faces: Tensor, chances: Chances, seed: int, epoch: int, batch: int) -> Tensor:
-    """uint8 [B, H, W, 3] RGB on any device to the same, there; with no chance of anything, `faces` itself."""
+def augment(
+    faces: Tensor, chances: Chances, seed: int, epoch: int, batch: int, rank: int = 0, ranks: int = 1
+) -> Tensor:
+    """uint8 [B, H, W, 3] RGB on any device to the same, there; with no chance of anything, `faces` itself.
+
+    Of several `ranks` that share a batch equally, `faces` are those of `rank`: they get what they would in one process.
+    """
     if not any(chances):
         return faces
-    draws = draw(chances, faces.shape[:3], seed, epoch, batch)
-    on_device = torch.stack(draws, 1).to(faces.device, non_blocking=True)
+    count, height, width = faces.shape[:3]
+    draws = draw(chances, (count * ranks, height, width), seed, epoch, batch)
+    own = torch.stack(draws, 1)[rank * count : (rank + 1) * count]
+    on_device = own.to(faces.device, non_blocking=True)
     return apply(faces, Draws(*on_device.unbind(1)), chances)
 
 

@@ -26,6 +26,22 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     return image
 
 
+def decode_face(encoded: bytes, size: int, resize: bool, where: object) -> np.ndarray:
+    """Decode a face: uint8 [size, size, 3], RGB.
+
+    One of another size is scaled with `resize`, else it raises ImageError, as undecodable bytes do.
+    """
+    image = decode_rgb(encoded, where)
+    if image.shape[:2] == (size, size):
+        return image
+    if resize:
+        return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    raise ImageError(
+        f"{where} is {image.shape[1]}x{image.shape[0]} pixels, expected {size}x{size}: "
+        "align the set, set data.image_size, or let data.resize scale its images"
+    )
+
+
 def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
     """Encode uint8 [height, width, 3] RGB as JPEG of `quality` 1..100."""
     return _encode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, quality])

@@ -3,8 +3,8 @@
 import math
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
+from data.batch_memory import BatchMemory, batch_memory
 from data.face_sets import EncodedImages
-from data.images import ImageError, decode_rgb
+from data.images import ImageError, decode_face
+from data.jpeg_decoding import EncodedBatch, decode_jpegs, device_decoder, join_encoded
+from data.orders import Order
+from data.read_ahead import expect_random_reads, read_soon
 from data.recordio import RecordError
+from utils.settings import require
+
+PREFETCH = 2  # batches that each worker makes ahead
 
 
 class Batch(NamedTuple):
@@ -44,30 +51,22 @@ class DecodedFaces(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
         """Raises ImageError or RecordError, naming the image, for a face that is broken or of the wrong size."""
-        faces = _empty_batch((len(positions), self.size, self.size, 3))
-        rows = faces.numpy()
+        faces = _empty((len(positions), self.size, self.size, 3))
+        return Batch(faces, *self.decode_into(faces.numpy(), positions))
+
+    def decode_into(self, rows: np.ndarray, positions: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Fill `rows`, uint8 [B, size, size, 3]; the labels and what is broken, as in a Batch."""
         labels = self.labels[torch.as_tensor(positions)]
         broken = []
         for row, i in enumerate(positions):
             try:
-                rows[row] = self._decode(i)
+                rows[row] = decode_face(self.images.encoded(i), self.size, self.resize, _Where(self.images, i))
             except (ImageError, RecordError, OSError) as error:
                 if not self.tolerant:
                     raise
                 rows[row], labels[row] = 0, -1
                 broken.append(str(error))
-        return Batch(faces, labels, broken)
-
-    def _decode(self, i: int) -> np.ndarray:
-        image = decode_rgb(self.images.encoded(i), _Where(self.images, i))
-        if image.shape[:2] == (self.size, self.size):
-            return image
-        if self.resize:
-            return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_AREA)
-        raise ImageError(
-            f"{self.images.describe(i)} is {image.shape[1]}x{image.shape[0]} pixels, expected {self.size}x{self.size}: "
-            "align the set, set data.image_size, or let data.resize scale its images"
-        )
+        return labels, broken
 
 
 class _Where:
@@ -80,7 +79,7 @@ class _Where:
         return self._images.describe(self._i)
 
 
-def _empty_batch(shape: tuple[int, ...]) -> Tensor:
+def _empty(shape: tuple[int, ...]) -> Tensor:
     """An uninitialised uint8 tensor; in a worker process in shared memory, where the main process reads it uncopied."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
@@ -88,15 +87,40 @@ def _empty_batch(shape: tuple[int, ...]) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
+class _EncodedFaces(Dataset):
+    """The same faces as they are stored, for a decoder in the main process."""
+
+    def __init__(self, faces: DecodedFaces) -> None:
+        self._faces = faces
+
+    def __getitems__(self, positions: Sequence[int]) -> EncodedBatch:
+        images, unreadable = [], {}
+        for row, i in enumerate(positions):
+            try:
+                images.append(self._faces.images.encoded(i))
+            except (RecordError, OSError) as error:
+                if not self._faces.tolerant:
+                    raise
+                images.append(b"")
+                unreadable[row] = str(error)
+        return join_encoded(images, positions, unreadable, _empty)
+
+
 class EpochBatches(Sampler[list[int]]):
     """Batches of positions for one epoch after another.
 
     `order` gives an epoch's positions (see data/orders.py), whatever the number of workers, and an epoch can be entered
-    at any batch. The last, incomplete batch is dropped: every step sees `batch_size` faces.
+    at any batch. The last, incomplete batch is dropped: every step sees `batch_size` faces. Of `ranks` processes that
+    share the steps, the one called `rank` gets its equal part of every batch, in the order that one process would see:
+    a run can go on with another number of ranks at any batch.
     """
 
-    def __init__(self, order: Callable[[int], np.ndarray], images: int, batch_size: int) -> None:
+    def __init__(
+        self, order: Callable[[int], np.ndarray], images: int, batch_size: int, rank: int = 0, ranks: int = 1
+    ) -> None:
+        """Raises ConfigError unless `ranks` divides `batch_size`."""
         self.order, self.images, self.batch_size = order, images, batch_size
+        self.part = part_of_batch(batch_size, rank, ranks)
         self.epoch = self.first = 0
 
     def start_at(self, epoch: int, batch: int) -> None:
@@ -114,36 +138,183 @@ class EpochBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         order = self.order(self.epoch)
         for batch in range(self.first, self.batches):
-            yield order[batch * self.batch_size : (batch + 1) * self.batch_size].tolist()
+            yield order[batch * self.batch_size :][self.part].tolist()
 
 
-def training_loader(faces: DecodedFaces, batches: EpochBatches, workers: int, device: torch.device) -> DataLoader:
-    """Batches in the order of `batches`; set its epoch before each pass."""
-    return _loader(faces, batches, workers, device, keep_workers=workers > 0)
+def part_of_batch(batch_size: int, rank: int, ranks: int) -> slice:
+    """The rows of a batch that are those of `rank`; ConfigError unless all `ranks` get equally many."""
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} is none of {ranks} ranks")
+    require(batch_size % ranks == 0, "train.batch_size", f"must be a multiple of the {ranks} ranks, got {batch_size}")
+    rows = batch_size // ranks
+    return slice(rank * rows, (rank + 1) * rows)
 
 
-def sequential_loader(faces: DecodedFaces, batch_size: int, workers: int, device: torch.device) -> DataLoader:
-    """All faces once, in order, the last batch as large as it is."""
-    starts = range(0, len(faces), batch_size)
-    batches = [range(start, min(start + batch_size, len(faces))) for start in starts]
-    return _loader(faces, batches, workers, device, keep_workers=False)
+def training_loader(
+    faces: DecodedFaces,
+    batches: EpochBatches,
+    workers: int,
+    device: torch.device,
+    decode: Literal["cpu", "gpu"] = "cpu",
+) -> Iterable[Batch]:
+    """Batches in the order of `batches`; set its epoch before each pass.
+
+    The faces are on the CPU; with `decode` "gpu" they are on `device`, decoded there (see data/jpeg_decoding.py).
+    Raises ConfigError when that cannot be.
+    """
+    positions = _ReadAhead(batches, faces.images)
+    if decode == "gpu":
+        device_decoder(device)  # an error now, not after the workers started
+        loader = _loader(_EncodedFaces(faces), positions, workers, pin=False, keep_workers=workers > 0)
+        return _DecodedOnArrival(loader, faces, device)
+    rows = batches.part.stop - batches.part.start
+    return _decoding_loader(faces, positions, rows, workers, device, keep_workers=workers > 0)
 
 
-def _loader(faces: DecodedFaces, batches: object, workers: int, device: torch.device, keep_workers: bool) -> DataLoader:
+def sequential_loader(
+    faces: DecodedFaces, batch_size: int, workers: int, device: torch.device, positions: range | None = None
+) -> Iterable[Batch]:
+    """All faces once, or those at `positions`, in order, the last batch as large as it is."""
+    positions = range(len(faces)) if positions is None else positions
+    batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
+    return _decoding_loader(faces, batches, batch_size, workers, device, keep_workers=False)
+
+
+def _decoding_loader(
+    faces: DecodedFaces,
+    batches: Iterable[Sequence[int]],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    keep_workers: bool,
+) -> Iterable[Batch]:
+    pin = device.type == "cuda"
+    if not (workers and _forks()):
+        return _loader(faces, batches, workers, pin, keep_workers)
+    # Those that the workers are at, one that is in use, the one before, and one to spare.
+    memory = BatchMemory(workers * PREFETCH + 3, (batch_size, faces.size, faces.size, 3))
+    return _loader(_FacesInMemory(faces, memory), _WithSlots(batches, memory), workers, pin, keep_workers)
+
+
+def _loader(dataset: Dataset, batches: object, workers: int, pin: bool, keep_workers: bool) -> DataLoader:
     return DataLoader(
-        faces,
+        dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_as_it_is,  # type: ignore[arg-type]
-        pin_memory=device.type == "cuda",
+        prefetch_factor=PREFETCH if workers else None,
+        collate_fn=_as_it_is,
+        pin_memory=pin,
         persistent_workers=keep_workers,
         # Python 3.14 would start every worker anew and pickle the index to it; forked ones share it.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        multiprocessing_context="fork" if workers and _forks() else None,
         worker_init_fn=_set_up_worker,
     )
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _forks() -> bool:
+    return sys.platform == "linux"
+
+
+class _Job(NamedTuple):
+    """Positions of a batch, and the slot that its faces go to; None: memory of their own."""
+
+    positions: Sequence[int]
+    slot: int | None
+
+
+class _WithSlots:
+    """Batches of positions as jobs. A slot is lost when its batch raises, and then there is one less."""
+
+    def __init__(self, batches: Iterable[Sequence[int]], memory: BatchMemory) -> None:
+        self._batches, self._memory = batches, memory
+
+    def __iter__(self) -> Iterator[_Job]:
+        for positions in self._batches:
+            yield _Job(positions, self._memory.lend())
+
+
+class _FacesInMemory(Dataset):
+    """Does jobs, in worker processes."""
+
+    def __init__(self, faces: DecodedFaces, memory: BatchMemory) -> None:
+        self._faces, self._memory = faces, memory
+
+    def __getitems__(self, job: _Job) -> "Batch | _Delivery":
+        if job.slot is None:
+            return self._faces.__getitems__(job.positions)
+        rows = self._memory.place(job.slot, len(job.positions))
+        labels, broken = self._faces.decode_into(rows, job.positions)
+        return _Delivery(self._memory.number, job.slot, labels, broken)
+
+
+class _Delivery:
+    """A batch on its way to the main process: pickled in the worker, it is a Batch when unpickled there."""
+
+    def __init__(self, memory: int, slot: int, labels: Tensor, broken: list[str]) -> None:
+        self._content = memory, slot, labels.numpy(), broken
+
+    def __reduce__(self) -> tuple[Callable[..., Batch], tuple]:
+        return _received, self._content
+
+
+def _received(memory: int, slot: int, labels: np.ndarray, broken: list[str]) -> Batch:
+    return Batch(batch_memory(memory).take(slot, len(labels)), torch.from_numpy(labels), broken)
+
+
+class _ReadAhead:
+    """Batches of positions, with hints to the system: read what the workers get next, or the next stretch of the order.
+
+    What is hinted is read while batches before it are decoded, many images at a time, as disks like it.
+    """
+
+    def __init__(self, batches: EpochBatches, images: EncodedImages) -> None:
+        self._batches, self._images = batches, images
+        self._stretch = batches.order.stretch if isinstance(batches.order, Order) else 0
+        if not self._stretch:
+            expect_random_reads(images)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self._hinting_stretches() if self._stretch else self._hinting_batches()
+
+    def _hinting_batches(self) -> Iterator[list[int]]:
+        for positions in self._batches:
+            read_soon(self._images, np.array(positions))
+            yield positions
+
+    def _hinting_stretches(self) -> Iterator[list[int]]:
+        """While a stretch is shown, the next one is read in the order of the file."""
+        order, size = self._batches.order(self._batches.epoch), self._batches.batch_size
+        starts = range(0, len(order), self._stretch)
+        to_read = np.concatenate([np.sort(order[start : start + self._stretch]) for start in starts])
+        start = self._batches.first * size
+        read_soon(self._images, to_read[start - start % self._stretch : start + self._stretch])
+        for positions in self._batches:
+            read_soon(self._images, to_read[start + self._stretch :][:size])
+            start += size
+            yield positions
+
+
+class _DecodedOnArrival:
+    """The batches of a loader of encoded faces, decoded on the device as they come."""
+
+    def __init__(self, loader: DataLoader, faces: DecodedFaces, device: torch.device) -> None:
+        self._loader, self._faces, self._device = loader, faces, device
+
+    def __iter__(self) -> Iterator[Batch]:
+        for encoded in self._loader:
+            yield self._decoded(encoded)
+
+    def _decoded(self, encoded: EncodedBatch) -> Batch:
+        known = self._faces
+        faces, broken = decode_jpegs(encoded, known.size, self._device, known.resize, known.images.describe)
+        if broken and not known.tolerant:
+            raise ImageError(next(iter(broken.values())))
+        labels = known.labels[torch.as_tensor(encoded.positions)]
+        labels[list(broken)] = -1
+        return Batch(faces, labels, list(broken.values()))
+
+
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
@@ -152,10 +323,13 @@ def _set_up_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to heed
 
 
-def flips(seed: int, epoch: int, batch: int, batch_size: int) -> Tensor:
-    """Which faces of a batch are mirrored: bool [batch_size], decided by the arguments alone."""
+def flips(seed: int, epoch: int, batch: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Tensor:
+    """Which faces of a batch are mirrored: bool [batch_size], decided by the arguments alone.
+
+    Of several ranks each gets its part, [batch_size / ranks], of what one process would draw.
+    """
     generator = np.random.default_rng([seed, epoch, batch, 1])
-    return torch.from_numpy(generator.random(batch_size) < 0.5)
+    return torch.from_numpy(generator.random(batch_size)[part_of_batch(batch_size, rank, ranks)] < 0.5)
 
 
 def to_network_input(faces: Tensor, mirror: Tensor | bool = False) -> Tensor:
@@ -164,7 +338,9 @@ def to_network_input(faces: Tensor, mirror: Tensor | bool = False) -> Tensor:
     `mirror`: bool [B], which faces to mirror left to right, or one bool for all.
     """
     if isinstance(mirror, Tensor):
-        faces = torch.where(mirror[:, None, None, None], faces.flip(2), faces)
+        # The mirrored face where the mask is 255, else the face: torch.where takes ten times as long on the CPU.
+        mask = mirror[:, None, None, None].to(torch.uint8).neg_()
+        faces = faces.flip(2).bitwise_xor_(faces).bitwise_and_(mask).bitwise_xor_(faces)
     elif mirror:
         faces = faces.flip(2)
     return faces.permute(0, 3, 1, 2).float().sub_(127.5).div_(127.5)

@@ -4,6 +4,7 @@ Each function returns positions, int64 [images]. Resuming, ranks and workers cut
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
@@ -16,11 +17,26 @@ BLOCK = 8192
 BLOCKS_MIXED = 4
 
 
-def create_order(name: OrderName, labels: np.ndarray, seed: int) -> Callable[[int], np.ndarray]:
+@dataclass(frozen=True)
+class Order:
+    """`positions(epoch)`: what an epoch shows. `stretch`: images that follow each other and lie in few runs of the
+    file; 0 when any image may follow any other.
+    """
+
+    positions: Callable[[int], np.ndarray]
+    stretch: int = 0
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        return self.positions(epoch)
+
+
+def create_order(name: OrderName, labels: np.ndarray, seed: int) -> Order:
     """The order called `name` in the config (`data.order`), as a function of the epoch."""
     if name == "balanced":
-        return partial(balanced_order, labels, seed)
-    return partial({"exact": exact_order, "blocks": block_order}[name], len(labels), seed)
+        return Order(partial(balanced_order, labels, seed))
+    if name == "blocks":
+        return Order(partial(block_order, len(labels), seed), BLOCK * BLOCKS_MIXED)
+    return Order(partial(exact_order, len(labels), seed))
 
 
 def exact_order(images: int, seed: int, epoch: int) -> np.ndarray:

@@ -1,20 +1,30 @@
-"""Loading: the order of faces, where it can be entered, the pixels, and what a broken image says."""
+"""Loading: the order of faces, where it can be entered, ranks, the pixels, memory, reading ahead, broken images."""
 
+import ctypes
+import gc
+import mmap
+import os
+import sys
+import time
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.face_sets import RecFaceSet, open_face_set
+from data.augment import Chances, augment
+from data.batch_memory import BatchMemory
+from data.face_sets import FaceSet, FrequentIdentities, JoinedFaceSet, RecFaceSet, open_face_set
 from data.images import ImageError, encode_png
 from data.loading import DecodedFaces, EpochBatches, flips, sequential_loader, to_network_input, training_loader
-from data.orders import exact_order
-from data.recordio import IndexedRecordWriter, pack_image
+from data.orders import Order, block_order, create_order, exact_order
+from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordFile, encode_record, pack_image
+from utils.settings import ConfigError
 
 CPU = torch.device("cpu")
 SIZE = 16
@@ -105,6 +115,71 @@ def test_flips_are_decided_by_their_arguments(seed: int, epoch: int, batch: int)
         assert not torch.equal(flipped, flips(*other, 400))
 
 
+# --- ranks ------------------------------------------------------------------------------------------------------------
+
+
+def all_ranks(ranks: int, epoch: int, first: int) -> list[list[list[int]]]:
+    """The batches of every rank, from batch `first` on: 12 rows in all, out of 100 images."""
+    seen = []
+    for rank in range(ranks):
+        batches = EpochBatches(partial(exact_order, 100, 5), 100, 12, rank, ranks)
+        batches.start_at(epoch, first)
+        assert len(batches) == 8 - first
+        assert batches.batches == 8
+        seen.append(list(batches))
+    return seen
+
+
+@given(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 3), st.integers(0, 8))
+def test_ranks_share_every_batch(ranks: int, epoch: int, first: int) -> None:
+    """Side by side, the ranks' parts are the batches of one process, from any batch on: a run goes on with another
+    number of ranks, and no image is seen twice or lost."""
+    together = [[*chain(*parts)] for parts in zip(*all_ranks(ranks, epoch, first), strict=True)]
+    assert together == all_ranks(1, epoch, 0)[0][first:]
+    assert all(len(part) == 12 // ranks for batches in all_ranks(ranks, epoch, first) for part in batches)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(0, 9), st.integers(0, 9))
+def test_ranks_do_to_a_face_what_one_process_does(ranks: int, epoch: int, batch: int) -> None:
+    """Flips and augmentations of a batch's faces are the same, whichever rank has them."""
+    parts = [flips(3, epoch, batch, 12, rank, ranks) for rank in range(ranks)]
+    assert torch.equal(torch.cat(parts), flips(3, epoch, batch, 12))
+    faces = torch.from_numpy(np.stack([picture(key) for key in range(12)]))
+    chances, rows = Chances(0.5, 0.5, 0.5, 0.5, 0.2), 12 // ranks
+    augmented = [
+        augment(faces[rank * rows : (rank + 1) * rows], chances, 3, epoch, batch, rank, ranks) for rank in range(ranks)
+    ]
+    # Products of fewer faces may be summed in another order: a value may be rounded the other way.
+    whole = augment(faces, chances, 3, epoch, batch)
+    assert (torch.cat(augmented).int() - whole.int()).abs().max() <= 1
+
+
+def test_ranks_must_divide_the_batch() -> None:
+    """Unequal parts are refused by the name of the setting; so is a rank that does not exist."""
+    order = partial(exact_order, 100, 0)
+    with pytest.raises(ConfigError, match=r"train\.batch_size: must be a multiple of the 3 ranks, got 10"):
+        EpochBatches(order, 100, 10, 0, 3)
+    with pytest.raises(ConfigError, match=r"train\.batch_size"):
+        flips(0, 0, 0, 10, 1, 4)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"rank {rank} is none of 2"):
+            EpochBatches(order, 100, 10, rank, 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_load_their_parts(faces: DecodedFaces, workers: int) -> None:
+    """Through the loader too: the pixels of both ranks are those of one process's batches."""
+
+    def batches(rank: int, ranks: int) -> list[torch.Tensor]:
+        order = EpochBatches(partial(exact_order, IMAGES, 7), IMAGES, 4, rank, ranks)
+        return [batch.faces for batch in training_loader(faces, order, workers, CPU)]
+
+    halves = [torch.cat(pair) for pair in zip(batches(0, 2), batches(1, 2), strict=True)]
+    assert len(halves) == 5
+    assert all(torch.equal(half, whole) for half, whole in zip(halves, batches(0, 1), strict=True))
+
+
 # --- batches ----------------------------------------------------------------------------------------------------------
 
 
@@ -155,6 +230,207 @@ def test_sequential_loader(faces: DecodedFaces, workers: int) -> None:
     pixels = torch.cat([batch.faces for batch in loaded])
     assert all(np.array_equal(pixels[key - 1], picture(key)) for key in range(1, IMAGES + 1))
     assert torch.cat([batch.labels for batch in loaded]).tolist() == faces.labels.tolist()
+
+
+# --- memory of batches ------------------------------------------------------------------------------------------------
+
+
+def test_a_slot_is_free_when_nothing_looks_at_it() -> None:
+    """A slot is lent again after the last tensor, view or array of it is gone, and not before."""
+    memory = BatchMemory(1, (4, 2))
+    slot = memory.lend()
+    assert slot == 0
+    memory.place(slot, 4)[:] = np.arange(8).reshape(4, 2)
+    batch = memory.take(slot, 3)
+    assert batch.tolist() == [[0, 1], [2, 3], [4, 5]]
+    looking = [batch[1], batch[2:].numpy(), batch.detach().view(-1)]
+    del batch
+    while looking:
+        gc.collect()
+        assert memory.lend() is None
+        assert looking[0].sum() in (5, 9, 15)
+        looking.pop(0)
+    assert memory.lend() == 0
+    assert memory.lend() is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_loaders_reuse_memory(faces: DecodedFaces) -> None:
+    """Batches that are let go come in the same few places, also after epochs that were left midway."""
+    batches = EpochBatches(partial(exact_order, IMAGES, 7), IMAGES, 1)
+    loader = training_loader(faces, batches, 2, CPU)
+    places = set()
+    for epoch in range(6):
+        batches.start_at(epoch, 0)
+        for number, batch in enumerate(loader):
+            places.add(batch.faces.data_ptr())
+            if epoch % 2 and number == 3:
+                break
+    assert 2 <= len(places) <= 7
+
+
+def test_batches_that_are_kept_stay_as_they_are(faces: DecodedFaces) -> None:
+    """More batches than there are slots, and single faces of batches, keep their pixels while others are loaded."""
+    batches = EpochBatches(partial(exact_order, IMAGES, 7), IMAGES, 2)
+    loader = training_loader(faces, batches, 2, CPU)
+    order = exact_order(IMAGES, 7, 0)
+    whole = list(loader)
+    single = [batch.faces[1] for batch in loader]
+    arrays = [batch.faces[0].numpy() for batch in loader]
+    gc.collect()
+    for batch in loader:
+        assert batch.faces.any()
+    assert len(whole) == 11
+    for number in range(11):
+        first, second = (picture(int(order[2 * number + row]) + 1) for row in range(2))
+        assert np.array_equal(whole[number].faces, np.stack([first, second]))
+        assert np.array_equal(single[number], second)
+        assert np.array_equal(arrays[number], first)
+
+
+# --- reading ahead ----------------------------------------------------------------------------------------------------
+
+
+def large_set(folder: Path, images: int = 60) -> RecFaceSet:
+    """Faces of 10 identities in records of 5 to 20 kB."""
+    folder.mkdir(exist_ok=True)
+    with IndexedRecordWriter(folder / "train.rec") as writer:
+        for key in range(1, images + 1):
+            writer.write(key, pack_image(float(key % 10), key, os.urandom(5000 + key * 250)))
+    return RecFaceSet(folder / "train.rec")
+
+
+def mapping_flags(path: Path) -> list[str]:
+    """How the system was told that the mapping of a file is read (VmFlags)."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    mine = next(line for line in lines if line.endswith(str(path)))
+    assert mine
+    return next(line for line in lines if line.startswith("VmFlags")).split()
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
+@pytest.mark.parametrize(("name", "random"), [("exact", True), ("balanced", True), ("blocks", False)])
+@pytest.mark.parametrize("joined", [False, True])
+def test_random_orders_are_announced(tmp_path: Path, name: str, random: bool, joined: bool) -> None:
+    """Training in a random order tells the system so, for every file of a set; opening a set and `blocks` do not."""
+    sets = [large_set(tmp_path / part) for part in "ab"[: 1 + joined]]
+    faces: FaceSet = FrequentIdentities(JoinedFaceSet(sets), 2) if joined else sets[0]
+    assert all("rr" not in mapping_flags(part.path) for part in sets)
+    batches = EpochBatches(create_order(name, faces.labels, 0), len(faces), 4)
+    training_loader(DecodedFaces(faces, faces.labels, SIZE, tolerant=True), batches, 0, CPU)
+    assert all(("rr" in mapping_flags(part.path)) == random for part in sets)
+
+
+@pytest.mark.parametrize("kind", ["plain", "joined", "frequent"])
+@pytest.mark.parametrize(("stretch", "first"), [(0, 0), (0, 3), (24, 0), (24, 7)])
+def test_images_are_announced_before_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stretch: int, first: int
+) -> None:
+    """The system is told of every record's bytes before it is read; of `blocks`, in long runs and a stretch ahead."""
+    sets = [large_set(tmp_path / part) for part in "ab"]
+    faces: FaceSet = {
+        "plain": lambda: sets[0],
+        "joined": lambda: JoinedFaceSet(sets),
+        "frequent": lambda: FrequentIdentities(JoinedFaceSet(sets), 2),
+    }[kind]()
+    told: list[tuple[RecordFile, int, int]] = []
+    read = []
+    monkeypatch.setattr(RecordFile, "read_soon", lambda file, start, end: told.append((file, start, end)))
+    plain_read = RecordFile.read
+
+    def checked_read(file: RecordFile, offset: int) -> bytes:
+        payload = plain_read(file, offset)
+        end = offset + 8 + len(payload)
+        assert any(f is file and start <= offset and end <= stop for f, start, stop in told), "read before it was told"
+        read.append(end - offset)
+        return payload
+
+    images = len(faces)
+    seed_order = (
+        partial(block_order, images, 1, block=8, blocks_mixed=3) if stretch else partial(exact_order, images, 1)
+    )
+    batches = EpochBatches(Order(seed_order, stretch), images, 6)
+    batches.start_at(0, first)
+    monkeypatch.setattr(RecordFile, "read", checked_read)
+    loader = training_loader(DecodedFaces(faces, faces.labels, SIZE, tolerant=True), batches, 0, CPU)
+    assert sum(len(batch.labels) for batch in loader) == len(read) == images - 6 * first
+    told_bytes = sum(end - start for _, start, end in told)
+    if stretch:
+        assert len(told) < len(read) / 1.5, "runs of neighbours are read in one piece"
+    assert told_bytes < sum(read) + len(read) * (1 << 14)
+
+
+def resident(file: RecordFile) -> np.ndarray:
+    """Which pages of a mapped file are in memory: bool [pages]."""
+    pages = np.zeros(-(-file.size // mmap.PAGESIZE), np.uint8)
+    address = file.view().ctypes.data
+    libc = ctypes.CDLL(None, use_errno=True)
+    done = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(file.size), ctypes.c_void_p(pages.ctypes.data))
+    assert done == 0, os.strerror(ctypes.get_errno())
+    return (pages & 1).astype(bool)
+
+
+@pytest.fixture
+def cold_file(tmp_path: Path) -> RecordFile:
+    """A file of 4 MB of which nothing is in memory; skipped where the file system cannot forget."""
+    path = tmp_path / "cold.rec"
+    path.write_bytes(os.urandom(1 << 22))
+    if not hasattr(os, "posix_fadvise") or sys.platform != "linux":
+        pytest.skip("needs Linux's posix_fadvise and mincore")
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    cold = RecordFile(path)
+    if resident(cold).any():
+        pytest.skip("files stay in memory here")
+    return cold
+
+
+def test_a_random_read_brings_nothing_else(cold_file: RecordFile) -> None:
+    """One byte of a cold file costs one page; without the announcement it costs many."""
+    middle = cold_file.size // 2
+    cold_file.expect_random_reads()
+    cold_file.view()[middle].item()
+    assert resident(cold_file).sum() == 1
+    undeclared = RecordFile(cold_file.path)
+    undeclared.view()[cold_file.size // 4].item()
+    assert resident(cold_file).sum() > 4
+
+
+def test_read_soon_reads_what_it_says(cold_file: RecordFile) -> None:
+    """The pages of the bytes come into memory unasked, and no others; bytes beyond the file are nobody's."""
+    page = mmap.PAGESIZE
+    cold_file.read_soon(100 * page + 5, 110 * page + 1)
+    cold_file.read_soon(cold_file.size, cold_file.size + page)
+    cold_file.read_soon(-page, page)
+    for _ in range(100):
+        if resident(cold_file).sum() == 11:
+            break
+        time.sleep(0.02)
+    assert np.flatnonzero(resident(cold_file)).tolist() == list(range(100, 111))
+
+
+def test_reading_where_the_system_takes_no_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the system's calls (Windows has none of them) the same faces are loaded."""
+    for advice in ("MADV_RANDOM", "MADV_WILLNEED"):
+        monkeypatch.delattr(mmap, advice, raising=False)
+    records = write_set(tmp_path)
+    batches = EpochBatches(create_order("exact", records.labels, 0), IMAGES, IMAGES)
+    (batch,) = training_loader(DecodedFaces(records, records.labels, SIZE), batches, 0, CPU)
+    expected = np.stack([picture(int(i) + 1) for i in exact_order(IMAGES, 0, 0)])
+    assert np.array_equal(batch.faces, expected)
+
+
+def test_a_cut_record_of_a_large_file(tmp_path: Path) -> None:
+    """A record in parts is joined in a file of over 2**29 bytes too, where its flag could be taken for a length."""
+    payload = b"face" + MAGIC_BYTES + b"more"
+    path = tmp_path / "large.rec"
+    path.write_bytes(encode_record(payload))
+    os.truncate(path, (1 << 29) + 4096)
+    assert RecordFile(path).read(0) == payload
+
+
+# --- broken images ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("workers", [0, 1])

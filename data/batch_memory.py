@@ -1,0 +1,55 @@
+"""Memory for batches that worker processes fill and the main process reads, the same pages again and again.
+
+A new block of shared memory for each batch costs more than it seems: every page of it is zeroed and mapped in both
+processes, and its file descriptor is sent through a socket. Here all of it is made once, before the workers are forked;
+what travels with a batch is the number of a slot.
+"""
+
+import itertools
+import math
+import mmap
+import weakref
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_memories: "weakref.WeakValueDictionary[int, BatchMemory]" = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+class BatchMemory:
+    """`slots` places for uint8 batches of `shape`, shared with the processes that are forked from this one.
+
+    The main process lends a slot, a worker fills it, and the main process takes its content as a tensor. The slot is
+    lent again once nothing refers to that tensor's memory any more, views included: a batch that is kept stays as it
+    is. The memory is anonymous, so it does not count towards the size of /dev/shm, and pages are taken when touched.
+    """
+
+    def __init__(self, slots: int, shape: tuple[int, ...]) -> None:
+        self.number = next(_numbers)
+        self.shape = shape
+        self._places = np.frombuffer(mmap.mmap(-1, slots * math.prod(shape)), np.uint8).reshape(slots, *shape)
+        self._free = list(range(slots))
+        _memories[self.number] = self
+
+    def lend(self) -> int | None:
+        """A slot that is free, the one used last; None when all are in use."""
+        return self._free.pop() if self._free else None
+
+    def place(self, slot: int, count: int) -> np.ndarray:
+        """The first `count` rows of a slot, uint8, to write to."""
+        return self._places[slot, :count]
+
+    def take(self, slot: int, count: int) -> Tensor:
+        """The same as a tensor, with whose memory the slot becomes free."""
+        place = self.place(slot, count)
+        # The tensor's storage owns this very array: when it goes, no tensor or array looks at the slot any more.
+        returned = weakref.finalize(place, self._free.append, slot)
+        returned.atexit = False
+        return torch.from_numpy(place)
+
+
+def batch_memory(number: int) -> BatchMemory:
+    """The memory of this number in this process."""
+    return _memories[number]
