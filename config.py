@@ -202,8 +202,8 @@ class TrainConfig:
     """The training run."""
 
     # Name of the run's folder. Empty: date, time and network.
-    run: str = ""
-    # Run to go on with (its folder): its settings hold, save for the flags given. auto: the run called train.run if it
+    name: str = ""
+    # Run to go on with (its folder): its settings hold, save for the flags given. auto: the run called train.name if it
     # is there already, else a new one, so that the same command starts a run and goes on with it.
     resume: str = ""
     # Passes over the training set. 20 as published for IResNet on millions of images, 40 for MobileFaceNet.
@@ -510,6 +510,29 @@ class ReportConfig:
 
 
 @dataclass(frozen=True)
+class DropNoisyConfig:
+    """Leaving out the faces that a run with sub-centers shows to be mislabelled."""
+
+    # Folder of a run that was trained with loss.sub_centers above 1.
+    run: str = ""
+    # The set that the run was trained on, if it has moved; several, comma separated. Empty: the run's data.root.
+    source: tuple[str, ...] = ()
+    # Folder for the set without the noise; it must not exist yet.
+    output: str = ""
+    # Faces farther than this from the dominant sub-center of their identity are noise, degrees. 75 as published.
+    angle: float = 75.0
+    # Images per forward pass.
+    batch_size: int = 64
+    # Add the embedding of the mirrored image.
+    mirror: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self, "drop_noisy")
+        require(0 < self.angle < 180, "drop_noisy.angle", f"must be between 0 and 180 degrees, got {self.angle}")
+        require(self.batch_size >= 1, "drop_noisy.batch_size", f"must be 1 or more, got {self.batch_size}")
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """The embedded set of drawn faces."""
 
@@ -558,6 +581,7 @@ class Config:
     pack: PackConfig = PackConfig()
     pack_bin: PackBinConfig = PackBinConfig()
     report: ReportConfig = ReportConfig()
+    drop_noisy: DropNoisyConfig = DropNoisyConfig()
     demo: DemoConfig = DemoConfig()
 
 

@@ -389,12 +389,12 @@ def run_folder(config: Config) -> Path:
         if not (run / CHECKPOINTS).is_dir():
             raise TrainingError(f"train.resume: {run} has no {CHECKPOINTS} to go on from")
         return run
-    if settings.resume == "auto" and not settings.run:
-        raise TrainingError("train.resume: auto goes on with the run called train.run: name it with --run")
-    run = Path(config.common.runs) / (settings.run or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
+    if settings.resume == "auto" and not settings.name:
+        raise TrainingError("train.resume: auto goes on with the run called train.name: name it with --name")
+    run = Path(config.common.runs) / (settings.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
     if run.exists() and settings.resume != "auto":
         go_on = f", go on with --resume {run}" if (run / CHECKPOINTS).exists() else ""
-        raise TrainingError(f"{run} exists: name another with --run{go_on}, or remove it")
+        raise TrainingError(f"{run} exists: name another with --name{go_on}, or remove it")
     return run
 
 
@@ -414,8 +414,8 @@ def verification_sets(data: DataConfig) -> list[VerificationPairs]:
 def saved_settings(settings: Settings) -> Settings:
     """The settings of the run to resume, if there is one."""
     resume = settings["train.resume"]
-    run = Path(settings["common.runs"], settings["train.run"]) if resume == "auto" else Path(resume)
-    saved = settings_beside(run) if resume and settings["train.run"] + resume != "auto" else {}
+    run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
+    saved = settings_beside(run) if resume and settings["train.name"] + resume != "auto" else {}
     return {**saved, "train.resume": resume} if saved else {}
 
 

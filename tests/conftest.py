@@ -69,7 +69,7 @@ def tiny_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "model.embedding_size": 16,
             "loss.scale": 8.0,
             "loss.margin": 0.2,
-            "train.run": "tiny",
+            "train.name": "tiny",
             "train.batch_size": 16,
             "train.epochs": 8,
             "train.lr": 0.05,

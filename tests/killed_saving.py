@@ -24,6 +24,7 @@ import torch
 from utils.checkpoint_store import CheckpointStore, Rows
 from utils.host_copy import HostCopy
 from utils.ranks import Ranks
+from utils.saved_checkpoints import Saved, checkpoint_folders
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir"}
 
@@ -34,13 +35,21 @@ def save(store: CheckpointStore, step: int, size: int) -> None:
 
 
 def checked_step(folder: Path, size: int) -> int:
-    """The step of the newest checkpoint, 0 without one; an error if its values are not those of its step."""
+    """The step of the newest checkpoint, 0 without one; an error if its values are not those of its step.
+
+    Older ones, too, have to be whole, and nothing else is left.
+    """
     complaints: list[str] = []
     with CheckpointStore(folder, Ranks(), say=complaints.append) as store:
         saved = store.newest()
     assert not complaints, complaints
     left = sorted(path.name for path in folder.parent.iterdir())
     assert left == [folder.name], left
+    found = checkpoint_folders(folder)
+    assert found == sorted(folder.iterdir()), sorted(folder.iterdir())
+    for path in found:
+        older = Saved(path)
+        older.check(older.files)
     if saved is None:
         return 0
     assert saved.notes == {"step": saved.step}
@@ -64,7 +73,10 @@ def kill_before(operation: int, folder: Path) -> None:
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal left
-        if event in OPERATIONS and any(str(argument).startswith(str(folder.parent)) for argument in arguments):
+        if event not in OPERATIONS or not isinstance(arguments[0], str | Path):
+            return
+        path = Path(arguments[0])
+        if not path.is_absolute() or path.is_relative_to(folder.parent):  # relative: in a folder that is being removed
             left -= 1
             if left < 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -215,6 +216,35 @@ def test_the_last_two_stay(tmp_path: Path) -> None:
     assert names(folder) == ["manifest.json", "rows-00000-of-00001.safetensors", "whole.safetensors"]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o750
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o640}
+
+
+def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut leaves a checkpoint with all its bytes or none by that name: synced are files, folder, new name."""
+    synced: dict[int, int] = {}  # size of each file and folder, by inode, when it was last synced
+    real_sync, real_replace = os.fsync, Path.replace
+    published: list[Path] = []
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+        real_sync(descriptor)
+
+    def replace(source: Path, target: Path) -> Path:
+        if target.name.startswith("step-") and target.parent.name == "checkpoints":
+            assert len(names(source)) == 3
+            for path in (source, *source.iterdir()):
+                assert synced[path.stat().st_ino] == path.stat().st_size
+            synced.pop(target.parent.stat().st_ino, None)
+            published.append(target)
+        return real_replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        for step in (1, 2):
+            save_step(store, step, Ranks(), wait=True)
+            assert published == [tmp_path / "checkpoints" / f"step-{step:09}"]
+            assert published.pop().parent.stat().st_ino in synced
 
 
 def test_a_step_saved_again(tmp_path: Path) -> None:
@@ -460,7 +490,9 @@ def dead_rank(folder: Path, ranks: Ranks, dead: int) -> tuple[str, bool]:
     """(what a save raises in which the rank `dead` takes no part, whether the one before stays)."""
     store = CheckpointStore(folder, ranks, patience=0.3, say=lambda line: None)
     save_step(store, 1, ranks, wait=True)
+    start = time.monotonic()
     failure = "" if ranks.rank == dead else attempt(lambda: save_step(store, 2, ranks, wait=True))
+    assert time.monotonic() < start + 10
     old_stays = is_step(store, 1)
     assert attempt(store.finish) == failure
     return failure, old_stays
@@ -566,6 +598,22 @@ def test_a_dead_rank_does_not_hang_the_others(on_ranks: list[dict[str, Any]], de
     """The others give up after a while, whether it is the one that they wait for or the one that waits for them."""
     assert on_ranks[1 - dead][f"dead {dead}"] == (f"TimeoutError waited 0.3 s in vain for {missed}", True)
     assert on_ranks[dead][f"dead {dead}"] == ("", True)
+
+
+def test_a_slow_rank_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """However long it takes, the others wait for it as long as its file grows."""
+
+    def write_slowly() -> None:
+        with (tmp_path / "rows").open("wb", buffering=0) as file:
+            for _ in range(20):
+                file.write(b"x")
+                time.sleep(0.05)
+        (tmp_path / "record").touch()
+
+    writer = threading.Thread(target=write_slowly)
+    writer.start()
+    checkpoint_store._await("the record", lambda: (tmp_path / "record").exists() or None, tmp_path, patience=0.5)
+    writer.join()
 
 
 def test_rows_have_to_make_up_the_matrix(on_ranks: list[dict[str, Any]], tmp_path: Path) -> None:

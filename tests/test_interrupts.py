@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,14 +19,17 @@ from utils.interrupts import Stopped, catch_interrupt
 def say(line):
     print(line, flush=True)
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background begins without
 try:
     with catch_interrupt() as interrupt:
         if "child" in sys.argv:
+            parent = os.getpid()
             child = os.fork()
             if not child:
                 say("ready")
-                while True:
+                while os.getppid() == parent:
                     time.sleep(0.01)
+                os._exit(0)
         else:
             say("ready")
         while not interrupt.requested:
@@ -72,17 +76,43 @@ class Run:
         return self.process.communicate(text, timeout=30)[0].splitlines(), self.process.returncode
 
 
+Start = Callable[..., Run]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts such processes, and kills what is left of them."""
+    runs: list[Run] = []
+
+    def start_one(*how: str) -> Run:
+        runs.append(Run(*how))
+        return runs[-1]
+
+    yield start_one
+    for run in runs:
+        run.process.kill()
+        run.process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def usual_ctrl_c() -> Iterator[None]:
+    """Ctrl-C interrupts, also when the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_the_exit_status_names_the_signal(number: signal.Signals, status: int) -> None:
+def test_the_exit_status_names_the_signal(start: Start, number: signal.Signals, status: int) -> None:
     """Shells and schedulers take 128 + number for an end by that signal."""
-    run = Run()
+    run = start()
     run.process.send_signal(number)
     assert run.end() == ([f"asked {status}", "stopped"], status)
 
 
-def test_schedulers_may_ask_again() -> None:
+def test_schedulers_may_ask_again(start: Start) -> None:
     """A second SIGTERM or SIGUSR1 does not stop the saving, and the first one stays the reason."""
-    run = Run("slow")
+    run = start("slow")
     run.process.send_signal(signal.SIGUSR1)
     assert run.line() == "asked 138"
     for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
@@ -90,9 +120,9 @@ def test_schedulers_may_ask_again() -> None:
     assert run.end("go on\n") == (["saved", "stopped"], 138)
 
 
-def test_who_presses_ctrl_c_again_is_heeded_at_once() -> None:
+def test_who_presses_ctrl_c_again_is_heeded_at_once(start: Start) -> None:
     """The second Ctrl-C interrupts the saving, also when a scheduler had asked before the first."""
-    run = Run("slow")
+    run = start("slow")
     run.process.send_signal(signal.SIGINT)
     assert run.line() == "asked 130"
     run.process.send_signal(signal.SIGINT)
@@ -105,9 +135,9 @@ def test_who_presses_ctrl_c_again_is_heeded_at_once() -> None:
         assert interrupt.exit_code == 143
 
 
-def test_workers_end_when_they_are_told() -> None:
+def test_workers_end_when_they_are_told(start: Start) -> None:
     """A forked worker ends by the SIGTERM of whoever stops workers; SIGUSR1, sent to a whole job, it ignores."""
-    run = Run("child")
+    run = start("child")
     children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children")
     child = int(children.read_text())
     os.kill(child, signal.SIGUSR1)
@@ -115,7 +145,7 @@ def test_workers_end_when_they_are_told() -> None:
     assert run.end()[0] == [f"child {-signal.SIGTERM}"]
 
 
-def test_afterwards_signals_do_what_they_did() -> None:
+def test_afterwards_signals_do_what_they_did(start: Start) -> None:
     """Handlers are put back as they were, whichever came."""
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(Stopped), catch_interrupt() as interrupt:
@@ -128,7 +158,7 @@ def test_afterwards_signals_do_what_they_did() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
-    run = Run("after")
+    run = start("after")
     run.process.send_signal(signal.SIGUSR1)
     assert [run.line(), run.line()] == ["asked 138", "stopped"]
     run.process.send_signal(signal.SIGTERM)

@@ -189,7 +189,7 @@ def test_prepare_real_sets(face_data: Path, tmp_path: Path, name: str, images: i
 def test_train_on_a_real_set(face_data: Path, tmp_path: Path) -> None:
     """The small net learns something of 24 real people within an epoch of a set that mxnet wrote."""
     train_main(
-        ["--preset", "demo", "--data.root", str(face_data / "faces_glint24"), "--runs", str(tmp_path), "--run", "r",
+        ["--preset", "demo", "--data.root", str(face_data / "faces_glint24"), "--runs", str(tmp_path), "--name", "r",
          "--epochs", "1", "--workers", "0", "--log-every", "8"]
     )  # fmt: skip
     accuracy = [line["train/accuracy"] for line in read_metrics(tmp_path / "r") if "train/accuracy" in line]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from config import PRESETS, Config, TrainConfig
-from utils.schedules import OptimizerName, ScheduleName, learning_rates, linear_decay, peak_lr
+from utils.schedules import OptimizerName, ScheduleName, learning_rates, peak_lr
 from utils.settings import build
 
 SCHEDULES = get_args(ScheduleName)
@@ -25,7 +25,6 @@ def test_the_default_is_the_published_recipe_to_the_bit(steps: int, warmup: int,
     climb, fall = (step + 1) / max(1, warmup), (steps - step) / max(1, steps - warmup)
     expected = peak * np.where(step < warmup, climb, fall)
     np.testing.assert_array_equal(learning_rates("poly", steps, 1, peak, warmup_epochs=warmup), expected)
-    np.testing.assert_array_equal(linear_decay(steps, warmup, peak), expected)
 
 
 def test_without_warmup_it_is_the_published_recipe() -> None:

@@ -26,7 +26,13 @@ from utils.settings import (
 SECTIONS = {name: hint for name, hint in get_type_hints(config.Config).items() if dataclasses.is_dataclass(hint)}
 FIELDS = [f"{section}.{f.name}" for section, hint in SECTIONS.items() for f in fields(hint)]
 #: The sections that each script calls its own.
-SCRIPTS = [("train", "common"), ("test", "common"), ("merge", "common"), ("prepare", "common")]
+SCRIPTS = [
+    ("train", "common"),
+    ("test", "common"),
+    ("merge", "common"),
+    ("prepare", "common"),
+    ("drop_noisy", "common"),
+]
 
 
 @dataclass(frozen=True)

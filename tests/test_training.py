@@ -47,7 +47,7 @@ def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
         "model.network": "demo",
         "model.embedding_size": 16,
         "loss.scale": 16.0,
-        "train.run": "a",
+        "train.name": "a",
         "train.batch_size": 8,
         "train.epochs": 2,
         "train.lr": 0.05,
@@ -76,8 +76,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 def test_same_run_twice_gives_the_same_numbers(tiny_set: Path, tmp_path: Path) -> None:
     """Seeded and repeatable: every weight, every momentum, equal to the bit; another seed is another run."""
-    runs = [train(configure(tiny_set, tmp_path, train__run=name)) for name in ("a", "b")]
-    other = train(configure(tiny_set, tmp_path, train__run="c", train__seed=1))
+    runs = [train(configure(tiny_set, tmp_path, train__name=name)) for name in ("a", "b")]
+    other = train(configure(tiny_set, tmp_path, train__name="c", train__seed=1))
     assert same(*map(weights, runs))
     assert not same(weights(runs[0]), weights(other))
 
@@ -124,7 +124,7 @@ def test_the_loop_is_the_published_recipe(tiny_set: Path, tmp_path: Path) -> Non
 
 def test_workers_change_nothing(tiny_set: Path, tmp_path: Path) -> None:
     """How many processes decode must not decide what is learned."""
-    runs = [train(configure(tiny_set, tmp_path, train__run=str(n), common__workers=n)) for n in (0, 2)]
+    runs = [train(configure(tiny_set, tmp_path, train__name=str(n), common__workers=n)) for n in (0, 2)]
     assert same(*map(weights, runs))
 
 
@@ -132,8 +132,8 @@ def test_folders_train_like_the_records_they_came_from(tiny_set: Path, tmp_path:
     """A set unpacked by prepare_data.py is the same training set: same classes, same order, same weights."""
     prepare(tiny_set / "train.rec", tmp_path / "folders", 0)
     shutil.copy(tiny_set / "tiny.bin", tmp_path / "folders")
-    records = train(configure(tiny_set, tmp_path, train__run="packed"))
-    folders = train(configure(tmp_path / "folders", tmp_path, train__run="unpacked"))
+    records = train(configure(tiny_set, tmp_path, train__name="packed"))
+    folders = train(configure(tmp_path / "folders", tmp_path, train__name="unpacked"))
     assert same(weights(records), weights(folders))
 
 
@@ -145,7 +145,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augmented: dict[str, object]
 ) -> None:
     """Stopped after 8 of 12 steps (the second of epoch 2) and resumed: the same weights as without the stop."""
-    whole = train(configure(tiny_set, tmp_path, train__run="whole", **augmented))
+    whole = train(configure(tiny_set, tmp_path, train__name="whole", **augmented))
 
     saved = Trainer.save
 
@@ -155,7 +155,7 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
 
     monkeypatch.setattr(Trainer, "save", save_then_stop)
     with pytest.raises(KeyboardInterrupt):
-        train(configure(tiny_set, tmp_path, train__run="cut", train__checkpoint_every=8, **augmented))
+        train(configure(tiny_set, tmp_path, train__name="cut", train__checkpoint_every=8, **augmented))
     monkeypatch.undo()
     cut = tmp_path / "cut"
     settings = from_json((cut / "config.json").read_text())
@@ -273,7 +273,7 @@ def test_several_sets_and_few_images(tiny_set: Path, tmp_path: Path) -> None:
     both = train(configure(tiny_set, tmp_path, data__root=(str(tiny_set), str(more)), train__epochs=1))
     assert len(weights(both)["head.weight"]) == 9
     fewer = configure(
-        tiny_set, tmp_path, data__root=(str(tiny_set), str(more)), data__min_images=3, train__run="b", train__epochs=1
+        tiny_set, tmp_path, data__root=(str(tiny_set), str(more)), data__min_images=3, train__name="b", train__epochs=1
     )
     assert len(weights(train(fewer))["head.weight"]) == 8
     faces = open_training_set([tiny_set, more], 3)
@@ -300,7 +300,7 @@ def test_broken_images_are_left_out_up_to_a_limit(tmp_path: Path, capsys: pytest
     with pytest.raises(
         TrainingError, match=r"4 images are broken, data\.broken_limit allows 3:(\n  .*record \d+ at.*){4}"
     ):
-        train(configure(tmp_path / "set", tmp_path, data__broken_limit=3, train__run="b"))
+        train(configure(tmp_path / "set", tmp_path, data__broken_limit=3, train__name="b"))
 
 
 def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
@@ -389,7 +389,7 @@ def test_errors_say_what_is_wrong(
 def test_a_run_is_never_overwritten(tiny_set: Path, tmp_path: Path) -> None:
     """The name of an existing run is refused before anything is written."""
     (tmp_path / "a").mkdir()
-    with pytest.raises(TrainingError, match="exists: name another with --run"):
+    with pytest.raises(TrainingError, match="exists: name another with --name"):
         train(configure(tiny_set, tmp_path))
     assert list((tmp_path / "a").iterdir()) == []
 

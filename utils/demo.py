@@ -78,7 +78,7 @@ def run_all(config: Config) -> None:
     run("data/make_demo_set.py", *overrides, "--output", first, "--more", second)
     run("data/prepare_data.py", *overrides, "--rec_data_path", first, "--output", folder / "images")
     preset_demo = ("--preset", "demo", *overrides)
-    run("train.py", *preset_demo, "--data.root", first, "--runs", folder / "runs", "--run", "demo")
+    run("train.py", *preset_demo, "--data.root", first, "--runs", folder / "runs", "--name", "demo")
     run("all_pair_test.py", *preset_demo, first / "demo.bin", second, "--model", trained)
     merge = ("--merge", f"{first},{second}", "--output", merged, "--model", trained)
     run("dataset_merge/dataset_merge.py", *preset_demo, *merge)

@@ -31,7 +31,7 @@ DTYPES = {
 }
 
 # A power of two: torch rounds pinned memory up to the next one, and one large buffer could take twice the state.
-CHUNK_BYTES = 1 << 24
+CHUNK_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)

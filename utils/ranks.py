@@ -109,8 +109,12 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
         return
+    store, rank, size = next(dist.rendezvous("env://"))
+    # After a restart by torchrun the store still has what the processes before wrote there, addresses that are dead.
+    store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    on_cuda = device.type == "cuda"
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.type == "cuda" else None
+        "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, device_id=device if on_cuda else None
     )
     try:
         yield Ranks(dist.group.WORLD)

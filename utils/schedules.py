@@ -72,8 +72,3 @@ def learning_rates(
         raise ValueError(f"train.schedule: there is no schedule {schedule!r}")
     warmup = (step + 1) / max(1, warmup_steps)
     return peak * np.where(step < warmup_steps, warmup, share)
-
-
-def linear_decay(steps: int, warmup_steps: int, peak: float) -> np.ndarray:
-    """float64 [steps]: up in equal parts to `peak` over `warmup_steps`, then down to (almost) 0 at the last step."""
-    return learning_rates("poly", steps, 1, peak, warmup_epochs=warmup_steps)

@@ -1,5 +1,6 @@
 """The network and the head of a run, made as its settings say."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import cast
@@ -82,4 +83,7 @@ def spread(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     if ranks.size == 1:
         return network
     ids = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else None
-    return DistributedDataParallel(network, ids, process_group=ranks.group, broadcast_buffers=False)
+    # The option has a new name since torch 2.15.
+    known = inspect.signature(DistributedDataParallel).parameters
+    own_statistics = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    return DistributedDataParallel(network, ids, process_group=ranks.group, **own_statistics)

@@ -1,0 +1,156 @@
+"""Training on several processes, as torchrun starts them, here over gloo on the CPU."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from models import create_network
+from train import CHECKPOINTS
+from utils.checkpoints import BEST
+from utils.saved_checkpoints import checkpoint_folders
+from utils.training_log import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
+FLAGS = {
+    "common.device": "cpu",
+    "common.workers": 0,
+    "data.image-size": 32,
+    "model.network": "demo",
+    "model.embedding-size": 16,
+    "loss.scale": 16.0,
+    "batch-size": 12,
+    "epochs": 3,
+    "lr": 0.05,
+    "log-every": 1,
+}
+
+
+def flags(tiny_set: Path, runs: Path, name: str, **settings: object) -> list[str]:
+    """Of a run on 48 faces, 4 steps an epoch. Batch norms are frozen: their statistics are of a rank's faces alone."""
+    network = create_network("demo", 16, 32)
+    norms = ",".join(name for name, module in network.named_modules() if isinstance(module, NORMS))
+    chosen = {
+        **FLAGS, "common.runs": runs, "data.root": tiny_set, "name": name, "frozen": norms,
+        **{key.replace("__", ".").replace("_", "-"): value for key, value in settings.items()},
+    }  # fmt: skip
+    return [f"--{key}={value}" for key, value in chosen.items()]
+
+
+def start(ranks: int, arguments: list[str], *options: str) -> subprocess.Popen[str]:
+    """`train.py` on so many processes."""
+    command = [sys.executable, str(ROOT / "train.py")]
+    if ranks > 1:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command = [*launcher, *options, str(ROOT / "train.py")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What it printed; it has to end well."""
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return output
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+
+
+def state(run: Path) -> dict[str, Tensor]:
+    """All that is saved of the end, what ranks had parts of put together."""
+    checkpoint = checkpoint_folders(run / CHECKPOINTS)[-1]
+    parts = [load_file(file) for file in sorted(checkpoint.glob("rows-*.safetensors"))]
+    rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return load_file(checkpoint / "whole.safetensors") | rows
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """Equal up to the order in which float32 numbers are added."""
+    assert losses(one) == pytest.approx(losses(other), rel=2e-4)
+    expected, reached = state(one), state(other)
+    assert expected.keys() == reached.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(reached[name].float(), value.float(), rtol=1e-2, atol=1e-3, msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the others have to equal: one process, no torchrun."""
+    runs = tmp_path_factory.mktemp("alone")
+    finish(start(1, flags(tiny_set, runs, "alone")))
+    return runs / "alone"
+
+
+def test_two_processes_train_what_one_does(tiny_set: Path, tmp_path: Path, alone: Path) -> None:
+    """Same global batch, same faces, flips and augmentations, same loss, same verification: the same run, written once;
+    parts of a batch that add up change nothing either."""
+    output = finish(start(2, flags(tiny_set, tmp_path, "two", micro_batch=4)))
+    assert output.count("48 images of 6 identities") == 1, "only the first process speaks"
+    assert_same_run(alone, tmp_path / "two")
+    verified = [[line["verify/tiny"] for line in read_metrics(run) if "verify/tiny" in line] for run in
+                (alone, tmp_path / "two")]  # fmt: skip
+    assert verified[0] == pytest.approx(verified[1], abs=0.05)
+    assert len(verified[0]) == 3
+    assert (tmp_path / "two" / BEST).exists()
+
+
+def test_a_run_goes_on_with_other_numbers_of_processes(tiny_set: Path, tmp_path: Path, alone: Path) -> None:
+    """Begun by three, stopped in the middle of an epoch by SIGTERM, taken up by two, finished by one."""
+    run = tmp_path / "elastic"
+    first = start(3, flags(tiny_set, tmp_path, "elastic", checkpoint_every=2, epochs=3, profile=0))
+    wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, first)
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=120)
+    stopped_at = len(losses(run))
+    finish(start(2, ["--resume", str(run)]))
+    assert 0 < stopped_at <= 12
+    assert_same_run(alone, run)
+    longer = finish(start(1, ["--resume", str(run), "--epochs", "4"]))
+    assert "from step 12" in longer
+    assert len(losses(run)) == 16
+
+
+def test_torchrun_restarts_a_run_after_a_process_died(tiny_set: Path, tmp_path: Path, alone: Path) -> None:
+    """kill -9 of one of two processes: torchrun starts both again, and they go on from the last checkpoint."""
+    run = tmp_path / "restarted"
+    arguments = [*flags(tiny_set, tmp_path, "restarted", checkpoint_every=1), "--resume", "auto"]
+    process = start(2, arguments, "--max-restarts=2")
+    wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, process)
+    workers = [pid for pid in children(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(workers[-1], signal.SIGKILL)
+    output = finish(process)
+    assert "from step" in output, "it was killed too late to show anything"
+    assert_same_run(alone, run)
+
+
+def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "nothing happened"
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+
+
+def children(parent: int) -> list[int]:
+    """Process numbers of the direct children."""
+    return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused(tiny_set: Path, tmp_path: Path) -> None:
+    """A batch size that is no multiple of the number of processes is an error that names the setting."""
+    process = start(2, flags(tiny_set, tmp_path, "odd", batch_size=13))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "train.batch_size: must be a multiple of the 2 ranks, got 13" in errors
