@@ -32,7 +32,7 @@ from data.prefetch import on_device
 from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
-from utils.checkpoints import BEST, CONFIG, Progress, save_backbone, settings_beside
+from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone, settings_beside
 from utils.devices import describe_device, pick_device, pick_precision
 from utils.ema import WeightAverage
 from utils.files import write_csv_atomic, write_text_atomic
@@ -52,6 +52,9 @@ from utils.training_state import TrainingState
 from utils.training_step import TrainingStep
 
 CHECKPOINTS = "checkpoints"
+
+#: Steps after one checkpoint that may be left out because the loss exploded. With more, the batches are not at fault.
+MOST_SKIPPED = 20
 
 
 class TrainingError(ValueError):
@@ -199,19 +202,20 @@ class Trainer:
                 try:
                     self.verify()
                 except (RuntimeError, OSError):  # out of memory, a full disk: the steps are not lost
-                    self.save(wait=True)
+                    if self.ranks.size == 1:  # the others may not know, and a save needs them all
+                        self.save(wait=True)
                     raise
         # A signal from here on is for the next step to see. Several ranks have to agree, which waits for all of them.
-        stopping = self.interrupt.requested
+        stopping = self.interrupt.number
         if self.ranks.size > 1:
-            stopping = note_now and self.ranks.any(stopping)
+            stopping = self.ranks.most(stopping) if note_now else 0
         if stopping and not note_now:
             self.note()
         if save_now or stopping:
-            self.save(wait=last or stopping)
+            self.save(wait=last or stopping > 0)
         if stopping:
             go_on = f"go on with: python train.py --resume {self.run}"
-            raise Stopped(f"stopped and saved at step {step:,} of {self.steps:,}; {go_on}", self.interrupt.exit_code)
+            raise Stopped(f"stopped and saved at step {step:,} of {self.steps:,}; {go_on}", 128 + stopping)
 
     def prepare(self, faces: torch.Tensor) -> torch.Tensor:
         """What the network gets of decoded faces: augmented, mirrored, normalised."""
@@ -271,8 +275,10 @@ class Trainer:
             "skipped": sorted(self.skipped),
             "torch": torch.__version__,
         }
+        about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
         with self.meter.paused():
-            self.store.save(self.step, self.state.whole(), self.state.rows(), notes, wait)
+            state = self.state
+            self.store.save(self.step, state.whole(), state.rows(), notes, wait, state.backbone(), about)
 
     def restore_newest(self) -> bool:
         """Go to where the newest whole checkpoint stands, if there is one."""
@@ -289,13 +295,16 @@ class Trainer:
         return True
 
     def roll_back(self, error: ExplodedError) -> None:
-        """Go back to the last checkpoint and leave out the batches that led astray; or raise `error`."""
-        known = len(self.skipped)
-        # The loss of a step is that of the weights before it: the step before may be the one that broke them.
-        skipped = self.skipped | {error.step - 1, error.step}
-        if self.config.train.on_explosion == "stop" or len(skipped) == known or not self.restore_newest():
+        """Go back to the last checkpoint and leave out the batches that led astray; or raise TrainingError."""
+        if self.config.train.on_explosion == "stop":
             raise error
-        self.skipped |= skipped
+        if not self.restore_newest():
+            raise TrainingError(f"{error}. There is no checkpoint yet to go back to: lower train.checkpoint_every")
+        # The loss of a step is that of the weights before it: the step before may be the one that broke them.
+        self.skipped |= {error.step - 1, error.step}
+        left_out = sum(step >= self.step for step in self.skipped)
+        if left_out > MOST_SKIPPED:
+            raise TrainingError(f"{error}. {left_out} steps after step {self.step:,} exploded or led to it: too many")
         self.meter = Meter(self.device)
         self.bar.reset()
         self.bar.update(self.step * self.config.train.batch_size)
@@ -315,7 +324,8 @@ class Trainer:
             step,
             f"the loss became {loss} at step {step:,} (learning rate {self.learning_rates[step]:.3g}, gradient norm "
             f"{norm:.3g}; its images are listed in {listed}); what {self.run} holds of earlier steps is kept. Lower "
-            "train.lr, raise train.warmup_epochs, lower loss.scale, or leave such batches out: --on-explosion skip",
+            "train.lr, raise train.warmup_epochs, or lower loss.scale"
+            + (", or leave such batches out: --on-explosion skip" if self.config.train.on_explosion == "stop" else ""),
         )
 
     def note_broken(self, found: Sequence[str]) -> None:
@@ -343,7 +353,15 @@ class Trainer:
             network = compile_network(network, lambda compiled: trial(compiled)(most), self.say)
         network = spread(network, self.ranks, self.device)
         return TrainingStep(
-            network, self.head, self.optimizer, self.scaler, self.precision, settings.gradient_clip, most, self.ranks
+            network,
+            self.head,
+            self.optimizer,
+            self.scaler,
+            self.precision,
+            settings.gradient_clip,
+            most,
+            self.ranks,
+            self.say if settings.micro_batch == "auto" else None,
         )
 
     def describe(self) -> None:

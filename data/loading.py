@@ -320,7 +320,9 @@ def _as_it_is(batch: Any) -> Any:
 
 def _set_up_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to heed
+    # A request to stop, which may come to the whole job, is the main process's to heed, and it still needs batches.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def flips(seed: int, epoch: int, batch: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Tensor:

@@ -74,7 +74,9 @@ def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").touch()
     save_file({"network.weight": torch.zeros(1)}, checkpoint / "whole.safetensors")
-    with pytest.raises(CheckpointError, match=f"is part of a checkpoint to resume from: name its run, {tmp_path}/run,"):
+    with pytest.raises(
+        CheckpointError, match=f"is part of a checkpoint to resume from: name its run, {tmp_path}/run, its best"
+    ):
         load_backbone(checkpoint / "whole.safetensors")
 
 

@@ -73,7 +73,7 @@ def state(run: Path) -> dict[str, Tensor]:
     checkpoint = checkpoint_folders(run / CHECKPOINTS)[-1]
     parts = [load_file(file) for file in sorted(checkpoint.glob("rows-*.safetensors"))]
     rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return load_file(checkpoint / "whole.safetensors") | rows
+    return load_file(checkpoint / "whole.safetensors") | load_file(checkpoint / "backbone.safetensors") | rows
 
 
 def assert_same_run(one: Path, other: Path) -> None:

@@ -69,7 +69,7 @@ def train_to_the_end(tiny_set: Path, runs: Path, name: str, epochs: int) -> Path
 def assert_same_end(run: Path, other: Path) -> None:
     """Every saved tensor and every logged loss, to the bit."""
     ends = [checkpoint_folders(folder / CHECKPOINTS)[-1] for folder in (run, other)]
-    for file in ("whole.safetensors", "rows-00000-of-00001.safetensors"):
+    for file in ("backbone.safetensors", "whole.safetensors", "rows-00000-of-00001.safetensors"):
         one, two = (load_file(end / file) for end in ends)
         assert one.keys() == two.keys()
         assert [name for name in one if not torch.equal(one[name], two[name])] == []

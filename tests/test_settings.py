@@ -303,6 +303,8 @@ def other_value(name: str) -> tuple[str, object]:
         if get_args(hint)[0] is int:
             return "1,2", (1, 2)
         return ("a", ("a",)) if name == "report.set" else ("a,b", ("a", "b"))  # a report is of one set
+    if field_name == "micro_batch":
+        return "16", "16"
     if isinstance(default, str):
         return "x_y", "x_y"
     if isinstance(default, int):
@@ -386,7 +388,7 @@ def test_the_default_network_exists() -> None:
         ("loss.sample_rate", 0.0),
         ("loss.sample_rate", 1.1),
         ("loss.engine", "sparse"),
-        ("loss.block", 0),
+        ("loss.block", -1),
         ("train.epochs", 0),
         ("train.batch_size", 0),
         ("train.lr", -0.1),

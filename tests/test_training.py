@@ -28,7 +28,7 @@ from tiny_faces import tiny_face
 from train import CHECKPOINTS, Trainer, TrainingError, train
 from utils import training_step
 from utils.checkpoints import BEST, CheckpointError, load_backbone
-from utils.saved_checkpoints import checkpoint_folders
+from utils.saved_checkpoints import BACKBONE, checkpoint_folders
 from utils.schedules import peak_lr
 from utils.settings import as_flags, build, flatten, from_json
 from utils.training_log import read_metrics
@@ -62,12 +62,13 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def weights(run: Path, file: str | None = None) -> dict[str, torch.Tensor]:
-    """The tensors in a file of the run, or all of its newest checkpoint."""
+    """The tensors in a file of the run, or all of its newest checkpoint, the network's as `network.*`."""
     if file is not None:
         return load_file(run / file)
-    return {
-        name: value for part in checkpoints(run)[-1].glob("*.safetensors") for name, value in load_file(part).items()
-    }
+    newest = checkpoints(run)[-1]
+    network = {f"network.{name}": value for name, value in load_file(newest / BACKBONE).items()}
+    parts = [load_file(part) for part in newest.glob("*.safetensors") if part.name != BACKBONE]
+    return network | {name: value for part in parts for name, value in part.items()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -308,9 +309,10 @@ def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
     config = configure(tiny_set, tmp_path)
     run = train(config)
     assert build(Config, from_json((run / "config.json").read_text())) == config
-    _, settings = load_backbone(run / BEST)
-    assert settings["model"]["network"] == "demo"
-    assert settings["data"]["image_size"] == 32
+    for file in (run / BEST, checkpoints(run)[-1] / BACKBONE):
+        _, settings = load_backbone(file)
+        assert settings["model"]["network"] == "demo"
+        assert settings["data"]["image_size"] == 32
     for picture in ("inputs.png", "loss.png", "accuracy.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
     assert list(run.glob("events.out.tfevents.*"))

@@ -13,6 +13,7 @@ from utils.checkpoints import CheckpointError
 from utils.ema import WeightAverage
 from utils.optimizers import OptimizerName, create_optimizer, parameter_groups
 from utils.ranks import Ranks
+from utils.saved_checkpoints import Saved
 from utils.training_state import TrainingState
 from utils.training_step import TrainingStep
 
@@ -43,8 +44,16 @@ class Parts:
             self.step(faces, torch.randint(0, CLASSES, (8,), generator=generator), step, lr=0.05)
             self.average.update(self.network, step)
 
+    def save(self, store: CheckpointStore, step: int) -> Saved:
+        """Its state, saved and found again."""
+        store.save(step, self.state.whole(), self.state.rows(), {}, wait=True, backbone=self.state.backbone())
+        saved = store.newest()
+        assert saved is not None
+        return saved
+
     def everything(self) -> dict[str, Tensor]:
-        return self.state.whole() | {name: rows.tensor for name, rows in self.state.rows().items()}
+        network = {f"network.{name}": value for name, value in self.state.backbone().items()}
+        return network | self.state.whole() | {name: rows.tensor for name, rows in self.state.rows().items()}
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
@@ -54,10 +63,7 @@ def test_the_next_steps_are_the_same(tmp_path: Path, optimizer: OptimizerName) -
     ours.train(0, 1, 2)
     other.train(7, 8)
     with CheckpointStore(tmp_path, Ranks()) as store:
-        store.save(3, ours.state.whole(), ours.state.rows(), {}, wait=True)
-        saved = store.newest()
-        assert saved is not None
-        other.state.restore(saved)
+        other.state.restore(ours.save(store, 3))
         for parts in (ours, other):
             parts.train(3, 4)
     expected, reached = ours.everything(), other.everything()
@@ -74,10 +80,7 @@ def test_momentum_is_laid_out_like_its_weights(tmp_path: Path) -> None:
     parts = Parts("sgd", seed=0)
     parts.train(0)
     with CheckpointStore(tmp_path, Ranks()) as store:
-        store.save(1, parts.state.whole(), parts.state.rows(), {}, wait=True)
-        saved = store.newest()
-        assert saved is not None
-        parts.state.restore(saved)
+        parts.state.restore(parts.save(store, 1))
     weight = parts.network[0].weight
     assert parts.optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
 
@@ -86,9 +89,6 @@ def test_momentum_is_laid_out_like_its_weights(tmp_path: Path) -> None:
 def test_parts_of_another_kind_are_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:
     """Resuming with another network or loss names the part that does not fit."""
     with CheckpointStore(tmp_path, Ranks()) as store:
-        parts = Parts("sgd", seed=0)
-        store.save(1, parts.state.whole(), parts.state.rows(), {}, wait=True)
-        saved = store.newest()
-        assert saved is not None
+        saved = Parts("sgd", seed=0).save(store, 1)
         with pytest.raises(CheckpointError, match=f"step-000000001 does not fit the {message} of the settings"):
             Parts("sgd", seed=0, **changed).state.restore(saved)  # type: ignore[arg-type]

@@ -25,6 +25,7 @@ from utils.files import LOCK, BusyError, naming, partial_folder, publish, remove
 from utils.host_copy import DTYPES, HostCopy, wait_for_copies
 from utils.ranks import Ranks
 from utils.saved_checkpoints import (
+    BACKBONE,
     FORMAT,
     MANIFEST,
     WHOLE,
@@ -63,6 +64,7 @@ class _Save:
     working: Path
     notes: Any
     rows: dict[str, dict[str, Any]]
+    has_backbone: bool
 
 
 class CheckpointStore:
@@ -90,7 +92,7 @@ class CheckpointStore:
         self._partial = partial_folder(self._folder)
         self._held = ExitStack()
         self._token = self._claim()
-        self._whole, self._rows = HostCopy(), HostCopy()
+        self._backbone, self._whole, self._rows = HostCopy(), HostCopy(), HostCopy()
         self._saves = 0
         self._writer: threading.Thread | None = None
         self._error: Exception | None = None
@@ -103,8 +105,12 @@ class CheckpointStore:
         rows: Mapping[str, Rows],
         notes: Mapping[str, Any],
         wait: bool = False,
+        backbone: Mapping[str, Tensor] | None = None,
+        about: Mapping[str, str] | None = None,
     ) -> None:
         """Save `whole` (the same on all ranks; the first writes it), this rank's `rows`, and `notes` (JSON).
+
+        `backbone`, the same on all ranks too, gets a file that is of use by itself, with `about` in its metadata.
 
         Returns once all is copied to host memory; from then on the tensors may change. A thread writes; a save before
         it is waited for. If writing fails (OSError: a full disk, a dead rank) the checkpoints there are stay, the first
@@ -116,11 +122,16 @@ class CheckpointStore:
         if self._error and not isinstance(self._error, OSError):
             raise self._error
         noted = json.loads(json.dumps(notes))
-        own = dict(whole) if self._ranks.first else {}
         parts = {name: part.tensor for name, part in rows.items()}
-        self._whole.take(own)
         self._rows.take(parts)
-        wait_for_copies([*own.values(), *parts.values()])
+        taken = [*parts.values()]
+        if self._ranks.first:
+            self._whole.take(whole)
+            taken += whole.values()
+            if backbone is not None:
+                self._backbone.take(backbone, about)
+                taken += backbone.values()
+        wait_for_copies(taken)
         self._saves += 1
         working = self._partial / f"step-{step:09}-{self._token}-{self._saves}"
         described = {
@@ -134,7 +145,9 @@ class CheckpointStore:
         self._error = None
         # Not a daemon: a process that ends by itself, in whatever way, ends after it.
         self._writer = threading.Thread(
-            target=self._write, args=(_Save(self._saves, step, working, noted, described),), name="checkpoint"
+            target=self._write,
+            args=(_Save(self._saves, step, working, noted, described, backbone is not None),),
+            name="checkpoint",
         )
         self._writer.start()
         if wait:
@@ -255,14 +268,16 @@ class CheckpointStore:
                 if left.name not in (LOCK, save.working.name):
                     remove(left)
             save.working.mkdir(exist_ok=True)
-            whole = self._whole.write(save.working / WHOLE)
+            sums = {WHOLE: asdict(self._whole.write(save.working / WHOLE))}
+            if save.has_backbone:
+                sums[BACKBONE] = asdict(self._backbone.write(save.working / BACKBONE))
             self._write_shard(save)
             records = _await("the rows of all ranks", lambda: self._records(save), save.working, self._patience)
             content = {
                 "format": FORMAT,
                 "step": save.step,
                 "ranks": self._ranks.size,
-                "files": {WHOLE: asdict(whole)} | {record["file"]: record["sum"] for record in records},
+                "files": sums | {record["file"]: record["sum"] for record in records},
                 "rows": _joined([record["rows"] for record in records]),
                 "notes": save.notes,
             }

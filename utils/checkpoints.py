@@ -36,14 +36,23 @@ class Progress:
 
 def save_backbone(path: Path, network: nn.Module, settings: str, progress: Progress) -> None:
     """Write the state dict of `network`; `settings` is the run's configuration as JSON."""
-    _save(path, network.state_dict(), {"settings": settings, **_as_text(progress)})
+    _save(path, network.state_dict(), backbone_metadata(settings, progress))
+
+
+def backbone_metadata(settings: str, progress: Progress) -> dict[str, str]:
+    """What a backbone file says of itself; `settings` is the run's configuration as JSON."""
+    text = {name: repr(value) for name, value in asdict(progress).items()}
+    return {"settings": settings, "torch": torch.__version__, **text}
 
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict, settings by `section` and field) of a backbone file. Raises CheckpointError for anything else."""
-    if (path.parent / "manifest.json").exists():
+    if (path.parent / "manifest.json").exists() and path.name != "backbone.safetensors":
         run = path.parent.parent.parent
-        raise CheckpointError(f"{path} is part of a checkpoint to resume from: name its run, {run}, or its {BEST}")
+        raise CheckpointError(
+            f"{path} is part of a checkpoint to resume from: name its run, {run}, its {BEST}, or the "
+            f"backbone.safetensors beside it"
+        )
     tensors, metadata = _load(path)
     return tensors, json.loads(metadata["settings"])
 
@@ -67,12 +76,7 @@ def shorten(message: str, lines: int = 6) -> str:
     return "\n".join(line[:300] for line in message.splitlines()[:lines])
 
 
-def _as_text(progress: Progress) -> dict[str, str]:
-    return {name: repr(value) for name, value in asdict(progress).items()}
-
-
 def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    metadata = {**metadata, "torch": torch.__version__}
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # save_file makes the file its owner's alone

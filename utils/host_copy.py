@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,17 +51,18 @@ class HostCopy:
         self._header = b""
         self._bytes = 0
 
-    def take(self, tensors: Mapping[str, Tensor]) -> None:
+    def take(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Copy `tensors`, of any strides, in place of those before. On CUDA they are there after `wait_for_copies`.
 
-        Raises ValueError for a dtype that safetensors does not have.
+        `metadata` is what the file will say of them. Raises ValueError for a dtype that safetensors does not have.
         """
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
                 raise ValueError(f"{name}: tensors of {tensor.dtype} cannot be saved")
         place_of = {dtype: place for place, dtype in enumerate(DTYPES)}
         ordered = sorted(tensors.items(), key=lambda item: (place_of[item[1].dtype], item[0]))
-        entries, end = {}, 0
+        entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+        end = 0
         for name, tensor in ordered:
             start, end = end, end + tensor.numel() * tensor.element_size()
             entries[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}

@@ -90,7 +90,11 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on some rank. Waits."""
-        return -self.least(-int(flag)) > 0
+        return self.most(int(flag)) > 0
+
+    def most(self, number: int) -> int:
+        """The largest `number` of all ranks. Waits."""
+        return -self.least(-number)
 
     def least(self, number: int) -> int:
         """The smallest `number` of all ranks. Waits."""

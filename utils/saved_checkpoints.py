@@ -1,7 +1,8 @@
 """Checkpoints on the disk: their layout, what proves them whole, and tensors out of them for any number of ranks.
 
 step-000001234/manifest.json                    what is in it; size and CRC-32 of each file
-               whole.safetensors                tensors that all ranks have alike
+               backbone.safetensors             the network alone, of use by itself
+               whole.safetensors                the other tensors that all ranks have alike
                rows-00000-of-00003.safetensors  one rank's rows of each matrix that is spread over ranks
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from utils.checkpoints import CheckpointError
@@ -20,6 +22,7 @@ from utils.host_copy import DTYPES, FileSum, file_sum
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+BACKBONE = "backbone.safetensors"
 WHOLE = "whole.safetensors"
 
 # The second number is there when a step is saved again.
@@ -121,10 +124,13 @@ class Saved:
             if found != expected:
                 raise DamagedError(f"{path} has CRC-32 {found.crc32:08x} instead of {expected.crc32:08x}")
 
+    def backbone(self) -> dict[str, Tensor]:
+        """The network's tensors, on the CPU."""
+        return load_file(self.folder / BACKBONE)
+
     def whole(self) -> dict[str, Tensor]:
-        """The tensors that all ranks have alike, on the CPU."""
-        with safe_open(self.folder / WHOLE, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        """The other tensors that all ranks have alike, on the CPU."""
+        return load_file(self.folder / WHOLE)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a matrix that is spread over ranks, of all its rows. Raises CheckpointError if it has none."""

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -85,5 +85,7 @@ def spread(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     ids = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else None
     # The option has a new name since torch 2.15.
     known = inspect.signature(DistributedDataParallel).parameters
-    own_statistics = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+    own_statistics: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
     return DistributedDataParallel(network, ids, process_group=ranks.group, **own_statistics)

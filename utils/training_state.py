@@ -15,7 +15,7 @@ from utils.ema import WeightAverage
 class TrainingState:
     """The parts of a run. What is random in a step derives from seed and step, so that no generator is among them.
 
-    Names: `network.*`, `average.*`, `head.*` and `optimizer.WEIGHT.*`. Class centres and their optimizer's state, the
+    Names, beside the network's own: `average.*`, `head.*` and `optimizer.WEIGHT.*`. Class centres and their optimizer's state, the
     head's rows, are spread over the ranks; all else is the same on each.
     """
 
@@ -24,9 +24,13 @@ class TrainingState:
     ) -> None:
         self.network, self.head, self.optimizer, self.average = network, head, optimizer, average
 
+    def backbone(self) -> dict[str, Tensor]:
+        """The network, under its own names."""
+        return self.network.state_dict()
+
     def whole(self) -> dict[str, Tensor]:
-        """What is the same on all ranks."""
-        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        """What is the same on all ranks, the network aside."""
+        tensors: dict[str, Tensor] = {}
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.network.state_dict().items()}
         rows = self.rows()
@@ -47,7 +51,7 @@ class TrainingState:
 
     def restore(self, saved: Saved) -> None:
         """Put back what any number of ranks saved. Raises CheckpointError when it is not that of these parts."""
-        tensors = saved.whole()
+        tensors = saved.whole() | {f"network.{name}": value for name, value in saved.backbone().items()}
         modules: list[tuple[str, nn.Module]] = [("network", self.network)]
         if self.average is not None:
             # A run may go on with an average that it did not begin with; that starts from the weights.
