@@ -1,6 +1,7 @@
 """The training loop: repeatable, resumable to the bit, and careful with what it has."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -168,23 +169,31 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
     assert losses[0] == losses[1]
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tiny_set: Path, tmp_path: Path) -> None:
-    """The promise to whoever stops a run: nothing lost, the command to resume on the screen, and it works."""
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)], ids=lambda value: value
+)
+def test_a_signal_saves_and_says_how_to_go_on(tiny_set: Path, tmp_path: Path, number: int, status: int) -> None:
+    """The promise to whoever stops a run, by hand or as a scheduler does, the whole job at once: nothing lost, the
+    command to resume on the screen, an exit status that tells why, and it works."""
     config = configure(tiny_set, tmp_path, train__epochs=5000, common__workers=1)
     flags = as_flags(flatten(config))
     command = [sys.executable, ROOT / "train.py"]
-    process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     metrics = tmp_path / "a" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and "train/loss" in metrics.read_text()):
         assert time.monotonic() < deadline, "training did not start"
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == status, errors
     assert f"go on with: python train.py --resume {tmp_path / 'a'}" in errors
     assert "Traceback" not in errors
+    if number != signal.SIGINT:
+        return
 
     step = int(errors.split("saved at step ")[1].split()[0].replace(",", ""))
     epochs = step // 6 + 1
