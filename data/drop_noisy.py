@@ -34,22 +34,20 @@ from config import PRESETS, Config
 from data.face_sets import FaceSet, FaceSetError, images_by_identity, open_training_set, write_face_set
 from data.images import ImageError
 from data.loading import DecodedFaces, sequential_loader
-from models import create_network
-from models.embedder import Embedder, NetworkEmbedder
+from models.embedder import Embedder, load_embedder
 from models.heads.sub_centers import angles, dominant, nearest, own_cosines
 from train import CHECKPOINTS
-from utils.checkpoints import CheckpointError, shorten
+from utils.checkpoints import CheckpointError
 from utils.devices import pick_device
 from utils.files import require_free, write_csv_atomic
 from utils.plots import draw_curves
 from utils.processes import worker_count
 from utils.progress import progress_bar
-from utils.saved_checkpoints import DamagedError, Saved, checkpoint_folders
+from utils.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
 from utils.scripts import readable_errors
 from utils.settings import build, describe, from_json, parse_settings
 
 HEAD = "head.weight"
-NETWORK = "network."
 
 # Identities named on the screen; identities.csv has them all.
 SHOWN = 20
@@ -126,18 +124,6 @@ def open_set_of(run: Path, trained: Config, source: Sequence[str]) -> FaceSet:
                 "name the set that the run was trained on with --source"
             )
     return faces
-
-
-def load_network(saved: Saved, trained: Config, device: torch.device) -> Embedder:
-    """The network of the checkpoint: the one that its centres belong to. Raises CheckpointError."""
-    model, size = trained.model, trained.data.image_size
-    network = create_network(model.network, model.embedding_size, size)
-    state = {key.removeprefix(NETWORK): value for key, value in saved.whole().items() if key.startswith(NETWORK)}
-    try:
-        network.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{saved.folder} does not hold a {model.network}: {shorten(str(error))}") from None
-    return NetworkEmbedder(network.eval(), size, device, saved.folder.name)
 
 
 def load_centres(saved: Saved, trained: Config, classes: int) -> Tensor:
@@ -279,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained = run_settings(saved)
         faces = open_set_of(run, trained, options.source)
         centres = load_centres(saved, trained, len(faces.identities))
-        embedder = load_network(saved, trained, device)
+        embedder = load_embedder(saved.folder / BACKBONE, device)
         print(f"{saved.folder} on {embedder.runs_on}: {len(faces):,} faces of {len(faces.identities):,} identities")
         measured = measure(
             faces,

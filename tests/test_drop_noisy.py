@@ -14,7 +14,6 @@ from config import Config, DropNoisyConfig
 from data.drop_noisy import (
     Measured,
     load_centres,
-    load_network,
     main,
     measure,
     newest_checkpoint,
@@ -25,6 +24,7 @@ from data.drop_noisy import (
 from data.face_sets import FaceSetError, RecFaceSet, open_face_set, write_face_set
 from data.images import ImageError, decode_rgb, encode_png
 from models import create_network
+from models.embedder import load_embedder
 from models.heads.sub_centers import angles, dominant, nearest, own_cosines
 from test_training import configure
 from tiny_faces import tiny_face
@@ -32,7 +32,7 @@ from train import CHECKPOINTS, train
 from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CheckpointError
 from utils.ranks import Ranks
-from utils.saved_checkpoints import checkpoint_folders
+from utils.saved_checkpoints import BACKBONE, checkpoint_folders
 from utils.settings import ConfigError
 
 PEOPLE, RIGHT, WRONG = 10, 17, 3  # faces of an identity: 15 % are of somebody else
@@ -179,9 +179,9 @@ def test_network_and_centres_are_those_of_the_newest_checkpoint(run_copy: Path, 
     (run_copy / BEST).unlink()
     main(["--run", str(run_copy), "--output", str(tmp_path / "clean"), "--angle", "20", "--workers", "0"])
     newest = checkpoint_folders(run_copy / CHECKPOINTS)[-1]
-    whole, spread = (load_file(newest / name) for name in ("whole.safetensors", "rows-00000-of-00001.safetensors"))
+    spread = load_file(newest / "rows-00000-of-00001.safetensors")
     network = create_network("demo", 16, 32).eval()
-    network.load_state_dict({name[8:]: value for name, value in whole.items() if name.startswith("network.")})
+    network.load_state_dict(load_file(newest / "backbone.safetensors"))
     faces = open_face_set(newest_set(run_copy))
     pixels = np.stack([decode_rgb(faces.encoded(i), i) for i in range(len(faces))]).transpose(0, 3, 1, 2)
     with torch.inference_mode():
@@ -228,7 +228,8 @@ def measured_by(run: Path, source: Path, **options: object) -> Measured:
     saved = newest_checkpoint(run)
     trained = run_settings(saved)
     faces = open_set_of(run, trained, [str(source)])
-    embedder, centres = load_network(saved, trained, torch.device("cpu")), load_centres(saved, trained, PEOPLE)
+    embedder = load_embedder(saved.folder / BACKBONE, torch.device("cpu"))
+    centres = load_centres(saved, trained, PEOPLE)
     arguments = {"batch_size": 64, "workers": 0, "mirror": False, **options}
     return measure(faces, embedder, centres, 3, **arguments)  # type: ignore[arg-type]
 
@@ -270,6 +271,31 @@ def test_broken_images_are_dropped_and_named(
     assert names == [(faces.describe(0), "0", "", ""), (faces.describe(25), "1", "", "")]
     with pytest.raises(ImageError, match=r"data\.broken_limit allows 1: .*record 26"):
         measured_by(noisy_run, spoilt, broken_limit=1)
+
+
+def test_the_set_is_opened_as_the_run_opened_it(noisy_set: Path, tmp_path: Path) -> None:
+    """Several sets, joined; rare identities left out; faces of another size scaled for the network only."""
+    with write_face_set(tmp_path / "more", 64) as out:
+        for identity, count in ((20, 2), (21, 6), (22, 6)):
+            small = (decode_rgb(tiny_face(identity, shot), shot) for shot in range(count))
+            out.add_identity(encode_png(face.repeat(2, 0).repeat(2, 1)) for face in small)
+    roots = (str(noisy_set), str(tmp_path / "more"))
+    run = train(
+        configure(
+            noisy_set, tmp_path, data__root=roots, data__min_images=3, data__resize=True, loss__sub_centers=2,
+            train__epochs=1,
+        )
+    )  # fmt: skip
+    main(["--run", str(run), "--output", str(tmp_path / "clean"), "--angle", "179", "--workers", "0"])
+    listed = rows(tmp_path / "clean" / "identities.csv")
+    more = open_face_set(tmp_path / "more")
+    assert [row["identity"] for row in listed[-3:]] == [
+        f"{noisy_set / 'train.rec'}: {PEOPLE - 1}", f"{more.path}: 1", f"{more.path}: 2"
+    ]  # fmt: skip
+    clean = open_face_set(tmp_path / "clean")
+    assert len(clean) == PEOPLE * (RIGHT + WRONG) + 12
+    assert [clean.encoded(i) for i in range(len(clean) - 12, len(clean))] == [more.encoded(i) for i in range(2, 14)]
+    assert rows(tmp_path / "clean" / "noisy.csv") == []
 
 
 # --- what is written --------------------------------------------------------------------------------------------------
@@ -320,7 +346,8 @@ def test_what_cannot_be_is_refused_in_words(
     assert not output.exists()
     output.mkdir()
     (output / "mine").touch()
-    assert "exists and is not empty" in refusal("--run", noisy_run, "--output", output)
+    for run in (noisy_run, tmp_path / "gone"):  # said before anything is read
+        assert "exists and is not empty" in refusal("--run", run, "--output", output)
     assert [file.name for file in output.iterdir()] == ["mine"]
 
 

@@ -1,6 +1,7 @@
 """The engines of the head: the dense one against a plain formula, all others against the dense one."""
 
 import math
+import warnings
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from models.heads.classes import CLASSES_PER_DRAW, initial_centres
 from models.heads.sampling import sample_classes, sampled_count
 from models.losses import LOSSES, create_loss
 from ranks import run_on_ranks
+from utils.compiling import Compiled
 from utils.ranks import share_of
 
 ENGINES = ["dense", "blockwise"]
@@ -359,6 +361,44 @@ def test_bfloat16_products_come_close() -> None:
         assert exact is not None
         assert rounded is not None
         assert 0 < (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+def failing_backend(graph: object, inputs: object) -> object:
+    raise RuntimeError("this compiler cannot")
+
+
+@pytest.fixture
+def fresh_compiler() -> None:
+    """The compiler counts the shapes that it has seen of a function, and gives up after some."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("sub_centers", [1, 3])
+@pytest.mark.parametrize("name", ["cosface", "curricularface"])
+def test_blocks_can_be_compiled(name: str, sub_centers: int) -> None:
+    """What is computed of a block is traced whole by the compiler and gives the same numbers, the last, shorter block's
+    too."""
+    plain, traced = blockwise(name, sub_centers), blockwise(name, sub_centers)
+    traced.block_forward = Compiled(traced.block_forward, backend="aot_eager")
+    traced.block_backward = Compiled(traced.block_backward, backend="aot_eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*runs uncompiled")
+        expected, ours = train(plain, steps=3), train(traced, steps=3)
+    for key, value in expected.items():
+        torch.testing.assert_close(ours[key], value, **CLOSE)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_a_compiler_that_fails_is_done_without() -> None:
+    """A head whose blocks cannot be compiled says so once and trains all the same."""
+    plain, fallen_back = blockwise("cosface"), blockwise("cosface")
+    fallen_back.block_forward = Compiled(fallen_back.block_forward, backend=failing_backend)
+    with pytest.warns(UserWarning, match=r"forward runs uncompiled: torch\.compile failed") as warned:
+        ours = train(fallen_back, steps=3)
+    assert len([w for w in warned if "uncompiled" in str(w.message)]) == 1
+    for key, value in train(plain, steps=3).items():
+        torch.testing.assert_close(ours[key], value, **CLOSE)
 
 
 def test_a_batch_larger_than_the_head_was_made_for() -> None:

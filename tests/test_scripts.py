@@ -16,6 +16,7 @@ SCRIPTS = [
     "data/pack_set.py",
     "data/pack_bin.py",
     "data/report.py",
+    "data/drop_noisy.py",
     "data/make_demo_set.py",
     "dataset_merge/dataset_merge.py",
     "utils/demo.py",

@@ -9,7 +9,7 @@ faces of all ranks together.
 The same code holds the classes of one rank out of several (class-parallel), and samples negatives (PartialFC).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
 from models.heads.row_optimizers import RowOptimizer
 from models.heads.sampling import sample_classes, sampled_count
 from models.losses import MarginLoss, Targets
+from utils.compiling import Compiled
 from utils.ranks import Ranks, share_of
 
 _EPS = 1e-12  # as in torch.nn.functional.normalize
@@ -72,10 +73,10 @@ class BlockwiseHead(Head):
         self.batch_size, self.block, self.ranks, self.seed = batch_size, block, ranks, seed
         self.sample_rate, self.fused = sample_rate, fused
         maths = BlockMaths(loss, sub_centers, matmul)
-        self.block_forward, self.block_backward = maths.forward, maths.backward
+        self.block_forward: Callable[..., Any] = maths.forward
+        self.block_backward: Callable[..., Any] = maths.backward
         if compiled:
-            self.block_forward = torch.compile(maths.forward, dynamic=False)
-            self.block_backward = torch.compile(maths.backward, dynamic=False)
+            self.block_forward, self.block_backward = Compiled(maths.forward), Compiled(maths.backward)
         self._touched: Tensor | None = None  # rows with a gradient, when not all have one
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
@@ -178,14 +179,14 @@ class _MarginSoftmax(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         del weight  # an argument so that autograd knows of it
         ranks = head.ranks
-        unit, norm, labels = ranks.gather(unit), ranks.gather(norm), ranks.gather(labels)
+        unit, norm, labels = ranks.gather(unit.detach()), ranks.gather(norm.detach()), ranks.gather(labels)
         finite, counted = ranks.gather(finite), labels >= 0
         chosen = head.choose(labels, step)
         own = head.own_products(unit, labels)
         # What is as long as the batch is left to autograd; only what is as wide as the classes is written out.
         with torch.enable_grad():
             own.requires_grad_()
-            norm = norm.detach().requires_grad_()
+            norm.requires_grad_()
             targets = head.loss.targets(own, norm, counted, step)
         log_others, best = _log_sum_exp(head, unit, chosen, targets)
         log_others = ranks.logsumexp(log_others)

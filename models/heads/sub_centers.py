@@ -37,7 +37,7 @@ def dominant(cosines: Tensor, labels: Tensor, classes: int) -> Tensor:
     """The sub-center of each class that most of its faces are nearest to: int64 [classes], -1 for one without faces.
 
     `cosines`: as `own_cosines` gives them, for all faces; `labels`: int64 [N], -1 for faces that do not count. Of equal
-    sub-centers it is the first, as in the authors' code. Takes 16 bytes a face, and 8 x sub_centers a class.
+    sub-centers it is the first, as in the authors' code. Takes 25 bytes a face, and 8 x sub_centers a class.
     """
     sub_centers, counted = cosines.shape[1], labels >= 0
     cells = labels[counted] * sub_centers + nearest(cosines)[counted]
@@ -46,9 +46,9 @@ def dominant(cosines: Tensor, labels: Tensor, classes: int) -> Tensor:
 
 
 def angles(cosines: Tensor, labels: Tensor, dominants: Tensor) -> Tensor:
-    """The angle of each face with the dominant sub-center of its class: [N], degrees, 0 to 180; NaN if it has no label.
+    """The angle of each face with the dominant sub-center of its class: [N], degrees, 0 to 180; NaN for none.
 
     `cosines` and `labels` as for `dominant`, which gives `dominants`.
     """
     own = cosines.gather(1, dominants[labels.clamp_min(0)].clamp_min(0)[:, None])[:, 0]
-    return own.clamp(-1, 1).acos().rad2deg().masked_fill(labels < 0, torch.nan)
+    return own.clamp(-1, 1).acos().rad2deg()
