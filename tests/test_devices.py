@@ -51,3 +51,15 @@ def test_full_precision_restores_what_was_set() -> None:
         assert backend.fp32_precision == "tf32"
     finally:
         backend.fp32_precision = before
+
+
+def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torchrun says decides, unless the setting names a card."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
+        "cuda:3",
+        "cuda:3",
+        "cuda:1",
+        "cpu",
+    ]

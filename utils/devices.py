@@ -1,5 +1,6 @@
 """Where to compute, and in which precision."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 def pick_device(name: str) -> torch.device:
     """The device of the setting `common.device`; `auto` is CUDA when there is a card, else the CPU.
 
-    Raises ValueError for any but CPU and CUDA devices, and for a CUDA card that is not there.
+    Of several processes that torchrun started on a machine, each gets the card of its number (`LOCAL_RANK`). Raises
+    ValueError for any but CPU and CUDA devices, and for a CUDA card that is not there.
     """
+    local_rank = os.environ.get("LOCAL_RANK")
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and local_rank is not None:
+        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:

@@ -117,6 +117,8 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     # After a restart by torchrun the store still has what the processes before wrote there, addresses that are dead.
     store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, device_id=device if on_cuda else None
     )

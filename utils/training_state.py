@@ -15,8 +15,8 @@ from utils.ema import WeightAverage
 class TrainingState:
     """The parts of a run. What is random in a step derives from seed and step, so that no generator is among them.
 
-    Names, beside the network's own: `average.*`, `head.*` and `optimizer.WEIGHT.*`. Class centres and their optimizer's state, the
-    head's rows, are spread over the ranks; all else is the same on each.
+    Names, beside the network's own: `average.*`, `head.*` and `optimizer.WEIGHT.*`. Class centres and their optimizer's
+    state, the head's rows, are spread over the ranks; all else is the same on each.
     """
 
     def __init__(

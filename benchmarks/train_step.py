@@ -1,0 +1,359 @@
+#!/usr/bin/env python3
+"""Training steps a second, next to a plain loop, to what the device could do, and with JPEGs to load.
+
+    python benchmarks/train_step.py
+    python benchmarks/train_step.py --networks mbf,r18,r50,r100 --batch-size 128 --steps 50         # on a GPU
+
+Ours is the trainer's step, made as train.py makes it, from decoded faces (uint8) on the host to updated weights. The
+peer is the loop that other trainers have, written plainly (see PlainLoop); the faces it gets are normalised float32
+already, which its workers would have done. The two run in turns, each in a process of its own, so that noise hits both
+and one's memory is not another's. Numbers are medians over the rounds, ratios those of medians.
+
+Wait: time that the loop, on the host, waits for a batch in memory. MiB: memory at its peak beyond what the process had
+before the network was made; allocated bytes on a GPU, growth of the process on the CPU. MFU: share of the rate that
+the network's convolutions and products, forward and backward (three times forward; the head's are not counted), would
+have at the speed of a product of large matrices in the same precision, the best of the rounds. Roofline: the same
+when norms and PReLUs get their time too: what they must move through memory at the speed of a large copy. For every
+value, a batch norm moves three forward (read for the statistics, read, written) and five backward (value and gradient
+read for the sums, read again, gradient written), a PReLU two (read, written) and three (value and gradient read,
+gradient written): each as a kernel of its own. A compiler that joins them moves less. JPEG: ours with the images of a
+face set read, decoded by workers and copied, and its share of the rate with faces in memory.
+"""
+
+import argparse
+import itertools
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from config import Config, ModelConfig, TrainConfig
+from data.face_sets import open_face_set
+from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
+from data.prefetch import on_device
+from models import create_network
+from utils.devices import pick_device, pick_precision
+from utils.flops import forward_flops, matmul_flops_per_s
+from utils.micro_batch import largest_that_fits, trial_pass
+from utils.optimizers import create_optimizer, parameter_groups
+from utils.processes import worker_count
+from utils.ranks import Ranks
+from utils.training_parts import build_head, build_network, compile_network
+from utils.training_step import TrainingStep
+
+SIZE = 112  # pixels
+IN_MEMORY = 4  # batches of random faces, used in turn
+LR = 0.01
+#: Values moved for every value of the input, forward and backward together.
+MOVED = {_BatchNorm: 3 + 5, nn.PReLU: 2 + 3}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a process measures: `side` is ours or peer."""
+
+    side: str
+    network: str
+    batch_size: int
+    classes: int
+    steps: int
+    faces: Path
+
+
+class Turn(NamedTuple):
+    """`rate`: images/s; `wait`: seconds that a step waited for its batch; `memory`: bytes at the peak so far."""
+
+    rate: float
+    wait: float
+    memory: int
+
+
+class OurLoop:
+    """The trainer's step; see Trainer.build_step and Trainer.prepare in train.py."""
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        config = Config(model=ModelConfig(network=case.network), train=TrainConfig(batch_size=case.batch_size))
+        settings, precision, ranks = config.train, pick_precision("auto", device), Ranks()
+        network = build_network(config, device).train()
+        head = build_head(config, case.classes, device, precision, ranks)
+        optimizer = create_optimizer("sgd", parameter_groups(network, settings.weight_decay), settings.momentum)
+        scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+        most = case.batch_size
+        if device.type == "cuda":
+            trial = partial(trial_pass, image_size=SIZE, precision=precision, states=1)
+            most = largest_that_fits(trial(network), most)
+            network = compile_network(network, lambda compiled: trial(compiled)(most), print)
+        self._step = TrainingStep(network, head, optimizer, scaler, precision, settings.gradient_clip, most, ranks)
+        self._device, self._steps = device, 0
+
+    def __call__(self, batch: Batch) -> None:
+        step, faces = self._steps, batch.faces
+        mirror = flips(0, 0, step, len(faces))
+        inputs = to_network_input(faces, mirror.to(self._device, non_blocking=True))
+        torch.manual_seed(step)
+        self._step(inputs, batch.labels, step, LR)
+        self._steps += 1
+
+    def in_memory(self, case: Case) -> Iterator[Batch]:
+        """Batches of random faces, as they come from `on_device`."""
+        pin = self._device.type == "cuda"
+        batches = []
+        for _ in range(IN_MEMORY):
+            faces = torch.randint(0, 256, (case.batch_size, SIZE, SIZE, 3), dtype=torch.uint8)
+            labels = torch.randint(0, case.classes, (case.batch_size,))
+            batches.append(Batch(faces.pin_memory(), labels.pin_memory(), []) if pin else Batch(faces, labels, []))
+        return on_device(itertools.islice(itertools.cycle(batches), case.steps), self._device)
+
+    def from_jpegs(self, case: Case) -> Callable[[], Iterator[Batch]]:
+        """Starts the next pass over `steps` batches of the face set, loaded as training does."""
+        images = open_face_set(case.faces)
+        if len(images.identities) > case.classes:
+            raise ValueError(f"{case.faces} has {len(images.identities)} identities: raise --classes to that at least")
+        number = case.batch_size * case.steps
+
+        def order(epoch: int) -> np.ndarray:
+            return np.random.default_rng(epoch).permutation(max(number, len(images))) % len(images)
+
+        batches = EpochBatches(order, number, case.batch_size)
+        decoded = DecodedFaces(images, images.labels, SIZE)
+        loader = training_loader(decoded, batches, worker_count(-1), self._device)
+        return lambda: on_device(loader, self._device)
+
+
+class PlainLoop:
+    """The step as other trainers write it.
+
+    NCHW, eager; float16 autocast with a gradient scaler on CUDA, float32 on the CPU; a float32 head over all classes
+    with its margin outside of autograd; torch.optim.SGD as it comes; batches copied from pageable memory while the
+    device waits; the loss read in every step.
+    """
+
+    def __init__(self, case: Case, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.network = create_network(case.network, 512, SIZE).to(device).train()
+        self.centres = nn.Parameter(torch.normal(0, 0.01, (case.classes, 512), device=device))
+        parameters = [*self.network.parameters(), self.centres]
+        self.optimizer = torch.optim.SGD(parameters, LR, momentum=0.9, weight_decay=5e-4)
+        self.device, self.half = device, device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
+        self.loss = 0.0
+
+    def __call__(self, batch: Batch) -> None:
+        inputs, labels = batch.faces.to(self.device), batch.labels.to(self.device)
+        with torch.autocast(self.device.type, torch.float16, enabled=self.half):
+            embeddings = self.network(inputs)
+        cosine = F.linear(F.normalize(embeddings.float()), F.normalize(self.centres)).clamp(-1, 1)
+        rows = torch.arange(len(labels), device=self.device)
+        with torch.no_grad():
+            cosine[rows, labels] = torch.cos(cosine[rows, labels].acos() + 0.5)
+        loss = F.cross_entropy(64 * cosine, labels)
+        self.scaler.scale(loss).backward()
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.network.parameters(), 5)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.loss = loss.item()
+
+    def in_memory(self, case: Case) -> Iterator[Batch]:
+        """Batches of random faces, float32 [B, 3, 112, 112] in [-1, 1], on the host."""
+        shape = (case.batch_size, 3, SIZE, SIZE)
+        batches = [
+            Batch(torch.rand(shape).mul_(2).sub_(1), torch.randint(0, case.classes, (case.batch_size,)), [])
+            for _ in range(IN_MEMORY)
+        ]
+        return itertools.islice(itertools.cycle(batches), case.steps)
+
+
+def measure(case: Case, pipe: Connection) -> None:
+    """Answer `memory` and `jpeg` with a Turn until told to end."""
+    device = pick_device("auto")
+    before = _resident()
+    loop = OurLoop(case, device) if case.side == "ours" else PlainLoop(case, device)
+    for batch in itertools.islice(loop.in_memory(case), 2):  # memory is all there from the second step on
+        loop(batch)
+    jpegs = loop.from_jpegs(case) if isinstance(loop, OurLoop) else None
+    _synchronise(device)
+    pipe.send("ready")
+    while (what := pipe.recv()) != "end":
+        batches = loop.in_memory(case) if what == "memory" or jpegs is None else jpegs()
+        rate, wait = turn(loop, batches, case.batch_size, device)
+        peak = (
+            torch.cuda.max_memory_allocated(device)
+            if device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+        )
+        pipe.send(Turn(rate, wait, peak))
+
+
+def turn(
+    step: Callable[[Batch], None], batches: Iterable[Batch], batch_size: int, device: torch.device
+) -> tuple[float, float]:
+    """Images/s, and seconds that a step waits for its batch; the first batch, which starts the loader, is not timed."""
+    source = iter(batches)
+    batch: Batch | None = next(source)
+    steps, waited = 0, 0.0
+    _synchronise(device)
+    began = time.perf_counter()
+    while batch is not None:
+        step(batch)
+        steps += 1
+        asked = time.perf_counter()
+        batch = next(source, None)
+        waited += time.perf_counter() - asked
+    _synchronise(device)
+    return steps * batch_size / (time.perf_counter() - began), waited / steps
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _resident() -> int:
+    """Bytes of the process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+class Measurer:
+    """A process that measures a case when it is told to, and rests otherwise."""
+
+    def __init__(self, case: Case) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=measure, args=(case, theirs))
+        self._process.start()
+        theirs.close()  # so that recv raises EOFError when the process ends
+        self._pipe.recv()
+
+    def __call__(self, what: str) -> Turn:
+        self._pipe.send(what)
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send("end")
+        self._process.join()
+
+
+def moved_bytes(name: str, precision: torch.dtype) -> int:
+    """What the batch norms and PReLUs of a network must move through memory for a face, forward and backward."""
+    network = create_network(name, 512, SIZE)
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        width = 4 if inputs[0].dim() == 2 else precision.itemsize  # the last norm is outside of autocast
+        total += sum(times for kind, times in MOVED.items() if isinstance(module, kind)) * inputs[0].numel() * width
+
+    for module in network.modules():
+        if isinstance(module, tuple(MOVED)):
+            module.register_forward_hook(count)
+    with torch.no_grad():
+        network(torch.zeros(2, 3, SIZE, SIZE))  # batch norm wants two
+    return total // 2
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes read and written a second when a large tensor is copied; the best of several."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = source.clone()
+    best = float("inf")
+    for _ in range(5):
+        _synchronise(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        _synchronise(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * len(source) / best
+
+
+def row(cases: tuple[Case, Case], rounds: int, device: torch.device) -> str:
+    """Measure a network; its line of the table."""
+    name, precision = cases[0].network, pick_precision("auto", device)
+    ours, peer = (Measurer(case) for case in cases)
+    big = device.type == "cuda"
+    turns: list[tuple[Turn, Turn, Turn]] = []
+    peak = bandwidth = 0.0
+    for _ in range(rounds):
+        peak = max(peak, matmul_flops_per_s(device, precision, 4096 if big else 2048, 20 if big else 4))
+        bandwidth = max(bandwidth, copy_bytes_per_s(device))
+        turns.append((ours("memory"), peer("memory"), ours("jpeg")))
+    for measurer in (ours, peer):
+        measurer.close()
+    our_turns, peer_turns, jpeg_turns = zip(*turns, strict=True)
+    rate, peer_rate, jpeg_rate = (
+        statistics.median(one.rate for one in many) for many in (our_turns, peer_turns, jpeg_turns)
+    )
+    wait, jpeg_wait = (1000 * statistics.median(one.wait for one in many) for many in (our_turns, jpeg_turns))
+    flops = 3 * forward_flops(create_network(name, 512, SIZE), SIZE)
+    products = flops / peak  # seconds a face
+    moves = moved_bytes(name, precision) / bandwidth
+    mebibytes = [max(one.memory for one in many) / 2**20 for many in (our_turns, peer_turns)]
+    span, peer_span = (
+        f"{min(one.rate for one in many):,.3g} to {max(one.rate for one in many):,.3g}"
+        for many in (our_turns, peer_turns)
+    )
+    return (
+        f"| {name} | {rate:,.4g} ({span}) | {peer_rate:,.4g} ({peer_span}) | {rate / peer_rate:.2f} | {wait:.1f} "
+        f"| {mebibytes[0]:,.0f} | {mebibytes[1]:,.0f} | {1 / products:,.4g} | {rate * products:.2f} "
+        f"| {1 / (products + moves):,.4g} | {rate * (products + moves):.2f} "
+        f"| {jpeg_rate:,.4g} | {jpeg_wait:.1f} | {jpeg_rate / rate:.2f} |"
+    )
+
+
+def main() -> None:
+    """Measure and print a table in Markdown."""
+    device = pick_device("auto")
+    big = device.type == "cuda"
+    default = Path(os.environ.get("FACE_DATA", ROOT.parent / "shared" / "data"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--networks",
+        default="mbf,r18,r50,r100" if big else "mbf,r18",
+        help="comma separated; r50 and r100 take up to a minute a step on a CPU",
+    )
+    parser.add_argument("--batch-size", type=int, default=128 if big else 32)
+    parser.add_argument("--classes", type=int, default=93431 if big else 10572)
+    parser.add_argument("--steps", type=int, default=50 if big else 2, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=5 if big else 3)
+    parser.add_argument("--set", type=Path, default=default / "faces_glint24", help="face set to load JPEGs from")
+    arguments = parser.parse_args()
+    name = torch.cuda.get_device_name(device) if big else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    print(f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__};")
+    print(
+        f"batch {arguments.batch_size}, {arguments.classes:,} classes, {arguments.rounds} rounds of {arguments.steps}"
+    )
+    print(f"steps; JPEGs of {arguments.set.name}, {worker_count(-1)} workers\n")
+    print(
+        "| network | ours, images/s | peer, images/s | ours / peer | wait, ms a step | MiB | peer, MiB "
+        "| products alone, images/s | MFU | roofline, images/s | reached | JPEG, images/s | wait, ms a step "
+        "| of faces in memory |\n|" + "---|" * 14
+    )
+    for network in arguments.networks.split(","):
+        ours, peer = (
+            Case(side, network, arguments.batch_size, arguments.classes, arguments.steps, arguments.set)
+            for side in ("ours", "peer")
+        )
+        print(row((ours, peer), arguments.rounds, device), flush=True)
+
+
+if __name__ == "__main__":
+    main()
