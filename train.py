@@ -53,8 +53,8 @@ from utils.training_step import TrainingStep
 
 CHECKPOINTS = "checkpoints"
 
-#: Steps after one checkpoint that may be left out because the loss exploded. With more, the batches are not at fault.
-MOST_SKIPPED = 20
+#: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
+MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
 
 
 class TrainingError(ValueError):
@@ -302,9 +302,9 @@ class Trainer:
             raise TrainingError(f"{error}. There is no checkpoint yet to go back to: lower train.checkpoint_every")
         # The loss of a step is that of the weights before it: the step before may be the one that broke them.
         self.skipped |= {error.step - 1, error.step}
-        left_out = sum(step >= self.step for step in self.skipped)
-        if left_out > MOST_SKIPPED:
-            raise TrainingError(f"{error}. {left_out} steps after step {self.step:,} exploded or led to it: too many")
+        lately = sum(error.step - SKIPPED_AMONG < step <= error.step for step in self.skipped)
+        if lately > MOST_SKIPPED:
+            raise TrainingError(f"{error}. {lately} of the last {SKIPPED_AMONG:,} steps exploded or led to it")
         self.meter = Meter(self.device)
         self.bar.reset()
         self.bar.update(self.step * self.config.train.batch_size)

@@ -33,6 +33,8 @@ def _conv_block(inputs: int, outputs: int, kernel: int, stride: int = 1, groups:
 class InvertedResidual(_Layers):
     """Expand to `width` channels by a 1x1, filter each by a 3x3, project by a linear 1x1; plus the input if asked."""
 
+    recomputable = True
+
     def __init__(self, inputs: int, outputs: int, width: int, stride: int = 1, residual: bool = False) -> None:
         super().__init__(
             _conv_block(inputs, width, 1),

@@ -30,6 +30,8 @@ def recompute_blocks(network: nn.Module) -> int:
 def _forward(block: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*inputs)
+    if torch.compiler.is_compiling():  # what the compiler computes anew has no side effects
+        return checkpoint(forward, *inputs, use_reentrant=False)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_contexts, block))
 
 
@@ -42,10 +44,12 @@ def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContext
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
     """Batch norms in training take in each batch once, however often it is computed."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm, (_, count) in zip(norms, before, strict=True):
+        # Running statistics stay arguments: without them the pass would not save what the first one saved.
+        norm.momentum, norm.num_batches_tracked = 0.0, None if count is None else torch.empty_like(count)
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count

@@ -75,4 +75,5 @@ def tiny_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train.lr": 0.05,
         },
     )
+    torch.set_num_threads(1)  # made before `one_thread` has its turn
     return train(config)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
     """The first of `most`, its half, its quarter ... for which `attempt` does not run out of memory.
 
-    Raises torch.OutOfMemoryError when a single one does not fit.
+    Raises torch.OutOfMemoryError when not even two fit, which batch norm needs, or `most` is one that does not.
     """
     while True:
         try:
             attempt(most)
         except torch.OutOfMemoryError:
-            if most == 1:
+            if most <= 2:
                 raise
         else:
             return most

@@ -69,7 +69,8 @@ def compile_network(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
         say(f"the network runs uncompiled: torch.compile failed ({reason}); train.compile=off says nothing")
         return network
     return compiled

@@ -1,5 +1,6 @@
 """One optimizer step, whatever the batch takes: several forward and backward passes, several ranks, any precision."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -34,8 +35,9 @@ class TrainingStep:
     `network`: float [B, 3, H, W] to embeddings [B, D]; wrapped in DistributedDataParallel where there are several
     ranks. `precision`: what the network computes in; float32 is no autocast. `gradient_clip`: largest norm of the
     network's gradient; the head's is left alone, as published. `micro_batch`: faces of this rank in a forward pass at
-    most; a batch of more goes through in equal parts whose gradients are those of the whole batch (batch norm sees the
-    parts), and ranks exchange gradients once.
+    most; a batch of more goes through in parts as equal as can be, whose gradients are those of the whole batch (batch
+    norm sees the parts), and ranks exchange gradients once. `shrinking`: what to tell (a line for people) when memory
+    runs out and `micro_batch` is halved for the batch to be tried again; None: that is an error.
     """
 
     def __init__(
@@ -48,19 +50,21 @@ class TrainingStep:
         gradient_clip: float,
         micro_batch: int,
         ranks: Ranks,
+        shrinking: Callable[[str], object] | None = None,
     ) -> None:
         self.network, self.head, self.optimizer, self.scaler = network, head, optimizer, scaler
         self.precision, self.gradient_clip, self.micro_batch, self.ranks = precision, gradient_clip, micro_batch, ranks
+        self.shrinking = shrinking
 
     def __call__(self, inputs: Tensor, labels: Tensor, step: int, lr: float) -> StepOutput:
         """`inputs`: float [B, 3, H, W], this rank's; `labels`: int64 [B], -1 for faces that do not count; `lr`: the
-        learning rate of this step."""
+        learning rate of this step.
+
+        Raises torch.OutOfMemoryError, after which the weights may be those of half a step.
+        """
         self.head.lr = lr
         set_learning_rate(self.optimizer, lr)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts_in = self._parts(inputs, labels)
-        self.head.fused = len(parts_in) == 1
-        parts = [self._pass(*part, step) for part in parts_in]
+        parts = self._passes(inputs, labels, step)
         self.head.update(step)
         self.scaler.unscale_(self.optimizer)
         learning = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -75,18 +79,45 @@ class TrainingStep:
             torch.cat([part.own for part in parts]),
         )
 
+    def _passes(self, inputs: Tensor, labels: Tensor, step: int) -> list[StepOutput]:
+        """Forward and backward of all parts; again, in smaller ones, if memory runs out while that is without harm.
+
+        It is as long as the head has changed in nothing. Statistics of the network's norms may then have seen faces
+        twice. Several ranks do not try: they would have to agree.
+        """
+        while True:
+            self.optimizer.zero_grad(set_to_none=True)
+            parts = self._parts(inputs, labels)
+            self.head.fused = len(parts) == 1
+            before = self._head_versions()
+            try:
+                return [self._pass(*part, step) for part in parts]
+            except torch.OutOfMemoryError:
+                largest = len(parts[0][1])
+                smaller = -(-largest // 2)
+                harmless = self.head.weight.grad is None and self._head_versions() == before
+                enough = len(labels) >= 2 * -(-len(labels) // smaller)  # batch norm needs two faces to train
+                if self.shrinking is None or self.ranks.size > 1 or not (harmless and enough):
+                    raise
+            # Outside of the handler, which keeps the failed pass alive.
+            self.micro_batch = smaller
+            torch.cuda.empty_cache()
+            self.shrinking(f"out of memory with {largest:,} faces in a pass: on with {smaller:,} (train.micro_batch)")
+
+    def _head_versions(self) -> list[int]:
+        """How often each tensor of the head's state was written to."""
+        return [tensor._version for tensor in self.head.state_dict().values()]
+
     def _parts(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
         """Inputs, labels, share of the batch's faces that count, and whether it is the last: of each part."""
         number = -(-len(labels) // self.micro_batch)
-        size = -(-len(labels) // number)
-        by_part = labels.split(size)
+        by_part = labels.tensor_split(number)
         counts = torch.stack([(part >= 0).sum() for part in by_part]).float()
         shares = self.ranks.sum(counts)
         shares = shares / shares.sum().clamp_min(1)
         last = len(by_part) - 1
-        return [
-            (*part, i == last) for i, part in enumerate(zip(inputs.split(size), by_part, shares.unbind(), strict=True))
-        ]
+        inputs_by_part = inputs.tensor_split(number)
+        return [(*part, i == last) for i, part in enumerate(zip(inputs_by_part, by_part, shares.unbind(), strict=True))]
 
     def _pass(self, inputs: Tensor, labels: Tensor, share: Tensor, last: bool, step: int) -> StepOutput:
         """Forward and backward of a part; gradients add up."""

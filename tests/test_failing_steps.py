@@ -1,0 +1,228 @@
+"""Steps that explode or run out of memory: what a run does about them, and what it says."""
+
+import math
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import train as training
+from config import Config
+from data.face_sets import open_training_set
+from models.demonet import DemoNet
+from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train
+from utils.checkpoints import BEST
+from utils.saved_checkpoints import Saved, checkpoint_folders
+from utils.settings import as_flags, build, flatten
+from utils.training_log import read_metrics
+from utils.training_step import StepOutput, TrainingStep
+
+
+def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
+    """Training of the demo net on 32x32 faces: 6 steps an epoch, 12 in all, a checkpoint after every four."""
+    base = {
+        "common.device": "cpu",
+        "common.workers": 0,
+        "common.runs": str(runs),
+        "data.root": (str(tiny_set),),
+        "data.image_size": 32,
+        "model.network": "demo",
+        "model.embedding_size": 16,
+        "loss.scale": 16.0,
+        "train.name": "a",
+        "train.batch_size": 8,
+        "train.epochs": 2,
+        "train.lr": 0.05,
+        "train.ema": 0.9,
+        "train.log_every": 2,
+        "train.checkpoint_every": 4,
+        "train.checkpoints_kept": 9,
+    }
+    return build(Config, {**base, **{name.replace("__", "."): value for name, value in settings.items()}})
+
+
+def explode(
+    monkeypatch: pytest.MonkeyPatch, steps: Collection[int], loss: float = math.nan, norm: float | None = None
+) -> list[int]:
+    """Make `steps` wreck the network and say so by their loss or norm; returns the steps that are made, as they are."""
+    whole, made = TrainingStep.__call__, list[int]()
+
+    def step_or_explode(self: TrainingStep, inputs: Tensor, labels: Tensor, step: int, lr: float) -> StepOutput:
+        output = whole(self, inputs, labels, step, lr)
+        made.append(step)
+        if step not in steps:
+            return output
+        with torch.no_grad():
+            for weight in [*self.network.parameters(), self.head.weight]:
+                weight.fill_(math.nan)
+        if norm is not None:
+            return output._replace(gradient_norm=torch.tensor(norm))
+        return output._replace(loss=torch.tensor(loss))
+
+    monkeypatch.setattr(TrainingStep, "__call__", step_or_explode)
+    return made
+
+
+def newest(run: Path) -> dict[str, Tensor]:
+    """All tensors of the newest checkpoint."""
+    files = checkpoint_folders(run / CHECKPOINTS)[-1].glob("*.safetensors")
+    return {name: value for file in files for name, value in load_file(file).items()}
+
+
+def skipped(run: Path) -> list[int]:
+    return Saved(checkpoint_folders(run / CHECKPOINTS)[-1]).notes["skipped"]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def noted(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["train/loss"]) for line in read_metrics(run) if "train/loss" in line]
+
+
+@pytest.mark.parametrize(("loss", "norm"), [(math.nan, None), (1001.0, None), (math.inf, None), (1.0, math.nan)])
+def test_an_explosion_stops_the_run(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: float, norm: float | None
+) -> None:
+    """A loss that is no number or too large, or a gradient that is no number: the error names step, learning rate and
+    norm, the step's images are listed, and no checkpoint has anything of it."""
+    explode(monkeypatch, {7}, loss, norm)
+    with pytest.raises(
+        ExplodedError, match=r"at step 7 \(learning rate 0\.0208, gradient norm .*--on-explosion skip"
+    ) as caught:
+        train(configure(tiny_set, tmp_path))
+    assert caught.value.step == 7
+    if norm is None:
+        assert f"the loss became {loss} " in str(caught.value)
+    else:
+        assert "gradient norm nan" in str(caught.value)
+    run = tmp_path / "a"
+    assert str(run / "exploded-step-7.txt") in str(caught.value)
+    faces = open_training_set([tiny_set], 1)
+    its = np.random.default_rng([0, 1]).permutation(48)[8:16]
+    listed = (run / "exploded-step-7.txt").read_text().splitlines()
+    assert listed == [faces.describe(int(i)) for i in its]
+    assert Saved(checkpoint_folders(run / CHECKPOINTS)[-1]).step == 4
+    assert all(value.isfinite().all() for value in newest(run).values())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_exploded_is_left_out(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], workers: int
+) -> None:
+    """The run goes back to its checkpoint and on without the step and the one before it, to the same weights as if the
+    two had never been there; the record has nothing of what was given up."""
+    with monkeypatch.context() as patch:
+        initialise = Trainer.__init__
+
+        def without(self: Trainer, *arguments: object) -> None:
+            initialise(self, *arguments)  # type: ignore[arg-type]
+            self.skipped |= {6, 7}
+
+        patch.setattr(Trainer, "__init__", without)
+        reference = train(configure(tiny_set, tmp_path, train__name="without"))
+    made = explode(monkeypatch, {7})
+    run = train(configure(tiny_set, tmp_path, train__on_explosion="skip", common__workers=workers))
+    assert made == [0, 1, 2, 3, 4, 5, 6, 7, 4, 5, 8, 9, 10, 11]
+    assert skipped(run) == [6, 7]
+    assert same(newest(reference), newest(run))
+    assert same(load_file(reference / BEST), load_file(run / BEST))
+    assert noted(run) == noted(reference)
+    assert "back at step 4, and on without steps 6 and 7" in capsys.readouterr().out
+
+
+def test_a_resumed_run_leaves_it_out_too(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed right after it went back: what was left out is known to the run that goes on, which ends alike."""
+    with monkeypatch.context() as patch:
+        explode(patch, {7})
+        whole = train(configure(tiny_set, tmp_path, train__name="whole", train__on_explosion="skip"))
+        save = Trainer.save
+
+        def save_then_die(self: Trainer, wait: bool) -> None:
+            save(self, wait)
+            if self.skipped:
+                raise KeyboardInterrupt
+
+        patch.setattr(Trainer, "save", save_then_die)
+        with pytest.raises(KeyboardInterrupt):
+            train(configure(tiny_set, tmp_path, train__on_explosion="skip"))
+    run = tmp_path / "a"
+    assert skipped(run) == [6, 7]
+    train(configure(tiny_set, tmp_path, train__on_explosion="skip", train__resume=str(run)))
+    assert same(newest(whole), newest(run))
+    assert same(load_file(whole / BEST), load_file(run / BEST))
+    assert noted(whole) == noted(run)
+
+
+def test_endless_explosions_end_the_run(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When whatever follows explodes, the batches are not at fault: the run stops and says so, instead of leaving out
+    one after the other and saving checkpoints on the way."""
+    made = explode(monkeypatch, range(4, 1000))
+    with pytest.raises(TrainingError, match=rf"\. {MOST_SKIPPED + 1} of the last 1,000 steps exploded or led to it"):
+        train(configure(tiny_set, tmp_path, train__on_explosion="skip", train__epochs=9, train__log_every=1))
+    assert len(made) < 60
+    assert all(value.isfinite().all() for value in newest(tmp_path / "a").values())
+
+
+def test_explosions_far_apart_do_not(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only those among so many steps count."""
+    monkeypatch.setattr(training, "MOST_SKIPPED", 2)
+    monkeypatch.setattr(training, "SKIPPED_AMONG", 4)
+    explode(monkeypatch, {5, 9})
+    assert skipped(train(configure(tiny_set, tmp_path, train__on_explosion="skip"))) == [4, 5, 8, 9]
+
+
+def test_without_a_checkpoint_there_is_no_way_back(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An explosion before the first checkpoint stops the run, with the setting that would have helped."""
+    explode(monkeypatch, {1})
+    with pytest.raises(
+        TrainingError, match=r"at step 1 .*no checkpoint yet to go back to: lower train\.checkpoint_every"
+    ):
+        train(configure(tiny_set, tmp_path, train__on_explosion="skip"))
+
+
+def exhaust(monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Let the network run out of memory in training passes of more than `most` faces; returns those that fit."""
+    forward: Callable[[DemoNet, Tensor], Tensor] = DemoNet.forward
+    fitted: list[int] = []
+
+    def limited(self: DemoNet, x: Tensor) -> Tensor:
+        if self.training:
+            if len(x) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And much more")
+            fitted.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(DemoNet, "forward", limited)
+    return fitted
+
+
+def test_a_step_out_of_memory_goes_on_in_parts(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """train.micro_batch=auto: the parts are halved until they fit, said once for each time, and nothing is lost."""
+    fitted = exhaust(monkeypatch, 3)
+    train(configure(tiny_set, tmp_path))
+    assert fitted == [2] * 4 * 12
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("out of memory")]
+    assert said == [f"out of memory with {n} faces in a pass: on with {n // 2} (train.micro_batch)" for n in (8, 4)]
+
+
+@pytest.mark.parametrize(("micro_batch", "most"), [("8", 4), ("auto", 1)])
+def test_out_of_memory_says_what_to_lower(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: str, most: int
+) -> None:
+    """Parts of a size that was set, or that cannot be smaller: one line with the settings to lower, no traceback."""
+    exhaust(monkeypatch, most)
+    config = configure(tiny_set, tmp_path, train__micro_batch=micro_batch)
+    with pytest.raises(
+        SystemExit, match=r"^train: CUDA out of memory\. Lower train\.micro_batch, or train\.batch_size$"
+    ):
+        main(as_flags(flatten(config)))

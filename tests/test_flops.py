@@ -1,0 +1,41 @@
+"""Operations of a network, against a count by hand."""
+
+import pytest
+import torch
+from torch import nn
+
+from models import create_network
+from utils.flops import forward_flops, matmul_flops_per_s
+
+
+def test_operations_are_those_of_a_count_by_hand() -> None:
+    """Two for each multiply-add: grouped and strided convolutions and linear layers; norms do not count."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.PReLU(8), nn.Conv2d(8, 8, 3, groups=4),
+        nn.Flatten(), nn.Linear(8 * 6 * 6, 5), nn.BatchNorm1d(5),
+    )  # fmt: skip
+    by_hand = 8 * 8 * 8 * (3 * 9) + 6 * 6 * 8 * (2 * 9) + 8 * 6 * 6 * 5
+    assert forward_flops(network, 16) == 2 * by_hand
+
+
+@pytest.mark.parametrize(("name", "billions"), [("r50", 6.33), ("mbf", 0.45)])
+def test_published_networks_have_their_published_operations(name: str, billions: float) -> None:
+    """Multiply-adds of the model zoos, at 112x112: a wrong stride or width would show."""
+    assert forward_flops(create_network(name, 512, 112), 112) / 2e9 == pytest.approx(billions, rel=0.03)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_counting_leaves_the_network_as_it_was(training: bool) -> None:
+    """Its mode, its statistics, its gradients."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(training)
+    forward_flops(network, 8)
+    assert network.training is training
+    assert int(network[1].num_batches_tracked) == 0
+    assert all(weight.grad is None for weight in network.parameters())
+
+
+def test_the_rate_of_products_is_their_operations_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 n^3 operations a product, the best of three rounds; the clock is made up."""
+    seconds = iter([0.0, 4.0, 10.0, 12.0, 20.0, 28.0])
+    monkeypatch.setattr("utils.flops.time.perf_counter", lambda: next(seconds))
+    assert matmul_flops_per_s(torch.device("cpu"), torch.float32, size=16, repeats=3) == 3 * 2 * 16**3 / 2

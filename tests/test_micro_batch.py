@@ -1,0 +1,97 @@
+"""How many faces fit is tried out, and the trial leaves no trace."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from utils.micro_batch import largest_that_fits, trial_pass
+
+
+class Card:
+    """Something on which at most `holds` faces fit; notes what was tried."""
+
+    def __init__(self, holds: int) -> None:
+        self.holds = holds
+        self.tried: list[int] = []
+
+    def attempt(self, faces: int) -> None:
+        self.tried.append(faces)
+        if faces > self.holds:
+            raise torch.OutOfMemoryError("made up")
+
+
+@pytest.mark.parametrize(
+    ("holds", "most", "tried"),
+    [(100, 64, [64]), (64, 64, [64]), (20, 64, [64, 32, 16]), (20, 75, [75, 38, 19]), (1, 1, [1]), (2, 7, [7, 4, 2])],
+)
+def test_halves_until_it_fits(holds: int, most: int, tried: list[int]) -> None:
+    """The largest of the halves of `most`, rounded up, is found from above, and nothing smaller is tried."""
+    card = Card(holds)
+    assert largest_that_fits(card.attempt, most) == tried[-1]
+    assert card.tried == tried
+
+
+@pytest.mark.parametrize(("most", "tried"), [(8, [8, 4, 2]), (1, [1])])
+def test_a_network_that_never_fits_raises(most: int, tried: list[int]) -> None:
+    """Not even the least that can train: out of memory, for the caller to say what to do about it."""
+    card = Card(0)
+    with pytest.raises(torch.OutOfMemoryError):
+        largest_that_fits(card.attempt, most)
+    assert card.tried == tried
+
+
+def test_other_errors_are_not_tried_again() -> None:
+    """A network that fails for another reason fails once, with its own error."""
+    tried = []
+
+    def attempt(faces: int) -> None:
+        tried.append(faces)
+        raise RuntimeError("a shape that does not fit")
+
+    with pytest.raises(RuntimeError, match="a shape"):
+        largest_that_fits(attempt, 8)
+    assert tried == [8]
+
+
+class Failing(nn.Module):
+    """Passes forward; runs out of memory on the way back when `fails`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails = True
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(tuple(x.shape))
+        x.register_hook(self._back)
+        return x
+
+    def _back(self, gradient: Tensor) -> None:
+        if self.fails:
+            raise torch.OutOfMemoryError("made up")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_trial_leaves_nothing_behind(fails: bool, precision: torch.dtype) -> None:
+    """After a pass, whole or broken off in the middle: the weights, the statistics of norms and their count are as they
+    were, and no weight has a gradient. The pass trains on as many faces as asked, in the precision of the run."""
+    torch.manual_seed(0)
+    last = Failing()
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 5), last)
+    last.fails = fails
+    dtypes: list[torch.dtype] = []
+    network[0].register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    before = copy.deepcopy(network.state_dict())
+    attempt = trial_pass(network, 4, precision, states=2)
+    if fails:
+        with pytest.raises(torch.OutOfMemoryError):
+            attempt(6)
+    else:
+        attempt(6)
+    assert last.seen == [(6, 5)]
+    assert dtypes == [precision]
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(weight.grad is None for weight in network.parameters())

@@ -1,0 +1,230 @@
+"""Networks and heads made as settings say: each goes through the whole of training; failing compilers cost nothing."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from config import Config
+from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
+from models.iresnet import IBasicBlock
+from models.recompute import recompute_blocks
+from train import train
+from utils.checkpoints import BEST
+from utils.micro_batch import trial_pass
+from utils.ranks import Ranks
+from utils.settings import build
+from utils.training_log import read_metrics
+from utils.training_parts import build_head, build_network, compile_network
+
+CPU = torch.device("cpu")
+
+
+def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
+    """Training of the demo net on 48 faces of 32x32: 3 steps an epoch, one epoch."""
+    base = {
+        "common.device": "cpu",
+        "common.workers": 0,
+        "common.runs": str(runs),
+        "data.root": (str(tiny_set),),
+        "data.image_size": 32,
+        "model.network": "demo",
+        "model.embedding_size": 16,
+        "loss.scale": 16.0,
+        "train.name": "a",
+        "train.batch_size": 16,
+        "train.epochs": 1,
+        "train.log_every": 1,
+    }
+    return build(Config, {**base, **{name.replace("__", "."): value for name, value in settings.items()}})
+
+
+def losses(run: Path) -> list[float]:
+    return [line["train/loss"] for line in read_metrics(run) if "train/loss" in line]
+
+
+HEADS: dict[str, dict[str, Any]] = {
+    "auto": {},
+    "dense": {"loss__engine": "dense"},
+    "blockwise": {"loss__engine": "blockwise", "loss__block": 4},
+    "sampled": {"loss__sample_rate": 0.5},
+    "sub-centers": {"loss__sub_centers": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the settings above, on one thread as the others: sums of floats depend on their number."""
+    torch.set_num_threads(1)
+    return train(configure(tiny_set, tmp_path_factory.mktemp("plain")))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_trains_with_every_optimizer(tiny_set: Path, tmp_path: Path, head: str, optimizer: str) -> None:
+    """The loss falls on faces seen over and over, by whatever engine and optimizer, the average verified too."""
+    settings = {"train__epochs": 4, "train__optimizer": optimizer, "train__ema": 0.9, "train__verify_every": 100}
+    if optimizer != "sgd":
+        settings["train__lr"] = 0.01
+    run = train(configure(tiny_set, tmp_path, **HEADS[head], **settings))
+    found = losses(run)
+    assert len(found) == 12
+    assert sum(found[-3:]) < 0.95 * sum(found[:3])
+    assert {"verify/tiny", "verify_average/tiny"} <= {name for line in read_metrics(run) for name in line}
+
+
+@pytest.mark.parametrize("head", ["dense", "blockwise"])
+def test_engines_train_the_same(tiny_set: Path, tmp_path: Path, plain: Path, head: str) -> None:
+    """Which engine computes the loss, and in how many passes, is no question of what is learned."""
+    run = train(configure(tiny_set, tmp_path, **HEADS[head]))
+    assert losses(run) == pytest.approx(losses(plain), rel=1e-5)
+    for name, value in load_file(plain / BEST).items():
+        torch.testing.assert_close(load_file(run / BEST)[name], value, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "rows", "optimizer"),
+    [
+        ({}, DenseHead, 9, RowSGD(0.9, 5e-4)),
+        ({"loss__engine": "blockwise"}, BlockwiseHead, 9, RowSGD(0.9, 5e-4)),
+        ({"loss__block": 4, "train__optimizer": "adamw"}, BlockwiseHead, 9, RowAdamW(weight_decay=5e-4)),
+        ({"loss__sub_centers": 3, "train__optimizer": "muon"}, DenseHead, 27, RowAdamW(weight_decay=5e-4)),
+        ({"loss__sample_rate": 0.5, "train__momentum": 0.8}, BlockwiseHead, 9, RowSGD(0.8, 5e-4)),
+    ],
+)  # fmt: skip
+def test_the_head_is_what_the_settings_say(
+    tiny_set: Path, tmp_path: Path, settings: dict[str, object], kind: type, rows: int, optimizer: object
+) -> None:
+    """Engine, sub-centers, optimizer with its decay, and the first centres, which the seed decides."""
+    config = configure(tiny_set, tmp_path, **settings)
+    head = build_head(config, 9, CPU, torch.float32, Ranks())
+    assert type(head) is kind
+    assert head.weight.shape == (rows, 16)
+    assert head.optimizer == optimizer
+    again = build_head(config, 9, CPU, torch.float32, Ranks())
+    other = build_head(configure(tiny_set, tmp_path, **settings, train__seed=1), 9, CPU, torch.float32, Ranks())
+    assert torch.equal(head.weight, again.weight)
+    assert not torch.equal(head.weight, other.weight)
+
+
+def test_a_run_can_start_from_another(tiny_set: Path, tmp_path: Path, plain: Path) -> None:
+    """`train.init` takes a run's folder or its file: the same first weights, and not those of the seed."""
+    nets = [build_network(configure(tiny_set, tmp_path, train__init=str(init)), CPU) for init in (plain, plain / BEST)]
+    saved = load_file(plain / BEST)
+    for network in nets:
+        assert all(torch.equal(value, saved[name]) for name, value in network.state_dict().items())
+    run = train(configure(tiny_set, tmp_path, train__init=str(plain), train__verify_at_start=True))
+    first = next(line["verify/tiny"] for line in read_metrics(run) if "verify/tiny" in line)
+    last = [line["verify/tiny"] for line in read_metrics(plain) if "verify/tiny" in line]
+    assert first in last
+
+
+def test_frozen_parts_do_not_learn(tiny_set: Path, tmp_path: Path, plain: Path) -> None:
+    """Their weights and statistics stay those of `train.init`, also after a verification; the others move."""
+    unverified = tmp_path / "set"  # whose last network is kept
+    shutil.copytree(tiny_set, unverified, ignore=shutil.ignore_patterns("*.bin"))
+    run = train(
+        configure(
+            unverified, tmp_path, train__init=str(plain), train__frozen=("body.0", "body.1"), train__verify_every=1
+        )
+    )
+    before, after = load_file(plain / BEST), load_file(run / BEST)
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert {name for name in after if name not in moved and "tracked" not in name} == {
+        name for name in after if name.startswith(("body.0.", "body.1.")) and "tracked" not in name
+    }
+    assert torch.equal(after["body.0.1.num_batches_tracked"], before["body.0.1.num_batches_tracked"])
+
+
+def test_wrong_parts_are_refused(tiny_set: Path, tmp_path: Path) -> None:
+    """Before anything is written: a part that there is not, a network without blocks."""
+    for settings, message in (
+        ({"train__frozen": ("layer9",)}, r"train\.frozen: the network has no weights in 'layer9'"),
+        ({"train__activation_checkpointing": True}, r"train\.activation_checkpointing: DemoNet has no blocks"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(configure(tiny_set, tmp_path, **settings))
+    assert not (tmp_path / "a").exists()
+
+
+def test_sync_bn_alone_is_batch_norm(tiny_set: Path, tmp_path: Path, plain: Path) -> None:
+    """On one process there is nothing to synchronise: the same run to the bit, saved under the same names."""
+    run = train(configure(tiny_set, tmp_path, train__sync_bn=True))
+    expected, found = load_file(plain / BEST), load_file(run / BEST)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+def test_activation_checkpointing_changes_no_run(tiny_set: Path, tmp_path: Path) -> None:
+    """MobileFaceNet trained with and without: the same to the bit, average included."""
+    runs = [
+        train(configure(tiny_set, tmp_path, train__name=str(on), model__network="mbf", train__ema=0.9,
+                        train__activation_checkpointing=on))
+        for on in (False, True)
+    ]  # fmt: skip
+    expected, found = (load_file(run / BEST) for run in runs)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def units() -> nn.Module:
+    """A network of 8x8 pixels with blocks and both kinds of norms."""
+    torch.manual_seed(0)
+    return nn.Sequential(IBasicBlock(3, 4, 2), IBasicBlock(4, 4, 1), nn.Flatten(), nn.Linear(64, 5), nn.BatchNorm1d(5))
+
+
+def a_pass(network: nn.Module) -> tuple[Tensor, list[Tensor]]:
+    """Embeddings and gradients of six faces."""
+    embeddings = network(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
+    (embeddings * torch.linspace(-1, 1, 5)).square().sum().backward()
+    return embeddings.detach(), [weight.grad for weight in network.parameters() if weight.grad is not None]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_compiled_network_trains_the_same(recompute: bool) -> None:
+    """Traced, and differentiated by the compiler: embeddings, gradients and statistics, each batch counted once; blocks
+    that are computed anew compile too."""
+    eager, network = units(), units()
+    if recompute:
+        recompute_blocks(network)
+    said: list[str] = []
+    compiled = compile_network(network, attempt, said.append, "aot_eager")
+    assert compiled is not network, said
+    assert not said
+    for _ in range(2):
+        torch.testing.assert_close(a_pass(compiled), a_pass(eager), rtol=1e-4, atol=1e-5)
+    for key, value in eager.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    torch._dynamo.reset()
+
+
+def attempt(module: nn.Module) -> None:
+    trial_pass(module, 8, torch.float32, 0)(6)
+
+
+def failing_backend(graph: object, inputs: object) -> Callable[..., object]:
+    raise RuntimeError("no such instruction\nand a long trace")
+
+
+def test_a_compiler_that_fails_is_said_once() -> None:
+    """The network as it was, and one line with the reason and the setting; out of memory is another matter."""
+    network, said = units(), list[str]()
+    assert compile_network(network, attempt, said.append, failing_backend) is network  # type: ignore[arg-type]
+    assert len(said) == 1
+    assert "no such instruction" in said[0]
+    assert "\n" not in said[0]
+    assert "train.compile=off" in said[0]
+    assert all(weight.grad is None for weight in network.parameters())
+
+    def exhaust(module: nn.Module) -> None:
+        raise torch.OutOfMemoryError("made up")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        compile_network(network, exhaust, said.append, "aot_eager")
+    assert len(said) == 1
+    torch._dynamo.reset()

@@ -1,0 +1,293 @@
+"""One step of training: parts of a batch, loss scaling, clipping, running out of memory, and no waiting in between."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from models.heads import RowAdamW, RowOptimizer, RowSGD, create_head
+from models.losses import create_loss
+from utils.ema import WeightAverage
+from utils.optimizers import create_optimizer, parameter_groups
+from utils.ranks import Ranks
+from utils.schedules import OptimizerName
+from utils.training_log import Meter
+from utils.training_step import StepOutput, TrainingStep
+
+CLASSES, SIZE, FACES, LR, DECAY = 9, 6, 11, 0.05, 1e-2
+HEADS: dict[str, dict[str, Any]] = {
+    "dense": {"engine": "dense"},
+    "blockwise": {"engine": "blockwise", "block": 4},
+    "sub-centers": {"engine": "blockwise", "block": 4, "sub_centers": 3},
+}
+
+
+class Watched(nn.Sequential):
+    """Notes how many faces it is given, and runs out of memory when they are more than `most`."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.most = FACES
+        self.seen: list[int] = []
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.seen.append(len(input))
+        output = super().forward(input)
+        if len(input) > self.most:
+            raise torch.OutOfMemoryError("made up")
+        return output
+
+
+class Parts:
+    """What a step works on. Batch norms have frozen statistics, for those of parts are not those of the batch."""
+
+    def __init__(
+        self,
+        head: str = "dense",
+        micro_batch: int = FACES,
+        clip: float = 1e9,
+        precision: torch.dtype = torch.float32,
+        scale: float | None = None,
+        optimizer: OptimizerName = "sgd",
+        loss: str = "arcface",
+        shrinking: Callable[[str], object] | None = None,
+        **options: Any,
+    ) -> None:
+        torch.manual_seed(0)
+        convolution = nn.Conv2d(3, 4, 3, bias=False)
+        self.network = Watched(convolution, nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(), nn.Linear(36, SIZE))
+        self.network[1].eval()
+        rows: RowOptimizer = RowSGD(0.9, DECAY) if optimizer == "sgd" else RowAdamW(weight_decay=DECAY)
+        self.head = create_head(
+            create_loss(loss, scale=8.0), CLASSES, SIZE, rows, FACES, device=torch.device("cpu"),
+            **{**HEADS[head], **options},
+        )  # fmt: skip
+        self.optimizer = create_optimizer(optimizer, parameter_groups(self.network, DECAY, decay_all=True), 0.9)
+        self.scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
+        self.step = TrainingStep(
+            self.network, self.head, self.optimizer, self.scaler, precision, clip, micro_batch, Ranks(), shrinking
+        )
+
+    def train(self, steps: int = 3) -> list[StepOutput]:
+        return [self.step(*batch(step), step, LR) for step in range(steps)]
+
+    def state(self) -> dict[str, Tensor]:
+        gradients = {f"gradient.{name}": weight.grad for name, weight in self.network.named_parameters()}
+        return copy.deepcopy({**self.network.state_dict(), **self.head.state_dict(prefix="head."), **gradients})
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Faces and labels; the first four do not count, nor does one of the others."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(0, CLASSES, (FACES,), generator=generator)
+    labels[:4], labels[7] = -1, -1
+    return torch.randn(FACES, 3, 5, 5, generator=generator), labels
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], **tolerance: float) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, **(tolerance or {"rtol": 0.0, "atol": 0.0}), msg=name)
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("micro_batch", [2, 4, 10])
+def test_parts_add_up_to_the_batch(head: str, micro_batch: int) -> None:
+    """Passes of parts, one of them without a face that counts, another shorter: gradients, update and numbers of one
+    pass over the whole."""
+    whole, parts = Parts(head), Parts(head, micro_batch)
+    expected, reached = whole.train(), parts.train()
+    assert_same(whole.state(), parts.state(), rtol=1e-4, atol=1e-6)
+    for one, other in zip(expected, reached, strict=True):
+        for name, value in one._asdict().items():
+            found = getattr(other, name)
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-6, equal_nan=True, msg=name)
+
+
+def test_a_step_is_a_plain_one() -> None:
+    """Loss, gradients and norm are those of autograd on network and head, and the update is SGD's."""
+    parts = Parts(micro_batch=3)
+    network, head = copy.deepcopy(parts.network), copy.deepcopy(parts.head)
+    loss = head(network(batch(0)[0]), batch(0)[1], 0).loss
+    loss.backward()
+    output = parts.train(1)[0]
+    torch.testing.assert_close(output.loss, loss.detach())
+    gradients = torch.cat([weight.grad.flatten() for weight in network.parameters()])
+    torch.testing.assert_close(output.gradient_norm, gradients.norm())
+    for module, trained in ((network, parts.network), (head, parts.head)):
+        for before, after in zip(module.parameters(), trained.parameters(), strict=True):
+            torch.testing.assert_close(after, before - LR * (before.grad + DECAY * before), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("faces", "most", "sizes"), [(7, 3, [3, 2, 2]), (10, 4, [4, 3, 3]), (8, 8, [8]), (9, 4, [3] * 3)]
+)
+def test_parts_are_as_equal_as_can_be(faces: int, most: int, sizes: list[int]) -> None:
+    """No part is left with a single face, on which batch norm cannot train, when there are enough for all."""
+    parts = Parts(micro_batch=most)
+    parts.network.train()
+    inputs, labels = batch(0)
+    parts.step(inputs[:faces], labels[:faces], 0, LR)
+    assert parts.network.seen == sizes
+
+
+@pytest.mark.parametrize("clip", [0.1, 1e3])
+def test_the_gradient_is_clipped_by_its_norm(clip: float) -> None:
+    """The network's gradient is scaled down to `clip` where it is longer; the head's never is."""
+    free, clipped = Parts(), Parts(clip=clip)
+    before = free.network.state_dict()["4.weight"].double().clone()
+    norm = free.train(1)[0].gradient_norm.double()
+    clipped.train(1)
+    assert 0.1 < norm < 1e3
+    gradient = free.network[4].weight.grad.double() * min(1.0, clip / float(norm))
+    torch.testing.assert_close(clipped.network[4].weight.double(), before - LR * (gradient + DECAY * before))
+    assert torch.equal(free.head.weight, clipped.head.weight)
+
+
+@pytest.mark.parametrize("micro_batch", [FACES, 4])
+@pytest.mark.parametrize("head", HEADS)
+def test_loss_scaling_changes_nothing(head: str, micro_batch: int) -> None:
+    """Scaled by a power of two and back: the same weights to the bit, network and head, and the same norms."""
+    plain, scaled = Parts(head, micro_batch), Parts(head, micro_batch, scale=2.0**10)
+    outputs = [parts.train() for parts in (plain, scaled)]
+    assert_same(plain.state(), scaled.state())
+    assert [float(output.gradient_norm) for output in outputs[0]] == [
+        float(output.gradient_norm) for output in outputs[1]
+    ]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_an_overflow_in_the_network_skips_its_step(head: str) -> None:
+    """A face that float16 cannot hold: the network rests, the scale is halved, the centres stay finite, and the step
+    after trains again."""
+    parts = Parts(head, precision=torch.float16, scale=2.0**8)
+    before = copy.deepcopy(parts.network.state_dict())
+    inputs, labels = batch(0)
+    inputs[5] = 1e6
+    output = parts.step(inputs, labels, 0, LR)
+    assert output.loss.isnan()
+    assert_same(before, parts.network.state_dict())
+    assert parts.scaler.get_scale() == 2.0**7
+    assert all(value.isfinite().all() for value in parts.head.state_dict().values())
+    after = parts.step(*batch(1), 1, LR)
+    assert after.loss.isfinite()
+    assert not torch.equal(before["4.weight"], parts.network[4].weight)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_scale_too_large_costs_the_network_a_step(head: str) -> None:
+    """Gradients that overflow by the scale alone: the loss is known, the head learns, the network waits for a scale."""
+    parts = Parts(head, precision=torch.float16, scale=2.0**60)
+    before, centres = copy.deepcopy(parts.network.state_dict()), parts.head.weight.detach().clone()
+    output = parts.train(1)[0]
+    assert output.loss.isfinite()
+    assert not output.gradient_norm.isfinite()
+    assert_same(before, parts.network.state_dict())
+    assert parts.head.weight.isfinite().all()
+    assert not torch.equal(parts.head.weight, centres)
+    assert parts.scaler.get_scale() == 2.0**59
+
+
+class Unwaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a CUDA device. `on_host`: tensors that are on the CPU in any case."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount")
+
+    def __init__(self, on_host: Callable[[], list[Tensor]]) -> None:
+        super().__init__()
+        self.on_host = on_host
+        self.operations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.operations += 1
+        name = func.overloadpacket.__name__
+        known = {tensor.data_ptr() for tensor in self.on_host()}
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        if name in self.WAITING and not any(tensor.data_ptr() in known for tensor in tensors):
+            raise AssertionError(f"{name} waits for the device")
+        if name in ("index", "index_put", "index_put_") and any(tensor.dtype == torch.bool for tensor in tensors[1:]):
+            raise AssertionError(f"{name} by a mask waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize(
+    ("head", "loss", "options"),
+    [
+        ("dense", "adaface", {}),
+        ("blockwise", "curricularface", {}),
+        ("blockwise", "elastic_arc", {"sample_rate": 0.5}),
+        ("sub-centers", "magface", {}),
+    ],
+)
+def test_a_step_waits_for_nothing(optimizer: OptimizerName, head: str, loss: str, options: dict[str, Any]) -> None:
+    """Neither the step, in one pass or several, nor the average and the meter after it ask the device for a number."""
+    for micro_batch in (FACES, 4):
+        parts = Parts(head, micro_batch, clip=5.0, optimizer=optimizer, loss=loss, **options)
+        state = parts.optimizer.state
+        average, meter = WeightAverage(parts.network, 0.9), Meter(torch.device("cpu"))
+        inputs, labels = batch(0)
+
+        with Unwaiting(lambda state=state: [s["step"] for s in state.values() if "step" in s]) as mode:  # type: ignore[misc]
+            for step in range(2):
+                meter.add(step, parts.step(inputs, labels, step, LR), FACES)
+                average.update(parts.network, step)
+        assert mode.operations > 100
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_out_of_memory_halves_the_parts(head: str) -> None:
+    """A batch that does not fit is tried again in smaller parts, which later steps keep: said once, and the same run as
+    with those parts from the start, to the bit."""
+    said: list[str] = []
+    retried, small = Parts(head, shrinking=said.append), Parts(head, micro_batch=3)
+    retried.network.most = 4
+    retried.train()
+    small.train()
+    assert retried.network.seen == [11, 6, *[3, 3, 3, 2] * 3]
+    assert [line.split(":")[0] for line in said] == [
+        "out of memory with 11 faces in a pass",
+        "out of memory with 6 faces in a pass",
+    ]
+    assert_same(small.state(), retried.state())
+
+
+@pytest.mark.parametrize(
+    ("head", "options", "most"),
+    [("dense", {}, 4), ("dense", {"shrinking": print}, 1), ("blockwise", {"shrinking": print}, 1)],
+)
+def test_out_of_memory_ends_the_step(head: str, options: dict[str, Any], most: int) -> None:
+    """Where parts were set by hand, and where they would be too small for batch norm, running out is an error."""
+    parts = Parts(head, **options)
+    parts.network.most = most
+    before = parts.state()
+    with pytest.raises(torch.OutOfMemoryError):
+        parts.train(1)
+    assert min(parts.network.seen) >= 2
+    assert_same(before, parts.state())
+
+
+@pytest.mark.parametrize(("loss", "micro_batch"), [("arcface", FACES), ("adaface", 4)])
+def test_what_the_head_took_in_is_not_tried_again(loss: str, micro_batch: int) -> None:
+    """Out of memory in the network's backward pass, or a later part: by then the centres have their update, or the loss
+    its statistics, which must not be had twice."""
+    said: list[str] = []
+    parts = Parts("blockwise", micro_batch, loss=loss, shrinking=said.append)
+    passes = []
+
+    def fail(*_: object) -> None:
+        passes.append(1)
+        if len(passes) == (1 if micro_batch == FACES else 2):
+            raise torch.OutOfMemoryError("made up")
+
+    parts.network[4].register_full_backward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        parts.train(1)
+    assert not said
