@@ -52,7 +52,8 @@ class DataConfig:
     # Where training JPEGs are decoded: cpu, by the workers, or gpu, which needs a CUDA card and torchcodec; its pixels
     # differ a little. Tests, merges and verification always decode on the CPU.
     decode: Literal["cpu", "gpu"] = "cpu"
-    # Broken training images are left out of the loss; more of them than this stop the run with their list.
+    # Broken training images are left out of the loss; more of them than this, of one process, stop the run with their
+    # list.
     broken_limit: int = 100
     # Probability that a training face is cropped, black filling the rest. 0: off. AdaFace: 0.2; strong augmentation
     # tends to cost accuracy.
@@ -166,8 +167,8 @@ class LossConfig:
     engine: Literal["auto", "dense", "blockwise"] = "auto"
     # Classes computed at a time by the blockwise engine. 0: as many as suit the device's memory and batch_size.
     block: int = 0
-    # What the blockwise engine multiplies in: auto is bfloat16 on CUDA where the network computes in half precision,
-    # else float32; sums and what follows are float32 in any case.
+    # What the blockwise engine multiplies in: auto is bfloat16 on CUDA where the network computes in it, else float32;
+    # sums and what follows are float32 in any case.
     products: Literal["auto", "fp32", "bf16"] = "auto"
 
     def __post_init__(self) -> None:
@@ -247,7 +248,7 @@ class TrainConfig:
     # Verify and keep a moving average of the weights: the decay a step, such as 0.999. 0: the weights themselves.
     ema: float = 0.0
     # Images of one card in a forward pass. auto: as many as fit of its part of batch_size. Gradients of several passes
-    # add up to those of the whole batch, batch norm aside.
+    # add up to those of the whole batch; batch norm, random margins and sampled classes are each pass's own.
     micro_batch: str = "auto"
     # Compute the activations of each block anew in the backward pass instead of keeping them: slower, but far smaller.
     activation_checkpointing: bool = False
@@ -305,8 +306,8 @@ class TrainConfig:
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}", f"must be in [0, 1), got {value}")
         micro = self.micro_batch
-        good = micro == "auto" or (micro.isdecimal() and int(micro) > 0)
-        require(good, "train.micro_batch", f"must be auto or a number of images, got {micro!r}")
+        good = micro == "auto" or (micro.isdecimal() and int(micro) > 1)
+        require(good, "train.micro_batch", f"must be auto or a number of images from 2 on (batch norm), got {micro!r}")
         require(self.checkpoints_kept >= 1, "train.checkpoints_kept", f"must be 1 or more, got {self.checkpoints_kept}")
         require(self.loss_limit > 0, "train.loss_limit", f"must be positive, got {self.loss_limit}")
         require(0 <= self.final_lr <= 1, "train.final_lr", f"must be from 0 to 1, got {self.final_lr}")

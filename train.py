@@ -14,13 +14,16 @@ TensorBoard record, and pictures of inputs, loss and accuracy.
 import json
 import math
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from config import PRESETS, Config, DataConfig
@@ -43,9 +46,10 @@ from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.ranks import Ranks, join_ranks
+from utils.saved_checkpoints import checkpoint_folders
 from utils.schedules import learning_rates, peak_lr
 from utils.scripts import readable_errors
-from utils.settings import Settings, describe, parse_settings, to_json
+from utils.settings import Settings, describe, flatten, from_json, parse_settings, to_json
 from utils.training_log import Meter, TrainingLog, step_profiler
 from utils.training_parts import build_head, build_network, compile_network, spread
 from utils.training_state import TrainingState
@@ -55,6 +59,16 @@ CHECKPOINTS = "checkpoints"
 
 #: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
 MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
+
+
+#: Steps between two at which several ranks agree whether a signal came.
+AGREE_EVERY = 10
+
+#: Steps in a row that may overflow in float16 while the gradient scaler lowers its scale.
+MOST_OVERFLOWS = 20
+
+#: Settings that decide which faces a step shows, and what a saved state is of.
+FIXED = ("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers")
 
 
 class TrainingError(ValueError):
@@ -114,7 +128,8 @@ class Trainer:
             final=settings.final_lr,
         )
 
-        self.network = build_network(config, device)
+        begun = bool(checkpoint_folders(run / CHECKPOINTS))
+        self.network = build_network(config, device, with_init=not begun)
         self.head = build_head(config, len(self.faces.identities), device, self.precision, ranks)
         self.flops = 3 * forward_flops(self.network, config.data.image_size)  # backward takes twice as many
         groups = parameter_groups(self.network, settings.weight_decay, settings.decay_all, settings.backbone_lr)
@@ -124,6 +139,7 @@ class Trainer:
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
         self.step, self.best_accuracy = 0, 0.0
+        self.bad_in_a_row = 0
         self.skipped: set[int] = set()
         self.broken: set[str] = set()
 
@@ -208,7 +224,7 @@ class Trainer:
         # A signal from here on is for the next step to see. Several ranks have to agree, which waits for all of them.
         stopping = self.interrupt.number
         if self.ranks.size > 1:
-            stopping = self.ranks.most(stopping) if note_now else 0
+            stopping = self.ranks.most(stopping) if note_now or step % AGREE_EVERY == 0 else 0
         if stopping and not note_now:
             self.note()
         if save_now or stopping:
@@ -231,10 +247,13 @@ class Trainer:
         noted = self.meter.read()
         if noted is None:
             return
-        limit, norms_may_be_infinite = self.config.train.loss_limit, self.scaler.is_enabled()
-        for back, (loss, norm) in enumerate(zip(noted.losses, noted.gradient_norms, strict=True)):
-            if not loss <= limit or not (math.isfinite(norm) or norms_may_be_infinite):
-                self.explode(noted.steps[back], loss, norm)
+        # A gradient scaler skips steps with an overflow, and finds its scale by them.
+        allowed = MOST_OVERFLOWS if self.scaler.is_enabled() else 0
+        for step, loss, norm in zip(noted.steps, noted.losses, noted.gradient_norms, strict=True):
+            good = loss <= self.config.train.loss_limit and math.isfinite(norm)
+            self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
+            if self.bad_in_a_row > allowed:
+                self.explode(step, loss, norm)
         tflops = noted.means["train/images_per_s"] * self.flops / 1e12
         rate = {"train/lr": float(self.learning_rates[self.step - 1]), "train/tflops_per_s": tflops}
         self.log.scalars(self.step, {**noted.means, **rate})
@@ -273,6 +292,7 @@ class Trainer:
             "best_accuracy": self.best_accuracy,
             "scaler": self.scaler.state_dict(),
             "skipped": sorted(self.skipped),
+            "identities": checksum(self.faces.identities),
             "torch": torch.__version__,
         }
         about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
@@ -287,12 +307,29 @@ class Trainer:
             if self.config.train.resume not in ("", "auto"):
                 raise TrainingError(f"train.resume: {self.run} has no whole checkpoint to go on from")
             return False
+        self.check_notes(saved.notes)
         self.state.restore(saved)
         self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
         self.skipped |= set(saved.notes["skipped"])
         if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(saved.notes["scaler"])
         return True
+
+    def check_notes(self, notes: Mapping[str, Any]) -> None:
+        """Raise TrainingError when a run with these settings cannot go on from a checkpoint with `notes`."""
+        before, now = from_json(json.dumps(notes["settings"])), flatten(self.config)
+        for name in FIXED:
+            if before[name] != now[name]:
+                raise TrainingError(
+                    f"{name}: the run to go on with has {before[name]}, which cannot become {now[name]} in its middle; "
+                    "start a new one, from its weights if you like (train.init)"
+                )
+        if notes["identities"] != checksum(self.faces.identities):
+            raise TrainingError(
+                f"data.root: {self.faces.path} does not have the identities that {self.run} began with (see also "
+                "data.min_images): its class centres would be other people's. Start a new run, from its weights if you "
+                "like (train.init)"
+            )
 
     def roll_back(self, error: ExplodedError) -> None:
         """Go back to the last checkpoint and leave out the batches that led astray; or raise TrainingError."""
@@ -344,10 +381,20 @@ class Trainer:
         whole = settings.batch_size // self.ranks.size
         most = whole if settings.micro_batch == "auto" else min(whole, int(settings.micro_batch))
         on_card = self.device.type == "cuda"
-        states = 1 if settings.optimizer == "sgd" else 2
+        states = 0 if self.optimizer.state else 2  # what the first step of AdamW and its like makes
         trial = partial(trial_pass, image_size=self.config.data.image_size, precision=self.precision, states=states)
         if settings.micro_batch == "auto" and on_card:
             most = self.ranks.least(largest_that_fits(trial(self.network), whole))
+            torch.cuda.reset_peak_memory_stats(self.device)  # the log's is that of the steps
+        if whole // -(-whole // most) < 2:
+            raise TrainingError(
+                f"train.micro_batch: with {most} of the {whole} images of a process some pass has a single one, on "
+                "which batch norm cannot train; take more, or another train.batch_size"
+            )
+        if settings.sync_bn and self.ranks.size > 1:
+            if not on_card:
+                raise TrainingError("train.sync_bn: torch has it for CUDA only")
+            nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # after the trial, in which ranks are on their own
         network = self.network
         if settings.compile == "on" or (settings.compile == "auto" and on_card):
             network = compile_network(network, lambda compiled: trial(compiled)(most), self.say)
@@ -416,6 +463,11 @@ def run_folder(config: Config) -> Path:
     return run
 
 
+def checksum(identities: Sequence[str]) -> int:
+    """Of the identities behind the classes, in their order."""
+    return zlib.crc32("\n".join(identities).encode("utf-8", "surrogateescape"))
+
+
 def verification_sets(data: DataConfig) -> list[VerificationPairs]:
     """The sets of `data.verification`, or every `.bin` beside the training set."""
     beside = [path for root in data.root for path in find_bins(root)]
@@ -433,7 +485,8 @@ def saved_settings(settings: Settings) -> Settings:
     """The settings of the run to resume, if there is one."""
     resume = settings["train.resume"]
     run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
-    saved = settings_beside(run) if resume and settings["train.name"] + resume != "auto" else {}
+    named = resume and (resume != "auto" or settings["train.name"])
+    saved = settings_beside(run) if named else {}
     return {**saved, "train.resume": resume} if saved else {}
 
 

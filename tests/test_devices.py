@@ -54,12 +54,23 @@ def test_full_precision_restores_what_was_set() -> None:
 
 
 def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torchrun says decides, unless the setting names a card."""
+    """Card by card as torchrun counts a machine's processes; never two on one card, never one that is not there."""
+    chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:1", "cpu")] == [
-        "cuda:3",
-        "cuda:3",
-        "cuda:1",
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cuda:2", "cpu")] == [
+        "cuda:0",
+        "cuda:0",
+        "cuda:2",
         "cpu",
     ]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert [str(pick_device(name)) for name in ("auto", "cuda", "cpu")] == ["cuda:3", "cuda:3", "cpu"]
+    assert chosen == [0, 0, 2, 3, 3]
+    with pytest.raises(ValueError, match="8 processes cannot share 'cuda:1'"):
+        pick_device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(ValueError, match="card 4 is wanted, but there are 4 here, counted from 0: lower --nproc"):
+        pick_device("auto")

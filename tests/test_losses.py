@@ -14,6 +14,7 @@ from torch import Tensor
 
 from config import LossConfig
 from models.losses import LOSSES, MarginLoss, Targets, create_loss
+from models.losses.batch_statistics import move_towards_
 
 #: What the papers and the authors' code have.
 PUBLISHED: dict[str, dict[str, float]] = {
@@ -716,3 +717,24 @@ def test_names() -> None:
     assert set(get_args(get_type_hints(LossConfig)["name"])) == set(LOSSES) == set(PUBLISHED)
     with pytest.raises(ValueError, match=r"loss\.name: there is no loss 'arc'; there are softmax, normface"):
         create_loss("arc")
+
+
+def test_parts_of_a_batch_move_statistics_as_the_batch_does() -> None:
+    """A batch that takes four passes: four equal values move a running mean as far as one does."""
+    whole, by_parts = torch.tensor(1.0), torch.tensor(1.0)
+    move_towards_(whole, torch.tensor(3.0), 0.01, 1, torch.tensor(True))
+    for _ in range(4):
+        move_towards_(by_parts, torch.tensor(3.0), 0.01, 4, torch.tensor(True))
+    assert by_parts.item() == pytest.approx(whole.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["elastic_arc", "elastic_cos"])
+def test_each_part_of_a_batch_draws_margins_of_its_own(name: str) -> None:
+    """Two passes of one step: other margins in each, the same again when the step is repeated."""
+    loss = create_loss(name)
+    cosine, counted = torch.zeros(8), torch.ones(8, dtype=torch.bool)
+    draws = []
+    for loss.part in (0, 1, 0):
+        draws.append(loss.margins(cosine, counted, 5))
+    assert torch.equal(draws[0], draws[2])
+    assert not torch.isclose(draws[0], draws[1]).any()

@@ -264,3 +264,11 @@ def test_all_frozen_is_refused() -> None:
     """A network that cannot learn is an error, not an optimizer's complaint about an empty list."""
     with pytest.raises(ValueError, match=r"^train\.frozen: nothing of the network is left to learn"):
         freeze(demo_network(), ("body", "head"))
+
+
+def test_sgd_has_its_momentum_before_the_first_step() -> None:
+    """A first step that a gradient scaler skips must not leave memory that nobody wrote to behind as momentum."""
+    network = nn.Linear(3, 2)
+    optimizer = create_optimizer("sgd", parameter_groups(network, 0.0), momentum=0.9)
+    for parameter in network.parameters():
+        assert torch.equal(optimizer.state[parameter]["momentum_buffer"], torch.zeros_like(parameter))

@@ -293,6 +293,51 @@ def test_several_sets_and_few_images(tiny_set: Path, tmp_path: Path) -> None:
         open_training_set([tiny_set], 9)
 
 
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"train__batch_size": 16}, r"train\.batch_size: the run to go on with has 8, which cannot become 16"),
+        ({"train__seed": 1}, r"train\.seed"),
+        ({"train__optimizer": "adamw"}, r"train\.optimizer"),
+        ({"data__order": "balanced"}, r"data\.order"),
+        ({"loss__sub_centers": 3}, r"loss\.sub_centers"),
+    ],
+)
+def test_what_a_run_cannot_change_in_its_middle(
+    tiny_set: Path, tiny_begun: Path, changed: dict[str, object], message: str
+) -> None:
+    """Settings that would make another run of it, under the same name, are refused by name."""
+    with pytest.raises(TrainingError, match=message):
+        train(configure(tiny_set, tiny_begun.parent, train__resume=str(tiny_begun), train__epochs=3, **changed))
+
+
+@pytest.fixture(scope="module")
+def tiny_begun(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch that others try to go on with."""
+    return train(configure(tiny_set, tmp_path_factory.mktemp("begun"), train__epochs=1))
+
+
+def test_a_run_does_not_go_on_with_other_people(tiny_set: Path, tiny_begun: Path, tmp_path: Path) -> None:
+    """As many classes, but not the same identities behind them: class centres are not handed to other people."""
+    with write_face_set(tmp_path / "renamed", 32) as out:
+        for identity in range(6):
+            out.add_identity(tiny_face(identity, shot) for shot in range(8))
+    prepare(tmp_path / "renamed" / "train.rec", tmp_path / "folders", 0)
+    (tmp_path / "folders" / "000003").rename(tmp_path / "folders" / "000007")
+    with pytest.raises(TrainingError, match=r"data\.root: .* does not have the identities that .* began with"):
+        train(configure(tmp_path / "folders", tmp_path, train__resume=str(tiny_begun), train__epochs=2))
+
+
+def test_going_on_does_not_need_the_weights_it_began_with(tiny_set: Path, tmp_path: Path, tiny_begun: Path) -> None:
+    """A fine-tuned run resumes after the file of `train.init` is gone: its checkpoint has every weight."""
+    start = tmp_path / "start.safetensors"
+    shutil.copy(tiny_begun / BEST, start)
+    run = train(configure(tiny_set, tmp_path, train__init=str(start), train__epochs=1))
+    start.unlink()
+    train(configure(tiny_set, tmp_path, train__init=str(start), train__epochs=2, train__resume=str(run)))
+    assert read_metrics(run)[-1]["step"] == 12
+
+
 @pytest.mark.parametrize("order", ["blocks", "balanced"])
 def test_other_orders_train(tiny_set: Path, tmp_path: Path, order: str) -> None:
     """Each order of the config goes through the loop."""

@@ -14,20 +14,30 @@ def pick_device(name: str) -> torch.device:
     Of several processes that torchrun started on a machine, each gets the card of its number (`LOCAL_RANK`). Raises
     ValueError for any but CPU and CUDA devices, and for a CUDA card that is not there.
     """
-    local_rank = os.environ.get("LOCAL_RANK")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and local_rank is not None:
-        name = f"cuda:{local_rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"common.device: must be auto, cpu, cuda or cuda:NUMBER, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise ValueError(f"common.device: {name!r} asked for, but torch sees no CUDA card")
-    return device
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1 and device.index is not None:
+        raise ValueError(f"common.device: {processes} processes cannot share {name!r}: leave it at auto")
+    number = int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else device.index or 0
+    cards = torch.cuda.device_count()
+    if number >= cards:
+        raise ValueError(
+            f"common.device: card {number} is wanted, but there are {cards} here, counted from 0"
+            + (": lower --nproc-per-node" if processes > 1 else "")
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype:

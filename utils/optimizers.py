@@ -78,12 +78,28 @@ def create_optimizer(name: OptimizerName, groups: list[Group], momentum: float) 
     fused = True if on_cuda else None
     groups = [dict(group) for group in groups]  # torch changes those it is given
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=0.0, momentum=momentum, fused=fused)
+        start_momentum(sgd)
+        return sgd
     if name == "adamw":
         return torch.optim.AdamW(groups, lr=0.0, fused=fused)
     if name == "muon":
         return Muon(groups, lr=0.0)
     raise ValueError(f"train.optimizer: there is no optimizer {name!r}")
+
+
+def start_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give weights of an SGD that have no momentum yet one of 0, which changes nothing of their first step.
+
+    Otherwise the first step makes it, and when a gradient scaler skips that one, a fused step leaves it uninitialised.
+    """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if group["momentum"] and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -94,14 +94,14 @@ class Ranks:
 
     def most(self, number: int) -> int:
         """The largest `number` of all ranks. Waits."""
-        return -self.least(-number)
-
-    def least(self, number: int) -> int:
-        """The smallest `number` of all ranks. Waits."""
         if self.size == 1:
             return number
         device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
-        return -int(self.maximum(torch.tensor(-number, device=device)).item())
+        return int(self.maximum(torch.tensor(number, device=device)).item())
+
+    def least(self, number: int) -> int:
+        """The smallest `number` of all ranks. Waits."""
+        return -self.most(-number)
 
 
 @contextmanager
@@ -117,8 +117,6 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     # After a restart by torchrun the store still has what the processes before wrote there, addresses that are dead.
     store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_cuda = device.type == "cuda"
-    if on_cuda:
-        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, device_id=device if on_cuda else None
     )

@@ -74,11 +74,11 @@ class Meter:
             return None
         scalars = torch.stack(self._scalars).cpu().double().numpy()  # waits for the device, so that the time is right
         seconds = time.perf_counter() - self._since
-        loss, accuracy, norm = scalars.mean(axis=0)
+        # In float16 a step may overflow, and is skipped: JSON has no numbers for that.
+        names = ("train/loss", "train/accuracy", "train/gradient_norm")
+        finite = [column[np.isfinite(column)] for column in scalars.T]
         means = {
-            "train/loss": float(loss),
-            "train/accuracy": float(accuracy),
-            "train/gradient_norm": float(norm),
+            **{name: float(column.mean()) for name, column in zip(names, finite, strict=True) if len(column)},
             "train/images_per_s": self._images / seconds,
             "train/data_wait": self._waited / seconds,
         }

@@ -19,18 +19,17 @@ from utils.optimizers import freeze
 from utils.ranks import Ranks
 
 
-def build_network(config: Config, device: torch.device) -> nn.Module:
-    """The network on `device`, channels last, with its first weights: random ones that the seed decides, or given."""
+def build_network(config: Config, device: torch.device, with_init: bool = True) -> nn.Module:
+    """The network on `device`, channels last, with its first weights: random ones that the seed decides, or those of
+    `train.init`, which a run that goes on (`with_init` False) does not need."""
     model, settings = config.model, config.train
     torch.manual_seed(settings.seed)
     network = create_network(model.network, model.embedding_size, config.data.image_size)
-    if settings.init:
+    if settings.init and with_init:
         load_weights(network, settings.init, model.network)
     freeze(network, settings.frozen)
     if settings.activation_checkpointing:
         recompute_blocks(network)
-    if settings.sync_bn:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -38,7 +37,9 @@ def build_head(config: Config, classes: int, device: torch.device, precision: to
     """The head over `classes` on `device`, this rank's part of it; `precision` is the network's."""
     loss, settings = config.loss, config.train
     options = asdict(loss) | {"margin": loss.margin or None, "scale": loss.scale or None, "seed": settings.seed}
-    half = loss.products == "bf16" or (loss.products == "auto" and device.type == "cuda" and precision != torch.float32)
+    half = loss.products == "bf16" or (
+        loss.products == "auto" and device.type == "cuda" and precision == torch.bfloat16
+    )
     return create_head(
         create_loss(**options),
         classes,

@@ -10,6 +10,7 @@ from models.heads import Head
 from utils.checkpoint_store import Rows, Saved
 from utils.checkpoints import CheckpointError, shorten
 from utils.ema import WeightAverage
+from utils.optimizers import start_momentum
 
 
 class TrainingState:
@@ -63,6 +64,9 @@ class TrainingState:
         with torch.no_grad():
             for name, part in rows.items():
                 try:
+                    wanted = (part.total, *part.tensor.shape[1:])
+                    if saved.shape(name) != wanted:
+                        raise ValueError(f"{name} has the shape {saved.shape(name)}, here it is {wanted}")
                     part.tensor.copy_(saved.rows(name, part.first, part.first + len(part.tensor)))
                 except (KeyError, ValueError, RuntimeError) as error:
                     raise CheckpointError(f"{saved.folder} does not fit the head of the settings: {error}") from None
@@ -77,6 +81,7 @@ class TrainingState:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         _match_strides(self.optimizer)
+        start_momentum(self.optimizer)  # of parts that did not learn before
 
     def _optimized(self) -> list[str]:
         """The names of the optimizer's weights, in its order."""

@@ -35,8 +35,9 @@ class TrainingStep:
     `network`: float [B, 3, H, W] to embeddings [B, D]; wrapped in DistributedDataParallel where there are several
     ranks. `precision`: what the network computes in; float32 is no autocast. `gradient_clip`: largest norm of the
     network's gradient; the head's is left alone, as published. `micro_batch`: faces of this rank in a forward pass at
-    most; a batch of more goes through in parts as equal as can be, whose gradients are those of the whole batch (batch
-    norm sees the parts), and ranks exchange gradients once. `shrinking`: what to tell (a line for people) when memory
+    most; a batch of more goes through in parts as equal as can be, whose gradients add up to those of the whole batch
+    (batch norm sees the parts; random margins and sampled classes are each part's own), and ranks, which have equally
+    many faces, exchange gradients once. `shrinking`: what to tell (a line for people) when memory
     runs out and `micro_batch` is halved for the batch to be tried again; None: that is an error.
     """
 
@@ -91,7 +92,7 @@ class TrainingStep:
             self.head.fused = len(parts) == 1
             before = self._head_versions()
             try:
-                return [self._pass(*part, step) for part in parts]
+                return [self._pass(*part, step, number, len(parts)) for number, part in enumerate(parts)]
             except torch.OutOfMemoryError:
                 largest = len(parts[0][1])
                 smaller = -(-largest // 2)
@@ -108,20 +109,20 @@ class TrainingStep:
         """How often each tensor of the head's state was written to."""
         return [tensor._version for tensor in self.head.state_dict().values()]
 
-    def _parts(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
-        """Inputs, labels, share of the batch's faces that count, and whether it is the last: of each part."""
+    def _parts(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Inputs, labels, and share of the batch's faces that count: of each part."""
         number = -(-len(labels) // self.micro_batch)
         by_part = labels.tensor_split(number)
         counts = torch.stack([(part >= 0).sum() for part in by_part]).float()
         shares = self.ranks.sum(counts)
         shares = shares / shares.sum().clamp_min(1)
-        last = len(by_part) - 1
-        inputs_by_part = inputs.tensor_split(number)
-        return [(*part, i == last) for i, part in enumerate(zip(inputs_by_part, by_part, shares.unbind(), strict=True))]
+        return list(zip(inputs.tensor_split(number), by_part, shares.unbind(), strict=True))
 
-    def _pass(self, inputs: Tensor, labels: Tensor, share: Tensor, last: bool, step: int) -> StepOutput:
+    def _pass(self, inputs: Tensor, labels: Tensor, share: Tensor, step: int, number: int, parts: int) -> StepOutput:
         """Forward and backward of a part; gradients add up."""
-        gather_later = isinstance(self.network, DistributedDataParallel) and not last
+        gather_later = isinstance(self.network, DistributedDataParallel) and number < parts - 1
+        self.head.batch_size = len(labels)  # as on every other rank
+        self.head.loss.part, self.head.loss.parts = number, parts
         with self.network.no_sync() if gather_later else nullcontext():  # type: ignore[operator]
             with torch.autocast(inputs.device.type, self.precision, enabled=self.precision != torch.float32):
                 embeddings = self.network(inputs).float()

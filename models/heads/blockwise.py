@@ -125,7 +125,7 @@ class BlockwiseHead(Head):
         if isinstance(rows, Tensor):
             if self._touched is None:
                 self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
-            self._touched[rows] = True
+            self._touched.index_fill_(0, rows, True)
 
     def choose(self, labels: Tensor, step: int) -> Chosen:
         """The classes of this rank that take part in a step with the faces `labels` of all ranks."""

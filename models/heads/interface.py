@@ -46,6 +46,7 @@ class Head(nn.Module):
         self.loss, self.classes, self.held = loss, classes, held
         self.optimizer, self.sub_centers = optimizer, sub_centers
         self.lr = 0.0  # learning rate of the coming step, as in an optimizer's param_groups
+        self.batch_size = 0  # faces of one rank in the coming pass at most, where ranks have to agree about it
         self.fused = False  # whether `backward` may update the centres at once, `update` finding nothing left to do
         self.weight = nn.Parameter(centres)
         for name in optimizer.states:
@@ -82,8 +83,8 @@ class _Silence(torch.autograd.Function):
 def silence_broken(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings and labels without the rows that are not finite, and whether all were: bool [B].
 
-    An overflow in the network must not reach the class centres, which would never recover from it; the network's own
-    gradient still says that it happened, so that a gradient scaler skips the step.
+    An overflow in the network must not reach the class centres, which would never recover from it. That it happened is
+    told by the network's own gradient, so that a gradient scaler skips the step, and by the loss, which becomes NaN.
     """
     finite = embeddings.detach().isfinite().all(1)
     return _Silence.apply(embeddings, finite), torch.where(finite, labels, -1), finite

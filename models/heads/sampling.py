@@ -20,5 +20,5 @@ def sample_classes(own: Tensor, classes: int, count: int, key: tuple[int, ...]) 
         int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
     )
     score = torch.rand(classes + 1, device=own.device, generator=generator)
-    score[own] = 2.0  # -1 marks the spare last one
+    score.index_fill_(0, torch.where(own < 0, classes, own), 2.0)  # the last one is spare
     return score[:classes].topk(count, sorted=False).indices.sort().values

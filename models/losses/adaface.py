@@ -42,7 +42,7 @@ class AdaFace(MarginLoss):
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         norm = norm.detach()
         if self.training:
-            move_towards_(self.norm_mean, counted_mean(norm, counted), self.rate, counted.any())
-            move_towards_(self.norm_std, counted_std(norm, counted), self.rate, counted.sum() > 1)
+            move_towards_(self.norm_mean, counted_mean(norm, counted), self.rate, self.parts, counted.any())
+            move_towards_(self.norm_std, counted_std(norm, counted), self.rate, self.parts, counted.sum() > 1)
         quality = (self.h * (norm - self.norm_mean) / (self.norm_std + _EPS)).clamp(-1, 1)
         return self.scaled(add_to_angle(cosine, -self.margin * quality) - self.margin * (1 + quality))

@@ -15,6 +15,11 @@ def counted_std(values: Tensor, counted: Tensor) -> Tensor:
     return (squares / (counted.sum() - 1).clamp_min(1)).sqrt()
 
 
-def move_towards_(average: Tensor, value: Tensor, rate: float, enough: Tensor) -> None:
-    """`average` += `rate` * (`value` - `average`) in place, where `enough` (bool scalar) holds."""
+def move_towards_(average: Tensor, value: Tensor, rate: float, parts: int, enough: Tensor) -> None:
+    """`average` += `rate` * (`value` - `average`) in place, where `enough` (bool scalar) holds.
+
+    Called for each of `parts` parts of a batch, it goes that way in all of them together.
+    """
+    if parts > 1:
+        rate = 1 - (1 - rate) ** (1 / parts)
     average += torch.where(enough, rate * (value - average), 0.0)

@@ -30,7 +30,7 @@ class CurricularFace(MarginLoss):
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         if self.training:
-            move_towards_(self.t, counted_mean(cosine.detach(), counted), self.rate, counted.any())
+            move_towards_(self.t, counted_mean(cosine.detach(), counted), self.rate, self.parts, counted.any())
         value = add_to_angle(cosine, self.margin)
         return self.scaled(value, bar=value.detach())
 

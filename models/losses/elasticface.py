@@ -17,7 +17,8 @@ class ElasticFace(MarginLoss):
     rank: the largest to the face farthest from its centre. The authors' code means to do that, but indexes by the
     sorting order where it needs the ranks, which hands them out at random.
 
-    Margins depend on `seed` and the step only, so that they are the same on every rank and after resuming. A `std` of 0
+    Margins depend on `seed`, the step and the part of
+    the batch only, so that they are the same on every rank and after resuming. A `std` of 0
     means as published.
     """
 
@@ -27,7 +28,7 @@ class ElasticFace(MarginLoss):
 
     def margins(self, cosine: Tensor, counted: Tensor, step: int) -> Tensor:
         """[B], without gradient. Of faces that do not count: anything finite."""
-        draws = np.random.default_rng([self.seed, step, _STREAM]).normal(self.margin, self.std, len(cosine))
+        draws = np.random.default_rng([self.seed, step, _STREAM, self.part]).normal(self.margin, self.std, len(cosine))
         margins = torch.from_numpy(draws).to(cosine.dtype).to(cosine.device, non_blocking=True)
         if not self.plus:
             return margins

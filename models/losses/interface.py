@@ -40,6 +40,8 @@ class MarginLoss(nn.Module):
         super().__init__()
         self.scale = scale
         self.filter_above = filter_above
+        # Of the passes that a batch takes, which one is next: random margins differ, statistics move a part of the way.
+        self.part, self.parts = 0, 1
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         """`cosine`: [B], product of the unit embedding with its own class centre; `norm`: [B], lengths of the
