@@ -163,7 +163,6 @@ def measure(
             if broken > broken_limit:
                 raise ImageError(f"{broken} images are broken, data.broken_limit allows {broken_limit}: {messages[-1]}")
             part = slice(start, start + len(batch))
-            # A copy: the loader's memory is used again.
             labels[part] = batch_labels
             unit = embedder.embed(batch, mirror)
             cosines[part] = own_cosines(unit, labels[part].to(unit.device), centres, sub_centers).cpu()

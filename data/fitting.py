@@ -141,6 +141,12 @@ def _fit_block(block: np.ndarray) -> list[Fitted | LeftOut]:
     return fitted
 
 
+def check_detector(fit: Fit) -> None:
+    """Raise DetectorError for a detector that cannot be run: now, not after hours of images that do not need it."""
+    if fit.detection is not None:
+        FaceDetector(fit.detection.path, fit.detection.threshold, fit.detection.size)
+
+
 def _detector(detection: Detection) -> FaceDetector:
     """This process's detector. It is opened here, not in `_open`, so that what is wrong with it can be told."""
     if _worker["detector"] is None:

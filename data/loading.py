@@ -1,8 +1,10 @@
 """Batches of decoded faces: uint8 until they are on the device, in an order that seed, epoch and position decide."""
 
 import math
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -321,8 +323,17 @@ def _as_it_is(batch: Any) -> Any:
 def _set_up_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
     # A request to stop, which may come to the whole job, is the main process's to heed, and it still needs batches.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    # It ends its workers by SIGTERM, which is heeded from nobody else.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def flips(seed: int, epoch: int, batch: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Tensor:

@@ -24,7 +24,7 @@ import numpy as np
 from config import PRESETS, Config
 from data.detect import Detection
 from data.face_sets import IMAGE_ENDINGS
-from data.fitting import Fit, LeftOut, fit_images
+from data.fitting import Fit, LeftOut, check_detector, fit_images
 from data.verification_bin import write_bin
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -204,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         threshold, size = chosen.detector_threshold, chosen.detector_size
         detection = Detection(Path(chosen.detector), threshold, size, chosen.face) if chosen.detector else None
         fit = Fit(chosen.image_size, chosen.other_sizes, chosen.quality, detection)
+        check_detector(fit)
         workers = worker_count(config.common.workers)
         pairs, same = pack_bin(Path(chosen.pairs), Path(chosen.images), Path(chosen.output), fit, workers)
     print(f"{chosen.output}: {pairs:,} pairs, {same:,} of one person")

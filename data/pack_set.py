@@ -27,7 +27,7 @@ import numpy as np
 from config import PRESETS, Config, PackConfig
 from data.detect import Detection
 from data.face_sets import FaceSet, FaceSetError
-from data.fitting import Fit, fit_images
+from data.fitting import Fit, check_detector, fit_images
 from data.identity_choice import Identity, choose_identities
 from data.resumable_set import ResumableSet, made_from
 from data.set_sources import open_source
@@ -133,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         threshold, size = pick.detector_threshold, pick.detector_size
         detection = Detection(Path(pick.detector), threshold, size, pick.face) if pick.detector else None
         fit = Fit(pick.image_size, pick.other_sizes, pick.quality, detection, pick.bad_images)
+        check_detector(fit)
         workers = worker_count(config.common.workers)
         packed = pack(faces, identities, Path(pick.output), fit, workers, pick.restart)
     print(summary(packed, pick.source, pick.output))

@@ -131,7 +131,7 @@ class RecordFile:
 
     def expect_random_reads(self) -> None:
         """From now on, in this process and those forked from it, read what is looked at and nothing around it."""
-        if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
+        if hasattr(mmap, "MADV_RANDOM"):  # not on every system
             self._bytes.madvise(mmap.MADV_RANDOM)
 
     def read_soon(self, start: int, end: int) -> None:

@@ -54,14 +54,18 @@ def made_from(faces: FaceSet, identities: Sequence[Identity], fit: Fit) -> dict[
     for identity in identities:
         choice.update(f"{identity.name}\0{len(identity.images)}\0".encode(errors="surrogateescape"))
         choice.update(identity.images.astype("<i8").tobytes())
+    images = sum(len(identity.images) for identity in identities)
     settings = asdict(fit)
     image_size, detection = settings.pop("size"), settings.pop("detection")
     if fit.detection is not None:
-        detection |= {"path": str(fit.detection.path), "stamps": _stamps(fit.detection.path)}
+        import onnxruntime
+
+        path = fit.detection.path
+        detection |= {"path": str(path.resolve()), "onnxruntime": onnxruntime.__version__, "stamps": _stamps(path)}
     return {
         "source": str(faces.path.resolve()),
         "size and time of the source": _stamps(faces.path, faces.path.with_suffix(".idx")),
-        "choice of images": choice.hexdigest()[:16],
+        "choice of images": f"{images:,} of {len(identities):,} identities, {choice.hexdigest()[:8]}",
         "image_size": image_size,
         **settings,
         "detector": detection,
@@ -86,7 +90,11 @@ class ResumableSet:
     """
 
     def __init__(self, folder: ResumableFolder, faces: FaceSet, identities: Sequence[Identity]) -> None:
-        self.standing = Standing(**folder.state)
+        try:
+            self.standing = Standing(**folder.state)
+        except TypeError as error:
+            begun = folder.path.parent
+            raise JournalError(f"{begun} was begun by another version of this program ({error})") from None
         self._folder, self._faces, self._identities = folder, faces, identities
         self._order = np.concatenate([identity.images for identity in identities])
         self._ends = np.cumsum([len(identity.images) for identity in identities])
@@ -114,7 +122,7 @@ class ResumableSet:
         """`digest` with the file of image `i` added; those of records are known by their `.rec`."""
         if not isinstance(self._faces, FolderFaceSet | ListedFaceSet):
             return digest
-        file = self._faces.file(i)
+        file = self._faces.file(i).absolute()
         return hashlib.sha256(f"{digest} {_stamp(file)} {file}".encode(errors="surrogateescape")).hexdigest()
 
     def _ranges(self) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import mmap
 import os
+import subprocess
 import sys
 import time
 from functools import partial
@@ -25,6 +26,8 @@ from data.loading import DecodedFaces, EpochBatches, flips, sequential_loader, t
 from data.orders import Order, block_order, create_order, exact_order
 from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordFile, encode_record, pack_image
 from utils.settings import ConfigError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 CPU = torch.device("cpu")
 SIZE = 16
@@ -411,7 +414,7 @@ def test_read_soon_reads_what_it_says(cold_file: RecordFile) -> None:
 
 
 def test_reading_where_the_system_takes_no_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the system's calls (Windows has none of them) the same faces are loaded."""
+    """Without the system's calls (not every system has them) the same faces are loaded."""
     for advice in ("MADV_RANDOM", "MADV_WILLNEED"):
         monkeypatch.delattr(mmap, advice, raising=False)
     records = write_set(tmp_path)
@@ -473,6 +476,28 @@ def test_other_sizes_are_scaled_when_asked(tmp_path: Path) -> None:
     faces, _, _ = DecodedFaces(records, records.labels, SIZE, resize=True).__getitems__([8, 9])
     assert (faces[0] == torch.tensor([200, 30, 90])).all()
     assert np.array_equal(faces[1], picture(10))
+
+
+def test_a_program_ends_with_a_loader_alive(tmp_path: Path) -> None:
+    """Workers leave a scheduler's SIGTERM to the main process, but go when that one ends."""
+    write_set(tmp_path, {})
+    program = f"""
+import os, signal, time, torch
+from data.face_sets import open_face_set
+from data.loading import DecodedFaces, EpochBatches, training_loader
+from data.orders import create_order
+faces = open_face_set({str(tmp_path)!r})
+batches = EpochBatches(create_order("exact", faces.labels, 0), len(faces), 2)
+loader = training_loader(DecodedFaces(faces, faces.labels, {SIZE}), batches, 1, torch.device("cpu"))
+iterator = iter(loader)
+next(iterator)
+child = int(open(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children").read().split()[0])
+os.system(f"kill -TERM {{child}}")
+time.sleep(0.2)
+print(len([next(iterator) for _ in range(8)]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
 
 
 # --- to the network ---------------------------------------------------------------------------------------------------

@@ -212,6 +212,8 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if error.errno is None:  # not the system's: it says all that there is to say
+            raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 

@@ -36,10 +36,8 @@ class GrowingFile:
         self._size = self._file.tell()
 
     def write(self, data: bytes, /) -> None:
-        try:
+        with naming(self._path):
             self._file.write(data)
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
         self._size += len(data)
 
     def tell(self) -> int:
@@ -150,7 +148,7 @@ def resumable_folder(folder: Path | str, made_from: Mapping[str, Any], restart: 
     with unfinished(folder, wait=False, resume=True) as partial:
         require_free(folder)  # another process may have finished it meanwhile
         journal = partial / JOURNAL
-        if restart or not journal.exists():
+        if restart or not (journal.exists() and (partial / folder.name).exists()):
             clear_partial(partial)
         sync_folder(folder.parent)
         work = ResumableFolder(partial / folder.name, journal, made_from)
