@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+import tiny_runs
 import train as training
 from config import Config
 from data.face_sets import open_training_set
@@ -17,32 +18,15 @@ from models.demonet import DemoNet
 from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
 from utils.saved_checkpoints import Saved, checkpoint_folders
-from utils.settings import as_flags, build, flatten
+from utils.settings import as_flags, flatten
 from utils.training_log import read_metrics
 from utils.training_step import StepOutput, TrainingStep
 
 
 def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
-    """Training of the demo net on 32x32 faces: 6 steps an epoch, 12 in all, a checkpoint after every four."""
-    base = {
-        "common.device": "cpu",
-        "common.workers": 0,
-        "common.runs": str(runs),
-        "data.root": (str(tiny_set),),
-        "data.image_size": 32,
-        "model.network": "demo",
-        "model.embedding_size": 16,
-        "loss.scale": 16.0,
-        "train.name": "a",
-        "train.batch_size": 8,
-        "train.epochs": 2,
-        "train.lr": 0.05,
-        "train.ema": 0.9,
-        "train.log_every": 2,
-        "train.checkpoint_every": 4,
-        "train.checkpoints_kept": 9,
-    }
-    return build(Config, {**base, **{name.replace("__", "."): value for name, value in settings.items()}})
+    """12 steps with a moving average, and a checkpoint after every four."""
+    base = {"train__ema": 0.9, "train__checkpoint_every": 4, "train__checkpoints_kept": 9}
+    return tiny_runs.configure(tiny_set, runs, **{**base, **settings})
 
 
 def explode(

@@ -26,6 +26,7 @@ from models import create_network, verifier
 from models.heads import DenseHead, RowSGD
 from models.losses import LOSSES, ArcFace
 from tiny_faces import tiny_face
+from tiny_runs import configure
 from train import CHECKPOINTS, Trainer, TrainingError, train
 from utils import training_step
 from utils.checkpoints import BEST, CheckpointError, load_backbone
@@ -35,26 +36,6 @@ from utils.settings import as_flags, build, flatten, from_json
 from utils.training_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
-    """Training of the demo net on 32x32 faces: 6 steps an epoch, 2 epochs."""
-    base = {
-        "common.device": "cpu",
-        "common.workers": 0,
-        "common.runs": str(runs),
-        "data.root": (str(tiny_set),),
-        "data.image_size": 32,
-        "model.network": "demo",
-        "model.embedding_size": 16,
-        "loss.scale": 16.0,
-        "train.name": "a",
-        "train.batch_size": 8,
-        "train.epochs": 2,
-        "train.lr": 0.05,
-        "train.log_every": 2,
-    }
-    return build(Config, {**base, **{name.replace("__", "."): value for name, value in settings.items()}})
 
 
 def checkpoints(run: Path) -> list[Path]:

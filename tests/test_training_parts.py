@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import tiny_runs
 from config import Config
 from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
 from models.iresnet import IBasicBlock
@@ -18,7 +19,6 @@ from train import train
 from utils.checkpoints import BEST
 from utils.micro_batch import trial_pass
 from utils.ranks import Ranks
-from utils.settings import build
 from utils.training_log import read_metrics
 from utils.training_parts import build_head, build_network, compile_network
 
@@ -26,22 +26,9 @@ CPU = torch.device("cpu")
 
 
 def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
-    """Training of the demo net on 48 faces of 32x32: 3 steps an epoch, one epoch."""
-    base = {
-        "common.device": "cpu",
-        "common.workers": 0,
-        "common.runs": str(runs),
-        "data.root": (str(tiny_set),),
-        "data.image_size": 32,
-        "model.network": "demo",
-        "model.embedding_size": 16,
-        "loss.scale": 16.0,
-        "train.name": "a",
-        "train.batch_size": 16,
-        "train.epochs": 1,
-        "train.log_every": 1,
-    }
-    return build(Config, {**base, **{name.replace("__", "."): value for name, value in settings.items()}})
+    """3 steps, one epoch."""
+    base = {"train__batch_size": 16, "train__epochs": 1, "train__lr": 0.0, "train__log_every": 1}
+    return tiny_runs.configure(tiny_set, runs, **{**base, **settings})
 
 
 def losses(run: Path) -> list[float]:
