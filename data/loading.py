@@ -23,6 +23,7 @@ from data.read_ahead import expect_random_reads, read_soon
 from data.recordio import RecordError
 from utils.settings import require
 
+_REQUESTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 PREFETCH = 2  # batches that each worker makes ahead
 
 
@@ -199,7 +200,7 @@ def _decoding_loader(
 
 
 def _loader(dataset: Dataset, batches: object, workers: int, pin: bool, keep_workers: bool) -> DataLoader:
-    return DataLoader(
+    return _Loader(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]
         num_workers=workers,
@@ -215,6 +216,18 @@ def _loader(dataset: Dataset, batches: object, workers: int, pin: bool, keep_wor
 
 def _forks() -> bool:
     return sys.platform == "linux"
+
+
+class _Loader(DataLoader):
+    """Workers that leave requests to stop, which may come to the whole job, to the main process: it is its to heed
+    them, and it still needs batches. They have the signals blocked from their first moment."""
+
+    def __iter__(self) -> Any:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Job(NamedTuple):
@@ -322,11 +335,8 @@ def _as_it_is(batch: Any) -> Any:
 
 def _set_up_worker(worker: int) -> None:
     cv2.setNumThreads(0)  # the workers are the parallelism
-    # A request to stop, which may come to the whole job, is the main process's to heed, and it still needs batches.
-    for number in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
-    # It ends its workers by SIGTERM, which is heeded from nobody else.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # The main process ends its workers by SIGTERM, which is heeded from nobody else.
+    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
