@@ -60,7 +60,6 @@ CHECKPOINTS = "checkpoints"
 #: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
 MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
 
-
 #: Steps between two at which several ranks agree whether a signal came.
 AGREE_EVERY = 10
 
