@@ -16,7 +16,7 @@ from data import fitting
 from data.align import align
 from data.detect import Detection, DetectorError
 from data.face_sets import FaceSet, FaceSetError, open_face_set
-from data.fitting import Fit, Fitted, LeftOut, find_and_fit, fit_images
+from data.fitting import Fit, Fitted, LeftOut, check_detector, find_and_fit, fit_images
 from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
 from data.pack_bin import PairsError, pack_bin
 from data.pack_bin import main as pack_bin_main
@@ -295,3 +295,10 @@ def test_verification_set_from_the_command_line(tmp_path: Path, photos: Path) ->
         pack_bin_main([*arguments, "--detector-threshold", "0.999"])
     pack_bin_main([*arguments, "--detector-threshold", "0.99"])
     assert read_bin(tmp_path / "a.bin").images == [FACES[0][1], aligned(photo(9, (0, 0), (7, 4)), (7, 4))]
+
+
+def test_a_detector_is_tried_before_the_first_image(tmp_path: Path) -> None:
+    """A file that is no detector is an error at once, also where no image has needed it yet."""
+    (tmp_path / "x.onnx").write_text("not onnx")
+    with pytest.raises(DetectorError, match=r"x\.onnx"):
+        check_detector(Fit(112, "refuse", 95, Detection(tmp_path / "x.onnx", 0.5, 640, "largest")))
