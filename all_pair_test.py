@@ -25,15 +25,15 @@ from data.face_sets import FaceSet, FaceSetError, open_face_set
 from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models.embedder import Embedder, load_embedder
 from models.embedding import embed_images, verify
-from utils.all_pairs import AllPairsResult, all_pairs
 from utils.checkpoints import CONFIG, newest_run, settings_beside
 from utils.devices import pick_device
+from utils.evaluation.all_pairs import AllPairsResult, all_pairs
+from utils.evaluation.folds import FoldResult
 from utils.files import write_text_atomic
 from utils.plots import draw_roc, draw_score_histogram
 from utils.processes import worker_count
 from utils.scripts import readable_errors
 from utils.settings import Settings, describe, parse_settings
-from utils.verification import FoldResult
 
 Curve = tuple[np.ndarray, np.ndarray]
 

@@ -8,9 +8,9 @@ from data.images import ImageError
 from data.loading import DecodedFaces, sequential_loader
 from data.verification_bin import VerificationPairs
 from models.embedder import Embedder
+from utils.evaluation.folds import FOLDS, FoldResult, ten_fold
 from utils.progress import progress_bar
 from utils.ranks import Ranks, share_of
-from utils.verification import FOLDS, FoldResult, ten_fold
 
 
 def embed_images(

@@ -8,8 +8,8 @@ from torch import nn
 from data.verification_bin import VerificationPairs
 from models.embedder import NetworkEmbedder
 from models.embedding import check_pairs, verify
+from utils.evaluation.folds import FoldResult
 from utils.ranks import Ranks
-from utils.verification import FoldResult
 
 
 class Verifier:

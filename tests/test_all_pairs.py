@@ -11,7 +11,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.all_pairs import AllPairsResult, _first_search, _keys, _narrowed, all_pairs
+from utils.evaluation.all_pairs import AllPairsResult, _first_search, _keys, _narrowed, all_pairs
 
 RATES = (0.9, 0.5, 0.3, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
 

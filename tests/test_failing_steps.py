@@ -14,7 +14,7 @@ import tiny_runs
 import train as training
 from config import Config
 from data.face_sets import open_training_set
-from models.demonet import DemoNet
+from models.backbones.demonet import DemoNet
 from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
 from utils.saved_checkpoints import Saved, checkpoint_folders

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import NETWORKS, create_network
-from models.iresnet import IResNet
-from models.mobilefacenet import MobileFaceNet
+from models.backbones.iresnet import IResNet
+from models.backbones.mobilefacenet import MobileFaceNet
 
 UNITS = {"r18": (2, 2, 2, 2), "r34": (3, 4, 6, 3), "r50": (3, 4, 14, 3), "r100": (3, 13, 30, 3), "r200": (6, 26, 60, 6)}
 Shapes = dict[str, tuple[int, ...]]

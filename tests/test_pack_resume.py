@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -338,12 +337,30 @@ def test_skipping_leaves_something(tmp_path: Path, folder: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces", "list.csv"]
 
 
+# Packs, and kills itself so many images (the second argument) behind the first save that has the images of the first.
 PACK = """
-import sys
-from data import fitting, resumable_set
+import itertools, os, signal, sys
+from types import SimpleNamespace
+from data import resumable_set
 from data.pack_set import main
-resumable_set.SECONDS_BETWEEN_SAVES = 0.01
-main(sys.argv[1:])
+resumable_set.SECONDS_BETWEEN_SAVES = 10
+resumable_set.time = SimpleNamespace(monotonic=itertools.count().__next__)  # a second an image
+saved_from, left = int(sys.argv[1]), int(sys.argv[2])
+save, add = resumable_set.ResumableSet._save, resumable_set.ResumableSet.add
+saved = 0
+def save_and_tell(out):
+    global saved
+    save(out)
+    saved = out.standing.taken
+def add_or_die(out, image):
+    global left
+    add(out, image)
+    if saved_from and saved >= saved_from:
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+resumable_set.ResumableSet._save, resumable_set.ResumableSet.add = save_and_tell, add_or_die
+main(sys.argv[3:])
 """
 
 
@@ -360,20 +377,20 @@ def test_twenty_kills_with_workers(tmp_path: Path) -> None:
     fit = replace(SKIP, other_sizes="resize")
     pack_all(tmp_path / "faces", tmp_path / "whole", fit)
     flags = ["--source", str(tmp_path / "faces"), "--output", str(tmp_path / "set"), "--image-size", str(SIZE)]
-    command = [sys.executable, "-c", PACK, *flags, "--other-sizes", "resize", "--bad-images", "skip", "--workers", "2"]
+    options = [*flags, "--other-sizes", "resize", "--bad-images", "skip", "--workers", "2"]
+
+    def run(saved_from: int, more: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", PACK, str(saved_from), str(more), *options]
+        # Its output ends when the last of its processes does.
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+
     journal = tmp_path / ".set.partial" / ".journal.json"
     taken = [0]
     for _ in range(20):
-        target = taken[-1] + int(rng.integers(1, 250))
-        program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        while program.poll() is None and images_taken(journal) < target:
-            time.sleep(0.001)
-        program.kill()
-        program.communicate()  # its output ends when the last of its processes does
-        assert program.returncode == -signal.SIGKILL, "killed before it was done"
+        assert run(taken[-1] + int(rng.integers(1, 250)), int(rng.integers(20))).returncode == -signal.SIGKILL
         taken.append(images_taken(journal))
     assert taken == sorted(set(taken)), "every run got further"
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = run(0, 0)
     assert "taken over from an interrupted run" in done.stdout
     assert content(tmp_path / "set") == content(tmp_path / "whole")
     assert not list(tmp_path.glob(".*"))

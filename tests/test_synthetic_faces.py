@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.synthetic_faces import draw_face, draw_jpeg
-from models.demonet import DemoNet
+from models.backbones.demonet import DemoNet
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import tiny_runs
 from config import Config
+from models.backbones.iresnet import IBasicBlock
 from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
-from models.iresnet import IBasicBlock
 from models.recompute import recompute_blocks
 from train import train
 from utils.checkpoints import BEST

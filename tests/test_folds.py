@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.model_selection import KFold
 
-from utils.verification import ten_fold
+from utils.evaluation.folds import ten_fold
 
 
 def make_pairs(count: int, dim: int = 16, spread: float = 0.7, seed: int = 0) -> tuple[NDArray, NDArray]:
