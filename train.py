@@ -14,6 +14,7 @@ TensorBoard record, and pictures of inputs, loss and accuracy.
 import json
 import math
 import os
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -39,7 +40,7 @@ from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_ba
 from utils.devices import describe_device, pick_device, pick_precision
 from utils.ema import WeightAverage
 from utils.files import write_csv_atomic, write_text_atomic
-from utils.flops import forward_flops
+from utils.flops import forward_flops, quick_matmul_flops_per_s
 from utils.interrupts import Stopped, catch_interrupt
 from utils.micro_batch import largest_that_fits, trial_pass
 from utils.optimizers import create_optimizer, parameter_groups, train_mode
@@ -50,10 +51,18 @@ from utils.saved_checkpoints import checkpoint_folders
 from utils.schedules import learning_rates, peak_lr
 from utils.scripts import readable_errors
 from utils.settings import Settings, describe, flatten, from_json, parse_settings, to_json
-from utils.training_log import Meter, TrainingLog, step_profiler
+from utils.training_log import (
+    SECONDS_VERIFYING,
+    VERIFIED,
+    VERIFIED_AVERAGE,
+    Meter,
+    TrainingLog,
+    step_profiler,
+)
 from utils.training_parts import build_head, build_network, compile_network, spread
 from utils.training_state import TrainingState
 from utils.training_step import TrainingStep
+from utils.training_summary import summarise
 
 CHECKPOINTS = "checkpoints"
 
@@ -158,6 +167,7 @@ class Trainer:
                 write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
             self.describe()
             self.training_step = self.build_step()
+            self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
             self.log = stack.enter_context(TrainingLog(self.run, self.step, settings.wandb, write=ranks.first))
             self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
             self.interrupt = stack.enter_context(catch_interrupt())
@@ -188,6 +198,8 @@ class Trainer:
                 except ExplodedError as error:
                     self.roll_back(error)
             self.log.draw()
+        if ranks.first:
+            self.say(summarise(self.run))
 
     def train_on(self, batch: Batch) -> None:
         """One step, and what is due after it."""
@@ -253,33 +265,39 @@ class Trainer:
             self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
             if self.bad_in_a_row > allowed:
                 self.explode(step, loss, norm)
-        tflops = noted.means["train/images_per_s"] * self.flops / 1e12
-        rate = {"train/lr": float(self.learning_rates[self.step - 1]), "train/tflops_per_s": tflops}
-        self.log.scalars(self.step, {**noted.means, **rate})
+        flops = noted.means["train/images_per_s"] * self.flops
+        rates = {
+            "train/lr": float(self.learning_rates[self.step - 1]),
+            "train/tflops_per_s": flops / 1e12,
+            "train/mfu": flops / self.most_flops,
+        }
+        self.log.scalars(self.step, {**noted.means, **rates})
         self.log.distributions(self.step, noted.distributions)
         shown = {"loss": f"{noted.means['train/loss']:.3f}", "accuracy": f"{noted.means['train/accuracy']:.1%}"}
         self.bar.set_postfix(shown, refresh=False)
 
     def verify(self) -> None:
         """Verify on every set, note it, and keep the network if it is the best so far."""
-        networks = {"verify": self.network}
+        networks = {VERIFIED: self.network}
         if self.average is not None:
-            networks["verify_average"] = self.average.network
-        best = None
+            networks[VERIFIED_AVERAGE] = self.average.network
+        best, began = None, time.perf_counter()
         for tag, network in networks.items():
             try:
                 results = self.verifier(network)
             except ValueError as error:
                 raise TrainingError(f"step {self.step:,}: {error}; if the network diverged, lower train.lr") from None
-            kind = " (average)" if tag == "verify_average" else ""
+            kind = " (average)" if tag == VERIFIED_AVERAGE else ""
             for name, result in results.items():
                 accuracy, std = 100 * result.accuracy, 100 * result.std
                 self.say(f"step {self.step:>7,}  {name}{kind}: {accuracy:.3f} % +- {std:.3f}")
             if results:
-                self.log.scalars(self.step, {f"{tag}/{name}": result.accuracy for name, result in results.items()})
+                self.log.scalars(self.step, {tag + name: result.accuracy for name, result in results.items()})
             mean = math.fsum(result.accuracy for result in results.values()) / max(1, len(results))
             if mean > self.best_accuracy or not results:
                 self.best_accuracy, best = mean, network
+        if self.verifier.sets:
+            self.log.scalars(self.step, {SECONDS_VERIFYING: time.perf_counter() - began})
         if best is not None and self.ranks.first:
             save_backbone(self.run / BEST, best, to_json(self.config), Progress(self.step, self.best_accuracy))
         train_mode(self.network, self.config.train.frozen)

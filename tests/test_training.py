@@ -356,9 +356,9 @@ def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [2, 4, 6, 8, 10, 12]
     assert [line["step"] for line in lines if "verify/tiny" in line] == [6, 12]
-    assert {"loss", "accuracy", "lr", "images_per_s", "gradient_norm", "data_wait", "tflops_per_s"} == {
-        name.removeprefix("train/") for name in lines[0] if name != "step"
-    }
+    noted = {"loss", "accuracy", "lr", "images_per_s", "seconds", "gradient_norm", "data_wait", "tflops_per_s", "mfu"}
+    assert noted == {name.removeprefix("train/") for name in lines[0] if name != "step"}
+    assert all(line["train/mfu"] > 0 for line in lines if "train/loss" in line)
     assert run.stat().st_mode & 0o777 == (run / BEST).stat().st_mode & 0o777 | 0o111
 
 

@@ -19,6 +19,8 @@ from utils.plots import draw_contact_sheet, draw_curves
 from utils.training_step import StepOutput
 
 METRICS = "metrics.jsonl"
+#: What accuracies, of the network and of its moving average, and the time spent on them are called.
+VERIFIED, VERIFIED_AVERAGE, SECONDS_VERIFYING = "verify/", "verify_average/", "verification/seconds"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -35,8 +37,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 class Noted(NamedTuple):
     """What the steps since the last reading came to.
 
-    `means`: loss, accuracy (0..1), images/s, share of the time that was spent waiting for data, gradient norm, and on
-    CUDA the peak memory in GiB. For each of `steps`: `losses`, `gradient_norms`. `distributions`: values of the last
+    `means`: loss, accuracy (0..1), images/s, seconds, share of them that was spent waiting for data, gradient norm, and
+    on CUDA the peak memory in GiB. For each of `steps`: `losses`, `gradient_norms`. `distributions`: values of the last
     step's faces.
     """
 
@@ -80,6 +82,7 @@ class Meter:
         means = {
             **{name: float(column.mean()) for name, column in zip(names, finite, strict=True) if len(column)},
             "train/images_per_s": self._images / seconds,
+            "train/seconds": seconds,
             "train/data_wait": self._waited / seconds,
         }
         if self._device.type == "cuda":
@@ -194,13 +197,13 @@ class TrainingLog:
         if not self._write:
             return
         lines = read_metrics(self.folder)
-        for prefix, file, label in (("train/loss", "loss.png", "loss"), ("verify/", "accuracy.png", "accuracy, %")):
+        for prefix, file, label in (("train/loss", "loss.png", "loss"), (VERIFIED, "accuracy.png", "accuracy, %")):
             names = sorted({name for line in lines for name in line if name.startswith(prefix)})
             curves = {}
             for name in names:
                 points = [(line["step"], line[name]) for line in lines if name in line]
                 steps, values = np.array(points, float).T
-                curves[name.split("/", 1)[1]] = (steps, 100 * values if prefix == "verify/" else values)
+                curves[name.split("/", 1)[1]] = (steps, 100 * values if prefix == VERIFIED else values)
             if curves:
                 draw_curves(self.folder / file, curves, "step", label, self.folder.name)
 

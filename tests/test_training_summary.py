@@ -1,0 +1,53 @@
+"""The last table of a run tells what its metrics say."""
+
+import json
+from pathlib import Path
+
+from utils.training_log import METRICS
+from utils.training_summary import summarise
+
+
+def write(folder: Path, *lines: dict[str, float]) -> None:
+    (folder / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_first_last_and_best(tmp_path: Path) -> None:
+    """The best is the lowest loss and the highest accuracy, with the first step that has it; time is added up."""
+
+    def noted(step: int, loss: float, rate: float, seconds: float, wait: float) -> dict[str, float]:
+        return {
+            "step": step,
+            "train/loss": loss,
+            "train/accuracy": step / 1000,
+            "train/images_per_s": rate,
+            "train/seconds": seconds,
+            "train/data_wait": wait,
+        }
+
+    write(
+        tmp_path,
+        {"step": 0, "verify/lfw": 0.5, "verify_average/lfw": 0.5},
+        {"step": 0, "verification/seconds": 3.0},
+        noted(100, 20.0, 10.0, 60.0, 0.5),
+        noted(200, 5.0, 40.0, 30.0, 0.0),
+        {"step": 200, "verify/lfw": 0.9975, "verify_average/lfw": 0.9},
+        {"step": 200, "verification/seconds": 7.0},
+        noted(300, 6.0, 40.0, 20.0, 0.25),
+        {"step": 300, "verify/lfw": 0.99, "verify_average/lfw": 0.9},
+    )
+    table = [line.split() for line in summarise(tmp_path).splitlines()]
+    assert table[0] == ["first", "last", "best"]
+    assert table[1] == ["loss", "20.0000", "6.0000", "5.0000", "at", "step", "200"]
+    assert table[2][-6:] == ["10.00%", "30.00%", "30.00%", "at", "step", "300"]
+    assert table[3] == ["lfw", "50.000%", "99.000%", "99.750%", "at", "step", "200"]
+    assert table[4] == ["lfw", "(average)", "50.000%", "90.000%", "90.000%", "at", "step", "200"]
+    # 600 + 1,200 + 800 images in 110 s; 10 s verifying and 35 s of waiting in 120 s.
+    assert " ".join(table[5]) == "24 images/s; of 2 min 00 s, 8.3% verifying, 29.2% waiting for data"
+
+
+def test_a_run_without_verification(tmp_path: Path) -> None:
+    """What was never noted has no row; a run that stopped before its first note has an empty table."""
+    write(tmp_path, {"step": 2, "train/loss": 3.0})
+    assert [line.split()[0] for line in summarise(tmp_path).splitlines()] == ["first", "loss"]
+    write(tmp_path)
+    assert summarise(tmp_path).split() == ["first", "last", "best"]

@@ -1,0 +1,50 @@
+"""The last table of a run: where it began, where it ended, its best, and what the time went to."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from utils.training_log import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE, read_metrics
+
+
+def summarise(folder: Path) -> str:
+    """What `metrics.jsonl` in `folder` comes to, as a table for the screen.
+
+    Rates and shares of the time are those of all sessions of a run that was resumed; verifications count once each.
+    """
+    lines = read_metrics(folder)
+    table = [f"{'':<28} {'first':>12} {'last':>12} {'best':>12}"]
+    table += _row(lines, "train/loss", "loss", "{:.4f}", min)
+    table += _row(lines, "train/accuracy", "accuracy, margin aside", "{:.2%}", max)
+    for prefix, kind in ((VERIFIED, ""), (VERIFIED_AVERAGE, " (average)")):
+        for name in sorted({name for line in lines for name in line if name.startswith(prefix)}):
+            table += _row(lines, name, name.removeprefix(prefix) + kind, "{:.3%}", max)
+    steps = [line for line in lines if "train/seconds" in line]
+    if steps:
+        seconds = [line["train/seconds"] for line in steps]
+        total = math.fsum(seconds)
+        images = math.fsum(line["train/images_per_s"] * line["train/seconds"] for line in steps)
+        waited = math.fsum(line["train/data_wait"] * line["train/seconds"] for line in steps)
+        verifying = math.fsum(line.get(SECONDS_VERIFYING, 0.0) for line in lines)
+        table.append(
+            f"{images / total:,.0f} images/s; of {_duration(total + verifying)}, "
+            f"{verifying / (total + verifying):.1%} verifying, {waited / (total + verifying):.1%} waiting for data"
+        )
+    return "\n".join(table)
+
+
+def _row(lines: list[dict[str, Any]], name: str, title: str, form: str, best: Any) -> list[str]:
+    """`name`'s first, last and best value with the best's step; nothing when it was never noted."""
+    points = [(line[name], line["step"]) for line in lines if name in line]
+    if not points:
+        return []
+    value = best(value for value, _ in points)
+    step = next(step for other, step in points if other == value)
+    first, last, top = (form.format(number) for number in (points[0][0], points[-1][0], value))
+    return [f"{title:<28} {first:>12} {last:>12} {top:>12} at step {step:,}"]
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s"
