@@ -82,17 +82,36 @@ class DataConfig:
 class ModelConfig:
     """The network that turns a face into an embedding."""
 
-    # r18, r34, r50, r100, r200 (IResNet), mbf (MobileFaceNet) or demo (tiny, for trying the program on a CPU).
+    # r18, r34, r50, r100, r152, r200 (IResNet), ir50, ir_se50, ... (the same in other layouts), mbf, mbf_large,
+    # mobilefacenet, vit_t, vit_s, vit_b, vit_l, edgeface_xs_gamma_06, edgeface_s_gamma_05, ..., timm:NAME for any of
+    # timm's networks, or demo (tiny, for trying the program on a CPU). docs/networks.md has them all.
     network: str = "r50"
     # Numbers in an embedding. 512 is the field's standard.
     embedding_size: int = 512
-    # What a foreign net (ONNX) expects of RGB 0..255: auto looks whether it normalises itself; none feeds 0..255;
-    # 127.5 feeds (rgb - 127.5) / 127.5; 128 feeds (rgb - 127.5) / 128.
+    # Probability that the last block's branch is left out in training (stochastic depth), rising from 0 at the first;
+    # for vit_*, edgeface_* and timm:*. Below 0: as published for the network.
+    drop_path: float = -1.0
+    # Part of the patches that training leaves out of each face; for vit_*. Below 0: as published for the network.
+    mask_ratio: float = -1.0
+    # Part of what the last linear layer sees that training sets to 0; for r*, ir*, evolve_ir* and timm:*. Below 0: as
+    # published for the network.
+    dropout: float = -1.0
+    # Begin with the weights that timm downloads for the network; for timm:*. A run that goes on needs no download.
+    pretrained: bool = False
+    # What a foreign net (ONNX, TorchScript, weights) expects of RGB 0..255: auto goes by what the file says or is known
+    # of its origin, and by whether an ONNX graph normalises itself; none feeds 0..255, 127.5 (rgb - 127.5) / 127.5, and
+    # 128 (rgb - 127.5) / 128.
     normalisation: Literal["auto", "none", "127.5", "128"] = "auto"
+    # Order of the colours that a foreign net was trained on: auto goes by what the file says or is known of its origin
+    # (AdaFace's checkpoints: bgr), and takes rgb where nothing is.
+    colour: Literal["auto", "rgb", "bgr"] = "auto"
 
     def __post_init__(self) -> None:
         check_types(self, "model")
         require(self.embedding_size > 0, "model.embedding_size", f"must be positive, got {self.embedding_size}")
+        for name in ("drop_path", "mask_ratio", "dropout"):
+            value = getattr(self, name)
+            require(-1 <= value < 1, f"model.{name}", f"must be from 0 to below 1, or -1 for as published, got {value}")
 
 
 @dataclass(frozen=True)
@@ -329,22 +348,64 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TestConfig:
-    """Testing a model."""
+    """Testing models."""
 
-    # What to test on: .bin files (10-fold protocol), face sets (all pairs). Empty: the verification sets of `data`.
+    # What to test on: .bin files and lists of pairs (10-fold protocol), face sets (all pairs), folders of IJB-B or
+    # IJB-C. Empty: the verification sets of `data`.
     sets: tuple[str, ...] = field(default=(), metadata={"positional": True})
-    # Run folder, .safetensors, .pth (a state dict of model.network) or .onnx. Empty: the newest run's best.
-    model: str = ""
+    # Models, comma separated: run folders, .safetensors, .pth, .pt or .ckpt, or .onnx. Several are compared, each with
+    # the first. Empty: the newest run's best.
+    model: tuple[str, ...] = ()
+    # Folder of the images that a list of pairs (pairs.txt, .csv) names. Empty: `images` beside the list, or its folder.
+    images: str = ""
     # Add the embedding of the mirrored image, as published numbers do.
     mirror: bool = True
+    # Also identify (1:N): one image of each person of a face set enrolled, the others searched among them.
+    identify: bool = False
+    # Computing precision of the networks. fp32 is what accuracies are quoted in; the others are compared with it on a
+    # sample.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     # Images per forward pass.
-    batch_size: int = 64
-    # Folder for pictures and JSON. Empty: `test` in the run's folder, or `runs/test-NAME` for foreign models.
+    batch_size: int = 128
+    # Keep embeddings and take them from there when the same model meets the same images again.
+    cache: bool = True
+    # Folder of the kept embeddings. Empty: `embeddings` in common.runs.
+    cache_folder: str = ""
+    # Draws of the bootstrap behind intervals and comparisons. 0: none.
+    draws: int = 1000
+    # Look for unaligned faces, swapped channels, and faces and people of the training set in the test sets.
+    checks: bool = True
+    # Training set that the test sets should share nothing with, comma separated; none: there is none. Empty: the
+    # data.root of the tested run.
+    training_set: tuple[str, ...] = ()
+    # Training images that are embedded in search of people and faces of the test sets; 100 times as many have their
+    # bytes compared.
+    training_sample: int = 2000
+    # Also measure by groups, comma separated: FILE.csv:COLUMN, the column of a table whose first column is `image` or
+    # `identity`.
+    breakdown: tuple[str, ...] = ()
+    # Qualities for error-versus-reject curves, comma separated: norm (the embedding's length) or FILE.csv:COLUMN.
+    quality: tuple[str, ...] = ("norm",)
+    # Pairs on each contact sheet of the hardest.
+    hardest: int = 24
+    # Seed of all samples and draws.
+    seed: int = 0
+    # Folder for report and pictures. Empty: `test` in the run's folder, or `runs/test-NAME` for foreign models.
     output: str = ""
 
     def __post_init__(self) -> None:
         check_types(self, "test")
         require(self.batch_size >= 1, "test.batch_size", f"must be 1 or more, got {self.batch_size}")
+        for name in ("draws", "training_sample", "hardest", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"test.{name}", f"must be 0 or more, got {value}")
+        require(self.draws != 1, "test.draws", "must be 0 or from 2 on: one draw has no spread")
+        for name in ("breakdown", "quality"):
+            for spec in getattr(self, name):
+                file, colon, column = spec.rpartition(":")
+                good = bool(file and colon and column) or (name == "quality" and spec == "norm")
+                forms = "FILE.csv:COLUMN or norm" if name == "quality" else "FILE.csv:COLUMN"
+                require(good, f"test.{name}", f"must be {forms}, got {spec!r}")
 
 
 @dataclass(frozen=True)
@@ -359,30 +420,75 @@ class MergeConfig:
     model: str = ""
     # Images per forward pass.
     batch_size: int = 64
-    # Cosine from which two identities are the same person.
-    t: float = 0.65
+    # Cosine from which two identities are the same person. auto: chosen from the sets themselves, see
+    # docs/merging_threshold.md.
+    t: float | Literal["auto"] = 0.65
+    # auto: share of the joins that may be wrong.
+    wrong_joins: float = 0.01
     # Add the embedding of the mirrored image.
     mirror: bool = False
+    # What an identity is compared by: mean of its embeddings; trimmed and medoid bear wrong images among them.
+    centre: Literal["mean", "trimmed", "medoid"] = "mean"
+    # Who joins whom: mutual, those who are each other's best match; clusters, all who are linked.
+    rule: Literal["mutual", "clusters"] = "mutual"
+    # Join identities of one set, too; else those that a set holds apart stay apart.
+    within: bool = False
+    # A person of several sets: join puts all images under one label, drop keeps those of the set named first,
+    # keep-larger those of the set that has most.
+    on_match: Literal["join", "drop", "keep-larger"] = "join"
+    # What happens to the second copy of an image where identities are joined: near drops it, also when it was encoded
+    # anew, resized or cropped a little; bytes drops it only when it is the same to the byte; keep keeps all.
+    duplicates: Literal["near", "bytes", "keep"] = "near"
+    # Sets whose people are left out, comma separated: .bin files, rec sets or folders of identities.
+    exclude: tuple[str, ...] = ()
+    # Cosine from which an identity is a person of an excluded set. insightface: 0.4. Leaving out too many costs little.
+    exclude_t: float = 0.4
+    # Images that do not belong to their identity, identities of two people: off does not look, report lists them in
+    # cleaning.csv, apply leaves the images out and parts the identities as well.
+    clean: Literal["off", "report", "apply"] = "off"
+    # Cleaning: an image with a lower cosine to its identity's trimmed mean does not belong.
+    clean_outlier: float = 0.25
+    # Cleaning: an identity in two clusters is two people when the cosine of their centres is lower.
+    clean_mixed: float = 0.35
+    # merge.csv of a merge or dry run, edited or not, to apply instead of comparing. Empty: compare.
+    decisions: str = ""
+    # Do everything but write the set; merge.csv and report.html go to `OUTPUT.dry_run`.
+    dry_run: bool = False
+    # Folder for the embeddings, which another merge of the same sets by the same model takes from there. Empty:
+    # `OUTPUT.embeddings`; it can be removed afterwards.
+    cache: str = ""
+    # Begin the writing anew where a run was interrupted. Else that is gone on with.
+    restart: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "merge")
         require(self.batch_size >= 1, "merge.batch_size", f"must be 1 or more, got {self.batch_size}")
-        require(-1 <= self.t <= 1, "merge.t", f"must be a cosine between -1 and 1, got {self.t}")
+        for name in ("t", "exclude_t", "clean_outlier", "clean_mixed"):
+            value = getattr(self, name)
+            good = value == "auto" or -1 <= value <= 1
+            require(good, f"merge.{name}", f"must be a cosine between -1 and 1, got {value}")
+        require(0 < self.wrong_joins < 1, "merge.wrong_joins", f"must be between 0 and 1, got {self.wrong_joins}")
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """Turning a `.rec` set into folders of images."""
+    """Turning a set into folders of images."""
 
-    # The set: a folder with a .rec and .idx file, or the .rec file. Empty: data.root.
+    # The set: a folder with a .rec and .idx file, a .rec file, a folder with one folder per identity, a .lst of
+    # face2rec or im2rec, or a CSV. Empty: data.root.
     rec_data_path: str = field(default="", metadata={"aliases": ("--r",)})
-    # Where the folders go: OUTPUT/<label>/<key>.jpg. Empty: `images` in the set's folder.
+    # Where the folders go: OUTPUT/<label>/<key>.jpg for records. Empty: `images` in the folder of a .rec.
     output: str = ""
-    # Identities to unpack, comma separated, by their labels in the set; @FILE: a text file with one a line. Empty: all.
+    # What the paths in a .lst or CSV are relative to. Empty: the folder of the list.
+    image_root: str = ""
+    # Listed images that are not aligned (face2rec's 0) or have landmarks to align them by: refuse stops with the first,
+    # copy takes their bytes as they are. Nothing is aligned here: pack_set.py does that.
+    unaligned: Literal["refuse", "copy"] = "refuse"
+    # Identities to unpack, comma separated, as the set names them; @FILE: a text file with one a line. Empty: all.
     identities: tuple[str, ...] = ()
     # Identities with fewer images are left out.
     min_images: int = 1
-    # Identities to unpack at most, those with the lowest labels. 0: all.
+    # Identities to unpack at most, the first ones. 0: all.
     limit: int = 0
 
     def __post_init__(self) -> None:
@@ -534,6 +640,55 @@ class DropNoisyConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """Writing a model for other programs."""
+
+    # Run folder, or weights of any kind that test.model takes. Empty: the newest run's best.
+    model: tuple[str, ...] = field(default=(), metadata={"positional": True})
+    # onnx and torchscript hold the network and its weights; safetensors the weights and the settings; hub is a folder
+    # to upload: safetensors, config.json and a model card.
+    format: Literal["onnx", "safetensors", "torchscript", "hub"] = "onnx"
+    # File, or for hub the folder, to write. Empty: in `export` in the run's folder; for weights from elsewhere in
+    # `runs/export-NAME`.
+    output: str = ""
+    # fp16 halves the file. int8 (onnx alone) is calibrated on faces, for CPUs and phones.
+    precision: Literal["fp32", "fp16", "int8"] = "fp32"
+    # Put (rgb - 127.5) / 127.5 into the network, which then takes RGB 0..255 (onnx, torchscript). Else its input is
+    # normalised by whoever calls it, as for the networks that insightface publishes.
+    fold_normalisation: bool = False
+    # Faces on which the export is compared with the model: a .bin or a face set. With fp16 and int8 a .bin named here
+    # also tells the accuracy before and after. Empty: those of the run, else faces drawn by a program.
+    set: str = ""
+    # Faces that are compared, at most.
+    images: int = 128
+    # Faces that int8 is calibrated on: a .bin or a face set. Empty: the run's training set, else other faces of the set
+    # that the export is compared on.
+    calibration: str = ""
+    # Faces that int8 is calibrated on, at most.
+    calibration_images: int = 256
+    # Faces per forward pass.
+    batch_size: int = 32
+    # Largest deviation 1 - cosine from the model that an export may show. 0: 1e-5 for fp32, 1e-3 for fp16, 0.05 for
+    # int8.
+    limit: float = 0.0
+    # Licence of the weights, as Hugging Face names it (mit, cc-by-nc-4.0, ...). Empty: unknown.
+    licence: str = ""
+
+    def __post_init__(self) -> None:
+        check_types(self, "export")
+        require(len(self.model) <= 1, "export.model", f"must be one model, got {', '.join(self.model)}")
+        for name in ("images", "calibration_images", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 2, f"export.{name}", f"must be 2 or more, got {value}")
+        require(0 <= self.limit < 1, "export.limit", f"must be from 0 to below 1, got {self.limit}")
+        good = self.precision != "int8" or self.format == "onnx"
+        require(good, "export.precision", f"int8 is for --format onnx, not for {self.format}")
+        good = not self.fold_normalisation or self.format in ("onnx", "torchscript")
+        message = f"{self.format} holds weights alone: normalisation can be put into onnx and torchscript"
+        require(good, "export.fold_normalisation", message)
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """The embedded set of drawn faces."""
 
@@ -583,6 +738,7 @@ class Config:
     pack_bin: PackBinConfig = PackBinConfig()
     report: ReportConfig = ReportConfig()
     drop_noisy: DropNoisyConfig = DropNoisyConfig()
+    export: ExportConfig = ExportConfig()
     demo: DemoConfig = DemoConfig()
 
 

@@ -86,7 +86,8 @@ class Peer:
     """The program of benchmarks/mxnet_loading.py; with `core`, all its threads on that one."""
 
     def __init__(self, rec_path: Path, keys: list[int], core: int | None = None) -> None:
-        command = [PEER_PYTHON, ROOT / "benchmarks" / "mxnet_loading.py", rec_path, sysconfig.get_paths()["platlib"]]
+        program = ROOT / "benchmarks" / "mxnet_loading.py"
+        command: list[str | Path] = [PEER_PYTHON, program, rec_path, sysconfig.get_paths()["platlib"]]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         if core is not None:  # before it has started a thread
             os.sched_setaffinity(self._process.pid, {core})

@@ -11,6 +11,7 @@ printed. 0: `__getitem__` alone, in this process; else batches that arrive from 
 """
 
 import json
+import numbers
 import sys
 import time
 
@@ -18,6 +19,7 @@ import mxnet as mx
 
 sys.path.append(sys.argv[2])  # after mxnet is imported: it would take what it finds there and cannot use
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from torchvision import transforms
@@ -26,9 +28,13 @@ BATCH = 128
 
 
 class MxnetFaces(torch.utils.data.Dataset):
-    """Faces of a `.rec` as float32 [3, 112, 112] in [-1, 1], mirrored at random, with their labels."""
+    """Faces of a `.rec` as float32 [3, 112, 112] in [-1, 1], mirrored at random, with their labels (int64).
 
-    def __init__(self, rec_path: str) -> None:
+    `keys`: the records; an index is a position among them, as theirs is among all images.
+    """
+
+    def __init__(self, rec_path: str, keys: list[int]) -> None:
+        self.keys = np.array(keys)
         self.records = mx.recordio.MXIndexedRecordIO(rec_path[: -len("rec")] + "idx", rec_path, "r")
         self.transform = transforms.Compose(
             [
@@ -39,11 +45,12 @@ class MxnetFaces(torch.utils.data.Dataset):
             ]
         )
 
-    def __getitem__(self, key: int) -> tuple[torch.Tensor, torch.Tensor]:
-        header, image = mx.recordio.unpack(self.records.read_idx(key))
-        label = header.label if isinstance(header.label, float) else header.label[0]
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        header, image = mx.recordio.unpack(self.records.read_idx(self.keys[index]))
+        label = header.label if isinstance(header.label, numbers.Number) else header.label[0]
+        label = torch.tensor(label, dtype=torch.long)
         sample = mx.image.imdecode(image).asnumpy()
-        return self.transform(sample), torch.tensor(label, dtype=torch.long)
+        return self.transform(sample), label
 
 
 def load_once(loader: DataLoader) -> float:
@@ -56,20 +63,20 @@ def load_once(loader: DataLoader) -> float:
 def main() -> None:
     """Measure when told to."""
     torch.set_num_threads(1)
-    faces = MxnetFaces(sys.argv[1])
-    keys = json.loads(sys.stdin.readline())
+    faces = MxnetFaces(sys.argv[1], json.loads(sys.stdin.readline()))
+    order = range(len(faces.keys))
     loaders: dict[int, DataLoader] = {}
     for line in sys.stdin:
         workers = int(line)
         if workers == 0:
             began = time.perf_counter()
-            for key in keys:
-                faces[key]
-            rate = len(keys) / (time.perf_counter() - began)
+            for index in order:
+                faces[index]
+            rate = len(order) / (time.perf_counter() - began)
         else:
             if workers not in loaders:
                 options = {"persistent_workers": True, "multiprocessing_context": "fork"}
-                loaders[workers] = DataLoader(faces, BATCH, sampler=keys, num_workers=workers, **options)
+                loaders[workers] = DataLoader(faces, BATCH, sampler=order, num_workers=workers, **options)
                 load_once(loaders[workers])
             rate = load_once(loaders[workers])
         print(rate, flush=True)

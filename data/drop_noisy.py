@@ -34,7 +34,7 @@ from config import PRESETS, Config
 from data.face_sets import FaceSet, FaceSetError, images_by_identity, open_training_set, write_face_set
 from data.images import ImageError
 from data.loading import DecodedFaces, sequential_loader
-from models.embedder import Embedder, load_embedder
+from models.embedders import Embedder, load_embedder
 from models.heads.sub_centers import angles, dominant, nearest, own_cosines
 from train import CHECKPOINTS
 from utils.checkpoints import CheckpointError

@@ -8,10 +8,11 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from data.images_fingerprint import files_digest, images_fingerprint, joined_digest
 from data.index_cache import CACHED_FROM, ImageIndex, load_index, save_index
 from data.recordio import (
     IMAGE_HEADER_SIZE,
@@ -57,6 +58,28 @@ class FaceSet(EncodedImages, Protocol):
     path: Path
     labels: np.ndarray
     identities: list[str]
+
+
+class RecordSpans(NamedTuple):
+    """Records of a file: int64 arrays of the bytes where each begins and the next one begins."""
+
+    file: RecordFile
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+@runtime_checkable
+class InRecords(Protocol):
+    """Images of which some or all lie in `.rec` files."""
+
+    def spans(self, positions: np.ndarray) -> Iterator[RecordSpans]:
+        """Every `.rec` file behind the images, with the records in it of those at `positions`, int64."""
+
+    def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
+        """The encoded images at `positions`, int64, as uint8 arrays that are parts of the file, which is not copied.
+
+        None for those that cannot be had in one piece, being damaged, say: `encoded` has them, or the error.
+        """
 
 
 class RecFaceSet:
@@ -120,11 +143,25 @@ class RecFaceSet:
     def describe(self, i: int) -> str:
         return f"{self.path}, record {self.keys[i]} at byte {self._offsets[i]}"
 
+    def fingerprint(self) -> str:
+        """See data/images_fingerprint.py."""
+        return files_digest(self, [self.path], self._offsets)
+
+    def spans(self, positions: np.ndarray) -> Iterator[RecordSpans]:
+        offsets, last = self._offsets, len(self._offsets) - 1
+        ends = np.where(positions < last, offsets[np.minimum(positions + 1, last)], self._file.size)
+        yield RecordSpans(self._file, offsets[positions], ends)
+
+    def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
+        file = self._file.view()
+        first, end = self._file.image_spans(self._offsets[positions])
+        return [file[i:j] if j else None for i, j in zip(first.tolist(), end.tolist(), strict=True)]
+
 
 def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
     """(label float64 [records], has an image bool [records]) of every record, from one pass over the headers."""
     size = reader.file.size
-    words = reader.file.view()[: size // 4 * 4].view("<u4")  # records begin at multiples of 4
+    words = reader.file.words()
     labels, has_image = np.zeros(len(reader)), np.zeros(len(reader), bool)
     large = len(reader) >= CACHED_FROM
     with progress_bar(len(reader), "record", f"labels of {reader.file.path}", disable=not large) as bar:
@@ -177,11 +214,19 @@ class FolderFaceSet:
         """The file of image `i`."""
         return self._files[i]
 
+    def relative_file(self, i: int) -> str:
+        """`<identity>/<image>`, the same however the path of the set is spelled."""
+        return "/".join(self._files[i].parts[-2:])
+
     def encoded(self, i: int) -> bytes:
         return self._files[i].read_bytes()
 
     def describe(self, i: int) -> str:
         return str(self._files[i])
+
+    def fingerprint(self) -> str:
+        """See data/images_fingerprint.py."""
+        return files_digest(self, self._files, [self.relative_file(i) for i in range(len(self))])
 
 
 def _is_image(file: Path) -> bool:
@@ -215,6 +260,23 @@ class JoinedFaceSet:
         faces, position = self._locate(i)
         return faces.describe(position)
 
+    def fingerprint(self) -> str:
+        """See data/images_fingerprint.py."""
+        return joined_digest([images_fingerprint(faces) for faces in self._sets])
+
+    def spans(self, positions: np.ndarray) -> Iterator[RecordSpans]:
+        for faces, start, end in zip(self._sets, self._starts, self._starts[1:], strict=False):
+            if isinstance(faces, InRecords):
+                yield from faces.spans(positions[(positions >= start) & (positions < end)] - start)
+
+    def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
+        views: list[np.ndarray | None] = [None] * len(positions)
+        for faces, start, end in zip(self._sets, self._starts, self._starts[1:], strict=False):
+            rows = np.flatnonzero((positions >= start) & (positions < end))
+            for row, view in zip(rows.tolist(), image_views(faces, positions[rows] - start), strict=True):
+                views[row] = view
+        return views
+
 
 class FrequentIdentities:
     """The identities of a set that have `min_images` images or more, numbered anew without holes."""
@@ -238,6 +300,22 @@ class FrequentIdentities:
     def describe(self, i: int) -> str:
         return self._faces.describe(int(self._positions[i]))
 
+    def fingerprint(self) -> str:
+        """See data/images_fingerprint.py."""
+        return joined_digest(images_fingerprint(self._faces), self._positions)
+
+    def spans(self, positions: np.ndarray) -> Iterator[RecordSpans]:
+        if isinstance(self._faces, InRecords):
+            yield from self._faces.spans(self._positions[positions])
+
+    def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
+        return image_views(self._faces, self._positions[positions])
+
+
+def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
+    """`views` of those sets that have it; of others None for every image."""
+    return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
+
 
 def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
     """The positions of each identity's images, int64, in order."""
@@ -249,10 +327,11 @@ def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
 def identity_order(names: list[str]) -> list[int]:
     """Positions of `names` in the order that labels are given in: numbers by value, any other names by alphabet.
 
-    So the folders `999999` and `1000000`, whose alphabetical order is the other one, come back as they went.
+    So the folders `999999` and `1000000`, whose alphabetical order is the other one, come back as they went. Names of
+    one value, `7` and `007`, are in the order of the alphabet, not in that of the disk.
     """
     if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(range(len(names)), key=lambda position: int(names[position]))
+        return sorted(range(len(names)), key=lambda position: (int(names[position]), names[position]))
     return sorted(range(len(names)), key=names.__getitem__)
 
 

@@ -42,6 +42,14 @@ class Fitted(NamedTuple):
     changed: bool
 
 
+class UnfitError(ImageError):
+    """An image that does not fit: `reason` says why; the message, also where it lies and what to do about it."""
+
+    def __init__(self, where: str, reason: str, advice: str) -> None:
+        super().__init__(f"{where} {reason}{advice}")
+        self.reason = reason
+
+
 class LeftOut(NamedTuple):
     """An image that is left out, having no face or being bad: where it lies, and why."""
 
@@ -64,15 +72,15 @@ def fit_image(encoded: bytes, where: str, fit: Fit, landmarks: np.ndarray | None
     if height == width == fit.size:
         return Fitted(encoded, False)
     if fit.other_sizes == "refuse":
-        raise ImageError(
-            f"{where} has {width}x{height} pixels, expected {fit.size}x{fit.size}: resize such images with "
-            "--other-sizes resize if they are aligned crops, or make a set of their size with --image-size; "
-            "photos need landmarks to be aligned by, from a list or found with --detector"
+        raise UnfitError(
+            where,
+            f"has {width}x{height} pixels, expected {fit.size}x{fit.size}",
+            ": resize such images with --other-sizes resize if they are aligned crops, or make a set of their size "
+            "with --image-size; photos need landmarks to be aligned by, from a list or found with --detector",
         )
     if height != width:
-        raise ImageError(
-            f"{where} has {width}x{height} pixels: resizing it to a square would distort the face; crop it"
-        )
+        reason = f"has {width}x{height} pixels: resizing it to a square would distort the face"
+        raise UnfitError(where, reason, "; crop it")
     method = cv2.INTER_AREA if height > fit.size else cv2.INTER_LINEAR
     return Fitted(encode_jpeg(cv2.resize(image, (fit.size, fit.size), interpolation=method), fit.quality), True)
 
@@ -137,7 +145,8 @@ def _fit_block(block: np.ndarray) -> list[Fitted | LeftOut]:
         except ImageError as error:
             if fit.bad_images == "refuse":
                 raise
-            fitted.append(LeftOut(where, str(error).removeprefix(where).lstrip(": ")))
+            reason = error.reason if isinstance(error, UnfitError) else str(error).removeprefix(f"{where}: ")
+            fitted.append(LeftOut(where, reason))
     return fitted
 
 

@@ -3,8 +3,13 @@
 OpenCV is BGR unless told otherwise; this is the one place that tells it.
 """
 
+from collections.abc import Sequence
+
 import cv2
 import numpy as np
+
+JPEG_END = b"\xff\xd9"
+EXTENSIONS = (".jpg", ".png", ".bmp", ".webp")
 
 
 class ImageError(ValueError):
@@ -15,15 +20,40 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     """Decode JPEG, PNG or whatever OpenCV reads.
 
     Returns uint8 [height, width, 3], RGB (grey images are repeated over the channels).
-    `where`, as text, names the image in the ImageError that undecodable bytes raise.
+    `where`, as text, names the image in the ImageError that undecodable bytes raise, and a JPEG that was cut off.
     """
-    try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # no bytes at all, or a header that claims a gigantic size
-        image = None
+    # Some versions of OpenCV fill up a cut JPEG with grey. Its end marker follows the start of its last scan.
+    if encoded.startswith(b"\xff\xd8") and encoded.rfind(JPEG_END) < encoded.rfind(b"\xff\xda"):
+        raise ImageError(f"{where}: its JPEG of {len(encoded)} bytes has no end: it was cut off")
+    image = _decode(np.frombuffer(encoded, np.uint8))
     if image is None:
         raise ImageError(f"{where}: its {len(encoded)} bytes are no image that OpenCV can decode")
     return image
+
+
+def _decode(encoded: np.ndarray) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
+    except cv2.error:  # no bytes at all, or a header that claims a gigantic size
+        return None
+
+
+def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) -> list[int]:
+    """Decode images (uint8 [bytes], not copied) into the rows of `faces`, uint8 [images, height, width, 3], RGB.
+
+    The pixels are those of `decode_rgb`. Returns the rows that are not filled: of None, and of all that is no sound
+    JPEG of that size which ends with its end marker. `decode_face` takes these, or says what is wrong with them.
+    """
+    left, shape, image = [], faces.shape[1:], None
+    for row, jpeg in enumerate(jpegs):  # this runs for every image of every epoch: no call more than it needs
+        image = None  # its memory, warm in the cache, is the next one's
+        if jpeg is not None and jpeg[-2:].tobytes() == JPEG_END:
+            image = _decode(jpeg)
+        if image is not None and image.shape == shape:
+            faces[row] = image
+        else:
+            left.append(row)
+    return left
 
 
 def decode_face(encoded: bytes, size: int, resize: bool, where: object) -> np.ndarray:
@@ -60,5 +90,9 @@ def _encode(extension: str, image: np.ndarray, options: list[int]) -> bytes:
 
 
 def image_extension(encoded: bytes) -> str:
-    """The file name's ending that fits the bytes: `.png` for PNG, else `.jpg`."""
-    return ".png" if encoded.startswith(b"\x89PNG") else ".jpg"
+    """The file name's ending that fits the bytes: one of EXTENSIONS, `.jpg` when they say nothing else."""
+    if encoded.startswith(b"\x89PNG"):
+        return ".png"
+    if encoded.startswith(b"RIFF") and encoded[8:12] == b"WEBP":
+        return ".webp"
+    return ".bmp" if encoded.startswith(b"BM") else ".jpg"

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from data.batch_memory import BatchMemory, batch_memory
-from data.face_sets import EncodedImages
-from data.images import ImageError, decode_face
+from data.face_sets import EncodedImages, image_views
+from data.images import ImageError, decode_face, decode_plain_jpegs
 from data.jpeg_decoding import EncodedBatch, decode_jpegs, device_decoder, join_encoded
 from data.orders import Order
 from data.read_ahead import expect_random_reads, read_soon
@@ -59,9 +59,11 @@ class DecodedFaces(Dataset):
 
     def decode_into(self, rows: np.ndarray, positions: Sequence[int]) -> tuple[Tensor, list[str]]:
         """Fill `rows`, uint8 [B, size, size, 3]; the labels and what is broken, as in a Batch."""
-        labels = self.labels[torch.as_tensor(positions)]
+        index = np.asarray(positions, np.int64)
+        labels = torch.from_numpy(self.labels.numpy()[index])
         broken = []
-        for row, i in enumerate(positions):
+        for row in decode_plain_jpegs(image_views(self.images, index), rows):
+            i = positions[row]
             try:
                 rows[row] = decode_face(self.images.encoded(i), self.size, self.resize, _Where(self.images, i))
             except (ImageError, RecordError, OSError) as error:
@@ -175,7 +177,7 @@ def training_loader(
 
 
 def sequential_loader(
-    faces: DecodedFaces, batch_size: int, workers: int, device: torch.device, positions: range | None = None
+    faces: DecodedFaces, batch_size: int, workers: int, device: torch.device, positions: Sequence[int] | None = None
 ) -> Iterable[Batch]:
     """All faces once, or those at `positions`, in order, the last batch as large as it is."""
     positions = range(len(faces)) if positions is None else positions

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Turn a `.rec` set into folders of images: OUTPUT/<label>/<key>.jpg, the bytes as they are in the records.
+"""Turn any set into folders of images, OUTPUT/<identity>/<image>, the bytes as they are.
 
     python data/prepare_data.py --rec_data_path datasets/ms1mv3 --output datasets/ms1mv3_images
     python data/prepare_data.py --rec_data_path datasets/ms1mv3 --min-images 50 --limit 100 --output datasets/some
+    python data/prepare_data.py --rec_data_path faces.lst --image-root photos --output faces   # a list, or a CSV
+    python data/prepare_data.py --rec_data_path crops --min-images 5 --output datasets/some    # crops/<identity>/*.jpg
 
-Nothing is decoded or encoded again. `prepared.csv` in OUTPUT says what went where: it appears when all is written. An
-interrupted run goes on where it stopped: a journal in OUTPUT names the blocks of records that are done, whose files are
-only checked by size; all others are written (again).
+Nothing is decoded or encoded again. Images of records are called by their keys, those of a list by its lines, those of
+folders as they were: packed again (data/pack_set.py) they are in the same order. `prepared.csv` in OUTPUT says what
+went where: it appears when all is written. An interrupted run goes on where it stopped: a journal in OUTPUT names the
+blocks of images that are done, whose files are only checked by size; all others are written (again).
 """
 
 import hashlib
@@ -15,16 +18,18 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
 from config import PRESETS, Config
-from data.face_sets import FaceSetError, RecFaceSet, find_rec
+from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, RecFaceSet, find_rec
 from data.identity_choice import Identity, choose_identities
-from data.images import image_extension
+from data.images import EXTENSIONS, image_extension
+from data.set_sources import ListedFaceSet, open_source, stamp
+from data.unpacked_names import UnpackedNames
 from utils.files import naming, write_csv_atomic
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
@@ -33,7 +38,7 @@ from utils.settings import describe, parse_settings
 
 JOURNAL = ".prepare_journal.jsonl"
 TABLE = "prepared.csv"
-RECORDS_PER_BLOCK = 1000
+IMAGES_PER_BLOCK = 1000
 
 
 class JournalError(ValueError):
@@ -51,74 +56,92 @@ class Prepared:
 
 
 def prepare(
-    rec_path: Path,
+    source: Path,
     output: Path,
     workers: int,
     names: Sequence[str] = (),
     min_images: int = 1,
     limit: int = 0,
+    image_root: Path | None = None,
+    unaligned: Literal["refuse", "copy"] = "refuse",
 ) -> Prepared:
-    """Write images of `rec_path` to `output`/<label:06d>/<key:09d>.jpg (.png when it is one), and `prepared.csv`.
+    """Write images of `source` to `output`, called as in data/unpacked_names.py, and `prepared.csv`.
 
-    `names`, `min_images` and `limit` choose identities as in `config.PrepareConfig`. `workers` processes write; 0 means
-    this one. Raises FaceSetError when no identity is left, RecordError for damaged records, JournalError when `output`
+    `source`, `image_root`: as in data/set_sources.py. `names`, `min_images`, `limit` and `unaligned`: as in
+    `config.PrepareConfig`. `workers` processes write; 0 means this one. Raises FaceSetError when no identity is left, a
+    listed image is not aligned or an image is missing, RecordError for damaged records, JournalError when `output`
     holds something else, OSError with the file when the disk is full: after any of them, the same call goes on.
     """
-    faces = RecFaceSet(rec_path)
+    faces = open_source(source, image_root, detected=True)  # what is not aligned gets a message of its own, see below
     identities = choose_identities(faces, names, min_images)[: limit or None]
     order = np.sort(np.concatenate([identity.images for identity in identities]))
+    if unaligned == "refuse":
+        _require_aligned(faces, order)
+    if isinstance(faces, FolderFaceSet) and output.resolve().is_relative_to(faces.path.resolve()):
+        raise FaceSetError(f"{output} is within the set: name another output")
+    unpacked = UnpackedNames(faces, identities)
+    fingerprint = _fingerprint(faces, order, unpacked)
     output.mkdir(parents=True, exist_ok=True)
     if any(output.iterdir()) and not (output / JOURNAL).exists():
         raise JournalError(f"{output} is not empty and no earlier run's: name another output")
-    is_png = np.zeros(len(faces), bool)
-    with _Journal(output / JOURNAL, _fingerprint(faces, order)) as journal:
-        starts = range(0, len(order), RECORDS_PER_BLOCK)
-        blocks = [(start, order[start : start + RECORDS_PER_BLOCK], start in journal.done) for start in starts]
+    kinds = np.zeros(len(faces), np.uint8)  # indices into EXTENSIONS
+    with _Journal(output / JOURNAL, fingerprint) as journal:
+        starts = range(0, len(order), IMAGES_PER_BLOCK)
+        blocks = [(start, order[start : start + IMAGES_PER_BLOCK], start in journal.done) for start in starts]
         written = size = 0
         with progress_bar(len(order), "image", "prepare") as bar:
-            for block in map_unordered(_write_block, blocks, workers, _open, faces, output):
+            for block in map_unordered(_write_block, blocks, workers, _open, faces, unpacked, output):
                 journal.add(block.start)
-                images = order[block.start : block.start + RECORDS_PER_BLOCK]
-                is_png[images] = block.is_png
+                images = order[block.start : block.start + IMAGES_PER_BLOCK]
+                kinds[images] = block.kinds
                 written, size = written + block.written, size + block.bytes
                 bar.update(len(images))
-    _write_table(output / TABLE, faces, identities, is_png)
+    _write_table(output / TABLE, unpacked, identities, kinds)
     return Prepared(len(order), written, size, len(identities))
+
+
+def _require_aligned(faces: FaceSet, order: np.ndarray) -> None:
+    if not isinstance(faces, ListedFaceSet):
+        return
+    unaligned = [i for i in order.tolist() if faces.is_unaligned(i)]
+    if unaligned:
+        raise FaceSetError(
+            f"{faces.describe(unaligned[0])} is not aligned, as its landmarks or the list say ({len(unaligned):,} such "
+            "images): make a set of it by data/pack_set.py, which aligns them, and unpack that, or copy them as they "
+            "are with --unaligned copy"
+        )
 
 
 _worker: dict[str, Any] = {}
 
 
-def _open(faces: RecFaceSet, output: Path) -> None:
-    _worker.update(faces=faces, output=output)
+def _open(faces: FaceSet, unpacked: UnpackedNames, output: Path) -> None:
+    _worker.update(faces=faces, unpacked=unpacked, output=output)
 
 
 class _Block(NamedTuple):
     start: int
-    is_png: list[bool]
+    kinds: list[int]
     written: int
     bytes: int
 
 
 def _write_block(block: tuple[int, np.ndarray, bool]) -> _Block:
     start, images, done = block
-    faces: RecFaceSet = _worker["faces"]
-    is_png = []
+    faces: FaceSet = _worker["faces"]
+    unpacked: UnpackedNames = _worker["unpacked"]
+    kinds = []
     written = size = 0
     for i in images.tolist():
         image = faces.encoded(i)
         extension = image_extension(image)
-        is_png.append(extension == ".png")
-        path: Path = _worker["output"] / _file(faces, i, extension)
+        kinds.append(EXTENSIONS.index(extension))
+        path: Path = _worker["output"] / unpacked.file(i, extension)
         if done and path.exists() and path.stat().st_size == len(image):
             continue
         _write(path, image)
         written, size = written + 1, size + len(image)
-    return _Block(start, is_png, written, size)
-
-
-def _file(faces: RecFaceSet, i: int, extension: str) -> str:
-    return f"{int(faces.identities[faces.labels[i]]):06d}/{faces.keys[i]:09d}{extension}"
+    return _Block(start, kinds, written, size)
 
 
 def _write(path: Path, image: bytes) -> None:
@@ -130,27 +153,41 @@ def _write(path: Path, image: bytes) -> None:
             path.write_bytes(image)
 
 
-def _write_table(path: Path, faces: RecFaceSet, identities: Sequence[Identity], is_png: np.ndarray) -> None:
-    """A line per image, with the label that packing or training on the folders gives, and the one of the records."""
+def _write_table(path: Path, unpacked: UnpackedNames, identities: Sequence[Identity], kinds: np.ndarray) -> None:
+    """A line per image, with the label that packing or training on the folders gives, and the one of the source."""
     rows = (
-        (faces.keys[i], label, identity.name, _file(faces, i, ".png" if is_png[i] else ".jpg"))
+        (unpacked.image(i), label, identity.name, unpacked.file(i, EXTENSIONS[kinds[i]]))
         for label, identity in enumerate(identities)
-        for i in identity.images
+        for i in identity.images.tolist()
     )
     with naming(path):
         write_csv_atomic(path, ("key", "label", "identity", "file"), rows)
 
 
-def _fingerprint(faces: RecFaceSet, order: np.ndarray) -> dict[str, Any]:
-    """What the output depends on; the digest tells any two choices of images apart, however they were asked for."""
-    digest = hashlib.sha256(faces.keys[order].tobytes())
-    digest.update(np.array(faces.identities, np.int64)[faces.labels[order]].tobytes())
+def _fingerprint(faces: FaceSet, order: np.ndarray, unpacked: UnpackedNames) -> dict[str, Any]:
+    """What the output depends on; the digest tells any two choices of images apart, however they were asked for.
+
+    Sets in records are known by name and size, keys and labels; of image files size and time count, each one's.
+    """
+    digest = hashlib.sha256()
+    if isinstance(faces, RecFaceSet):
+        digest.update(faces.keys[order].tobytes())
+        digest.update(np.array(faces.identities, np.int64)[faces.labels[order]].tobytes())
+        source: dict[str, Any] = {"rec": faces.path.name, "bytes": faces.path.stat().st_size}
+    else:
+        assert isinstance(faces, FolderFaceSet | ListedFaceSet)
+        for i in order.tolist():
+            try:
+                line = f"{stamp(faces.file(i))} {faces.relative_file(i)}\n{unpacked.file(i, '')}\n"
+            except OSError as error:
+                raise FaceSetError(f"{faces.describe(i)}: {error.strerror}") from None
+            digest.update(line.encode(errors="surrogateescape"))
+        source = {"source": str(faces.path.resolve())}
     return {
-        "rec": faces.path.name,
-        "bytes": faces.path.stat().st_size,
+        **source,
         "images": len(order),
         "keys and labels": digest.hexdigest(),
-        "block": RECORDS_PER_BLOCK,
+        "block": IMAGES_PER_BLOCK,
     }
 
 
@@ -176,7 +213,8 @@ class _Journal:
             self._file.write("?\n" if torn else "")
         else:
             raise JournalError(
-                f"{path} belongs to another set or choice of identities: name another output, or remove that folder"
+                f"{path} belongs to another set or choice of identities, or images of the set were changed since: "
+                "name another output, or remove that folder"
             )
         with naming(path):
             self._file.flush()
@@ -196,22 +234,31 @@ class _Journal:
             self._file.close()
 
 
+def _default_output(source: Path) -> Path:
+    if not source.exists():
+        raise FaceSetError(f"{source} does not exist")
+    if source.suffix != ".rec":
+        raise FaceSetError(f"name a folder for the images of {source}: --output B")
+    return source.parent / "images"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("prepare_data", "the same command goes on where it stopped"):
         config = parse_settings(Config, PRESETS, ("prepare", "common"), __doc__, argv)
         print(describe(config, ("prepare", "common")))
-        source = Path(config.prepare.rec_data_path or config.data.root[0])
-        rec_path = find_rec(source) if source.is_dir() else source
-        if rec_path is None or rec_path.suffix != ".rec" or not rec_path.exists():
-            raise FaceSetError(f"{source} is no .rec file and no folder with one")
-        output = Path(config.prepare.output) if config.prepare.output else rec_path.parent / "images"
         pick = config.prepare
+        source = Path(pick.rec_data_path or config.data.root[0])
+        source = (find_rec(source) if source.is_dir() else None) or source
+        output = Path(pick.output) if pick.output else _default_output(source)
         workers = worker_count(config.common.workers)
-        result = prepare(rec_path, output, workers, pick.identities, pick.min_images, pick.limit)
+        image_root = Path(pick.image_root) if pick.image_root else None
+        result = prepare(
+            source, output, workers, pick.identities, pick.min_images, pick.limit, image_root, pick.unaligned
+        )
     print(
         f"{output}: {result.images:,} images of {result.identities:,} identities; "
-        f"{result.written:,} written now ({result.bytes / 2**20:,.1f} MiB), bytes as in {rec_path}"
+        f"{result.written:,} written now ({result.bytes / 2**20:,.1f} MiB), bytes as in {source}"
     )
 
 

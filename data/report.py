@@ -15,10 +15,9 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -27,17 +26,14 @@ import numpy as np
 
 from config import PRESETS, Config, ReportConfig
 from data.face_sets import FaceSetError, write_face_set
-from data.images import ImageError, decode_rgb
+from data.survey import Survey, choose_sample, decode, decode_images, survey_heads, why_broken
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
 from utils.files import require_free, write_csv_atomic, write_text_atomic
 from utils.plots import draw_contact_sheet, draw_curves
-from utils.processes import map_unordered, worker_count
+from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
-
-HEADS_AT_ONCE = 1 << 16
-BLOCK = 1000
 
 # The contact sheet: pixels of a face, faces of an identity.
 TILE = 112
@@ -45,109 +41,6 @@ COLUMNS = 8
 
 # Broken records on the screen; broken.csv has them all.
 SHOWN = 20
-
-
-@dataclass
-class Survey:
-    """What is known about all records of a set; the arrays, as in Heads, take 10 bytes a record."""
-
-    labels: np.ndarray
-    image_bytes: np.ndarray
-    kinds: np.ndarray
-    #: Grows with every image that is decoded in vain.
-    broken: np.ndarray
-    #: (width, height) of the images that were decoded.
-    shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
-
-    @property
-    def good(self) -> np.ndarray:
-        """bool [records]: an image, and not known to be broken."""
-        return (self.labels != NO_LABEL) & ~self.broken
-
-    def per_identity(self) -> tuple[np.ndarray, np.ndarray]:
-        """(label, number of good images) of every identity that has any."""
-        labels, counts = np.unique(self.labels[self.good], return_counts=True)
-        return labels, counts
-
-
-def survey_heads(records: Records) -> Survey:
-    """One pass over the heads of all records."""
-    count = len(records)
-    survey = Survey(
-        labels=np.zeros(count, np.int32),
-        image_bytes=np.zeros(count, np.uint32),
-        kinds=np.zeros(count, np.uint8),
-        broken=np.zeros(count, bool),
-    )
-    with progress_bar(count, "record", "heads") as bar:
-        for start in range(0, count, HEADS_AT_ONCE):
-            stop = min(start + HEADS_AT_ONCE, count)
-            heads = records.heads(start, stop)
-            survey.labels[start:stop], survey.image_bytes[start:stop] = heads.labels, heads.image_bytes
-            survey.kinds[start:stop], survey.broken[start:stop] = heads.kinds, heads.broken
-            bar.update(stop - start)
-    return survey
-
-
-def decode(records: Records, i: int) -> np.ndarray:
-    """The pixels of image `i` as `decode_rgb` gives them; ValueError or OSError says what is wrong with it."""
-    encoded = records.encoded(i)
-    # Some versions of OpenCV fill up a cut JPEG with grey. Its end marker follows the start of its last scan.
-    if encoded.startswith(b"\xff\xd8") and encoded.rfind(b"\xff\xd9") <= encoded.rfind(b"\xff\xda"):
-        raise ImageError(f"{records.place(i)}: its JPEG of {len(encoded)} bytes has no end: it was cut off")
-    return decode_rgb(encoded, str(records.place(i)))
-
-
-def why_broken(records: Records, i: int) -> str:
-    """What is wrong with record `i`, without its place; empty when nothing is."""
-    try:
-        decode(records, i)
-    except (ValueError, OSError) as error:
-        place = records.place(i)
-        return str(error).removeprefix(f"{place}: ").removeprefix(f"{place.file}: ")
-    return ""
-
-
-class _Decoded(NamedTuple):
-    images: int
-    #: Positions in the set.
-    broken: list[int]
-    #: (width, height) of the others.
-    shapes: Counter[tuple[int, int]]
-
-
-def _decode_block(block: tuple[int, Records, np.ndarray]) -> _Decoded:
-    start, records, wanted = block
-    decoded = _Decoded(int(wanted.sum()), [], Counter())
-    for i in np.flatnonzero(wanted).tolist():
-        try:
-            height, width = decode(records, i).shape[:2]
-            decoded.shapes[width, height] += 1
-        except (ValueError, OSError):
-            decoded.broken.append(start + i)
-    return decoded
-
-
-def decode_images(records: Records, survey: Survey, wanted: np.ndarray, workers: int, title: str) -> None:
-    """Decode the images that `wanted` (bool [records]) marks, and note in `survey` their shapes and which are broken.
-
-    `workers` processes do it; 0 means this one.
-    """
-    starts = [start for start in range(0, len(records), BLOCK) if wanted[start : start + BLOCK].any()]
-    blocks = [(start, records.part(start, start + BLOCK), wanted[start : start + BLOCK]) for start in starts]
-    with progress_bar(int(wanted.sum()), "image", title) as bar:
-        for decoded in map_unordered(_decode_block, blocks, workers, cv2.setNumThreads, 1):
-            survey.broken[decoded.broken] = True
-            survey.shapes += decoded.shapes
-            bar.update(decoded.images)
-
-
-def choose_sample(survey: Survey, count: int, seed: int) -> np.ndarray:
-    """bool [records]: `count` random images, or all when there are fewer."""
-    images = np.flatnonzero(survey.good)
-    wanted = np.zeros(len(survey.broken), bool)
-    wanted[np.random.default_rng(seed).choice(images, min(count, images.size), replace=False)] = True
-    return wanted
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from data.face_sets import FaceSet, FaceSetError, FaceSetWriter, FolderFaceSet
 from data.fitting import Fit, Fitted, LeftOut
 from data.identity_choice import Identity
 from data.recordio import RecordAppender
-from data.set_sources import ListedFaceSet
+from data.set_sources import ListedFaceSet, stamp
 from utils.files import csv_line
 from utils.progress import progress_bar
 from utils.resumable import JournalError, ResumableFolder
@@ -64,6 +64,7 @@ def made_from(faces: FaceSet, identities: Sequence[Identity], fit: Fit) -> dict[
         detection |= {"path": str(path.resolve()), "onnxruntime": onnxruntime.__version__, "stamps": _stamps(path)}
     return {
         "source": str(faces.path.resolve()),
+        "image_root": str(faces.image_root.resolve()) if isinstance(faces, ListedFaceSet) else None,
         "size and time of the source": _stamps(faces.path, faces.path.with_suffix(".idx")),
         "choice of images": f"{images:,} of {len(identities):,} identities, {choice.hexdigest()[:8]}",
         "image_size": image_size,
@@ -75,12 +76,7 @@ def made_from(faces: FaceSet, identities: Sequence[Identity], fit: Fit) -> dict[
 
 def _stamps(*paths: Path) -> list[str]:
     """Sizes and times of those paths that are files."""
-    return [_stamp(path) for path in paths if path.is_file()]
-
-
-def _stamp(path: Path) -> str:
-    status = path.stat()
-    return f"{status.st_size} {status.st_mtime_ns}"
+    return [stamp(path) for path in paths if path.is_file()]
 
 
 class ResumableSet:
@@ -122,8 +118,8 @@ class ResumableSet:
         """`digest` with the file of image `i` added; those of records are known by their `.rec`."""
         if not isinstance(self._faces, FolderFaceSet | ListedFaceSet):
             return digest
-        file = self._faces.file(i).absolute()
-        return hashlib.sha256(f"{digest} {_stamp(file)} {file}".encode(errors="surrogateescape")).hexdigest()
+        line = f"{digest} {stamp(self._faces.file(i))} {self._faces.relative_file(i)}"
+        return hashlib.sha256(line.encode(errors="surrogateescape")).hexdigest()
 
     def _ranges(self) -> list[tuple[int, int]]:
         """The range of keys of every identity that is finished."""

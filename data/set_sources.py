@@ -26,6 +26,7 @@ LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 FACE2REC_COLUMNS = (3, 7, 17)
 LARGEST_LABEL = 2**31 - 1
 _NO_LANDMARKS = [float("nan")] * 10
+_ALIGNED = {None: 0, True: 1, False: 2}
 
 
 class ListLine(NamedTuple):
@@ -47,7 +48,8 @@ class ListedFaceSet:
 
     def __init__(self, path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> None:
         self.path = Path(path)
-        self._root = self.path.parent if image_root is None else Path(image_root)
+        #: What the paths of the list are relative to.
+        self.image_root = self.path.parent if image_root is None else Path(image_root)
         # Lists have millions of lines, and every worker gets a copy: no object a line.
         codes, lines, ends, landmarks = array("q"), array("q"), array("q", [0]), array("f")
         names: dict[str, int] = {}
@@ -65,12 +67,14 @@ class ListedFaceSet:
                     landmarks.extend(row.landmarks or _NO_LANDMARKS)
                 codes.append(names.setdefault(row.identity, len(names)))
                 lines.append(row.line)
-                self._aligned.append(row.aligned is True)
+                self._aligned.append(_ALIGNED[row.aligned])
                 self._paths += os.fsencode(row.path)
                 ends.append(len(self._paths))
         if not codes:
             raise FaceSetError(f"{self.path} names no images")
-        self._lines, self._ends = np.array(lines), np.array(ends)
+        #: The number of each image's line in the list, int64 [images], growing.
+        self.lines = np.array(lines)
+        self._ends = np.array(ends)
         self._landmarks = np.array(landmarks).reshape(-1, 5, 2)
         texts = list(names)
         order = identity_order(texts)
@@ -82,7 +86,11 @@ class ListedFaceSet:
 
     def file(self, i: int) -> Path:
         """The file of image `i`."""
-        return Path(self._root, os.fsdecode(bytes(self._paths[self._ends[i] : self._ends[i + 1]])))
+        return Path(self.image_root, self.relative_file(i))
+
+    def relative_file(self, i: int) -> str:
+        """The path of image `i` as the list has it."""
+        return os.fsdecode(bytes(self._paths[self._ends[i] : self._ends[i + 1]]))
 
     def landmarks(self, i: int) -> np.ndarray | None:
         """What to align image `i` by: float32 [5, 2], (x, y) in pixels; None when the list has no landmarks of it."""
@@ -92,7 +100,11 @@ class ListedFaceSet:
 
     def is_aligned(self, i: int) -> bool:
         """Whether the list says that image `i` is aligned already, as only face2rec's can."""
-        return bool(self._aligned[i])
+        return self._aligned[i] == _ALIGNED[True]
+
+    def is_unaligned(self, i: int) -> bool:
+        """Whether image `i` has to be aligned: the list has its landmarks, or says outright that it is not."""
+        return self._aligned[i] == _ALIGNED[False] or self.landmarks(i) is not None
 
     def encoded(self, i: int) -> bytes:
         try:
@@ -101,19 +113,25 @@ class ListedFaceSet:
             raise FaceSetError(f"{self.describe(i)}: {error.strerror or error}") from None
 
     def describe(self, i: int) -> str:
-        return f"{self.path}, line {self._lines[i]}: {self.file(i)}"
+        return f"{self.path}, line {self.lines[i]}: {self.file(i)}"
 
 
 def open_source(path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> FaceSet:
-    """Open anything that a set can be packed from; `image_root` is what the paths of a list are relative to.
+    """Open anything that can be packed or unpacked: the sets of `open_face_set`, and lists.
 
-    Without `image_root`, that is the folder of the list; `detected` is as in ListedFaceSet. Raises FaceSetError for
-    anything else.
+    `image_root` is what the paths of a list are relative to, without it the folder of the list; `detected` is as in
+    ListedFaceSet. Raises FaceSetError for anything else.
     """
     path = Path(path)
     if path.is_file() and path.suffix != ".rec":
         return ListedFaceSet(path, image_root, detected)
     return open_face_set(path)
+
+
+def stamp(path: Path) -> str:
+    """Size and time of a file; another content is taken to have another one."""
+    status = path.stat()
+    return f"{status.st_size} {status.st_mtime_ns}"
 
 
 def _read_lines(file: TextIO, path: Path) -> Iterator[ListLine]:

@@ -10,18 +10,22 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import cv2
 import numpy as np
+import onnxruntime
 import pytest
 
 from config import PackConfig
 from conftest import ROOT
 from data import fitting, resumable_set
+from data.detect import Detection
 from data.face_sets import FaceSetError, open_face_set, write_face_set
 from data.fitting import Fit
-from data.images import ImageError, encode_png
+from data.images import ImageError, encode_jpeg, encode_png
 from data.pack_set import Packed, main, pack, select
+from data.resumable_set import made_from
 from data.set_sources import open_source
 from tiny_faces import tiny_face
 from utils.files import BusyError, atomic_folder
@@ -314,7 +318,7 @@ def test_skipped_images(tmp_path: Path, folder: Path) -> None:
     left_out = rows(tmp_path / "set" / "left_out.csv")
     assert left_out[0] == ["identity", "image", "reason"]
     assert left_out[1][:2] == ["01", str(folder / "01" / "2.png")]
-    assert left_out[1][2].startswith("has 24x20 pixels, expected 32x32")
+    assert left_out[1][2] == "has 24x20 pixels, expected 32x32", "the reason alone: advice is for the screen"
     assert left_out[3] == ["02", str(folder / "02" / "1.png"), "its 4 bytes are no image that OpenCV can decode"]
     assert left_out[6:] == [["02", "", "not one of its 4 images is left"]]
     assert (tmp_path / "set" / "property").read_text() == f"3,{SIZE},{SIZE}"
@@ -323,6 +327,86 @@ def test_skipped_images(tmp_path: Path, folder: Path) -> None:
 def rows(path: Path) -> list[list[str]]:
     with path.open(newline="") as file:
         return list(csv.reader(file))
+
+
+NOT_SQUARE = encode_png(np.zeros((20, 24, 3), np.uint8))
+CUT = encode_jpeg(np.zeros((SIZE, SIZE, 3), np.uint8))[:-2]
+
+
+@pytest.mark.parametrize(
+    ("image", "other_sizes", "reason"),
+    [
+        (NOT_SQUARE, "resize", "has 24x20 pixels: resizing it to a square would distort the face"),
+        (CUT, "refuse", f"its JPEG of {len(CUT)} bytes has no end: it was cut off"),
+    ],
+    ids=["not square", "cut"],
+)
+def test_reasons(
+    tmp_path: Path, folder: Path, image: bytes, other_sizes: Literal["refuse", "resize"], reason: str
+) -> None:
+    """A JPEG without its end marker is as broken for the packer as for the report, whatever OpenCV makes of it."""
+    (folder / "00" / "1.png").write_bytes(image)
+    pack_all(folder, tmp_path / "set", replace(SKIP, other_sizes=other_sizes))
+    assert rows(tmp_path / "set" / "left_out.csv")[1:] == [["00", str(folder / "00" / "1.png"), reason]]
+
+
+@pytest.mark.parametrize(
+    "change", ["OpenCV", "onnxruntime", "detector's bytes", "detector's path", "threshold", "nothing"]
+)
+def test_what_the_bytes_depend_on(tmp_path: Path, folder: Path, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A set is not gone on with by other programs or another detector: each has a say in the pixels."""
+    detector = tmp_path / "detector.onnx"
+    detector.write_bytes(b"net")
+    faces = open_source(folder)
+    identities = select(faces, PackConfig())
+    fit = replace(FIT, detection=Detection(detector, 0.5, 640, "largest"))
+    before = made_from(faces, identities, fit)
+    if change == "OpenCV":
+        monkeypatch.setattr(cv2, "__version__", "0.0")
+    elif change == "onnxruntime":
+        monkeypatch.setattr(onnxruntime, "__version__", "0.0")
+    elif change == "detector's bytes":
+        detector.write_bytes(b"another")
+    elif change == "detector's path":
+        other = shutil.copy2(detector, tmp_path / "other.onnx")
+        fit = replace(FIT, detection=Detection(Path(other), 0.5, 640, "largest"))
+    elif change == "threshold":
+        fit = replace(FIT, detection=Detection(detector, 0.4, 640, "largest"))
+    assert (made_from(faces, identities, fit) == before) == (change == "nothing")
+
+
+def test_another_spelling_of_the_source(tmp_path: Path, folder: Path, interrupted: Path) -> None:
+    """The same folder by a relative path, with `..`, or through a link, is the same; so are a list and its images."""
+    bad = folder / "03" / "1.png"
+    (tmp_path / "link").symlink_to(folder)
+    good = bad.read_bytes()
+    bad.write_bytes(b"no image")
+    fit = Fit(SIZE, "refuse", 90)
+    spellings = [folder / ".." / "faces", tmp_path / "link", Path(os.path.relpath(folder))]
+    for spelling in spellings:
+        with pytest.raises(ImageError, match=r"03/1\.png"):
+            pack_all(spelling, interrupted, fit)
+    bad.write_bytes(good)
+    assert pack_all(folder, interrupted, fit).taken_over == 13
+
+
+def test_another_spelling_of_a_list(tmp_path: Path, folder: Path, saves: None) -> None:
+    """The folder that a list's paths are relative to is known however it is named; another one is told so."""
+    (tmp_path / "list.csv").write_text("path,label\n" + "".join(f"00/{shot}.png,a\n" for shot in range(4)))
+    (folder / "00" / "3.png").write_bytes(b"no image")
+    shutil.copytree(folder, tmp_path / "copy")
+
+    def pack_list(root: Path) -> Packed:
+        faces = open_source(tmp_path / "copy" / ".." / "list.csv", root)
+        return pack(faces, select(faces, PackConfig()), tmp_path / "set", FIT, 0)
+
+    for root in (folder, folder / ".." / "faces", Path(os.path.relpath(folder))):
+        with pytest.raises(ImageError, match=r"00/3\.png"):
+            pack_list(root)
+    with pytest.raises(JournalError, match="begun with another image_root"):
+        pack_list(tmp_path / "copy")
+    (folder / "00" / "3.png").write_bytes(tiny_face(0, 3))
+    assert pack_list(folder).taken_over == 3
 
 
 def test_skipping_leaves_something(tmp_path: Path, folder: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from config import ReportConfig
 from conftest import ROOT
 from data import report as report_module
+from data import survey as survey_module
 from data import tolerant_records
 from data.face_sets import FaceSet, open_face_set, write_face_set
 from data.images import encode_jpeg, encode_png
@@ -131,7 +132,7 @@ def test_check_lists_every_damage(damaged: Path, tmp_path: Path) -> None:
 def test_heads_show_all_but_what_decoding_shows(damaged: Path, tmp_path: Path) -> None:
     """Without --check the damage of records is found; the images that happen to be decoded are counted too."""
     records, _ = open_records(damaged)
-    survey = report_module.survey_heads(records)
+    survey = survey_module.survey_heads(records)
     broken = {records.place(i).key for i in np.flatnonzero(survey.broken)}
     assert broken == set(BROKEN) - HIDDEN
     report = report_on(damaged, tmp_path / "out")  # 8 images: the sample is all of them
@@ -142,8 +143,8 @@ def test_heads_show_all_but_what_decoding_shows(damaged: Path, tmp_path: Path) -
 def test_heads_are_read_in_blocks(damaged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Block boundaries change nothing: not for records of equal offset, nor for what is decoded."""
     whole = report_on(damaged, tmp_path / "whole", check=True)
-    monkeypatch.setattr(report_module, "HEADS_AT_ONCE", 1)
-    monkeypatch.setattr(report_module, "BLOCK", 2)
+    monkeypatch.setattr(survey_module, "HEADS_AT_ONCE", 1)
+    monkeypatch.setattr(survey_module, "BLOCK", 2)
     monkeypatch.setattr(tolerant_records, "SCAN_BYTES", 64)
     assert report_on(damaged, tmp_path / "blocks", check=True) == whole
     assert (tmp_path / "blocks" / "broken.csv").read_bytes() == (tmp_path / "whole" / "broken.csv").read_bytes()

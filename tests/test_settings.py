@@ -296,6 +296,8 @@ def other_value(name: str) -> tuple[str, object]:
     section, field_name = name.split(".")
     default = getattr(getattr(config.Config(), section), field_name)
     hint = get_type_hints(SECTIONS[section])[field_name]
+    if field_name == "t":
+        return "auto", "auto"
     if get_args(hint) and not isinstance(default, tuple):
         choice = next(choice for choice in get_args(hint) if choice != default)
         return choice, choice
@@ -414,6 +416,9 @@ def test_the_default_network_exists() -> None:
         ("test.batch_size", 0),
         ("merge.batch_size", 0),
         ("merge.t", 1.1),
+        ("merge.t", "high"),
+        ("merge.wrong_joins", 0.0),
+        ("merge.on_match", "merge"),
         ("pack.detector_threshold", 0.0),
         ("pack.detector_size", 100),
         ("pack.face", "leftmost"),

@@ -16,7 +16,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 Settings = Mapping[str, Any]
 C = TypeVar("C")
@@ -136,6 +137,9 @@ def check_types(section: Any, name: str) -> None:
     """Raise ConfigError unless every field of the dataclass instance `section` has the type that it declares."""
     for field, hint in get_type_hints(type(section)).items():
         value = getattr(section, field)
+        words, hint = _words(hint)
+        if value in words:
+            continue
         if get_origin(hint) is Literal:
             choices = get_args(hint)
             require(value in choices, f"{name}.{field}", f"must be one of {', '.join(choices)}, got {value!r}")
@@ -147,7 +151,15 @@ def check_types(section: Any, name: str) -> None:
             good = isinstance(value, int | float if hint is float else hint)
             good &= hint is bool or not isinstance(value, bool)
             good = good and (hint is not float or math.isfinite(value))
-            require(good, f"{name}.{field}", f"must be {_kind(hint)}, got {value!r}")
+            require(good, f"{name}.{field}", f"must be {' or '.join((_kind(hint), *words))}, got {value!r}")
+
+
+def _words(hint: Any) -> tuple[tuple[str, ...], Any]:
+    """The words that a field takes instead of its proper type, and that type: `float | Literal["auto"]`."""
+    if get_origin(hint) not in (Union, UnionType):
+        return (), hint
+    proper, literal = get_args(hint)
+    return get_args(literal), proper
 
 
 def _kind(hint: type, many: bool = False) -> str:
@@ -207,6 +219,7 @@ def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: 
 
 
 def _converter(hint: Any) -> Callable[[str], Any]:
+    words, hint = _words(hint)
     if get_origin(hint) is tuple:
         convert_item = _converter(get_args(hint)[0])
         return lambda text: tuple(convert_item(item) for item in text.split(",") if item)
@@ -214,10 +227,13 @@ def _converter(hint: Any) -> Callable[[str], Any]:
         return str  # the section says which values there are
 
     def convert(text: str) -> Any:
+        if text in words:
+            return text
         try:
             return hint(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"must be {_kind(hint)}, got {text!r}") from None
+            wanted = " or ".join((_kind(hint), *words))
+            raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
 
     return convert
 
