@@ -209,7 +209,8 @@ class Trainer:
             inputs = self.prepare(batch.faces)
             if step == 0:
                 self.log.inputs(inputs[:64], step)
-            torch.manual_seed(settings.seed + step)  # dropout and its like: a resumed run draws the same
+            # For dropout and its like: a resumed run draws the same, and no two ranks do.
+            torch.manual_seed((settings.seed + step) * self.ranks.size + self.ranks.rank)
             output = self.training_step(inputs, batch.labels, step, float(self.learning_rates[step]))
             if self.average is not None:
                 self.average.update(self.network, step)

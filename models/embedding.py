@@ -1,16 +1,24 @@
 """Embeddings of whole sets, and the accuracy on verification sets that follows from them."""
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from data.face_sets import EncodedImages, PairImages
 from data.images import ImageError
+from data.images_fingerprint import images_fingerprint
 from data.loading import DecodedFaces, sequential_loader
 from data.verification_bin import VerificationPairs
-from models.embedder import Embedder
+from models.embedders import Embedder
+from models.feature_cache import features_key, kept_features
 from utils.evaluation.folds import FOLDS, FoldResult, ten_fold
 from utils.progress import progress_bar
 from utils.ranks import Ranks, share_of
+
+_ROWS_AT_ONCE = 1 << 16
 
 
 def embed_images(
@@ -21,33 +29,82 @@ def embed_images(
     mirror: bool,
     title: str,
     ranks: Ranks | None = None,
+    cache: Path | None = None,
+    normalised: bool = True,
 ) -> np.ndarray:
-    """Unit embeddings float32 [images, D], in order, with a progress bar called `title`.
+    """Embeddings float32 [images, D], in order, with a progress bar called `title`: unit vectors, or, not `normalised`,
+    of the lengths that the model gives.
 
     Several `ranks` share the work, and all get the result. Memory: 4 bytes x D an image, and the decoded batches in
-    flight.
+    flight. With `cache`, a folder, features are kept there for the next call with this model and these images, and a
+    call that was killed is gone on with (models/feature_cache.py); not `normalised`, large ones are mapped into memory.
+    Raises ImageError, naming the image, for one that is broken.
     """
     ranks = ranks or Ranks()
+    if not len(images):
+        raise ValueError(f"{title}: there are no images to embed")
+    if cache is not None:
+        key = ""
+        if ranks.first:
+            key = features_key(embedder.fingerprint, images_fingerprint(images), len(images), mirror)
+
+        def embed(positions: Sequence[int]) -> Iterator[np.ndarray]:
+            return _embed(embedder, images, positions, batch_size, workers, mirror, title, ranks.first)
+
+        features = kept_features(cache, ranks.agree(key), len(images), embed, ranks)
+    else:
+        features = _embed_share(embedder, images, batch_size, workers, mirror, title, ranks)
+    return _unit(features) if normalised else features
+
+
+def _embed_share(
+    embedder: Embedder, images: EncodedImages, batch_size: int, workers: int, mirror: bool, title: str, ranks: Ranks
+) -> np.ndarray:
+    """The features of all images, of which this rank embeds its share."""
     share = share_of(len(images), ranks.rank, ranks.size)
-    faces = DecodedFaces(images, np.zeros(len(images), np.int64), embedder.image_size, tolerant=True)
     # A rank without a share embeds an image all the same, to know how long embeddings are.
-    loader = sequential_loader(faces, batch_size, workers, embedder.device, share or range(1))
-    embeddings: np.ndarray | None = None
+    positions = share or range(1)
+    features: np.ndarray | None = None
     start = 0
-    with progress_bar(len(share), "image", title, leave=False, disable=not ranks.first) as bar:
+    for part in _embed(embedder, images, positions, batch_size, workers, mirror, title, ranks.first):
+        if features is None:
+            features = np.empty((len(positions), part.shape[1]), np.float32)
+        features[start : start + len(part)] = part
+        start += len(part)
+    assert features is not None
+    if ranks.size == 1:
+        return features
+    return ranks.join(torch.from_numpy(features[: len(share)]).to(embedder.device), len(images)).cpu().numpy()
+
+
+def _embed(
+    embedder: Embedder,
+    images: EncodedImages,
+    positions: Sequence[int],
+    batch_size: int,
+    workers: int,
+    mirror: bool,
+    title: str,
+    shown: bool,
+) -> Iterator[np.ndarray]:
+    """The features of the images at `positions`, batch after batch, float32 [B, D]."""
+    faces = DecodedFaces(images, np.zeros(len(images), np.int64), embedder.image_size, tolerant=True)
+    loader = sequential_loader(faces, batch_size, workers, embedder.device, positions)
+    with progress_bar(len(positions), "image", title, leave=False, disable=not shown) as bar:
         for batch, _, broken in loader:
             if broken:  # raised here and not in a worker, where its message would drown in tracebacks
                 raise ImageError(broken[0])
-            part = embedder.embed(batch, mirror).cpu().numpy()
-            if embeddings is None:
-                embeddings = np.empty((max(1, len(share)), part.shape[1]), np.float32)
-            embeddings[start : start + len(part)] = part
-            start += len(part)
-            bar.update(len(part))
-    assert embeddings is not None
-    if ranks.size == 1:
-        return embeddings
-    return ranks.join(torch.from_numpy(embeddings[: len(share)]).to(embedder.device), len(images)).cpu().numpy()
+            yield embedder.features(batch, mirror).cpu().numpy()
+            bar.update(len(batch))
+
+
+def _unit(features: np.ndarray) -> np.ndarray:
+    """The rows of `features` at length 1; in their place where that is memory of this process alone."""
+    unit = features if not isinstance(features, np.memmap) else np.empty(features.shape, np.float32)
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        unit[rows] = F.normalize(torch.from_numpy(features[rows])).numpy()
+    return unit
 
 
 def verify(

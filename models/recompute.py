@@ -27,12 +27,12 @@ def recompute_blocks(network: nn.Module) -> int:
     return len(blocks)
 
 
-def _forward(block: nn.Module, forward: Callable[..., Tensor], *inputs: Tensor) -> Any:
+def _forward(block: nn.Module, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
-        return forward(*inputs)
+        return forward(*inputs, **options)
     if torch.compiler.is_compiling():  # what the compiler computes anew has no side effects
-        return checkpoint(forward, *inputs, use_reentrant=False)
-    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_contexts, block))
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_contexts, block), **options)
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:

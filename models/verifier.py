@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from data.verification_bin import VerificationPairs
-from models.embedder import NetworkEmbedder
+from models.embedders import NetworkEmbedder
 from models.embedding import check_pairs, verify
 from utils.evaluation.folds import FoldResult
 from utils.ranks import Ranks

@@ -24,7 +24,7 @@ from data.drop_noisy import (
 from data.face_sets import FaceSetError, RecFaceSet, open_face_set, write_face_set
 from data.images import ImageError, decode_rgb, encode_png
 from models import create_network
-from models.embedder import load_embedder
+from models.embedders import load_embedder
 from models.heads.sub_centers import angles, dominant, nearest, own_cosines
 from test_training import configure
 from tiny_faces import tiny_face

@@ -1,5 +1,8 @@
 """Models from anywhere give the embeddings that their weights mean."""
 
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +12,14 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from models import create_network
-from models.embedder import NetworkEmbedder, OnnxEmbedder, load_embedder, normalises_itself
+from models.embedders import InputSpec, NetworkEmbedder, OnnxEmbedder, TorchScriptEmbedder, load_embedder
+from models.embedders.onnx_file import INPUTS_KEY, normalises_itself
+from models.embedders.torchscript import EXTRA_FILE, is_torchscript
 from utils.checkpoints import CheckpointError, Progress, save_backbone
 
 CPU = torch.device("cpu")
 SIZE = 16
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def write_onnx(path: Path, before: tuple[str, ...] = (), batch: int | str = "N", size: int = SIZE) -> Path:
@@ -134,7 +140,246 @@ def test_what_is_no_model_says_so(tmp_path: Path) -> None:
         ("y.onnx", "there is no model at"),
         ("x.txt", "expected a run folder"),
         ("x.onnx", "is no ONNX model"),
-        ("x.pth", "does not hold the weights of r18"),
+        ("x.pth", "looks like none of the networks here, and is not r18"),
     ):
         with pytest.raises(CheckpointError, match=message):
             load_embedder(tmp_path / name, CPU, network="r18")
+
+
+@pytest.fixture
+def embedder() -> NetworkEmbedder:
+    """A network of one layer, whose features tell left from right and the colours apart."""
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, 5))
+    return NetworkEmbedder(network.eval(), SIZE, CPU, "linear")
+
+
+def test_features_have_lengths_and_embeddings_have_none(embedder: NetworkEmbedder, faces: torch.Tensor) -> None:
+    """`features` is f(x), with the mirror f(x) + f(flip x); `embed` the same at length 1."""
+    pixels = (faces.permute(0, 3, 1, 2).double() - 127.5) / 127.5
+    double = embedder.network.double()
+    with torch.no_grad():
+        plain, both = double(pixels), double(pixels) + double(pixels.flip(3))
+    embedder.network.float()
+    torch.testing.assert_close(embedder.features(faces, False).double(), plain, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embedder.features(faces, True).double(), both, rtol=1e-5, atol=1e-5)
+    unit = both / both.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(embedder.embed(faces).double(), unit, rtol=1e-5, atol=1e-5)
+    assert embedder.features(faces, False).dtype == torch.float32
+
+
+def test_arrays_lists_and_single_faces(embedder: NetworkEmbedder, faces: torch.Tensor) -> None:
+    """What a caller has at hand gives the same numbers, an array for arrays, a vector for one face."""
+    wanted = embedder.embed(faces)
+    arrays = faces.numpy()
+    for given in (arrays, list(arrays), np.repeat(arrays, 20, axis=0)[::20], arrays[:, :, ::-1][:, :, ::-1]):
+        found = embedder.embed(given)
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_allclose(found, wanted.numpy(), atol=1e-6)
+    readonly = arrays.copy()
+    readonly.flags.writeable = False
+    np.testing.assert_allclose(embedder.embed(readonly), wanted.numpy(), atol=1e-6)
+    np.testing.assert_allclose(embedder.embed(arrays[0]), wanted[0].numpy(), atol=1e-6)
+    torch.testing.assert_close(embedder.embed(faces[0]), wanted[0])
+    assert embedder.embed(arrays[:0]).shape == embedder.embed([]).shape == (0, 5)
+
+
+def test_many_faces_go_through_in_parts(embedder: NetworkEmbedder, faces: torch.Tensor) -> None:
+    """An array of any length takes the memory of ARRAY_BATCH faces, and each row is its face's."""
+    batches: list[int] = []
+    embedder.network.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    many = faces.numpy()[np.arange(150) % 7]
+    found = embedder.embed(many, mirror=False)
+    assert batches == [64, 64, 22]
+    np.testing.assert_allclose(found, embedder.embed(faces, mirror=False).numpy()[np.arange(150) % 7], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        np.zeros((2, SIZE, SIZE, 3), np.float32),
+        np.zeros((2, 3, SIZE, SIZE), np.uint8),
+        np.zeros((2, SIZE + 1, SIZE, 3), np.uint8),
+        np.zeros((2, SIZE, SIZE), np.uint8),
+        torch.zeros(2, SIZE, SIZE, 4, dtype=torch.uint8),
+    ],
+)
+def test_other_shapes_and_types_are_refused(embedder: NetworkEmbedder, wrong: np.ndarray | torch.Tensor) -> None:
+    """Pixels that were scaled already, channels first, another size: said with what is wanted, not embedded."""
+    with pytest.raises(ValueError, match=r"linear takes aligned faces as uint8 \[B, 16, 16, 3\], RGB; got"):
+        embedder.embed(wrong)
+    with pytest.raises(ValueError, match="must be of one size"):
+        embedder.embed([np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("normalisation", ["none", "127.5", "128"])
+@pytest.mark.parametrize("colour", ["rgb", "bgr"])
+def test_inputs(faces: torch.Tensor, normalisation: str, colour: str) -> None:
+    """What a network gets: its order of colours, its scale, its part of the picture, mirrored or not."""
+    spec = InputSpec(normalisation, colour, rows=(1, 9), columns=(2, 14))  # type: ignore[arg-type]
+    for mirror in (False, True):
+        wanted = faces.numpy()[:, :, ::-1] if mirror else faces.numpy()
+        wanted = wanted[:, 1:9, 2:14, :: -1 if colour == "bgr" else 1].transpose(0, 3, 1, 2).astype(np.float64)
+        if normalisation != "none":
+            wanted = (wanted - 127.5) / float(normalisation)
+        found = spec.to_input(faces, mirror)
+        assert found.dtype == torch.float32
+        np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6, atol=1e-6)
+    with pytest.raises(ValueError, match="colour must be one of rgb, bgr"):
+        InputSpec(colour="grey")  # type: ignore[arg-type]
+
+
+def test_a_fingerprint_is_of_all_that_decides_the_numbers(embedder: NetworkEmbedder, tmp_path: Path) -> None:
+    """The same for the same weights; another for other weights, input, precision, network or file."""
+    network = embedder.network
+
+    def made(precision: torch.dtype = torch.float32, inputs: InputSpec | None = None, size: int = SIZE) -> str:
+        return NetworkEmbedder(network, size, CPU, "another name", precision, inputs).fingerprint
+
+    first = embedder.fingerprint
+    assert made() == first
+    prints = {
+        first,
+        made(torch.bfloat16),
+        made(inputs=InputSpec("128")),
+        made(inputs=InputSpec(colour="bgr")),
+        made(size=8),
+    }
+    network.append(torch.nn.Identity())
+    prints.add(made())
+    del network[2]
+    with torch.no_grad():
+        network[1].weight[0, 0] += 1e-3
+    prints.add(made())
+    assert len(prints) == 7
+    with torch.no_grad():
+        network[1].weight[0, 0] -= 1e-3
+    a, b = write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b.onnx")
+    assert OnnxEmbedder(a, "auto", CPU).fingerprint == OnnxEmbedder(b, "auto", CPU).fingerprint
+    assert OnnxEmbedder(a, "auto", CPU).fingerprint != OnnxEmbedder(a, "128", CPU).fingerprint
+    write_onnx(b, before=("Mul",))
+    assert OnnxEmbedder(a, "none", CPU).fingerprint != OnnxEmbedder(b, "none", CPU).fingerprint
+
+
+def save_script(network: torch.nn.Module, path: Path, **extra: str) -> Path:
+    """A TorchScript file, as others write them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.trace(network, torch.zeros(1, 3, SIZE, SIZE)), path, _extra_files=extra)
+    return path
+
+
+def test_torchscript_is_the_network(embedder: NetworkEmbedder, faces: torch.Tensor, tmp_path: Path) -> None:
+    """A `.pt` with a program in it is told from a state dict by its content, and embeds as the network does."""
+    path = save_script(embedder.network, tmp_path / "net.pt")
+    torch.save(embedder.network.state_dict(), tmp_path / "state.pt")
+    assert is_torchscript(path)
+    assert not is_torchscript(tmp_path / "state.pt")
+    (tmp_path / "x.pt").write_bytes(b"nothing")
+    assert not is_torchscript(tmp_path / "x.pt")
+    loaded = load_embedder(path, "cpu", image_size=SIZE)
+    assert isinstance(loaded, TorchScriptEmbedder)
+    torch.testing.assert_close(loaded.embed(faces), embedder.embed(faces))
+    bgr = load_embedder(path, "cpu", image_size=SIZE, colour="bgr", normalisation="128")
+    wanted = NetworkEmbedder(embedder.network, SIZE, CPU, "x", inputs=InputSpec("128", "bgr"))
+    torch.testing.assert_close(bgr.embed(faces), wanted.embed(faces))
+    assert len({loaded.fingerprint, bgr.fingerprint, load_embedder(path, "cpu", image_size=SIZE).fingerprint}) == 2
+
+
+def test_torchscript_says_what_it_expects(embedder: NetworkEmbedder, faces: torch.Tensor, tmp_path: Path) -> None:
+    """The size and the input that an export wrote into the file hold; damaged files name themselves."""
+    stated = '{"image_size": 16, "inputs": {"normalisation": "none", "colour": "bgr"}}'
+    path = save_script(embedder.network, tmp_path / "net.pt", **{EXTRA_FILE: stated})
+    loaded = load_embedder(path, "cpu")
+    wanted = NetworkEmbedder(embedder.network, SIZE, CPU, "x", inputs=InputSpec("none", "bgr"))
+    torch.testing.assert_close(loaded.embed(faces), wanted.embed(faces))
+    broken = save_script(embedder.network, tmp_path / "broken.pt", **{EXTRA_FILE: '{"inputs": {"colour": "grey"}}'})
+    with pytest.raises(CheckpointError, match=r"broken\.pt is no TorchScript file that can be used: colour must be"):
+        load_embedder(broken, "cpu")
+
+
+def with_metadata(path: Path, text: str) -> Path:
+    model = onnx.load(path)
+    entry = model.metadata_props.add()
+    entry.key, entry.value = INPUTS_KEY, text
+    onnx.save(model, path)
+    return path
+
+
+def test_metadata_of_onnx_files(tmp_path: Path, faces: torch.Tensor) -> None:
+    """What an export wrote of its input holds, unless told otherwise; nonsense there is refused."""
+    path = with_metadata(write_onnx(tmp_path / "net.onnx"), '{"normalisation": "128", "colour": "bgr"}')
+    pixels = faces.permute(0, 3, 1, 2).numpy().astype(np.float64)
+    wanted = expected(path, (pixels[:, ::-1] - 127.5) / 128)
+    np.testing.assert_allclose(load_embedder(path, CPU).embed(faces, mirror=False), wanted, atol=2e-6)
+    found = load_embedder(path, CPU, normalisation="none", colour="rgb").embed(faces, mirror=False)
+    np.testing.assert_allclose(found, expected(path, pixels), atol=2e-6)
+    with pytest.raises(
+        CheckpointError, match=r"bad\.onnx: its metadata 'face_inputs' cannot be used: normalisation must"
+    ):
+        load_embedder(with_metadata(write_onnx(tmp_path / "bad.onnx"), '{"normalisation": "7"}'), CPU)
+
+
+def reshaped(path: Path, shape: list[int | str], transpose: bool = False) -> Path:
+    """The net of `path` with another shape of its input; `transpose`: its input has the channels last."""
+    model = onnx.load(path)
+    graph = model.graph
+    if transpose:
+        graph.node.insert(0, helper.make_node("Transpose", ["x"], ["first"], perm=[0, 3, 1, 2]))
+        graph.node[1].input[0] = "first"
+    graph.input[0].CopyFrom(helper.make_tensor_value_info("x", TensorProto.FLOAT, shape))
+    onnx.save(model, path)
+    return path
+
+
+def test_shapes_of_onnx_inputs(tmp_path: Path, faces: torch.Tensor) -> None:
+    """Channels last, as converters from TensorFlow write it, and any size, are embedded as any other."""
+    plain = write_onnx(tmp_path / "plain.onnx")
+    wanted = OnnxEmbedder(plain, "auto", CPU).embed(faces)
+    last = reshaped(write_onnx(tmp_path / "last.onnx"), ["N", SIZE, SIZE, 3], transpose=True)
+    free = reshaped(write_onnx(tmp_path / "free.onnx"), ["N", 3, "height", "width"])
+    for path in (last, free):
+        torch.testing.assert_close(load_embedder(path, CPU, image_size=SIZE).embed(faces), wanted)
+    with pytest.raises(CheckpointError, match=r"takes inputs of shape \['N', 3, 16, 20\]"):
+        load_embedder(reshaped(write_onnx(tmp_path / "odd.onnx"), ["N", 3, 16, 20]), CPU)
+
+
+def test_narrow_onnx_nets_see_the_middle(tmp_path: Path) -> None:
+    """A net for 112x96, as SphereFace's, takes 112x112 faces and sees the columns 8..103."""
+    path = write_onnx(tmp_path / "narrow.onnx", size=96)
+    model = onnx.load(path)
+    kernel = np.random.default_rng(1).normal(0, 0.01, (5, 3, 112, 96)).astype(np.float32)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(kernel, "kernel"))
+    onnx.save(model, path)
+    reshaped(path, ["N", 3, 112, 96])
+    faces = torch.randint(0, 256, (2, 112, 112, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    inputs = (faces.permute(0, 3, 1, 2).numpy()[..., 8:104] - 127.5) / 127.5
+    embedder = load_embedder(path, CPU)
+    assert embedder.image_size == 112
+    np.testing.assert_allclose(embedder.embed(faces, mirror=False), expected(path, inputs), atol=2e-6)
+
+
+def test_half_precision_is_near_and_has_a_fingerprint_of_its_own(tmp_path: Path) -> None:
+    """`precision` reaches the network; an ONNX file cannot be told it, and neither can a word that is none."""
+    torch.manual_seed(0)
+    network = create_network("mbf", 32, 48).eval()
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    faces = torch.randint(0, 256, (4, 48, 48, 3), dtype=torch.uint8)
+    full, half = (load_embedder(tmp_path / "x.pth", "cpu", network="mbf", precision=p) for p in ("fp32", "bf16"))
+    cosines = (full.embed(faces) * half.embed(faces)).sum(1)
+    assert 0.98 < cosines.min() < 0.999999
+    assert full.fingerprint != half.fingerprint
+    with pytest.raises(CheckpointError, match="an ONNX file computes as it was exported"):
+        load_embedder(write_onnx(tmp_path / "x.onnx"), "cpu", precision="bf16")
+    with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'half'"):
+        load_embedder(tmp_path / "x.pth", "cpu", precision="half")  # type: ignore[arg-type]
+
+
+def test_importing_models_is_light() -> None:
+    """`from models import load_embedder` is there, and `import models` alone brings nothing of embedders."""
+    code = (
+        "import sys, models; print([m for m in ('cv2', 'onnx', 'onnxruntime', 'models.embedders') if m in sys.modules])"
+    )
+    code += "; from models import load_embedder; print(load_embedder.__module__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines() == ["[]", "models.embedders.load"]

@@ -12,9 +12,9 @@ from models.embedding import embed_images, verify
 class Compass:
     """An embedder whose unit vector points where the image's grey says: 0..255 is 0..255 degrees."""
 
-    name, runs_on, image_size, device = "compass", "paper", 8, torch.device("cpu")
+    name, runs_on, image_size, device, fingerprint = "compass", "paper", 8, torch.device("cpu"), "compass"
 
-    def embed(self, faces: torch.Tensor, mirror: bool) -> torch.Tensor:
+    def features(self, faces: torch.Tensor, mirror: bool) -> torch.Tensor:
         angle = faces[:, 0, 0, 0].float().deg2rad()
         return torch.stack((angle.cos(), angle.sin()), 1)
 

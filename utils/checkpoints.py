@@ -19,6 +19,8 @@ from utils.files import atomic_path
 from utils.settings import Settings, from_json
 
 BEST = "best.safetensors"
+#: The weights in a folder that `utils.export --format hub` makes.
+HUB_WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 

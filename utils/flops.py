@@ -6,14 +6,17 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.backbones.sizes import ImageSize, height_and_width
 
-def forward_flops(network: nn.Module, image_size: int) -> int:
-    """Floating-point operations of convolutions and matrix products for one face; a multiply-add counts as two."""
+
+def forward_flops(network: nn.Module, image_size: ImageSize) -> int:
+    """Floating-point operations of convolutions and matrix products, attention's too, for one face; a multiply-add
+    counts as two. A network on torch.device("meta") costs neither time nor memory to count."""
     device = next(network.parameters()).device
     training = network.training
     network.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.zeros(1, 3, image_size, image_size, device=device))
+        network(torch.zeros(1, 3, *height_and_width(image_size), device=device))
     network.train(training)
     return int(counter.get_total_flops())
 

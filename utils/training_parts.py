@@ -11,10 +11,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from config import Config
 from models import create_network
-from models.embedder import load_weights
 from models.heads import Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
 from models.recompute import recompute_blocks
+from models.weights import load_weights
 from utils.optimizers import freeze
 from utils.ranks import Ranks
 
@@ -24,7 +24,11 @@ def build_network(config: Config, device: torch.device, with_init: bool = True) 
     `train.init`, which a run that goes on (`with_init` False) does not need."""
     model, settings = config.model, config.train
     torch.manual_seed(settings.seed)
-    network = create_network(model.network, model.embedding_size, config.data.image_size)
+    published = {"drop_path": model.drop_path, "mask_ratio": model.mask_ratio, "dropout": model.dropout}
+    options = {name: value for name, value in published.items() if value >= 0}
+    if model.pretrained and with_init and not settings.init:
+        options["pretrained"] = True
+    network = create_network(model.network, model.embedding_size, config.data.image_size, **options)
     if settings.init and with_init:
         load_weights(network, settings.init, model.network)
     freeze(network, settings.frozen)

@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from models.backbones.precision import full_precision_of
+from models.backbones.sizes import ImageSize, grid
+
 
 def _convolve(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     # ReLU, not PReLU: the backward pass of the latter costs a quarter of the speed on a CPU.
@@ -21,16 +24,15 @@ class _Residual(nn.Module):
 
 
 class DemoNet(nn.Module):
-    """Faces to embeddings: float [B, 3, size, size], RGB in [-1, 1], to [B, embedding_size].
+    """Faces to embeddings: float [B, 3, height, width], RGB in [-1, 1], to [B, embedding_size].
 
     34 M multiply-adds at 112x112. The head weighs every place of the last feature map by itself, as ArcFace nets do:
-    in an aligned face the place of a feature says what it is. `image_size` must be a multiple of 16.
+    in an aligned face the place of a feature says what it is. Sizes must be multiples of 16.
     """
 
-    def __init__(self, embedding_size: int = 128, image_size: int = 112) -> None:
+    def __init__(self, embedding_size: int = 128, image_size: ImageSize = 112) -> None:
         super().__init__()
-        if image_size % 16:
-            raise ValueError(f"DemoNet needs an image size that is a multiple of 16, got {image_size}")
+        rows, columns = grid(image_size, 16, "DemoNet")
         self.body = nn.Sequential(
             _convolve(3, 16, stride=2),
             _convolve(16, 32, stride=2),
@@ -44,11 +46,14 @@ class DemoNet(nn.Module):
         )
         self.head = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(32 * (image_size // 16) ** 2, embedding_size, bias=False),
+            nn.Linear(32 * rows * columns, embedding_size, bias=False),
             nn.BatchNorm1d(embedding_size),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.body(x.contiguous(memory_format=torch.channels_last))  # a third faster on a CPU
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision_of(x):
             return self.head(x.float())
+
+
+NETWORKS = {"demo": DemoNet}

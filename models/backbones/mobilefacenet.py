@@ -1,15 +1,21 @@
-"""MobileFaceNet: inverted residuals for faces, in the variant that insightface trains as `mbf`.
+"""MobileFaceNet: inverted residuals for faces, in the variants that insightface trains as `mbf` and `mbf_large`.
 
-Chen et al., MobileFaceNets (arXiv:1804.07573). insightface's is twice as wide, has more units, and embeds by a global
-depthwise convolution, a linear layer and a norm. Parameter names are those of its checkpoints, which therefore load
-as they are.
+Chen et al., MobileFaceNets (arXiv:1804.07573), which mobilefacenet_original.py has. insightface's `mbf` is twice as
+wide, `mbf_large` four times and twice as deep; both keep the widths within their units. Parameter names are those of
+its checkpoints (arcface_torch/backbones/mobilefacenet.py), which therefore load as they are.
 """
 
-import torch
+from functools import partial
+
 from torch import Tensor, nn
 
+from models.backbones.precision import full_precision_of
+from models.backbones.sizes import ImageSize, grid
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1) -> nn.Sequential:
+
+def _conv(
+    inputs: int, outputs: int, kernel: int | tuple[int, int], stride: int = 1, padding: int = 0, groups: int = 1
+) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=False), nn.BatchNorm2d(outputs)
     )
@@ -52,30 +58,37 @@ def _residuals(channels: int, width: int, units: int) -> _Layers:
 
 
 class MobileFaceNet(nn.Module):
-    """Faces to embeddings: float [B, 3, size, size], RGB in [-1, 1], to [B, embedding_size].
+    """Faces to embeddings: float [B, 3, height, width], RGB in [-1, 1], to [B, embedding_size].
 
-    `image_size` must be a multiple of 16.
+    `units`: residual ones of the four sizes; `scale`: width, in those of the paper. Sizes must be multiples of 16.
     """
 
-    def __init__(self, embedding_size: int = 512, image_size: int = 112) -> None:
+    def __init__(
+        self,
+        embedding_size: int = 512,
+        image_size: ImageSize = 112,
+        units: tuple[int, int, int, int] = (1, 4, 6, 2),
+        scale: int = 2,
+    ) -> None:
         super().__init__()
-        if image_size % 16:
-            raise ValueError(f"MobileFaceNet needs an image size that is a multiple of 16, got {image_size}")
+        size = grid(image_size, 16, "MobileFaceNet")
+        narrow, wide = 64 * scale, 128 * scale
+        first = _conv_block(narrow, narrow, 3, groups=64) if units[0] == 1 else _residuals(narrow, 128, units[0])
         self.layers = nn.ModuleList(
             [
-                _conv_block(3, 128, 3, stride=2),
-                _conv_block(128, 128, 3, groups=64),
-                InvertedResidual(128, 128, 128, stride=2),
-                _residuals(128, 128, units=4),
-                InvertedResidual(128, 256, 256, stride=2),
-                _residuals(256, 256, units=6),
-                InvertedResidual(256, 256, 512, stride=2),
-                _residuals(256, 256, units=2),
+                _conv_block(3, narrow, 3, stride=2),
+                first,
+                InvertedResidual(narrow, narrow, 128, stride=2),
+                _residuals(narrow, 128, units[1]),
+                InvertedResidual(narrow, wide, 256, stride=2),
+                _residuals(wide, 256, units[2]),
+                InvertedResidual(wide, wide, 512, stride=2),
+                _residuals(wide, 256, units[3]),
             ]
         )
-        self.conv_sep = _conv_block(256, 512, 1)
+        self.conv_sep = _conv_block(wide, 512, 1)
         self.features = _Layers(
-            _Layers(*_conv(512, 512, image_size // 16, groups=512)),
+            _Layers(*_conv(512, 512, size, groups=512)),
             nn.Flatten(),
             nn.Linear(512, embedding_size, bias=False),
             nn.BatchNorm1d(embedding_size),
@@ -87,6 +100,11 @@ class MobileFaceNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
             x = layer(x)
-        # As published, half precision ends before the last convolutions.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision_of(x):
             return self.features(self.conv_sep(x.float()))
+
+
+NETWORKS = {
+    "mbf": MobileFaceNet,
+    "mbf_large": partial(MobileFaceNet, units=(2, 8, 12, 4), scale=4),
+}

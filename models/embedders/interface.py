@@ -1,0 +1,123 @@
+"""One interface for all that turns faces into embeddings, and what its implementations share."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol, cast, overload
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Faces per forward pass when an array of any length is embedded.
+ARRAY_BATCH = 64
+
+#: Part of every fingerprint: raised when the numbers change for the same file and settings.
+VERSION = 1
+
+
+class Embedder(Protocol):
+    """`name`, `runs_on`: the model and what computes it, for people; `image_size`: of the faces it takes; `device`:
+    where its embeddings arrive.
+    """
+
+    name: str
+    runs_on: str
+    image_size: int
+    device: torch.device
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the weights and of all else that decides the numbers (input, precision, network), the device
+        excepted: the same for the same embeddings, up to rounding."""
+
+    def features(self, faces: Tensor, mirror: bool) -> Tensor:
+        """uint8 [B, image_size, image_size, 3] RGB to float32 [B, D] on `device`, of the lengths that the model gives.
+
+        With `mirror` the embedding of the mirrored face is added, as published numbers have it.
+        """
+
+    @overload
+    def embed(self, faces: Tensor, mirror: bool = True) -> Tensor: ...
+    @overload
+    def embed(self, faces: np.ndarray | Sequence[np.ndarray], mirror: bool = True) -> np.ndarray: ...
+
+
+class FaceEmbedder(ABC):
+    """An embedder that lacks nothing but the forward pass."""
+
+    name: str
+    runs_on: str
+    image_size: int
+    device: torch.device
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of all that decides the numbers; see Embedder."""
+
+    @abstractmethod
+    def _forward(self, faces: Tensor, mirror: bool) -> Tensor:
+        """uint8 [B, image_size, image_size, 3] RGB, mirrored or not, to float32 [B, D] on `device`."""
+
+    def features(self, faces: Tensor, mirror: bool) -> Tensor:
+        """Embeddings as they leave the model; see Embedder. Raises ValueError for faces of another shape or dtype."""
+        self._check(faces)
+        features = self._forward(faces, False)
+        return features + self._forward(faces, True) if mirror else features
+
+    @overload
+    def embed(self, faces: Tensor, mirror: bool = True) -> Tensor: ...
+    @overload
+    def embed(self, faces: np.ndarray | Sequence[np.ndarray], mirror: bool = True) -> np.ndarray: ...
+    def embed(self, faces: Tensor | np.ndarray | Sequence[np.ndarray], mirror: bool = True) -> Tensor | np.ndarray:
+        """Aligned faces, uint8 [B, image_size, image_size, 3] RGB, to float32 unit vectors [B, D].
+
+        A tensor gives a tensor on `device`, in one forward pass; an array, or a list of arrays of one face each, gives
+        an array, in passes of `ARRAY_BATCH` faces. One face without the first dimension gives one vector [D]. With
+        `mirror` the embedding of the mirrored face is added before normalising. Raises ValueError for any other shape
+        or dtype.
+        """
+        if isinstance(faces, Tensor):
+            single = faces.dim() == 3
+            unit = F.normalize(self.features(faces[None] if single else faces, mirror))
+            return unit[0] if single else unit
+        if not isinstance(faces, np.ndarray):
+            return self._embed_array(_stack(faces, self.image_size), mirror)
+        return self._embed_array(faces[None], mirror)[0] if faces.ndim == 3 else self._embed_array(faces, mirror)
+
+    def _embed_array(self, faces: np.ndarray, mirror: bool) -> np.ndarray:
+        batches = [faces[start : start + ARRAY_BATCH] for start in range(0, max(1, len(faces)), ARRAY_BATCH)]
+        tensors = (torch.from_numpy(np.require(batch, requirements=("C", "W"))) for batch in batches)
+        return np.concatenate([self.embed(batch, mirror).cpu().numpy() for batch in tensors])
+
+    def _check(self, faces: Tensor) -> None:
+        size = self.image_size
+        if faces.dtype != torch.uint8 or faces.dim() != 4 or faces.shape[1:] != (size, size, 3):
+            raise ValueError(
+                f"{self.name} takes aligned faces as uint8 [B, {size}, {size}, 3], RGB; "
+                f"got {str(faces.dtype).removeprefix('torch.')} {list(faces.shape)}"
+            )
+
+
+def _stack(faces: Sequence[np.ndarray], size: int) -> np.ndarray:
+    shapes = {np.shape(face) for face in faces}
+    if len(shapes) > 1:
+        raise ValueError(f"faces of one call must be of one size, [{size}, {size}, 3]; got {sorted(shapes)}")
+    return np.stack(faces) if faces else np.empty((0, size, size, 3), np.uint8)
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256, as hex, of bytes, tensors (dtype, shape and values) and values that JSON holds."""
+    total = hashlib.sha256(f"embedder {VERSION}".encode())
+    for part in parts:
+        if isinstance(part, Tensor):
+            values = part.detach().cpu().contiguous()
+            total.update(f"{values.dtype} {list(values.shape)}".encode())
+            total.update(cast(Any, values.reshape(-1).view(torch.uint8).numpy()))
+        else:
+            data = part if isinstance(part, bytes) else json.dumps(part, sort_keys=True).encode()
+            total.update(f"{type(part).__name__} {len(data)} ".encode() + data)
+    return total.hexdigest()

@@ -1,0 +1,67 @@
+"""A TorchScript file as an embedder.
+
+`torch.jit.load` reads no pickled objects of arbitrary classes, but what it loads is a program, and runs as one: load
+files only from whom you trust.
+"""
+
+import json
+import warnings
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.embedders.interface import digest
+from models.embedders.network import NetworkEmbedder
+from models.inputs import InputSpec
+from utils.checkpoints import CheckpointError
+
+#: Extra file of a TorchScript archive in which exports of this project keep {"image_size": ..., "inputs": InputSpec}.
+EXTRA_FILE = "face_embedder.json"
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether the file holds a program: an archive of torch.jit.save has code and constants, a state dict has none."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.split("/")[1:] == ["constants.pkl"] for name in archive.namelist())
+
+
+class TorchScriptEmbedder(NetworkEmbedder):
+    """A file of `torch.jit.save`; `normalisation`, `colour` and `image_size` as for an ONNX file, `auto` being what
+    the file says, else 127.5 and RGB.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        normalisation: str,
+        device: torch.device,
+        colour: str = "auto",
+        image_size: int = 112,
+        precision: torch.dtype = torch.float32,
+    ) -> None:
+        extra: dict[str, Any] = {EXTRA_FILE: ""}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*torch.jit.load", FutureWarning)
+                network = torch.jit.load(str(path), map_location=device, _extra_files=extra)
+            stated = json.loads(extra[EXTRA_FILE] or "{}")
+            inputs = InputSpec(**stated.get("inputs", {}))
+        except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no TorchScript file that can be used: {error}") from None
+        if normalisation != "auto":
+            inputs = replace(inputs, normalisation=normalisation)  # type: ignore[arg-type]
+        if colour != "auto":
+            inputs = replace(inputs, colour=colour)  # type: ignore[arg-type]
+        size = stated.get("image_size", image_size)
+        super().__init__(network.eval(), size, device, path.stem, precision, inputs)
+        self._fingerprint = digest(path.read_bytes(), size, inputs.as_json(), str(precision))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the file's bytes, as it was opened."""
+        return self._fingerprint

@@ -1,0 +1,246 @@
+"""Features of whole sets, kept in files that several runs can share and that are believed only when their sums agree.
+
+`FOLDER/KEY.features` has 4,096 bytes of header (a JSON line behind its CRC-32), the features, float32 [images, D], in
+blocks of `BLOCK` images, and the CRC-32 of each block, uint32. KEY is a digest of what the features follow from: the
+embedder, the images, mirrored or not. While it is made, the file lies in the hidden folder of utils/files.py, with a
+line for each finished block: a process that was killed loses the block that it was at, and the next goes on. A
+finished file whose blocks do not fit their sums is warned of, and those blocks are made anew.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from utils.files import JOURNAL, clear_partial, naming, partial_folder, sync_folder, unfinished
+from utils.ranks import Ranks, share_of
+
+BLOCK = 256
+HEADER = 4096
+VERSION = 1
+
+#: Bytes of features from which on the file is mapped into memory, not read.
+MAPPED_FROM = 256 << 20
+
+_WORKING = "features"
+_LOG = "blocks"
+
+
+class _Block(NamedTuple):
+    """A finished block: its number, numbers per feature, and CRC-32."""
+
+    number: int
+    dimension: int
+    crc: int
+
+
+def features_key(embedder: str, images: str, count: int, mirror: bool) -> str:
+    """What the file of these features is called; `embedder`, `images`: their fingerprints."""
+    facts = json.dumps([VERSION, BLOCK, embedder, images, count, mirror])
+    return hashlib.sha256(facts.encode()).hexdigest()[:40]
+
+
+def kept_features(
+    folder: Path,
+    key: str,
+    count: int,
+    embed: Callable[[list[int]], Iterable[np.ndarray]],
+    ranks: Ranks,
+) -> np.ndarray:
+    """The features float32 [count, D] called `key` in `folder`; those that are not there are made and kept.
+
+    `embed` gives the features of the images at the positions that it gets, in order, in batches of any length. Several
+    `ranks`, which share the folder, share the work. Large files are mapped copy-on-write: the array can be written to,
+    the file stays as it is. Another process that makes the same file is waited for.
+    """
+    path = folder / f"{key}.features"
+    with ExitStack() as held:
+        found: list[_Block] | None = None
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)
+            found = _check(path, key, count)
+            if _missing(found, count):
+                held.enter_context(unfinished(path, wait=True, resume=True))
+                found = _check(path, key, count)  # another process may have made it meanwhile
+                if _missing(found, count):
+                    found = _prepare(path, found, count)
+        missing: list[int] = json.loads(ranks.agree(json.dumps(_missing(found or [], count))))
+        if missing:
+            own = [missing[i] for i in share_of(len(missing), ranks.rank, ranks.size)]
+            dimension = _make(path, own, count, embed, ranks)
+            if ranks.first:
+                _finish(path, key, count, dimension)
+            ranks.agree("finished")
+    return _open(path, key, count)
+
+
+def _missing(found: list[_Block], count: int) -> list[int]:
+    return sorted(set(range(-(-count // BLOCK))) - {block.number for block in found})
+
+
+def _rows(number: int, count: int) -> range:
+    return range(number * BLOCK, min(count, (number + 1) * BLOCK))
+
+
+def _check(path: Path, key: str, count: int) -> list[_Block]:
+    """The good blocks of a finished file; none where there is no such file, or one with a damaged header."""
+    try:
+        header = _read_header(path, key, count)
+        if header is None:
+            return []
+        sums = np.fromfile(path, "<u4", offset=HEADER + 4 * count * header["dimension"])
+        return _good(path, [_Block(i, header["dimension"], int(crc)) for i, crc in enumerate(sums)], count)
+    except FileNotFoundError:
+        return []
+
+
+def _good(path: Path, blocks: Iterable[_Block], count: int) -> list[_Block]:
+    """Those of `blocks` whose features in the file at `path` have their sum."""
+    good = []
+    with path.open("rb") as file:
+        for block in blocks:
+            rows = _rows(block.number, count)
+            if not rows or block.dimension < 1:
+                continue
+            file.seek(HEADER + 4 * block.dimension * rows.start)
+            data = file.read(4 * block.dimension * len(rows))
+            if len(data) == 4 * block.dimension * len(rows) and zlib.crc32(data) == block.crc:
+                good.append(block)
+    return good
+
+
+def _prepare(path: Path, finished: list[_Block], count: int) -> list[_Block]:
+    """Make the working file and its log ready to go on with; the blocks that are done.
+
+    `finished`: the good blocks of a file at `path`, which becomes the working file.
+    """
+    partial = partial_folder(path)
+    working = partial / _WORKING
+    if path.exists():
+        wrong = len(_missing(finished, count))
+        warnings.warn(f"{path} is damaged: {wrong} of its {-(-count // BLOCK)} blocks are made anew", stacklevel=4)
+    if finished:
+        clear_partial(partial)
+        path.replace(working)
+        done = finished
+    else:
+        if not ((partial / JOURNAL).exists() and working.exists()):
+            clear_partial(partial)
+        logged = [block for log in partial.glob(f"{_LOG}.*") for block in _read_log(log)]
+        done = _good(working, logged, count) if working.exists() else []
+    done = [block for block in dict.fromkeys(done) if block.dimension == done[0].dimension]
+    for log in partial.glob(f"{_LOG}.*"):
+        log.unlink()
+    with naming(partial):
+        working.touch()
+        (partial / f"{_LOG}.kept").write_text("".join(map(_line, done)))
+        (partial / JOURNAL).write_text("{}")
+    return done
+
+
+def _line(block: _Block) -> str:
+    return f"{block.number} {block.dimension} {block.crc}\n"
+
+
+def _read_log(path: Path) -> Iterator[_Block]:
+    for line in path.read_text(errors="replace").splitlines():
+        fields = line.split()
+        if len(fields) == 3 and all(field.isascii() and field.isdigit() for field in fields):
+            yield _Block(*map(int, fields))
+
+
+def _make(
+    path: Path, numbers: list[int], count: int, embed: Callable[[list[int]], Iterable[np.ndarray]], ranks: Ranks
+) -> int:
+    """Make this rank's blocks, `numbers`; when all ranks have made theirs, how long features are."""
+    partial, dimension = partial_folder(path), 0
+    if not partial.is_dir():
+        raise OSError(f"{path.parent} is not the same folder for all processes: a cache needs a disk that they share")
+    if numbers:
+        positions = [i for number in numbers for i in _rows(number, count)]
+        working, log_path = partial / _WORKING, partial / f"{_LOG}.{ranks.rank}"
+        with working.open("r+b") as file, log_path.open("a") as log:
+            blocks = _cut(embed(positions), [len(_rows(number, count)) for number in numbers])
+            for number, block in zip(numbers, blocks, strict=True):
+                dimension, data = block.shape[1], block.tobytes()
+                with naming(working):
+                    file.seek(HEADER + 4 * dimension * number * BLOCK)
+                    file.write(data)
+                    file.flush()  # before the line that says that it is there
+                with naming(log_path):
+                    log.write(_line(_Block(number, dimension, zlib.crc32(data))))
+                    log.flush()
+            with naming(working):
+                os.fsync(file.fileno())
+    return ranks.most(dimension)
+
+
+def _cut(batches: Iterable[np.ndarray], lengths: list[int]) -> Iterator[np.ndarray]:
+    """The rows of `batches` in blocks of `lengths`, as little-endian float32."""
+    waiting: list[np.ndarray] = []
+    wanted = iter(lengths)
+    length = next(wanted)
+    for batch in batches:
+        waiting.append(np.asarray(batch, "<f4"))
+        while length and sum(map(len, waiting)) >= length:
+            rows = np.concatenate(waiting)
+            yield rows[:length]
+            waiting, length = [rows[length:]], next(wanted, 0)
+
+
+def _finish(path: Path, key: str, count: int, dimension: int) -> None:
+    """Give the working file its sums, its header and its name."""
+    partial = partial_folder(path)
+    working = partial / _WORKING
+    sums = {block.number: block.crc for log in partial.glob(f"{_LOG}.*") for block in _read_log(log)}
+    table = np.array([sums[number] for number in range(-(-count // BLOCK))], "<u4").tobytes()
+    facts = {"key": key, "images": count, "dimension": dimension, "sums": zlib.crc32(table)}
+    with naming(working), working.open("r+b") as file:
+        file.write(_header(facts))
+        file.seek(HEADER + 4 * count * dimension)
+        file.write(table)
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+    working.replace(path)
+    sync_folder(path.parent)
+    (partial / JOURNAL).unlink()
+
+
+def _header(facts: dict[str, Any]) -> bytes:
+    text = json.dumps(facts).encode()
+    return (f"{zlib.crc32(text):08x} ".encode() + text).ljust(HEADER - 1) + b"\n"
+
+
+def _read_header(path: Path, key: str, count: int) -> dict[str, Any] | None:
+    """The header of a finished file, if it is one of these features and as long as it says."""
+    with path.open("rb") as file:
+        line = file.read(HEADER)
+        try:
+            crc, text = line.rstrip().split(b" ", 1)
+            facts = json.loads(text)
+            if int(crc, 16) != zlib.crc32(text) or facts["key"] != key or facts["images"] != count:
+                return None
+            file.seek(HEADER + 4 * count * facts["dimension"])
+            table = file.read()
+        except (ValueError, KeyError, TypeError):
+            return None
+    good = len(table) == 4 * -(-count // BLOCK) and zlib.crc32(table) == facts["sums"]
+    return facts if good else None
+
+
+def _open(path: Path, key: str, count: int) -> np.ndarray:
+    header = _read_header(path, key, count) if path.exists() else None
+    if header is None:
+        raise OSError(f"{path} is not the file that was just made: a cache needs a disk that all processes share")
+    shape = (count, header["dimension"])
+    if 4 * shape[0] * shape[1] >= MAPPED_FROM:
+        return np.memmap(path, "<f4", "c", HEADER, shape)
+    return np.fromfile(path, "<f4", shape[0] * shape[1], offset=HEADER).reshape(shape)

@@ -1,0 +1,42 @@
+"""What a network expects of a face: its colour order, its scale, the part of the picture that it looks at."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+Normalisation = Literal["none", "127.5", "128"]
+Colour = Literal["rgb", "bgr"]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """From uint8 RGB faces to a network's input.
+
+    `normalisation`: `none` feeds 0..255, `127.5` (x - 127.5) / 127.5, `128` (x - 127.5) / 128. `colour`: the order of
+    the channels. `rows`, `columns`: the first and one past the last that the network sees; None: all.
+    """
+
+    normalisation: Normalisation = "127.5"
+    colour: Colour = "rgb"
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name, values in (("normalisation", Normalisation), ("colour", Colour)):
+            if getattr(self, name) not in get_args(values):
+                raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}")
+
+    def to_input(self, faces: Tensor, mirror: bool = False) -> Tensor:
+        """uint8 [B, size, size, 3] RGB, on any device, to float32 [B, 3, height, width], channels last in memory."""
+        if mirror:
+            faces = faces.flip(2)
+        faces = faces[:, slice(*(self.rows or (None,))), slice(*(self.columns or (None,)))]
+        if self.colour == "bgr":
+            faces = faces.flip(3)
+        pixels = faces.permute(0, 3, 1, 2).float()
+        return pixels if self.normalisation == "none" else pixels.sub_(127.5).div_(float(self.normalisation))
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields as JSON has them, for fingerprints and metadata."""
+        return asdict(self)

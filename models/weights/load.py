@@ -1,0 +1,146 @@
+"""Networks filled with weights from files."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from models.backbones import NETWORKS, create_network
+from models.inputs import InputSpec
+from models.weights.adaface import adaface
+from models.weights.cvlface import cvlface
+from models.weights.mxnet_mobilefacenet import mxnet_mobilefacenet
+from models.weights.origin import Origin
+from models.weights.reading import Checkpoint, model_file, read_checkpoint, strip_prefixes
+from models.weights.recognition import (
+    Recognised,
+    Shapes,
+    differences,
+    expected_shapes,
+    most_similar,
+    recognise,
+    shapes_of,
+)
+from utils.checkpoints import CheckpointError, load_backbone
+
+#: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
+ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, mxnet_mobilefacenet)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A network with its weights, which takes RGB; what it is called and was created with; its input."""
+
+    network: nn.Module
+    name: str
+    embedding_size: int
+    image_size: int
+    inputs: InputSpec
+
+
+def load_network(
+    file: Path,
+    network: str = "",
+    embedding_size: int = 0,
+    image_size: int = 112,
+    normalisation: str = "auto",
+    colour: str = "auto",
+) -> Loaded:
+    """The network whose weights are in `file`, told from their names and shapes unless the file says it.
+
+    `network`, `embedding_size` and `image_size` decide where those leave a choice; `normalisation` and `colour`, other
+    than `auto`, hold against what is known of the file's origin. Weights that were trained on BGR are turned around.
+    Raises CheckpointError where no network fits.
+    """
+    if _is_ours(file):
+        state, settings = load_backbone(file)
+        name, embedding_size = settings["model"]["network"], settings["model"]["embedding_size"]
+        known, origin = Recognised(name, embedding_size, settings["data"]["image_size"]), Origin(state)
+    else:
+        origin = read_origin(file)
+        known = _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
+    module = create_network(known.network, known.embedding_size, known.image_size)
+    chosen = origin.colour if colour == "auto" else colour
+    _fill(module, for_rgb(origin.state, module) if chosen == "bgr" else origin.state, file, str(known))
+    inputs = InputSpec(origin.normalisation if normalisation == "auto" else normalisation)  # type: ignore[arg-type]
+    return Loaded(module, known.network, known.embedding_size, known.image_size, inputs)
+
+
+def load_weights(module: nn.Module, path: Path | str, network: str) -> None:
+    """Fill `module`, a network called `network`, with the weights at `path`: a run folder (its best), a `.safetensors`,
+    or a checkpoint of any kind that load_network knows. The network takes RGB afterwards.
+
+    Raises CheckpointError for a path that holds no such weights.
+    """
+    file = model_file(path)
+    if _is_ours(file):
+        _fill(module, load_backbone(file)[0], file, network)
+        return
+    origin = read_origin(file)
+    _fill(module, for_rgb(origin.state, module) if origin.colour == "bgr" else origin.state, file, network)
+
+
+def read_origin(file: Path) -> Origin:
+    """The weights in a file of others, and what they were trained on as far as the file tells."""
+    checkpoint = read_checkpoint(file)
+    for kind in ORIGINS:
+        origin = kind(checkpoint)
+        if origin is not None:
+            return origin
+    return Origin(checkpoint.state)
+
+
+def for_rgb(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """The weights of a network that takes BGR for the same network, `module`, to take RGB: its first convolution sees
+    the channels the other way round.
+    """
+    own = strip_prefixes(module.state_dict())
+    first = next(name for name, value in own.items() if value.dim() == 4 and value.shape[1] == 3)
+    return {name: value.flip(1) if name == first else value for name, value in state.items()}
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a `.safetensors` has the settings of a run in it, as those of this project have."""
+    if file.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(file, "pt") as tensors:
+            metadata: dict[str, Any] = tensors.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+    return isinstance(json.loads(metadata.get("settings", "null")), dict)
+
+
+def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, image_size: int) -> Recognised:
+    names: Iterable[str] = dict.fromkeys((network, *NETWORKS) if network else NETWORKS)
+    known = recognise(found, names, image_size)
+    if known:
+        return known
+    likely = most_similar(found, names, image_size)
+    if likely is None and network:
+        likely = Recognised(network, embedding_size or 512, image_size)
+        looks = f"looks like none of the networks here, and is not {likely}"
+    elif likely is None:
+        raise CheckpointError(f"{file} looks like none of the networks here; it begins with {', '.join([*found][:6])}")
+    else:
+        looks = f"looks like {likely}, but does not fit it"
+    expected = expected_shapes(likely.network, likely.embedding_size, likely.image_size)
+    raise CheckpointError(f"{file} {looks}: {differences(found, expected)}")
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, network: str) -> None:
+    # Old files lack the counters of norms, which only training without momentum reads.
+    own = module.state_dict()
+    stripped = strip_prefixes({name: name for name in own})
+    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    state = {**counters, **{stripped.get(name, name): value for name, value in strip_prefixes(state).items()}}
+    expected, found = shapes_of(own), shapes_of(state)
+    if expected != found:
+        known = recognise(found, NETWORKS, 112)
+        looks = f"; it looks like {known}: say --model.network {known.network}" if known else ""
+        raise CheckpointError(f"{file} does not hold the weights of {network}{looks}. {differences(found, expected)}")
+    module.load_state_dict(state)

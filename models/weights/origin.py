@@ -1,0 +1,21 @@
+"""What is known of weights by where they come from."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import Tensor
+
+from models.inputs import Colour, Normalisation
+
+
+@dataclass(frozen=True)
+class Origin:
+    """`state`: weights under the names of this project; `colour`, `normalisation`: what they were trained on."""
+
+    state: dict[str, Tensor]
+    colour: Colour = "rgb"
+    normalisation: Normalisation = "127.5"
+
+    def __post_init__(self) -> None:
+        if self.colour not in get_args(Colour) or self.normalisation not in get_args(Normalisation):
+            raise ValueError(f"no such input: {self.colour!r}, {self.normalisation!r}")

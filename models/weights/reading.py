@@ -1,0 +1,137 @@
+"""Tensors by name from the files that weights come in, none of which gets to run code.
+
+Checkpoints wrap the network's weights: in a dictionary beside the epoch and the optimizer, and under a prefix that
+comes from DataParallel, a compiler, or a training module. What is left here is the network's own names.
+"""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from utils.checkpoints import BEST, HUB_WEIGHTS, CheckpointError, shorten
+
+T = TypeVar("T")
+
+ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".safetensors")
+
+# Where checkpoints keep the network, in the order of preference; then, whatever else is a dictionary of tensors.
+_WRAPPERS = (
+    "net_state_dict", "state_dict_ema", "state_dict", "model_state_dict", "backbone_state_dict", "state_dict_backbone",
+    "backbone", "model", "net", "network", "module", "weights",
+)  # fmt: skip
+
+# Prefixes that say who holds the network, not what the network is.
+_PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.", "encoder.")
+
+# What a training module has beside its network: its head, losses and statistics.
+_OTHERS = ("head.", "loss.", "criterion.", "classifier.", "arcface.", "margin.", "teacher.")
+
+# What else the notes of Lightning's checkpoints have in them. Nothing is imported: a class without content stands in.
+_NOTES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "argparse.Namespace")
+
+
+class _Note:
+    """In place of an object that has nothing to do with the weights."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A file's `content`; the weights in it by the `names` of the file, and, as `state`, by the network's own."""
+
+    file: Path
+    content: Any
+    names: dict[str, Tensor]
+    state: dict[str, Tensor]
+
+
+def model_file(path: Path | str) -> Path:
+    """The file that `path` means: itself, the best model of a run's folder, or the weights of a folder for upload.
+
+    Raises CheckpointError for none.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / HUB_WEIGHTS if (file / HUB_WEIGHTS).exists() else file / BEST
+    if not file.exists():
+        raise CheckpointError(f"there is no model at {file}")
+    if file.suffix not in (*ENDINGS, ".onnx"):
+        raise CheckpointError(f"{file}: expected a run folder, .safetensors, .pth, .pt, .ckpt or .onnx")
+    return file
+
+
+def read_checkpoint(file: Path) -> Checkpoint:
+    """The weights in `file`. Raises CheckpointError unless it holds tensors by name, and nothing that needs code."""
+    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    names = unwrap(content, file)
+    return Checkpoint(file, content, names, strip_prefixes(names))
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(file, "pt") as tensors:
+            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
+
+
+def _read_pickle(file: Path) -> Any:
+    try:
+        with torch.serialization.safe_globals([(_Note, name) for name in _NOTES]):
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} holds more than tensors, or is damaged: it was not loaded. If you trust its author, save the "
+            "weights alone, torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), or of a whole network "
+            f"its .state_dict(). torch said: {shorten(str(error), 1)}"
+        ) from None
+
+
+def unwrap(content: Any, file: Path) -> dict[str, Tensor]:
+    """The state dict inside what a checkpoint holds. Raises CheckpointError, saying what it holds, without any."""
+    if isinstance(content, Mapping):
+        tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+        inner = {str(name): value for name, value in content.items() if isinstance(value, Mapping)}
+        likely = [name for name in _WRAPPERS if name in inner]
+        others = [name for name in inner if name not in likely and not _is_optimizer(name)]
+        for name in (*likely, *others):
+            if any(isinstance(value, Tensor | Mapping) for value in inner[name].values()):
+                try:
+                    return unwrap(inner[name], file)
+                except CheckpointError:
+                    continue
+        if tensors:
+            return tensors
+        kind = f"a dictionary of {', '.join(map(repr, content))[:200]}"
+    else:
+        kind = f"one {type(content).__name__}"
+    raise CheckpointError(f"{file} is no state dict (names to tensors), but {kind}: save network.state_dict() in it")
+
+
+def _is_optimizer(name: str) -> bool:
+    return any(word in name for word in ("optim", "sched", "scaler", "amp"))
+
+
+def strip_prefixes(state: Mapping[str, T]) -> dict[str, T]:
+    """`state` without the prefixes of wrappers, and without what a training module has beside its network.
+
+    Networks of which all names begin with such a prefix are compared without it, too.
+    """
+    state = dict(state)
+    while True:
+        for prefix in _PREFIXES:
+            inside = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            if inside and all(_is_beside(name) for name in state if not name.startswith(prefix)):
+                state = inside
+                break
+        else:
+            return state
+
+
+def _is_beside(name: str) -> bool:
+    return "." not in name or name.startswith(_OTHERS)

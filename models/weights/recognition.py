@@ -1,0 +1,114 @@
+"""Which network weights are of, told from their names and shapes."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from models.backbones import create_network
+from models.weights.reading import strip_prefixes
+
+Shapes = dict[str, tuple[int, ...]]
+
+# Names in a message about weights that do not fit.
+SHOWN = 6
+_SIZES = (112, *range(32, 257, 16))
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """A network's name and what it is created with."""
+
+    network: str
+    embedding_size: int
+    image_size: int
+
+    def __str__(self) -> str:
+        size = "" if self.image_size == 112 else f", for faces of {self.image_size}x{self.image_size}"
+        return f"{self.network}, {self.embedding_size}-d{size}"
+
+
+@lru_cache(maxsize=256)
+def expected_shapes(network: str, embedding_size: int, image_size: int) -> Shapes:
+    """Names, without wrappers' prefixes, and shapes of a network's weights. Raises ValueError where it cannot be."""
+    try:
+        with torch.device("meta"):  # nothing is allocated
+            module = create_network(network, embedding_size, image_size)
+    except (NotImplementedError, RuntimeError):  # a network of timm that computes with what it creates
+        module = create_network(network, embedding_size, image_size)
+    return strip_prefixes(shapes_of(module.state_dict()))
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
+    """The shape of every tensor by name."""
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def recognise(found: Shapes, networks: Iterable[str], image_size: int) -> Recognised | None:
+    """The first of `networks` that has weights of these names and shapes; `image_size` is tried before others."""
+    found = strip_prefixes(found)
+    for network in networks:
+        likely = expected_shapes(network, 512, 112)
+        if _named(likely) != _named(found):
+            continue
+        embedding_size = found[_last(likely)][0]
+        for size in dict.fromkeys((image_size, *_SIZES)):
+            try:
+                expected = expected_shapes(network, embedding_size, size)
+            except ValueError:
+                continue
+            if _same(expected, found):
+                return Recognised(network, embedding_size, size)
+    return None
+
+
+def most_similar(found: Shapes, networks: Iterable[str], image_size: int) -> Recognised | None:
+    """Which of `networks` shares the most names and shapes with weights that are none's; None if that is under half."""
+    best, most = None, 0.5
+    for network in networks:
+        likely = expected_shapes(network, 512, 112)
+        last = found.get(_last(likely), ())
+        embedding_size = last[0] if last else 512
+        try:
+            expected = expected_shapes(network, embedding_size, image_size)
+        except ValueError:
+            continue
+        common = sum(found.get(name) == shape for name, shape in expected.items())
+        share = common / max(len(expected), len(found))
+        if share > most:
+            best, most = Recognised(network, embedding_size, image_size), share
+    return best
+
+
+def differences(found: Shapes, expected: Shapes) -> str:
+    """What `found` lacks of `expected`, has beside it, and has in another shape, in words."""
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected]
+    other = [
+        f"{name} {list(found[name])} where {list(shape)} is wanted"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    kinds = (("missing", missing), ("not the network's", extra), ("of another shape", other))
+    return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds if names) or "nothing"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _last(shapes: Shapes) -> str:
+    """The last weight: of every network here its first dimension is the embedding's."""
+    return [name for name, shape in shapes.items() if shape][-1]
+
+
+def _named(shapes: Shapes) -> frozenset[str]:
+    """The names without the counters of norms, which old files lack."""
+    return frozenset(name for name in shapes if not name.endswith("num_batches_tracked"))
+
+
+def _same(expected: Shapes, found: Shapes) -> bool:
+    return all(found[name] == expected[name] for name in _named(expected))

@@ -1,0 +1,279 @@
+"""Weights of others load as they are, under whatever wrapper, into their network; or it is said why not."""
+
+import pickle
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from models import create_network, load_embedder
+from models.backbones import NETWORKS
+from models.weights import load_network, load_weights
+from models.weights.reading import strip_prefixes
+from models.weights.recognition import Shapes, recognise
+from test_backbones_keys import edgeface_shapes, ir_shapes, mbf_shapes, vit_shapes
+from test_networks import UNITS, iresnet_shapes
+from utils.checkpoints import CheckpointError
+
+PUBLISHED: dict[str, Shapes] = {
+    **{name: iresnet_shapes(UNITS[name], 512, 7) for name in UNITS},
+    **{f"ir{depth}": ir_shapes(depth, False, "tface", 512, 49) for depth in (18, 50, 101)},
+    "ir_se50": ir_shapes(50, True, "tface", 512, 49),
+    "evolve_ir50": ir_shapes(50, False, "evolve", 512, 49),
+    "evolve_ir_se50": ir_shapes(50, True, "evolve", 512, 49),
+    "mbf": mbf_shapes((1, 4, 6, 2), 2, 512),
+    "mbf_large": mbf_shapes((2, 8, 12, 4), 4, 512),
+    "vit_t": vit_shapes(256, 12, 512, 144),
+    "vit_b": vit_shapes(512, 24, 512, 144),
+    "edgeface_xs_gamma_06": edgeface_shapes((32, 64, 100, 192), (3, 3, 9, 3), 4, 0.6, 512),
+}
+
+
+def state_of(shapes: Shapes) -> dict[str, Tensor]:
+    """Weights of these shapes, each of a value of its own, that take no room in a file."""
+    return {
+        name: torch.tensor(i if name.endswith("num_batches_tracked") else 0.5 + 1e-4 * i).expand(shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def small_ir(seed: int = 0) -> nn.Module:
+    """An ir18 with 32 numbers from 32x32 faces, whose statistics are no others'."""
+    torch.manual_seed(seed)
+    network = create_network("ir18", 32, 32)
+    for name, buffer in network.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+    return network.eval()
+
+
+FACES = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+def features(file: Path, **options: Any) -> np.ndarray:
+    return load_embedder(file, "cpu", network="ir18", image_size=32, **options).features(FACES, False).numpy()
+
+
+def expected(network: nn.Module, colour: str = "rgb") -> np.ndarray:
+    """What the network gives for FACES, in the colour order that it was trained on."""
+    pixels = FACES.flip(3) if colour == "bgr" else FACES
+    with torch.no_grad():
+        return network((pixels.permute(0, 3, 1, 2).float() - 127.5) / 127.5).numpy()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_weights_are_told_apart(name: str) -> None:
+    """By the keys and shapes of the published checkpoints alone; the hint of another network leads nowhere else."""
+    known = recognise(PUBLISHED[name], ("r50", *NETWORKS), 112)
+    assert known is not None
+    assert (known.network, known.embedding_size, known.image_size) == (name, 512, 112)
+
+
+@pytest.mark.parametrize("name", ["r18", "mbf", "vit_t", "evolve_ir50", "edgeface_xs_gamma_06"])
+def test_published_files_load_unchanged(tmp_path: Path, name: str) -> None:
+    """A file with the published keys and shapes fills the network, each weight in its place, without any flag."""
+    state = state_of(PUBLISHED[name])
+    torch.save(state, tmp_path / "backbone.pth")
+    loaded = load_network(tmp_path / "backbone.pth")
+    assert (loaded.name, loaded.embedding_size, loaded.image_size) == (name, 512, 112)
+    for key, value in loaded.network.state_dict().items():
+        torch.testing.assert_close(value, state[key].to(value.dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("size", "dimension"), [(112, 512), (112, 128), (224, 512), (96, 256)])
+def test_sizes_are_told_from_the_shapes(size: int, dimension: int) -> None:
+    """The size of the faces and of the embeddings, whatever is hinted."""
+    known = recognise(iresnet_shapes(UNITS["r18"], dimension, size // 16), NETWORKS, 112)
+    assert (known.network, known.embedding_size, known.image_size) == ("r18", dimension, size)  # type: ignore[union-attr]
+
+
+WRAPPERS: dict[str, Any] = {
+    "plain": lambda state: state,
+    "DataParallel": lambda state: prefixed(state, "module."),
+    "compiled": lambda state: prefixed(state, "_orig_mod."),
+    "compiled DataParallel": lambda state: prefixed(state, "_orig_mod.module."),
+    "face.evoLVe": lambda state: prefixed(state, "module."),
+    "net_state_dict": lambda state: {"epoch": 3, "net_state_dict": state},
+    "state_dict": lambda state: {"state_dict": prefixed(state, "module."), "optimizer": optimizer(), "arch": "ir18"},
+    "model": lambda state: {"optimizer_state_dict": optimizer(), "model": state, "best": 0.5},
+    "backbone": lambda state: {"backbone": state, "head": {"weight": torch.zeros(10, 32)}},
+    "nested": lambda state: {"checkpoint": {"model": {"state_dict": prefixed(state, "backbone.")}}},
+    "backbone and head": lambda state: {
+        "state_dict": {**prefixed(state, "backbone."), "head.weight": torch.zeros(10, 32)}
+    },
+    "old": lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
+    "half": lambda state: {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
+}
+
+
+def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def optimizer() -> dict[str, Any]:
+    """Tensors that are no weights, among them more than the network has."""
+    return {"state": {i: {"momentum_buffer": torch.zeros(1)} for i in range(300)}, "param_groups": [{"lr": 0.1}]}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_wrappers(tmp_path: Path, wrapper: str, legacy: bool) -> None:
+    """Whatever holds the network, in torch's format of today and in that of before 1.6, its embeddings are its own."""
+    network = small_ir()
+    content = WRAPPERS[wrapper](network.state_dict())
+    torch.save(content, tmp_path / "x.pth.tar", _use_new_zipfile_serialization=not legacy)
+    tolerance = 0.1 if wrapper == "half" else 1e-5
+    np.testing.assert_allclose(features(tmp_path / "x.pth.tar"), expected(network), rtol=tolerance, atol=tolerance)
+
+
+class ModelCheckpoint:
+    """A stand-in for Lightning's callback, which old checkpoints name among their notes."""
+
+
+ModelCheckpoint.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
+
+
+def lightning(state: Mapping[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A checkpoint as AdaFace's training writes it with Lightning 1.4, with a class and a namespace in it."""
+    for part in ("pytorch_lightning", "pytorch_lightning.callbacks", ModelCheckpoint.__module__):
+        module = ModuleType(part)
+        monkeypatch.setitem(sys.modules, part, module)
+    monkeypatch.setattr(module, "ModelCheckpoint", ModelCheckpoint, raising=False)
+    return {
+        "epoch": 25,
+        "pytorch-lightning_version": "1.4.4",
+        "state_dict": {**prefixed(state, "model."), "head.kernel": torch.zeros(32, 9), "head.t": torch.zeros(1)},
+        "callbacks": {ModelCheckpoint: {"best_model_score": torch.tensor(0.9)}},
+        "optimizer_states": [optimizer()],
+        "hyper_parameters": Namespace(arch="ir_18"),
+    }
+
+
+def test_adaface(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its Lightning checkpoints load without Lightning, and see BGR as they were trained on, unless told otherwise."""
+    network = small_ir()
+    with monkeypatch.context() as patch:
+        torch.save(lightning(network.state_dict(), patch), tmp_path / "adaface.ckpt")
+    for colour, order in (("auto", "bgr"), ("rgb", "rgb"), ("bgr", "bgr")):
+        found = features(tmp_path / "adaface.ckpt", colour=colour)
+        np.testing.assert_allclose(found, expected(network, order), rtol=1e-4, atol=1e-5)
+    assert np.abs(expected(network) - expected(network, "bgr")).max() > 0.1  # the order matters
+
+
+def test_training_goes_on_from_weights_for_bgr(tmp_path: Path) -> None:
+    """`train.init` of an AdaFace checkpoint gives a network for the RGB that training feeds."""
+    network, other = small_ir(), small_ir(1)
+    content = {"state_dict": {**prefixed(network.state_dict(), "model."), "head.kernel": torch.zeros(32, 9)}}
+    torch.save(content, tmp_path / "adaface.ckpt")
+    load_weights(other, tmp_path / "adaface.ckpt", "ir18")
+    np.testing.assert_allclose(expected(other), expected(network, "bgr"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("config", "text", "order"),
+    [
+        ("model.yaml", "input_size: [3, 112, 112]\ncolor_space: 'BGR'\nname: 'ir18'\n", "bgr"),
+        ("model.yaml", "color_space: RGB\n", "rgb"),
+        ("config.json", '{"conf": {"color_space": "BGR", "name": "ir18"}}', "bgr"),
+    ],
+)
+def test_cvlface(tmp_path: Path, config: str, text: str, order: str) -> None:
+    """Its networks take the colours that the configuration beside the weights says."""
+    network = small_ir()
+    (tmp_path / config).write_text(text)
+    if config == "config.json":
+        save_file(prefixed(network.state_dict(), "model.net."), tmp_path / "model.safetensors")
+    else:
+        torch.save(prefixed(network.state_dict(), "net."), tmp_path / "model.pt")
+    file = next(tmp_path.glob("model.[ps][ta]*"))
+    np.testing.assert_allclose(features(file), expected(network, order), rtol=1e-4, atol=1e-5)
+
+
+def test_cvlface_without_its_configuration_is_warned_of(tmp_path: Path) -> None:
+    """Nobody can know the order then: it is said what is taken, and what to do."""
+    network = small_ir()
+    torch.save(prefixed(network.state_dict(), "net."), tmp_path / "model.pt")
+    with pytest.warns(UserWarning, match=r"taken for RGB; put its model\.yaml there, or say --model\.colour"):
+        np.testing.assert_allclose(features(tmp_path / "model.pt"), expected(network), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mismatch_says_what_differs_and_what_it_looks_like(tmp_path: Path) -> None:
+    """Names that are missing, too many, of another shape; and the network that comes nearest."""
+    state = state_of(PUBLISHED["r18"])
+    state["extra.weight"] = torch.zeros(3)
+    state["layer1.0.bn1.weight"] = torch.zeros(7)
+    del state["layer4.1.bn3.bias"]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError) as caught:
+        load_network(tmp_path / "x.pth", "r50")
+    message = str(caught.value)
+    assert "x.pth looks like r18, 512-d, but does not fit it" in message
+    assert "missing: layer4.1.bn3.bias;" in message
+    assert "not the network's: extra.weight;" in message
+    assert "of another shape: layer1.0.bn1.weight [7] where [64] is wanted" in message
+
+
+def test_first_weights_of_another_network_are_named(tmp_path: Path) -> None:
+    """`train.init` with weights of another network says of which, and the setting that would fit."""
+    torch.save(small_ir().state_dict(), tmp_path / "x.pth")
+    with torch.device("meta"):
+        module = create_network("r18", 32, 32)
+    with pytest.raises(
+        CheckpointError, match=r"not hold the weights of r18; it looks like ir18, 32-d, .* ir18\. missi"
+    ):
+        load_weights(module, tmp_path / "x.pth", "r18")
+
+
+def test_weights_of_nothing_known(tmp_path: Path) -> None:
+    """They say how they begin."""
+    torch.save({f"strange.{i}": torch.zeros(1) for i in range(9)}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"looks like none of the networks here; it begins with strange\.0, "):
+        load_network(tmp_path / "x.pth")
+
+
+class Evil:
+    """Would make a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "network"])
+def test_nothing_in_a_file_is_run(tmp_path: Path, kind: str) -> None:
+    """Whatever pickles more than tensors is refused, with what to do; Lightning's notes make no exception of code."""
+    content: Any = {"state_dict": {"x": torch.zeros(1)}, "callbacks": Evil(tmp_path / "mark")}
+    if kind == "pickle":
+        (tmp_path / "x.ckpt").write_bytes(pickle.dumps(content))
+    else:
+        content = nn.Linear(2, 2) if kind == "network" else content
+        torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=kind != "legacy")
+    with pytest.raises(CheckpointError, match=r"x\.ckpt holds more than tensors.*save the weights alone"):
+        load_network(tmp_path / "x.ckpt")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_what_holds_no_tensors_says_what_it_holds(tmp_path: Path) -> None:
+    """A dictionary without weights names its keys, anything else its type."""
+    torch.save({"epoch": 3, "name": "x"}, tmp_path / "a.pth")
+    torch.save([torch.zeros(2)], tmp_path / "b.pth")
+    for file, message in (("a.pth", "a dictionary of 'epoch', 'name'"), ("b.pth", "but one list")):
+        with pytest.raises(CheckpointError, match=message):
+            load_network(tmp_path / file)
+
+
+def test_prefixes_are_those_of_wrappers_only() -> None:
+    """A network's own first name is left, unless all that there is stands under a wrapper's."""
+    assert strip_prefixes({"module.conv.weight": 1, "module.fc.weight": 2}) == {"conv.weight": 1, "fc.weight": 2}
+    assert strip_prefixes({"model.a.w": 1, "conv.w": 2}) == {"model.a.w": 1, "conv.w": 2}
+    assert strip_prefixes({"body.a": 1, "body.b": 2}) == {"body.a": 1, "body.b": 2}
