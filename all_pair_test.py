@@ -1,217 +1,83 @@
 #!/usr/bin/env python3
-"""Test a face recognition model.
+"""Test face recognition models.
 
     python all_pair_test.py                                the newest run's best on the verification sets of config.py
     python all_pair_test.py lfw.bin agedb_30.bin --model runs/NAME
-    python all_pair_test.py lfw_images/ --model w600k_r50.onnx
+    python all_pair_test.py lfw_images/ --model w600k_r50.onnx --identify
+    python all_pair_test.py lfw.bin lfw_images/ --model A.onnx runs/B     two models, and which is better
+    torchrun --nproc-per-node=8 all_pair_test.py IJBC/ --model runs/NAME
 
-A `.bin` gets the 10-fold protocol that published accuracies use. A face set (a folder with a .rec, a .rec file, or a
-folder with one folder per identity) gets the all-pairs test: every image against every other, the share of genuine
-pairs accepted (TAR) at thresholds that let a given share of impostor pairs pass (FAR), exact to the last pair.
-Computed in float32. Numbers go to `results.json`, ROC and score histograms to PNG files beside it.
+A `.bin`, or a list of pairs (pairs.txt, with --images FOLDER), gets the 10-fold protocol that published accuracies use.
+A face set (a folder with a .rec, a .rec file, or a folder with one folder per identity) gets the all-pairs test: every
+image against every other, the share of genuine pairs accepted (TAR) at thresholds that let a given share of impostor
+pairs pass (FAR), exact to the last pair. A folder of IJB-B or IJB-C gets its own 1:1 and 1:N protocols.
+`report.html` has all numbers with their intervals, warnings and pictures, `report.json` the same for programs, and
+`results.json` the first model's numbers alone. docs/numbers.md tells how each number is made.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from config import PRESETS, Config
-from data.face_sets import FaceSet, FaceSetError, open_face_set
-from data.verification_bin import VerificationPairs, find_bins, read_bin
-from models.embedder import Embedder, load_embedder
-from models.embedding import embed_images, verify
-from utils.checkpoints import CONFIG, newest_run, settings_beside
+from data.face_sets import FaceSetError
+from data.verification_bin import find_bins
+from models.embedders import Embedder, load_embedder
+from models.embedders.network import Precision
+from utils.checkpoints import BEST, CONFIG, newest_run, settings_beside
 from utils.devices import pick_device
-from utils.evaluation.all_pairs import AllPairsResult, all_pairs
-from utils.evaluation.folds import FoldResult
+from utils.evaluation.board import write_board
+from utils.evaluation.breakdown import group_by, read_columns
+from utils.evaluation.check_sets import (
+    TrainingSample,
+    check_faces,
+    check_reduced_precision,
+    check_training_set,
+    sample_training_set,
+)
+from utils.evaluation.checks import Finding
+from utils.evaluation.measure import Measured, Options, Tables, compare, measure
+from utils.evaluation.pictures import draw_finding, draw_overview, draw_set
+from utils.evaluation.report import TestedModel, TestedSet, as_json, first_model_as_json, table, write_html
+from utils.evaluation.tables import qualities_by
+from utils.evaluation.test_sets import TestSet, keys_of, open_test_set, set_names
 from utils.files import write_text_atomic
-from utils.plots import draw_roc, draw_score_histogram
 from utils.processes import worker_count
+from utils.ranks import Ranks, join_ranks
 from utils.scripts import readable_errors
-from utils.settings import Settings, describe, parse_settings
+from utils.settings import Settings, describe, flatten, parse_settings
 
-Curve = tuple[np.ndarray, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Options:
-    """How faces are embedded: images per forward pass, decoding processes, mirrored image added or not."""
-
-    batch_size: int
-    workers: int
-    mirror: bool
+_MODEL_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx")
 
 
-def measure_pairs(
-    embedder: Embedder, pairs: VerificationPairs, options: Options, output: Path
-) -> tuple[FoldResult, Curve]:
-    """The 10-fold protocol on a verification set, its histogram drawn; also returns the ROC."""
-    from sklearn.metrics import roc_curve
-
-    result = verify(embedder, pairs, options.batch_size, options.workers, options.mirror)
-    cosines = 1 - result.distances / 2
-    edges = np.linspace(-1, 1, 201)
-    draw_score_histogram(
-        output / f"{pairs.name}_scores.png",
-        np.histogram(cosines[result.same], edges)[0],
-        np.histogram(cosines[~result.same], edges)[0],
-        edges,
-        f"{pairs.name}: {len(result.same):,} pairs, {embedder.name}",
-        {"mean threshold of the folds": result.cosine_threshold},
-    )
-    far, tar, _ = roc_curve(result.same, cosines)
-    return result, (far, tar)
+def is_model(path: Path) -> bool:
+    """Whether a path named without `--model` is one: a run folder, or a file with the ending of weights."""
+    return path.suffix in _MODEL_ENDINGS or (path / BEST).exists()
 
 
-def measure_all_pairs(
-    embedder: Embedder, faces: FaceSet, name: str, options: Options, output: Path
-) -> tuple[AllPairsResult, Curve]:
-    """Every image of `faces` against every other, the histogram drawn; also returns the ROC."""
-    embeddings = embed_images(embedder, faces, options.batch_size, options.workers, options.mirror, name)
-    on_device = torch.from_numpy(embeddings).to(embedder.device)
-    result = all_pairs(on_device, torch.from_numpy(faces.labels), progress=True)
-    marked = zip(result.far, result.threshold, result.supported, strict=True)
-    draw_score_histogram(
-        output / f"{name}_scores.png",
-        result.genuine_counts,
-        result.impostor_counts,
-        result.edges,
-        f"{name}: {result.genuine:,} genuine and {result.impostor:,} impostor pairs, {embedder.name}",
-        {f"FAR {far:g}": threshold for far, threshold, supported in marked if supported},
-    )
-    return result, result.roc()
-
-
-def pairs_as_json(result: FoldResult) -> dict[str, Any]:
-    """The numbers of the 10-fold protocol."""
-    return {
-        "protocol": "10 folds",
-        "pairs": len(result.same),
-        "accuracy": result.accuracy,
-        "std": result.std,
-        "fold_accuracies": result.fold_accuracies.tolist(),
-        "cosine_threshold": result.cosine_threshold,
-    }
-
-
-def all_pairs_as_json(result: AllPairsResult, faces: FaceSet) -> dict[str, Any]:
-    """The numbers of the all-pairs test; `supported` is false where the set has fewer than 1 / FAR impostor pairs."""
-    points = zip(result.far, result.tar, result.threshold, result.supported, strict=True)
-    return {
-        "protocol": "all pairs",
-        "images": len(faces),
-        "identities": len(faces.identities),
-        "genuine_pairs": result.genuine,
-        "impostor_pairs": result.impostor,
-        "eer": result.eer,
-        "auc": result.auc,
-        "points": [dict(zip(("far", "tar", "threshold", "supported"), point, strict=True)) for point in points],
-    }
-
-
-def format_results(results: dict[str, dict[str, Any]]) -> str:
-    """The results as a table for the screen: percent with three decimals, thresholds as cosines."""
-    lines = []
-    for name, result in results.items():
-        if result["protocol"] == "10 folds":
-            lines.append(
-                f"{name:<20} {result['pairs']:>12,} pairs   accuracy {percent(result['accuracy'])} "
-                f"+- {percent(result['std']).strip()}   threshold {result['cosine_threshold']:.4f}"
-            )
-            continue
-        pairs = result["genuine_pairs"] + result["impostor_pairs"]
-        lines.append(
-            f"{name:<20} {pairs:>12,} pairs   of {result['images']:,} images, {result['identities']:,} identities: "
-            f"{result['genuine_pairs']:,} genuine, {result['impostor_pairs']:,} impostor"
-        )
-        for point in result["points"]:
-            note = "" if point["supported"] else "   too few impostor pairs to tell"
-            lines.append(
-                f"{'':<20} TAR at FAR {point['far']:<7.0e} {percent(point['tar'])}   "
-                f"threshold {point['threshold']:.6f}{note}"
-            )
-        lines.append(f"{'':<20} EER {percent(result['eer'])}   AUC {percent(result['auc'])}")
-    return "\n".join(lines)
-
-
-def percent(share: float) -> str:
-    """A share of 0..1 in percent with three decimals."""
-    return f"{100 * share:>7.3f} %"
-
-
-def set_names(paths: Sequence[Path]) -> list[str]:
-    """What sets are called in tables and file names: the file's stem or the folder's name, longer where two clash."""
-    parts = [(path.parent if path.name == "train.rec" else path).resolve() for path in paths]
-    names = [part.stem if part.suffix in (".bin", ".rec") and part.is_file() else part.name for part in parts]
-    return [
-        name if names.count(name) == 1 else "_".join(part.parts[-2:]) for name, part in zip(names, parts, strict=True)
-    ]
-
-
-def measure(model: Path, sets: Sequence[Path], config: Config, output: Path) -> dict[str, dict[str, Any]]:
-    """Test `model` on every one of `sets`; returns what `results.json` holds for each."""
-    names = set_names(sets)
-    if len(set(names)) < len(names):
-        raise FaceSetError(f"a set is named twice: {', '.join(map(str, sets))}")
-    device = pick_device(config.common.device)
-    embedder = load_embedder(
-        model,
-        device,
-        config.model.normalisation,
-        config.model.network,
-        config.model.embedding_size,
-        config.data.image_size,
-    )
-    print(f"model: {model}, {'with' if config.test.mirror else 'without'} mirror image, {embedder.runs_on}")
-    options = Options(config.test.batch_size, worker_count(config.common.workers), config.test.mirror)
-    output.mkdir(parents=True, exist_ok=True)
-    results, curves = {}, {}
-    for name, path in zip(names, sets, strict=True):
-        if path.suffix == ".bin":
-            folds, curves[name] = measure_pairs(embedder, read_bin(path), options, output)
-            results[name] = pairs_as_json(folds)
-        else:
-            faces = open_face_set(path)
-            pairs, curves[name] = measure_all_pairs(embedder, faces, name, options, output)
-            results[name] = all_pairs_as_json(pairs, faces)
-        report = {"model": str(model), "mirror": options.mirror, "sets": results}
-        write_text_atomic(output / "results.json", json.dumps(report, indent=2))
-    draw_roc(output / "roc.png", curves, f"{embedder.name}{', mirror image added' if options.mirror else ''}")
-    return results
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line."""
-    with readable_errors("all_pair_test", "results.json has the sets tested before"):
-        config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings)
-        print(describe(config, ("test", "common")))
-        model = chosen_model(config.test.model, config.common.runs)
-        default = config.data.verification or [path for root in config.data.root for path in find_bins(root)]
-        sets = [Path(path) for path in config.test.sets or default]
-        if not sets:
-            raise FaceSetError(
-                f"nothing to test on: name a set, or put .bin files beside {', '.join(config.data.root)}"
-            )
-        output = Path(config.test.output) if config.test.output else default_output(model, Path(config.common.runs))
-        results = measure(model, sets, config, output)
-    print(format_results(results))
-    print(f"numbers and pictures: {output}")
-
-
-def chosen_model(model: str, runs: str) -> Path:
-    """The model to test: the one that is named, or the newest run's."""
-    return Path(model) if model else newest_run(Path(runs))
+def chosen_models(models: Sequence[str], sets: Sequence[str], runs: str) -> list[Path]:
+    """The models to test: those that are named, by `--model` or among the sets; else the newest run's best."""
+    named = [Path(model) for model in models] + [Path(path) for path in sets if is_model(Path(path))]
+    return named or [newest_run(Path(runs))]
 
 
 def saved_settings(settings: Settings) -> Settings:
-    """The sets that the run of the chosen model was trained and verified on."""
-    saved = settings_beside(chosen_model(settings["test.model"], settings["common.runs"]))
+    """The sets that the run of the first model was trained and verified on."""
+    models = chosen_models(settings["test.model"], settings["test.sets"], settings["common.runs"])
+    saved = settings_beside(models[0])
     return {name: saved[name] for name in ("data.root", "data.verification") if name in saved}
+
+
+def chosen_sets(config: Config) -> list[Path]:
+    """The sets to test on: those that are named, else the verification sets of the run or of config.py."""
+    named = [Path(path) for path in config.test.sets if not is_model(Path(path))]
+    default = config.data.verification or [path for root in config.data.root for path in find_bins(root)]
+    sets = named or [Path(path) for path in default]
+    if not sets:
+        raise FaceSetError(f"nothing to test on: name a set, or put .bin files beside {', '.join(config.data.root)}")
+    return sets
 
 
 def default_output(model: Path, runs: Path) -> Path:
@@ -220,5 +86,185 @@ def default_output(model: Path, runs: Path) -> Path:
     return run / "test" if (run / CONFIG).exists() else runs / f"test-{model.stem}"
 
 
+def model_names(paths: Sequence[Path]) -> list[str]:
+    """What models are called: the run's name or the file's stem, with the folder before it where two clash.
+
+    Raises ValueError for a model that is named twice.
+    """
+    parts = [(path.parent if path.name == BEST else path).resolve() for path in paths]
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"a model is named twice: {', '.join(map(str, paths))}")
+    names = [part.stem if part.is_file() else part.name for part in parts]
+    return [
+        name if names.count(name) == 1 else f"{part.parent.name}_{part.name}"
+        for name, part in zip(names, parts, strict=True)
+    ]
+
+
+class Test:
+    """The models, and what all sets have in common. Every rank has one."""
+
+    __test__ = False
+
+    def __init__(self, config: Config, paths: Sequence[Path], output: Path, ranks: Ranks) -> None:
+        chosen = config.test
+        self.config, self.output, self.ranks = config, output, ranks
+        self.device = pick_device(config.common.device)
+        self.names = model_names(paths)
+        self.embedders = [self._load(path, chosen.precision) for path in paths]
+        self.paths = list(paths)
+        cache = Path(chosen.cache_folder) if chosen.cache_folder else Path(config.common.runs) / "embeddings"
+        self.options = Options(
+            chosen.batch_size,
+            worker_count(config.common.workers),
+            chosen.mirror,
+            cache if chosen.cache else None,
+            chosen.draws,
+            chosen.seed,
+            chosen.identify,
+            chosen.hardest,
+        )
+        self.notes: list[Finding] = []
+        #: Whether there is but one set, whose ROC is that of the overview.
+        self.alone = len(chosen_sets(config)) == 1
+        self.training: TrainingSample | None = None
+
+    def _load(self, path: Path, precision: Precision) -> Embedder:
+        model = self.config.model
+        size = self.config.data.image_size
+        return load_embedder(
+            path,
+            self.device,
+            model.normalisation,
+            model.network,
+            model.embedding_size,
+            size,
+            model.colour,
+            precision,
+        )
+
+    def models(self) -> list[TestedModel]:
+        """The models as the report names them."""
+        facts = zip(self.names, self.paths, self.embedders, strict=True)
+        return [TestedModel(name, path, one.runs_on, one.fingerprint) for name, path, one in facts]
+
+    def look_at_training_set(self) -> None:
+        """Take the sample of the training set that test sets are compared with, or note why there is none."""
+        chosen = self.config.test.training_set
+        known = bool(chosen) or bool(settings_beside(self.paths[0]))
+        roots = [] if chosen == ("none",) else [Path(root) for root in chosen or self.config.data.root]
+        missing = [str(root) for root in roots if not root.exists()]
+        if chosen and missing and roots:
+            raise FaceSetError(f"--training-set: {', '.join(missing)} does not exist (none: there is none)")
+        if not self.config.test.training_sample or not roots or not known or missing:
+            text = "The training set is not known or not here: nothing tells whether it shares images or people with "
+            self.notes.append(Finding("people", "note", text + "the test sets (--training-set names it)."))
+            return
+        sample = self.config.test.training_sample
+        self.training = sample_training_set(roots, sample, self.embedders[0], self.options)
+
+    def run(self, name: str, path: Path) -> TestedSet | None:
+        """All models on one set, with its checks and pictures. Only the first rank has the result."""
+        chosen = self.config.test
+        test_set = open_test_set(path, name, Path(chosen.images) if chosen.images else None)
+        tables = self._tables(test_set)
+        measured = [
+            measure(embedder, model, test_set, tables, self.options, self.ranks)
+            for embedder, model in zip(self.embedders, self.names, strict=True)
+        ]
+        if not self.ranks.first:
+            return None
+        done = [one for one in measured if one is not None]
+        comparisons = [
+            (done[0].model, other.model, found)
+            for other in done[1:]
+            for found in compare(done[0], other, test_set, self.options)
+        ]
+        findings = self._check(test_set, done) if chosen.checks else []
+        size = self.embedders[0].image_size
+        pictures = draw_set(self.output, test_set, done, size, alone=self.alone)
+        if self.training is not None:
+            drawn = [draw_finding(self.output, test_set, self.training, finding, size) for finding in findings]
+            pictures += [picture for picture in drawn if picture is not None]
+        return TestedSet(test_set, done, comparisons, findings, pictures)
+
+    def _tables(self, test_set: TestSet) -> Tables:
+        groups, qualities = {}, {}
+        for spec in self.config.test.breakdown:
+            file, _, column = spec.rpartition(":")
+            columns = read_columns(file)
+            groups[column] = group_by(columns, column, keys_of(test_set, columns.key))
+        for spec in self.config.test.quality:
+            file, _, column = spec.rpartition(":")
+            qualities[column] = qualities_by(file, column, test_set)
+        return Tables(groups, qualities)
+
+    def _check(self, test_set: TestSet, measured: Sequence[Measured]) -> list[Finding]:
+        findings = check_faces(test_set, measured, self.embedders, self.options)
+        precision = self.config.test.precision
+        if precision != "fp32":
+            for path, one in zip(self.paths, measured, strict=True):
+                found = check_reduced_precision(test_set, one, self._load(path, "fp32"), precision, self.options)
+                findings += [found] if found is not None else []
+        if self.training is not None:
+            findings += check_training_set(test_set, measured[0], self.training, self.embedders[0].image_size)
+        return findings
+
+
+def write_reports(test: Test, tested: Sequence[TestedSet]) -> None:
+    """`report.json`, `report.html` and `results.json` of the sets tested so far."""
+    settings = {name.removeprefix("test."): value for name, value in flatten(test.config).items() if "test." in name}
+    models, output = test.models(), test.output
+    everything = as_json(models, tested, settings, test.notes)
+    write_text_atomic(output / "report.json", json.dumps(everything, indent=2, allow_nan=False))
+    first = first_model_as_json(models, tested, settings)
+    write_text_atomic(output / "results.json", json.dumps(first, indent=2, allow_nan=False))
+    overview = draw_overview(output, {one.test_set.name: one.measured for one in tested})
+    title = f"Test of {', '.join(test.names)}"
+    write_html(output / "report.html", title, models, tested, settings, test.notes, overview)
+
+
+def run_test(config: Config, ranks: Ranks) -> None:
+    """Test all models on all sets; the first rank prints and writes."""
+    paths = chosen_models(config.test.model, config.test.sets, config.common.runs)
+    sets = chosen_sets(config)
+    names = set_names(sets)
+    output = Path(config.test.output) if config.test.output else default_output(paths[0], Path(config.common.runs))
+    test = Test(config, paths, output, ranks)
+    if ranks.first:
+        mirror = "with" if config.test.mirror else "without"
+        for model in test.models():
+            print(f"model: {model.path}, {mirror} mirror image, {config.test.precision}, {model.runs_on}")
+        if test.options.cache:
+            print(f"embeddings are kept in {test.options.cache} (--no-cache: not)")
+        output.mkdir(parents=True, exist_ok=True)
+        if config.test.checks:
+            test.look_at_training_set()
+    tested: list[TestedSet] = []
+    for name, path in zip(names, sets, strict=True):
+        one = test.run(name, path)
+        if one is not None:
+            tested.append(one)
+            write_reports(test, tested)
+    if ranks.first:
+        if (paths[0] / CONFIG).exists():
+            write_board(output, test.names[0], tested)
+        print(table(tested))
+        for note in test.notes:
+            print(f"note: {note.text}")
+        print(f"numbers and pictures: {output} (open {output / 'report.html'})")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with readable_errors("all_pair_test", "report.html and report.json have the sets tested before"):
+        config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings)
+        with join_ranks(pick_device(config.common.device)) as ranks:
+            if ranks.first:
+                print(describe(config, ("test", "common")))
+            run_test(config, ranks)
+
+
 if __name__ == "__main__":
+    torch.set_float32_matmul_precision("highest")
     main()

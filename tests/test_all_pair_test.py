@@ -9,15 +9,15 @@ import pytest
 import torch
 
 import all_pair_test
-from all_pair_test import set_names
 from data.face_sets import open_face_set
 from data.loading import to_network_input
 from models import create_network
 from utils.checkpoints import load_backbone
+from utils.evaluation.test_sets import set_names
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    all_pair_test.main([str(argument) for argument in (*arguments, "--workers", 0)])
+    all_pair_test.main([str(argument) for argument in (*arguments, "--workers", 0, "--no-cache")])
     return capsys.readouterr().out
 
 

@@ -11,7 +11,19 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.evaluation.all_pairs import AllPairsResult, _first_search, _keys, _narrowed, all_pairs
+from ranks import run_on_ranks
+from utils.evaluation import all_pairs as module
+from utils.evaluation.all_pairs import (
+    _BINS,
+    AllPairsResult,
+    Block,
+    PairBlocks,
+    _first_search,
+    _keys,
+    _narrowed,
+    all_pairs,
+)
+from utils.ranks import Ranks
 
 RATES = (0.9, 0.5, 0.3, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
 
@@ -225,7 +237,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(images: int) -> None:
     block = 500
     with LargestTensor() as largest:
         all_pairs(embeddings, labels, block=block)
-    assert largest.bytes <= max(8 * block**2, 8 * embeddings.numel(), 2 * 8 * 2**20)
+    assert largest.bytes <= max(8 * block**2, 8 * embeddings.numel(), 2 * 4 * module._KEPT)
     assert largest.bytes >= 4 * block**2  # the watcher sees the blocks
 
 
@@ -256,22 +268,142 @@ def test_embeddings_of_a_model_in_training() -> None:
     assert torch.equal(embeddings.detach(), before)
 
 
-def test_progress_shows_both_passes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_each_pass(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the progress bar: silent unless asked for, then one for each pass, run to its end."""
     embeddings, labels = clustered(100, 10)
     all_pairs(embeddings, labels, block=50)
     assert capsys.readouterr().err == ""
     all_pairs(embeddings, labels, (1e-2,), block=50, progress=True)
+    assert capsys.readouterr().err.count("3/3") == 1
+    monkeypatch.setattr(module, "_KEPT", 0)
+    all_pairs(embeddings, labels, (1e-2,), block=50, progress=True)
     shown = capsys.readouterr().err
-    assert "histogram" in shown
     assert "thresholds" in shown
     assert shown.count("3/3") == 2
 
 
+class Passes:
+    """Counts the passes over all pairs."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        original = PairBlocks.each
+
+        def each(blocks: PairBlocks, work: Callable[..., None], title: str) -> None:
+            self.count += 1
+            original(blocks, work, title)
+
+        monkeypatch.setattr(PairBlocks, "each", each)
+
+
+@pytest.mark.parametrize("make", [clustered, tied, near_zero])
+def test_a_sample_saves_the_second_pass(
+    make: Callable[[int, int], tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects the speed on large sets, and exactness of thresholds found among the scores that a sample chose."""
+    monkeypatch.setattr(module, "_KEPT", 400_000)  # fewer than there are pairs
+    embeddings, labels = make(1000, 60)
+    passes = Passes(monkeypatch)
+    result = all_pairs(embeddings, labels, (1e-2, 1e-3, 1e-4, 1e-6), 200)
+    assert passes.count == 1
+    _, impostor = full_scores(embeddings, labels, 200)
+    assert result.threshold == tuple(impostor[::-1][int(rate * len(impostor))] for rate in result.far)
+
+
+@pytest.mark.parametrize("wrong", [[], [(-np.inf, -0.9)], [(0.5, np.inf)], [(-np.inf, 0.25), (0.5, 0.75)]])
+@pytest.mark.parametrize("kept", [0, 1000, 1 << 22])
+def test_a_sample_that_misses_costs_time_only(
+    wrong: list[tuple[float, float]], kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Protects exactness when thresholds lie outside of what was kept, or more scores lie there than there is room."""
+    monkeypatch.setattr(module, "_KEPT", kept)
+    monkeypatch.setattr(module, "_promising", lambda *_: wrong)
+    check_against_full_sort(*clustered(300, 20), 100)
+
+
+def test_a_sample_without_impostors() -> None:
+    """Protects sets of few people, whose sample may have no impostor pair at all."""
+    labels = torch.zeros(3000, dtype=torch.int64)
+    labels[17] = 1
+    embeddings = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
+    result = all_pairs(embeddings, labels, (1e-2,))
+    scores = torch.nn.functional.cosine_similarity(embeddings[17], embeddings[labels == 0]).sort(descending=True).values
+    assert result.threshold[0] == pytest.approx(float(scores[29]), abs=1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_threads_share_the_blocks(threads: int) -> None:
+    """Protects the counts when several threads add to them, and the number of threads that torch is left with."""
+    embeddings, labels = clustered(400, 30)
+    alone = all_pairs(embeddings, labels, RATES, 50)
+    torch.set_num_threads(threads)
+    together = all_pairs(embeddings, labels, RATES, 50)
+    assert torch.get_num_threads() == threads
+    assert (together.tar, together.threshold, together.eer, together.auc) == (
+        alone.tar,
+        alone.threshold,
+        alone.eer,
+        alone.auc,
+    )
+    np.testing.assert_array_equal(together.impostor_counts, alone.impostor_counts)
+
+
+def test_an_error_in_a_thread_is_raised() -> None:
+    """Protects against a count without some blocks: what fails in a thread fails the test."""
+    torch.set_num_threads(3)
+    blocks = PairBlocks(*clustered(100, 10), block=20)
+
+    def fail(block: Block, thread: int) -> None:
+        if block.rows.start == 40:
+            raise ArithmeticError("broken")
+
+    with pytest.raises(ArithmeticError, match="broken"):
+        blocks.each(fail, "")
+    assert torch.get_num_threads() == 3
+
+
+def measured_by_a_rank() -> Tensor:
+    """Thresholds and rates of one of several processes: all scores kept, those that a sample chose, and none."""
+    embeddings, labels = clustered(400, 30)
+    found = []
+    for kept in (1 << 22, 40_000, 0):
+        module._KEPT = kept
+        result = all_pairs(embeddings, labels, RATES, 50, ranks=Ranks(torch.distributed.group.WORLD))
+        found.append([*result.tar, *result.threshold, result.eer, result.auc, result.impostor_counts.sum()])
+    return torch.tensor(found)
+
+
+def test_ranks_share_the_blocks() -> None:
+    """Protects the test under torchrun: any rank has the numbers of a process alone, by whichever way."""
+    alone = all_pairs(*clustered(400, 30), RATES, 50)
+    expected = torch.tensor([*alone.tar, *alone.threshold, alone.eer, alone.auc, alone.impostor])
+    for found in run_on_ranks(2, measured_by_a_rank):
+        assert torch.equal(found, expected.expand(3, -1))
+
+
+def test_points_say_how_well_they_are_supported() -> None:
+    """Protects what tables print: a rate of 1 / impostors is supported weakly, a tenth of it not at all."""
+    labels = torch.cat([torch.zeros(10), torch.ones(10)]).long()  # 100 impostor pairs
+    points = all_pairs(clustered(20, 2)[0], labels, (0.1, 0.01, 0.001)).points
+    assert [point.support for point in points] == ["good", "weak", "none"]
+    assert [point.far for point in points] == [0.1, 0.01, 0.001]
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.5])
+def test_bounds_of_auc_and_eer_hold(noise: float) -> None:
+    """Protects the stated errors of the two numbers that are not exact, on a set where they are not tiny."""
+    result, genuine, impostor = check_against_full_sort(*clustered(800, 60, noise=noise), 512)
+    error = abs(result.auc - roc_auc_score(*truth_and_scores(genuine, impostor)))
+    assert error <= result.auc_bound <= 1e-4
+    # The exact curve has steps of its own.
+    steps = 1 / len(genuine) + 1 / len(impostor)
+    assert abs(result.eer - equal_error_rate(genuine, impostor)) <= result.eer_bound + steps <= 1e-3
+
+
 def test_other_scores_in_the_second_pass_are_noticed() -> None:
     """Protects "exact": a device that does not repeat its products bit for bit must fail, not give a near result."""
-    counts = np.zeros(2**20, dtype=np.int64)
-    counts[700_000] = 5
+    counts = np.zeros(_BINS, dtype=np.int64)
+    counts[_BINS // 2 + 7] = 5
     search = _first_search(counts, counts, 2)
     with pytest.raises(RuntimeError, match="other scores in the second pass"):
         _narrowed(search, np.array([0, 5]), np.array([0, 4]))
@@ -285,7 +417,7 @@ def test_other_scores_in_the_second_pass_are_noticed() -> None:
         (torch.ones(4, 2), torch.arange(5), {}, "4 embeddings need as many labels"),
         (torch.ones(4, 2), torch.ones(4, 1).long(), {}, "4 embeddings need as many labels"),
         (torch.ones(4, 2), torch.ones(4), {}, "labels must be integers"),
-        (torch.ones(4, 2), torch.arange(4), {"block": 0}, "block must be at least 1"),
+        (torch.ones(4, 2), torch.arange(4), {"block": -1}, "block must be at least 1"),
         (torch.ones(4, 2), torch.arange(4), {"far": (0.1, 0.0)}, "not at 0.0"),
         (torch.ones(4, 2), torch.arange(4), {"far": (1.0,)}, "not at 1.0"),
         (torch.ones(4, 2), torch.arange(4), {}, "no genuine pairs"),

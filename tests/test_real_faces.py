@@ -23,7 +23,7 @@ from data import prepare_data
 from data.face_sets import FaceSet, images_by_identity, open_face_set, write_face_set
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge
-from models.embedder import OnnxEmbedder
+from models.embedders import OnnxEmbedder
 from train import main as train_main
 from utils.training_log import read_metrics
 
@@ -72,7 +72,7 @@ def lfw_part(face_data: Path, folder: Path) -> tuple[Path, Path]:
 def run_test(*arguments: object) -> dict[str, Any]:
     """Run all_pair_test.py; the numbers it wrote, by set."""
     output = arguments[arguments.index("--output") + 1]
-    all_pair_test.main([str(argument) for argument in arguments])
+    all_pair_test.main([str(argument) for argument in (*arguments, "--no-cache")])
     assert (Path(str(output)) / "roc.png").read_bytes().startswith(b"\x89PNG")
     return json.loads((Path(str(output)) / "results.json").read_text())["sets"]
 
@@ -86,11 +86,20 @@ def test_part_of_lfw(face_data: Path, weights: Path, tmp_path: Path, capsys: pyt
     pairs = sets["lfw_a"]
     assert (pairs["images"], pairs["identities"]) == (755, 133)
     assert (pairs["genuine_pairs"], pairs["impostor_pairs"]) == (7_525, 277_110)
-    tars = [100 * point["tar"] for point in pairs["points"][:3]]
+    points = {point["far"]: point for point in pairs["points"]}
+    tars = [100 * points[far]["tar"] for far in (1e-2, 1e-3, 1e-4)]
     assert tars == pytest.approx([99.7076, 99.2027, 97.9668], abs=0.02)
-    thresholds = [point["threshold"] for point in pairs["points"][:3]]
+    thresholds = [points[far]["threshold"] for far in (1e-2, 1e-3, 1e-4)]
     assert thresholds == pytest.approx([0.23491, 0.31389, 0.39262], abs=1e-4)
-    assert [point["supported"] for point in pairs["points"]] == [True, True, True, True, False]
+    assert [far for far, point in points.items() if not point["supported"]] == [1e-6]
+    for found in sets.values():
+        assert found["intervals"]["eer"][0] <= found["eer"] <= found["intervals"]["eer"][1]
+    levels = {
+        finding["check"]: finding["level"]
+        for name in ("lfw_600", "lfw_a")
+        for finding in json.loads((tmp_path / "out" / "report.json").read_text())["sets"][name]["findings"]
+    }
+    assert levels == {"alignment": "note", "channels": "note"}
     shown = capsys.readouterr().out
     assert "accuracy  98.000 % +- 2.211 %" in shown
     assert "too few impostor pairs" in shown
@@ -107,10 +116,15 @@ def test_all_of_lfw(face_data: Path, weights: Path, tmp_path: Path) -> None:
     assert 100 * sets["lfw"]["std"] == pytest.approx(0.534, abs=0.02)
     pairs = sets["images"]
     assert (pairs["genuine_pairs"], pairs["impostor_pairs"]) == (242_257, 87_307_271)
-    tars = [100 * point["tar"] for point in pairs["points"]]
+    points = [point for point in pairs["points"] if point["far"] <= 1e-2]
+    tars = [100 * point["tar"] for point in points]
     assert tars == pytest.approx([99.8514, 99.6359, 99.2248, 97.9435, 80.9644], abs=0.01)
-    thresholds = [point["threshold"] for point in pairs["points"]]
+    thresholds = [point["threshold"] for point in points]
     assert thresholds == pytest.approx([0.236435, 0.323676, 0.400236, 0.470183, 0.630367], abs=1e-4)
+    for point in points:
+        low, high = point["interval"]
+        assert low < point["tar"] < high
+    assert 0.005 < 2 * np.ptp(sets["lfw"]["intervals"]["accuracy"]) < 0.02
 
 
 @pytest.mark.long
@@ -143,7 +157,18 @@ def check_merge(
     halves = split(faces, folder, images)
     merged = folder / "merged"
     dataset_merge.main(
-        ["--merge", ",".join(map(str, halves)), "--output", str(merged), "--model", str(weights), "--t", "0.65"]
+        [
+            "--merge",
+            ",".join(map(str, halves)),
+            "--output",
+            str(merged),
+            "--model",
+            str(weights),
+            "--t",
+            "0.65",
+            "--duplicates",
+            "keep",
+        ]
     )
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[-2:] for line in shown if "/odd" in line and "/even" not in line] == [["24", "0"]]
@@ -157,7 +182,7 @@ def check_merge(
             for i in part]  # fmt: skip
     assert [again.encoded(i) for i in range(len(again))] == kept
     assert again.identities == [str(label) for label in range(24)]
-    assert (merged / "nearest_to_t.png").read_bytes().startswith(b"\x89PNG")
+    assert (merged / "above_t.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_merging_two_halves_finds_the_people(

@@ -96,8 +96,9 @@ The four jobs ran in {time.monotonic() - began:.0f} s, on faces drawn by a progr
   model                       {trained / "best.safetensors"}
   logs                        {trained / "metrics.jsonl"}, or: tensorboard --logdir {folder / "runs"}
   pictures                    {trained / "loss.png"}, {trained / "accuracy.png"},
-                              {trained / "test" / "roc.png"}, {merged / "nearest_to_t.png"}
-  merged set                  {merged}
+                              {trained / "test" / "roc.png"}
+  report of the test          {trained / "test" / "report.html"}
+  merged set                  {merged}, how it came about: {merged / "report.html"}
 
 Next: put a set's train.rec, train.idx and its .bin files into a folder and
   . .venv/bin/activate

@@ -10,8 +10,10 @@ from utils.files import write_text_atomic
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; padding-bottom: .2rem }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+h1, h2 { line-height: 1.2; overflow-wrap: anywhere }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; padding-bottom: .2rem }
+.scroll { overflow-x: auto; margin: 1rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .8rem; border-bottom: 1px solid #8884; text-align: left; white-space: nowrap }
 td.number, th.number { text-align: right }
 figure { margin: 1.5rem 0 } img { max-width: 100%; background: white } figcaption { color: #888 }

@@ -7,6 +7,7 @@ none does not wait for it. A picture is written under a temporary name and then 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -162,6 +163,157 @@ def draw_contact_sheet(
             _GAP / width, middle / height, label, fontsize=9, color=_INK, va="center_baseline", parse_math=False
         )
     _save(figure, path)
+
+
+def draw_det(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> None:
+    """Detection error trade-offs: false reject rate over false accept rate, both axes logarithmic.
+
+    curves: for each name the false accept rates and the false reject rates, of equal length, 0..1. Points where either
+        is 0 have no place on the axes and are left out; a curve without any other is named in the legend all the same.
+
+    Raises ValueError if there is no curve, or none with a point where both rates are above 0.
+    """
+    points = {}
+    for name, (far, frr) in curves.items():
+        x, tar = _sorted_points(far, 1 - np.asarray(frr, np.float64))
+        points[name] = x[tar < 1], 1 - tar[tar < 1]
+    drawn = [point for point in points.values() if len(point[0])]
+    if not drawn:
+        raise ValueError("no curve has a point with FAR and FRR above 0")
+    figure, axes = _axes(title, "false accept rate (FAR)", "false reject rate (FRR)")
+    axes.set(xscale="log", yscale="log", ylim=(0.1, 1.0))
+    for (name, (far, frr)), colour in zip(points.items(), _cycle(len(points)), strict=True):
+        label = name if len(far) else f"{name} (no errors to show)"
+        axes.plot(far, frr, label=label, color=colour, linewidth=1.8, drawstyle="steps-pre")
+    axes.set_xlim(min(0.1, 0.8 * min(float(far[0]) for far, _ in drawn)), 1.0)
+    axes.set_ylim(min(0.1, 0.8 * min(float(frr.min()) for _, frr in drawn)), 1.0)
+    axes.grid(True, which="minor", color="#f0f0f0", linewidth=0.5)
+    axes.legend(loc="best", frameon=False)
+    _save(figure, path)
+
+
+def draw_rejection(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> None:
+    """Errors that are left when the pairs of the lowest quality are rejected, in percent.
+
+    curves: for each name the share of pairs rejected and the false reject rate of the rest, of equal length, 0..1.
+
+    Raises ValueError if there is no curve.
+    """
+    if not curves:
+        raise ValueError("there is no curve to draw")
+    figure, axes = _axes(title, "pairs rejected for low quality, %", "false rejects among the rest, %")
+    for (name, (rejected, error)), colour in zip(curves.items(), _cycle(len(curves)), strict=True):
+        x, y = 100 * np.asarray(rejected, np.float64), 100 * np.asarray(error, np.float64)
+        axes.plot(x, y, label=name, color=colour, linewidth=1.8, marker="o", markersize=4)
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.02)
+    axes.legend(loc="best", frameon=False)
+    _save(figure, path)
+
+
+def draw_bars(
+    path: str | Path,
+    rows: Sequence[str],
+    values: Mapping[str, ArrayLike],
+    intervals: Mapping[str, ArrayLike] | None,
+    title: str,
+    xlabel: str,
+) -> None:
+    """Horizontal bars, a group of them for each row, from the top.
+
+    rows: the names of the groups. values: for each series a number a row; NaN leaves its bar out. intervals: for each
+        series [rows, 2], low and high, drawn as a line over the bar; NaN leaves it out. The axis begins where the
+        differences show, not at 0.
+
+    Raises ValueError without rows or series, or when their numbers do not fit.
+    """
+    series = {name: np.asarray(numbers, np.float64) for name, numbers in values.items()}
+    if not rows or not series or any(numbers.shape != (len(rows),) for numbers in series.values()):
+        raise ValueError(f"{len(rows)} rows need as many numbers in each of {len(series)} series")
+    bounds = {name: np.asarray(interval, np.float64) for name, interval in (intervals or {}).items()}
+    figure = _chart_figure(8, 1.4 + 0.22 * len(rows) * (len(series) + 0.6))
+    axes = figure.add_subplot()
+    _style(axes)
+    height = 0.8 / len(series)
+    for position, ((name, numbers), colour) in enumerate(zip(series.items(), _cycle(len(series)), strict=True)):
+        places = np.arange(len(rows)) - 0.4 + (position + 0.5) * height
+        axes.barh(places, numbers, height=0.9 * height, color=colour, alpha=0.75, label=name)
+        if name in bounds:
+            low, high = bounds[name].T
+            error = np.stack([numbers - low, high - numbers]).clip(0)
+            axes.errorbar(numbers, places, xerr=error, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
+    axes.set_yticks(np.arange(len(rows)), rows)
+    axes.invert_yaxis()
+    shown = np.concatenate([*series.values(), *(interval.ravel() for interval in bounds.values())])
+    shown = shown[np.isfinite(shown)]
+    if shown.size:
+        margin = max(0.05 * float(np.ptp(shown)), 0.002 * float(np.abs(shown).max()), 1e-6)
+        axes.set_xlim(max(0.0, float(shown.min()) - 4 * margin), float(shown.max()) + margin)
+    axes.grid(False, axis="y")
+    axes.set_xlabel(f"{xlabel} (the axis does not begin at 0)" if axes.get_xlim()[0] > 0 else xlabel)
+    axes.set_title(title, color=_INK, loc="left", fontweight="bold", pad=26 if len(series) > 1 else None)
+    if len(series) > 1:
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=len(series), frameon=False)
+    _save(figure, path)
+
+
+def draw_pair_sheet(
+    path: str | Path,
+    pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],
+    captions: Sequence[Sequence[str]],
+    columns: int,
+    title: str,
+) -> None:
+    """Pairs of faces, row by row from the top left, each pixel as it is, with lines of text under each pair.
+
+    pairs: two uint8 [S, S, 3] RGB each, all of one size. captions: the lines of each pair, as many for all; what is
+        too long for the pair is cut off in the middle.
+
+    Raises ValueError if there is no pair, sizes differ or captions do not fit.
+    """
+    if not pairs or len(captions) != len(pairs) or len({len(lines) for lines in captions}) != 1:
+        raise ValueError(f"{len(pairs)} pairs need captions of as many lines each, got {len(captions)} captions")
+    cells = [_tile(list(pair), 2) for pair in pairs]
+    if len({cell.shape for cell in cells}) != 1:
+        raise ValueError("the pairs are not of one size")
+    figure = _blank_figure()
+    cell_height, cell_width = cells[0].shape[:2]
+    line_height = _text_size(figure, ["Ag"], fontsize=8)[1]
+    pitch = cell_height + line_height * len(captions[0]) + _GAP
+    across, down = min(columns, len(pairs)), -(-len(pairs) // columns)
+    title_width, title_height = _text_size(figure, [title], fontsize=11)
+    width = max(across * (cell_width + 2 * _GAP), title_width + 2 * _GAP)
+    height = title_height + 2 * _GAP + down * pitch
+    sheet = np.full((height, width, 3), 255, np.uint8)
+    places = [
+        (title_height + 2 * _GAP + number // columns * pitch, number % columns * (cell_width + 2 * _GAP))
+        for number in range(len(pairs))
+    ]
+    for cell, (top, left) in zip(cells, places, strict=True):
+        sheet[top : top + cell_height, left : left + cell_width] = cell
+    figure.set_size_inches(width / _DPI, height / _DPI)
+    figure.figimage(sheet, xo=0, yo=0, origin="upper")
+    figure.text(_GAP / width, 1 - _GAP / height, title, fontsize=11, color=_INK, va="top", parse_math=False)
+    for lines, (top, left) in zip(captions, places, strict=True):
+        for number, line in enumerate(lines):
+            x, y = left + _GAP, top + cell_height + number * line_height
+            text = _fitting(figure, line, cell_width - _GAP)
+            figure.text(x / width, 1 - y / height, text, fontsize=8, color=_INK, va="top", parse_math=False)
+    _save(figure, path)
+
+
+def _fitting(figure: Figure, text: str, width: int) -> str:
+    """The text, or as much of its two ends as is no wider than `width` pixels in the captions' size."""
+
+    def wide(shown: str) -> bool:
+        return _text_size(figure, [shown], fontsize=8)[0] - _GAP > width
+
+    def ends(kept: int) -> str:
+        return f"{text[: kept // 2]}…{text[len(text) - (kept - kept // 2) :]}"
+
+    if not wide(text):
+        return text
+    return ends(max(2, bisect_left(range(len(text)), True, key=lambda kept: wide(ends(kept))) - 1))
 
 
 def _save(figure: Figure, path: str | Path) -> None:

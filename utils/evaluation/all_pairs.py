@@ -6,16 +6,20 @@ measures are those of ISO/IEC 19795-1: the true accept rate (TAR) is the share o
 at a threshold that lets through the share FAR of the impostor pairs (two persons).
 
 Scores are cosine similarities in float32. There are far too many of them to keep or to sort, so the threshold is found
-by radix selection: count the scores into bins, see which bin holds the wanted rank, go through the pairs again and
-count the scores of that bin into finer bins, until a bin is one float32 value. The first pass has uniform bins (which
-EER, AUC and plots need); the finer ones divide the order of the float32 values themselves, so nothing is rounded and
-ties need no special care. Two passes do, but for thresholds within 0.001 of 0 or at the very ends of the range, where
-the floats of a bin are so many that it takes a third or a fourth.
+by radix selection: count the scores into bins, see which bin holds the wanted rank, and count the scores of that bin
+into finer bins, until a bin is one float32 value. The first count has uniform bins (which EER, AUC and plots need); the
+finer ones divide the order of the float32 values themselves, so nothing is rounded and ties need no special care.
+
+All scores are computed once. A sample of pairs says beforehand about where the thresholds will be; the scores there are
+kept, a few millions at most, and the finer counts run over these. Where the sample misses, or more scores lie there
+than are kept, the thresholds take further passes over all pairs: the result is the same.
 """
 
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from fractions import Fraction
 
 import numpy as np
 import torch
@@ -23,15 +27,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.devices import full_precision
+from utils.evaluation.curves import FAR_POINTS, TarAtFar, check_rates, exact_rate
 from utils.progress import progress_bar
+from utils.ranks import Ranks
 
-# Bins of the first pass over [-1, 1]. Their width is a power of two, so that a score's bin is computed without
+# Bins of the first count over [-1, 1]. Their width is a power of two, so that a score's bin is computed without
 # rounding and every bin's edge is a float32 value.
-_BINS = 1 << 20
+_BINS = 1 << 16
 _BINS_PER_UNIT = _BINS // 2
 _RESULT_BINS = 1 << 14
-# Bins of the later passes: a bin of the first pass has no more float32 values than this unless it is near zero.
+# Bins of the later counts.
 _FINE_BINS = 1 << 14
+# Scores of either kind that are kept, at most.
+_KEPT = 1 << 22
+# Images of the sample that are compared with each other.
+_SAMPLE_ROWS = 32
+# Block sizes whose scores stay in a core's cache, and that fill a GPU.
+_BLOCK = {"cpu": 512, "cuda": 4096}
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +57,11 @@ class AllPairsResult:
         the top.
     supported: for each, whether there are at least 1 / FAR impostor pairs. Where there are fewer, the threshold is
         the highest impostor score and tar is no estimate for so low a FAR.
-    eer: equal error rate, 0..1, the ROC taken as straight between bin edges. It is off by no more than the share of
-        the pairs in the one bin, 2e-6 wide, where the error rates meet.
-    auc: area under the ROC, 0..1. Pairs that share a bin 2e-6 wide are counted as ties; that is their whole error.
+    eer: equal error rate, 0..1, the ROC taken as straight between bin edges, 3e-5 apart.
+    eer_bound: it is off by no more than this, the share of the pairs in the one bin where the error rates meet.
+    auc: area under the ROC, 0..1. Pairs that share a bin 3e-5 wide are counted as ties.
+    auc_bound: it is off by no more than this, half the share of genuine-impostor couples that share a bin. Scores that
+        are spread evenly within bins leave an error far below either bound.
     genuine_counts, impostor_counts: int64 [16384], histograms of the scores. Bins hold their lower edge; the few
         scores that rounding puts outside -1..1 are in the outermost bins.
     edges: float64 [16385], the bin edges, -1..1.
@@ -60,10 +74,20 @@ class AllPairsResult:
     threshold: tuple[float, ...]
     supported: tuple[bool, ...]
     eer: float
+    eer_bound: float
     auc: float
+    auc_bound: float
     genuine_counts: NDArray[np.int64]
     impostor_counts: NDArray[np.int64]
     edges: NDArray[np.float64]
+
+    @property
+    def points(self) -> tuple[TarAtFar, ...]:
+        """The points of operation, in the order asked for."""
+        return tuple(
+            TarAtFar(far, tar, threshold, self.impostor)
+            for far, tar, threshold in zip(self.far, self.tar, self.threshold, strict=True)
+        )
 
     def roc(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """FAR and TAR, float64 [16384] each and rising, when scores at or above a bin's lower edge are accepted."""
@@ -76,20 +100,23 @@ class AllPairsResult:
 def all_pairs(
     embeddings: Tensor,
     labels: Tensor,
-    far: Sequence[float] = (1e-2, 1e-3, 1e-4, 1e-5, 1e-6),
-    block: int = 2048,
+    far: Sequence[float] = FAR_POINTS,
+    block: int = 0,
     progress: bool = False,
+    ranks: Ranks | None = None,
 ) -> AllPairsResult:
     """Compare all N (N - 1) / 2 pairs of embeddings, on the device where they lie.
 
     embeddings: [N, D], any float dtype, any norm but zero.
     labels: integers [N], the person of each row.
     far: false accept rates, each above 0 and below 1.
-    block: scores are computed block x block at a time. On a GPU larger blocks are faster.
+    block: scores are computed block x block at a time; 0 chooses for the device.
     progress: show a progress bar for each pass.
+    ranks: processes that all call this with the same arguments share the work, and all get the result.
 
-    Beside the embeddings it takes at most 40 block^2 + 24 N D + 32 N bytes and 64 MiB, however many pairs there are.
-    The product is in full float32 whatever TF32 or autocast settings are in force.
+    Beside the embeddings it takes at most 24 N D + 48 N bytes, 40 block^2 bytes and 4 MiB for each thread, and
+    256 MiB, however many pairs there are. The product is in full float32 whatever TF32 or autocast settings are in
+    force.
 
     Raises ValueError when shapes or types do not fit, a FAR or the block size is out of range, a row is not finite or
     has zero norm, or the set has no genuine or no impostor pair. Raises RuntimeError if the device does not repeat
@@ -97,28 +124,34 @@ def all_pairs(
     """
     _check_arguments(embeddings, labels, far, block)
     genuine, impostor = _count_pairs(labels)
-
-    order = labels.to(embeddings.device).argsort(stable=True)
-    pairs = _Pairs(_normalised(embeddings)[order], labels.to(embeddings.device)[order], block, progress)
+    ranks = ranks or Ranks()
     with torch.no_grad(), full_precision(embeddings.device):
-        genuine_counts, impostor_counts = _histograms(pairs)
-        searches = [
-            # str gives the decimal that was meant: 0.29 x 100 impostors is rank 29, in binary floats it is 28.
-            _first_search(genuine_counts, impostor_counts, int(Fraction(str(float(rate))) * impostor))
-            for rate in far
-        ]
-        searches = _finish(searches, pairs)
+        blocks = PairBlocks(embeddings, labels, block, ranks, progress)
+        kept = _Kept(_promising(blocks, far, impostor), embeddings.device)
+        genuine_counts, impostor_counts = _histograms(blocks, kept)
+        searches = [_first_search(genuine_counts, impostor_counts, int(exact_rate(rate) * impostor)) for rate in far]
+        sources: dict[PairBlocks | _KeptRange, list[int]] = {}
+        whole = not ranks.any(kept.overflown)
+        for number, search in enumerate(searches):
+            sources.setdefault((kept.range_of(search) if whole else None) or blocks, []).append(number)
+        for source, numbers in sources.items():
+            for number, search in zip(numbers, _finish([searches[i] for i in numbers], source, ranks), strict=True):
+                searches[number] = search
 
     fold = _BINS // _RESULT_BINS
+    eer, eer_bound = _equal_error_rate(genuine_counts, impostor_counts)
+    auc, auc_bound = _area_under_roc(genuine_counts, impostor_counts)
     return AllPairsResult(
         genuine=genuine,
         impostor=impostor,
         far=tuple(float(rate) for rate in far),
         tar=tuple(search.genuine_above / genuine for search in searches),
         threshold=tuple(_value(search.low) for search in searches),
-        supported=tuple(Fraction(str(float(rate))) * impostor >= 1 for rate in far),
-        eer=_equal_error_rate(genuine_counts, impostor_counts),
-        auc=_area_under_roc(genuine_counts, impostor_counts),
+        supported=tuple(exact_rate(rate) * impostor >= 1 for rate in far),
+        eer=eer,
+        eer_bound=eer_bound,
+        auc=auc,
+        auc_bound=auc_bound,
         genuine_counts=genuine_counts.reshape(-1, fold).sum(axis=1),
         impostor_counts=impostor_counts.reshape(-1, fold).sum(axis=1),
         edges=np.linspace(-1.0, 1.0, _RESULT_BINS + 1),
@@ -132,11 +165,9 @@ def _check_arguments(embeddings: Tensor, labels: Tensor, far: Sequence[float], b
         raise ValueError(f"{len(embeddings)} embeddings need as many labels, not shape {list(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex():
         raise ValueError(f"labels must be integers, not {labels.dtype}")
-    if block < 1:
-        raise ValueError(f"block must be at least 1, not {block}")
-    for rate in far:
-        if not 0 < rate < 1:
-            raise ValueError(f"a false accept rate lies between 0 and 1, not at {rate}")
+    if block < 0:
+        raise ValueError(f"block must be at least 1, or 0 for automatic, not {block}")
+    check_rates(far)
 
 
 def _count_pairs(labels: Tensor) -> tuple[int, int]:
@@ -163,52 +194,243 @@ def _normalised(embeddings: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Pairs:
-    """All pairs of a set, as often as wanted, in the same blocks and so with bit-identical scores.
+class Block:
+    """Scores of some rows against some columns, slices of `PairBlocks.vectors`.
 
-    vectors: float32 [N, D], unit rows. labels: [N], ascending: then only blocks near the diagonal have genuine pairs.
+    scores: float32 [rows, columns], valid until the thread's next block.
+    mixed: whether pairs of it are genuine, or are none at all because they lie below the diagonal.
     """
 
-    vectors: Tensor
-    labels: Tensor
-    block: int
-    progress: bool
-
-    def scores(self, title: str) -> Iterator[tuple[Tensor, Tensor]]:
-        """For each block of the upper triangle the genuine and the impostor scores, float32, one-dimensional."""
-        strips = list(zip(self.vectors.split(self.block), self.labels.split(self.block), strict=True))
-        people = [(int(labels[0]), int(labels[-1])) for _, labels in strips]
-        with progress_bar(len(strips) * (len(strips) + 1) // 2, "block", title, disable=not self.progress) as bar:
-            for row, (rows, row_labels) in enumerate(strips):
-                for column, (columns, column_labels) in enumerate(strips[row:], start=row):
-                    scores = rows @ columns.T
-                    if people[row][1] < people[column][0]:
-                        yield scores.new_empty(0), scores.flatten()
-                    else:
-                        genuine = row_labels[:, None] == column_labels
-                        impostor = ~genuine
-                        if column == row:
-                            genuine.triu_(diagonal=1)
-                            impostor.triu_(diagonal=1)
-                        yield scores[genuine], scores[impostor]
-                    bar.update()
+    scores: Tensor
+    rows: slice
+    columns: slice
+    mixed: bool
 
 
-def _histograms(pairs: _Pairs) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first pass: how many genuine and impostor scores there are in each of the uniform bins."""
-    counts = torch.zeros(2, _BINS, dtype=torch.int64, device=pairs.vectors.device)
-    for block in pairs.scores("all pairs, histogram"):
-        for count, scores in zip(counts, block, strict=True):
+class PairBlocks:
+    """All pairs of a set, as often as wanted, in the same blocks and so with bit-identical scores.
+
+    vectors: float32 [N, D], unit rows. labels: int64 [N], 0..C-1, ascending: then only blocks near the diagonal have
+    genuine pairs. people: [C], what the labels were; order: int64 [N], where the rows were. Each rank has its share of
+    the blocks. On the CPU as many threads work as torch may use, each on blocks of its own: torch counts with one.
+    """
+
+    def __init__(
+        self, embeddings: Tensor, labels: Tensor, block: int = 0, ranks: Ranks | None = None, progress: bool = False
+    ) -> None:
+        _check_arguments(embeddings, labels, (), block)
+        self.people, numbers = labels.to(embeddings.device).unique(return_inverse=True)
+        self.order = numbers.argsort(stable=True)
+        self.vectors, self.labels = _normalised(embeddings)[self.order], numbers[self.order]
+        self.ranks, self._progress = ranks or Ranks(), progress
+        self._block = block or _BLOCK.get(embeddings.device.type, 2048)
+        self.threads = torch.get_num_threads() if embeddings.device.type == "cpu" else 1
+        self._sorted = self.labels.cpu().numpy()
+        starts = range(0, len(labels), self._block)
+        pairs = [(row, column) for row in starts for column in starts[row // self._block :]]
+        self._mine = pairs[self.ranks.rank :: self.ranks.size]
+
+    def each(self, work: Callable[[Block, int], None], title: str) -> None:
+        """Call `work(block, thread)` for each block of this rank, on `threads` threads, numbered from 0."""
+        todo = iter(self._mine)
+        lock = threading.Lock()
+
+        def run(thread: int) -> None:
+            buffer = torch.empty(self._block**2, device=self.vectors.device)
+            with torch.no_grad():
+                while True:
+                    with lock:
+                        start = next(todo, None)
+                    if start is None:
+                        return
+                    work(self._scores(*start, buffer), thread)
+                    with lock:
+                        bar.update()
+
+        hidden = not (self._progress and self.ranks.first)
+        with progress_bar(len(self._mine), "block", title, disable=hidden) as bar:
+            if self.threads == 1:
+                run(0)
+                return
+            with _one_thread_each(self.threads), ThreadPoolExecutor(self.threads) as pool:
+                list(pool.map(run, range(self.threads)))
+
+    def visit(self, work: Callable[[Tensor, Tensor, int], None], title: str) -> None:
+        """Call `work(genuine, impostor, thread)` with the scores of each block of this rank."""
+        self.each(lambda block, thread: work(*self.split(block), thread), title)
+
+    def _scores(self, row: int, column: int, buffer: Tensor) -> Block:
+        rows, columns = self.vectors[row : row + self._block], self.vectors[column : column + self._block]
+        scores = buffer[: len(rows) * len(columns)].view(len(rows), len(columns))
+        torch.mm(rows, columns.T, out=scores)
+        mixed = bool(self._sorted[column] <= self._sorted[row + len(rows) - 1])
+        return Block(scores, slice(row, row + len(rows)), slice(column, column + len(columns)), mixed)
+
+    def split(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The genuine and the impostor scores of a block, float32, one-dimensional."""
+        if not block.mixed:
+            return block.scores.new_empty(0), block.scores.view(-1)
+        genuine, impostor = self.masks(block)
+        return _picked(block.scores, genuine), _picked(block.scores, impostor)
+
+    def masks(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Which scores of a block are genuine and which are impostors', bool [rows, columns] each."""
+        genuine = self.labels[block.rows, None] == self.labels[None, block.columns]
+        impostor = ~genuine
+        if block.rows == block.columns:
+            genuine.triu_(diagonal=1)
+            impostor.triu_(diagonal=1)
+        return genuine, impostor
+
+
+@contextmanager
+def _one_thread_each(threads: int) -> Iterator[None]:
+    """No more than a thread for each operation, of the threads that are started within."""
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _promising(blocks: PairBlocks, far: Sequence[float], impostor: int) -> list[tuple[float, float]]:
+    """Ranges of scores, low <= score < high, disjoint and from edge to edge of bins, that thresholds probably lie in.
+
+    By the quantiles of a sample: random images, each compared with `_SAMPLE_ROWS` others. The margin is six times the
+    sampling error of single pairs, and a twentieth for images that are alike to many.
+    """
+    images = len(blocks.vectors)
+    if images * (images - 1) // 2 <= _KEPT:
+        return [(-np.inf, np.inf)]
+    groups = min(images, 1 << 16) // _SAMPLE_ROWS
+    chosen = torch.randperm(images, generator=torch.Generator().manual_seed(0))[: groups * _SAMPLE_ROWS]
+    chosen = chosen.to(blocks.vectors.device)
+    vectors = blocks.vectors[chosen].view(groups, _SAMPLE_ROWS, -1)
+    people = blocks.labels[chosen].view(groups, _SAMPLE_ROWS)
+    others = (people[:, :, None] != people[:, None, :]).triu_(diagonal=1)
+    sample = (vectors @ vectors.mT)[others].sort(descending=True).values
+    if not len(sample):
+        return []
+    quantiles = blocks.ranks.broadcast(sample.clone()).tolist()  # other devices may round otherwise
+    ranges: list[tuple[float, float]] = []
+    room = 0.75 * _KEPT
+    for rate in sorted(far):
+        rank = rate * len(sample)
+        margin = 6 * np.sqrt(rank) + 0.05 * rank + 10
+        above, below = int(rank - margin), int(rank + margin)
+        room -= (below - max(above, 0)) / len(sample) * impostor
+        if room < 0:
+            break
+        high = _edge(quantiles[above], 1) if above >= 0 else np.inf
+        low = _edge(quantiles[below], 0) if below < len(sample) else -np.inf
+        if ranges and high >= ranges[-1][0]:
+            high = ranges.pop()[1]
+        ranges.append((low, high))
+    return ranges
+
+
+def _edge(score: float, up: int) -> float:
+    """The edge of the score's bin below it, or with `up` 1 above it; infinite at the ends."""
+    edge = float(np.floor(score * _BINS_PER_UNIT) + up) / _BINS_PER_UNIT
+    return -np.inf if edge <= -1 else np.inf if edge >= 1 else edge
+
+
+class _KeptRange:
+    """The genuine and the impostor scores with low <= score < high."""
+
+    def __init__(self, low: float, high: float, device: torch.device) -> None:
+        self.low, self.high, self.device = low, high, device
+        # In one piece: many small ones, made between large tensors that come and go, would spread over the memory.
+        self._scores = torch.empty(2, _KEPT, device=device)
+        self._counts = [0, 0]
+
+    def add(self, kind: int, scores: Tensor) -> None:
+        """Append scores: kind 0 genuine, 1 impostor."""
+        start = self._counts[kind]
+        self._counts[kind] += len(scores)
+        self._scores[kind, start : self._counts[kind]] = scores
+
+    def covers(self, search: "_Search") -> bool:
+        """Whether the search's interval lies within the range."""
+        return _key(self.low) <= search.low and search.high <= _key(self.high) - 1
+
+    def visit(self, work: Callable[[Tensor, Tensor, int], None], title: str) -> None:
+        """Call `work` once, with all genuine and all impostor scores."""
+        genuine, impostor = (scores[:count] for scores, count in zip(self._scores, self._counts, strict=True))
+        work(genuine, impostor, 0)
+
+
+class _Kept:
+    """The scores within some disjoint ranges, as far as there is room."""
+
+    def __init__(self, ranges: list[tuple[float, float]], device: torch.device) -> None:
+        self._ranges = [_KeptRange(low, high, device) for low, high in ranges]
+        self._room = [_KEPT, _KEPT]
+        self._lock = threading.Lock()
+
+    @property
+    def overflown(self) -> bool:
+        """Whether there were more scores than room."""
+        return min(self._room) < 0
+
+    def add(self, genuine: Tensor, impostor: Tensor) -> None:
+        """Keep what lies within the ranges; safe from several threads."""
+        for kind, scores in enumerate((genuine, impostor)):
+            if not len(scores):
+                continue
+            for kept in self._ranges:
+                part = _between(scores, kept.low, kept.high)
+                with self._lock:
+                    self._room[kind] -= len(part)
+                    if self.overflown:
+                        return
+                    kept.add(kind, part)
+
+    def range_of(self, search: "_Search") -> _KeptRange | None:
+        """The range that has all scores of the search's interval."""
+        return next((kept for kept in self._ranges if kept.covers(search)), None)
+
+
+def _between(scores: Tensor, low: float, high: float) -> Tensor:
+    """Those of the scores with low <= score < high, in order, as a copy. low, high: float32 values."""
+    if scores.device.type != "cpu":
+        return scores[(scores >= low) & (scores < high)]
+    values = scores.numpy()  # which compares and picks several times faster than torch
+    inside = values >= low
+    if high < np.inf:
+        inside &= values < high
+    return torch.from_numpy(values[np.flatnonzero(inside)])
+
+
+def _picked(scores: Tensor, mask: Tensor) -> Tensor:
+    """The scores where the mask of the same shape is set, one-dimensional."""
+    if scores.device.type != "cpu":
+        return scores[mask]
+    return torch.from_numpy(scores.numpy().reshape(-1)[np.flatnonzero(mask.numpy())])
+
+
+def _histograms(blocks: PairBlocks, kept: _Kept) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The first count: how many genuine and impostor scores there are in each of the uniform bins."""
+    counts = torch.zeros(blocks.threads, 2, _BINS, dtype=torch.int64, device=blocks.vectors.device)
+
+    def count(genuine: Tensor, impostor: Tensor, thread: int) -> None:
+        for total, scores in zip(counts[thread], (genuine, impostor), strict=True):
             if len(scores):
-                count += torch.bincount(_bin(scores), minlength=_BINS)
-    genuine, impostor = counts.cpu().numpy()
+                total += torch.bincount(uniform_bins(scores, _BINS), minlength=_BINS)
+        kept.add(genuine, impostor)
+
+    blocks.visit(count, "all pairs")
+    genuine, impostor = blocks.ranks.sum(counts.sum(0)).cpu().numpy()
     return genuine, impostor
 
 
-def _bin(scores: Tensor) -> Tensor:
-    """The uniform bin of each score, int32. Scaling by a power of two and flooring are exact, so the edges are too."""
-    scaled = (scores * _BINS_PER_UNIT).floor_().clamp_(-_BINS_PER_UNIT, _BINS_PER_UNIT - 1)
-    return scaled.add_(_BINS_PER_UNIT).int()
+def uniform_bins(scores: Tensor, bins: int) -> Tensor:
+    """The bin of each score among `bins`, a power of two, over [-1, 1]: int32. What lies outside is in the outermost.
+
+    Scaling by a power of two and flooring are exact, so the edges are too.
+    """
+    half = bins // 2
+    return (scores * half).floor_().clamp_(-half, half - 1).add_(half).int()
 
 
 def _keys(scores: Tensor) -> Tensor:
@@ -266,26 +488,33 @@ def _locate(counts: NDArray[np.int64], rank: int) -> tuple[int, int]:
     return len(counts) - 1 - position, rank - int(from_top[position] - counts[::-1][position])
 
 
-def _finish(searches: list[_Search], pairs: _Pairs) -> list[_Search]:
-    """Narrow each search, a pass over the pairs at a time, until it holds a single score."""
+def _finish(searches: list[_Search], source: PairBlocks | _KeptRange, ranks: Ranks) -> list[_Search]:
+    """Narrow each search, a pass over the scores of the source at a time, until it holds a single score."""
     while any(search.low < search.high for search in searches):
-        counts = _fine_counts(searches, pairs)
+        counts = _fine_counts(searches, source, ranks)
         searches = [_narrowed(search, *count) for search, count in zip(searches, counts, strict=True)]
     return searches
 
 
-def _fine_counts(searches: list[_Search], pairs: _Pairs) -> NDArray[np.int64]:
-    """A later pass: genuine and impostor counts in the finer bins of each search, int64 [searches, 2, bins]."""
-    counts = torch.zeros(len(searches), 2, _FINE_BINS, dtype=torch.int64, device=pairs.vectors.device)
+def _fine_counts(searches: list[_Search], source: PairBlocks | _KeptRange, ranks: Ranks) -> NDArray[np.int64]:
+    """A later count: genuine and impostor counts in the finer bins of each search, int64 [searches, 2, bins]."""
+    device = source.vectors.device if isinstance(source, PairBlocks) else source.device
+    counts = torch.zeros(len(searches), 2, _FINE_BINS, dtype=torch.int64, device=device)
     lowest = _value(min(search.low for search in searches))
-    for block in pairs.scores("all pairs, thresholds"):
-        for kind, scores in enumerate(block):
-            keys = _keys(scores[scores >= lowest])  # few are left at the FARs that matter
-            for search, count in zip(searches, counts[:, kind], strict=True):
+    lock = threading.Lock()
+
+    def count(genuine: Tensor, impostor: Tensor, thread: int) -> None:
+        for kind, scores in enumerate((genuine, impostor)):
+            keys = _keys(_between(scores, lowest, np.inf))  # few are left at the FARs that matter
+            for search, total in zip(searches, counts[:, kind], strict=True):
                 inside = keys[(keys >= search.low) & (keys <= search.high)]
                 if len(inside):
-                    count += torch.bincount((inside - search.low) // search.step, minlength=_FINE_BINS)
-    return counts.cpu().numpy()
+                    found = torch.bincount((inside - search.low) // search.step, minlength=_FINE_BINS)
+                    with lock:
+                        total += found
+
+    source.visit(count, "all pairs, thresholds")
+    return ranks.sum(counts).cpu().numpy()
 
 
 def _narrowed(search: _Search, genuine: NDArray[np.int64], impostor: NDArray[np.int64]) -> _Search:
@@ -303,17 +532,25 @@ def _narrowed(search: _Search, genuine: NDArray[np.int64], impostor: NDArray[np.
     )
 
 
-def _equal_error_rate(genuine: NDArray[np.int64], impostor: NDArray[np.int64]) -> float:
-    """Where the share of impostors accepted equals that of genuine pairs rejected, straight between bin edges."""
+def _equal_error_rate(genuine: NDArray[np.int64], impostor: NDArray[np.int64]) -> tuple[float, float]:
+    """Where the share of impostors accepted equals that of genuine pairs rejected, straight between bin edges.
+
+    With it the share of the pairs of either kind in the one bin where they meet.
+    """
     rejected = np.append(0, genuine.cumsum()) / genuine.sum()
     accepted = 1 - np.append(0, impostor.cumsum()) / impostor.sum()
     excess = accepted - rejected  # falls from 1 to -1
     after = int((excess <= 0).argmax())
     share = excess[after - 1] / (excess[after - 1] - excess[after])
-    return float(rejected[after - 1] + share * (rejected[after] - rejected[after - 1]))
+    rate = float(rejected[after - 1] + share * (rejected[after] - rejected[after - 1]))
+    return rate, float(min(rejected[after] - rejected[after - 1], accepted[after - 1] - accepted[after]))
 
 
-def _area_under_roc(genuine: NDArray[np.int64], impostor: NDArray[np.int64]) -> float:
-    """The chance that a genuine pair scores above an impostor pair, pairs of one bin counting half."""
+def _area_under_roc(genuine: NDArray[np.int64], impostor: NDArray[np.int64]) -> tuple[float, float]:
+    """The chance that a genuine pair scores above an impostor pair, pairs of one bin counting half.
+
+    With it the largest error that this counting can make.
+    """
+    couples = float(genuine.sum()) * float(impostor.sum())
     beaten = impostor.cumsum() - impostor / 2
-    return float(genuine @ beaten / (float(genuine.sum()) * float(impostor.sum())))
+    return float(genuine @ beaten / couples), float(genuine @ (impostor / 2) / couples)

@@ -1,0 +1,350 @@
+"""Error rates by group: any column of a CSV, of images or of identities (age, pose, quality, ...).
+
+    image,pose                          identity,group
+    Ann_Lee/Ann_Lee_0001.jpg,frontal    Ann_Lee,A
+
+A column of numbers with more than `MOST_GROUPS` different values is cut at its quartiles. Rates are those at the
+thresholds of the whole set, as a deployed system has one threshold for everybody, for the pairs within each group and
+across each two. Impostors of one's own group are the harder ones: a rate over all pairs hides that.
+
+Intervals are Wilson's, for as many independent trials as would have the variance that is found when all pairs with an
+identity (or image) may err together. Where nothing or everything is accepted there is no variance to be found: then the
+trials are the identities of genuine pairs, and half of those of impostor pairs, which is cautious.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from statistics import NormalDist
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from utils.devices import full_precision
+from utils.evaluation.all_pairs import Block, PairBlocks
+from utils.evaluation.bootstrap import Interval
+from utils.evaluation.curves import TarAtFar
+from utils.ranks import Ranks
+
+MOST_GROUPS = 12
+
+
+class ColumnsError(ValueError):
+    """A CSV of columns is not as it should be; the message names file and line."""
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """What a CSV says of images or identities. key: `image` or `identity`. values: by column, then by key."""
+
+    path: Path
+    key: str
+    values: dict[str, dict[str, str]]
+
+
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """The group of each of N things: names, and `of`, int64 [N] into them, -1 where the CSV says nothing."""
+
+    column: str
+    names: tuple[str, ...]
+    of: NDArray[np.int64]
+
+
+def read_columns(path: Path | str) -> Columns:
+    """Read a CSV with a header whose first column is `image` or `identity`.
+
+    Raises ColumnsError, with the line, for another header, a line of another length and a key that comes twice.
+    """
+    path = Path(path)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, strict=True)
+        try:
+            header = [name.strip() for name in next(rows, [])]
+            if len(header) < 2 or header[0] not in ("image", "identity") or len(set(header)) < len(header):
+                raise ColumnsError(
+                    f"{path}, line 1: {','.join(header)!r}: expected 'image' or 'identity', then one column or more"
+                )
+            values: dict[str, dict[str, str]] = {name: {} for name in header[1:]}
+            for row in rows:
+                if not row:
+                    continue
+                where = f"{path}, line {rows.line_num}"
+                if len(row) != len(header):
+                    raise ColumnsError(f"{where}: {len(row)} columns, the header has {len(header)}")
+                if row[0].strip() in values[header[1]]:
+                    raise ColumnsError(f"{where}: {row[0].strip()!r} comes twice")
+                for name, value in zip(header[1:], row[1:], strict=True):
+                    values[name][row[0].strip()] = value.strip()
+        except csv.Error as error:
+            raise ColumnsError(f"{path}, line {rows.line_num}: {error}") from None
+    return Columns(path, header[0], values)
+
+
+def group_by(columns: Columns, column: str, keys: Sequence[str]) -> Groups:
+    """The group of each of some things by `column`; keys: their images (a path in the set) or identities.
+
+    An image that the CSV does not name by its path is looked for by its file's name. Empty values are no group. Raises
+    ColumnsError for a column that is not there, when nothing of it fits the keys, and for more than `MOST_GROUPS`
+    groups that are no numbers.
+    """
+    if column not in columns.values:
+        raise ColumnsError(f"{columns.path} has no column {column!r}, only {', '.join(columns.values)}")
+    listed = columns.values[column]
+    found = [listed.get(key, listed.get(key.rsplit("/", 1)[-1], "")) for key in keys]
+    if not any(found):
+        raise ColumnsError(f"{columns.path}: none of its {columns.key} names is in the set, such as {keys[0]!r}")
+    try:
+        return groups_of(column, found)
+    except ValueError as error:
+        raise ColumnsError(f"{columns.path}: {error}") from None
+
+
+def groups_of(column: str, values: Sequence[str]) -> Groups:
+    """Groups from a text for each thing; things with an empty one are in none.
+
+    Raises ValueError for more than `MOST_GROUPS` different texts that are no numbers.
+    """
+    names = sorted(set(values) - {""})
+    if len(names) <= MOST_GROUPS:
+        number = {name: place for place, name in enumerate(names)}
+        return Groups(column, tuple(names), np.array([number.get(value, -1) for value in values], np.int64))
+    try:
+        numbers = np.array([float(value) if value else np.nan for value in values])
+    except ValueError as error:
+        raise ValueError(
+            f"column {column!r} has {len(names)} different values, which are no numbers ({error}): "
+            f"{MOST_GROUPS} groups are the most"
+        ) from None
+    cuts = np.unique(np.nanquantile(numbers, [0.25, 0.5, 0.75]))
+    place = np.where(np.isnan(numbers), -1, np.searchsorted(cuts, numbers, side="right"))
+    bounds = [f"{cut:.4g}" for cut in cuts]
+    texts = [f"{low} to {high}" for low, high in pairwise(bounds)]
+    return Groups(column, (f"below {bounds[0]}", *texts, f"{bounds[-1]} and above"), place.astype(np.int64))
+
+
+@dataclass(frozen=True)
+class GroupRates:
+    """What a threshold does to the pairs of two groups (or one, when both are the same).
+
+    groups: their names. members: people in either, or images where people are not known. genuine, impostor: pairs.
+    far_of_all: what the threshold, a cosine, lets through of all impostor pairs of the set. tar, far: the shares of
+    the groups' pairs that it accepts, None without pairs of that kind.
+    """
+
+    groups: tuple[str, str]
+    members: int
+    genuine: int
+    impostor: int
+    far_of_all: float
+    threshold: float
+    tar: Interval | None
+    far: Interval | None
+
+    @property
+    def within(self) -> bool:
+        """Whether the pairs lie within one group."""
+        return self.groups[0] == self.groups[1]
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Rates by one column. unit: what `members` counts, `identities` or `images`. left_out: images without a group."""
+
+    column: str
+    unit: str
+    left_out: int
+    rates: tuple[GroupRates, ...]
+
+    def as_table(self) -> tuple[list[str], list[list[str | int]]]:
+        """Header and rows, for people: shares in percent with their intervals."""
+        header = [self.column, self.unit, "genuine", "impostor", "FAR of all", "TAR", "interval", "FAR", "interval"]
+        rows: list[list[str | int]] = []
+        for rate in self.rates:
+            name = rate.groups[0] if rate.within else " / ".join(rate.groups)
+            cells = [*_cells(rate.tar, ".3f"), *_cells(rate.far, ".5f")]
+            rows.append([name, rate.members, rate.genuine, rate.impostor, f"{rate.far_of_all:g}", *cells])
+        return header, rows
+
+    def as_json(self) -> dict[str, Any]:
+        """The same as plain values; shares are 0..1."""
+        return asdict(self)
+
+
+def _cells(share: Interval | None, digits: str) -> tuple[str, str]:
+    if share is None:
+        return "", ""
+    return f"{100 * share.estimate:{digits}} %", f"{100 * share.low:{digits}} .. {100 * share.high:{digits}}"
+
+
+def clustered_interval(
+    hits: NDArray[np.floating | np.integer], trials: NDArray[np.floating | np.integer], ends: int, level: float = 0.95
+) -> Interval | None:
+    """The share of hits with an interval that allows for units whose trials err together; None without trials.
+
+    hits, trials: [U], for each unit. ends: how many units each trial belongs to, 1 or 2.
+    """
+    total = float(trials.sum())
+    if not total:
+        return None
+    share = float(hits.sum()) / total
+    units = int(np.count_nonzero(trials))
+    variance = float(np.square(hits - share * trials).sum()) * (ends / total) ** 2 * units / max(1, units - 1)
+    # No fewer than one trial, no more than there are.
+    size = float(np.clip(share * (1 - share) / variance, 1, total / ends)) if variance else units / ends
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    centre = (share + z * z / (2 * size)) / (1 + z * z / size)
+    half = z / (1 + z * z / size) * np.sqrt(share * (1 - share) / size + z * z / (4 * size * size))
+    return Interval(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)), level)
+
+
+def _pair_codes(groups: int) -> tuple[NDArray[np.int64], list[tuple[int, int]]]:
+    """A number for each two groups whatever their order, int64 [groups, groups], and the groups of each number."""
+    couples = [(first, second) for first in range(groups) for second in range(first, groups)]
+    codes = np.zeros((groups, groups), np.int64)
+    for number, (first, second) in enumerate(couples):
+        codes[first, second] = codes[second, first] = number
+    return codes, couples
+
+
+def breakdown_pairs(
+    scores: NDArray[np.floating],
+    same: NDArray[np.bool_],
+    index: NDArray[np.integer],
+    groups: Groups,
+    points: Sequence[TarAtFar],
+    level: float = 0.95,
+) -> Breakdown:
+    """Rates of a list of pairs by the groups of its images, for each point and each two groups that have pairs.
+
+    scores [P], accepted strictly above the threshold of a point; same bool [P]; index: integers [P, 2], images, which
+    `groups` is of. Pairs of an image without a group are left out.
+    """
+    of = groups.of[index]
+    known = (of >= 0).all(axis=1)
+    codes, couples = _pair_codes(len(groups.names))
+    code = np.where(known, codes[of[:, 0], of[:, 1]], -1)
+    rates = []
+    for point in points:
+        for number, (first, second) in enumerate(couples):
+            here = code == number
+            if not here.any():
+                continue
+            intervals = []
+            for kind in (same, ~same):
+                ends = index[here & kind].reshape(-1)
+                accepted = (scores[here & kind] > point.threshold).repeat(2)
+                trials = np.bincount(ends, minlength=len(groups.of)).astype(np.float64)
+                hits = np.bincount(ends, accepted, len(groups.of))
+                intervals.append(clustered_interval(hits, trials, 2, level))
+            rates.append(
+                GroupRates(
+                    (groups.names[first], groups.names[second]),
+                    len(np.unique(index[here])),
+                    int((here & same).sum()),
+                    int((here & ~same).sum()),
+                    point.far,
+                    point.threshold,
+                    *intervals,
+                )
+            )
+    return Breakdown(groups.column, "images", int((groups.of < 0).sum()), tuple(rates))
+
+
+def breakdown_all_pairs(
+    embeddings: Tensor,
+    labels: Tensor,
+    groups: Groups,
+    points: Sequence[TarAtFar],
+    level: float = 0.95,
+    block: int = 0,
+    progress: bool = False,
+    ranks: Ranks | None = None,
+) -> Breakdown:
+    """Rates of all pairs of a set by the groups of its images, exact; takes a pass over the pairs.
+
+    embeddings [N, D] and labels [N] as for `all_pairs`; groups: of the N images; points: of the `AllPairsResult`.
+    Images without a group are left out. Memory: 16 bytes for each identity, each two groups and each point.
+    """
+    ranks = ranks or Ranks()
+    chosen = torch.from_numpy(groups.of >= 0).to(embeddings.device)
+    if not chosen.any():
+        raise ValueError(f"no image has a group of column {groups.column!r}")
+    device = embeddings.device
+    codes, couples = _pair_codes(len(groups.names))
+    with torch.no_grad(), full_precision(device):
+        blocks = PairBlocks(embeddings[chosen], labels.to(device)[chosen], block, ranks, progress)
+        of = torch.from_numpy(groups.of).to(device)[chosen][blocks.order]
+        table = torch.from_numpy(codes).to(device)
+        people = len(blocks.people)
+        thresholds = [point.threshold for point in points]
+        hits = torch.zeros(len(points), 2, people, len(couples), dtype=torch.int64, device=device)
+        lowest = min(thresholds)
+        lock = Lock()
+
+        def count(pairs: Block, thread: int) -> None:
+            above = pairs.scores > lowest
+            kinds = blocks.masks(pairs) if pairs.mixed else (None, None)
+            for kind, mask in enumerate(kinds):
+                if mask is None and kind == 0:
+                    continue
+                row, column = (above if mask is None else above & mask).nonzero(as_tuple=True)
+                scores = pairs.scores[row, column]
+                row, column = row + pairs.rows.start, column + pairs.columns.start
+                code = table[of[row], of[column]]
+                who = [blocks.labels[row], blocks.labels[column]][: kind + 1]
+                for place, threshold in enumerate(thresholds):
+                    passed = scores > threshold
+                    for side in who:
+                        found = torch.bincount((side * len(couples) + code)[passed], minlength=people * len(couples))
+                        with lock:
+                            hits[place, kind] += found.view(people, len(couples))
+
+        blocks.each(count, "all pairs, by group")
+        accepted = ranks.sum(hits).cpu().numpy()
+        sizes = np.zeros((people, len(groups.names)), np.int64)
+        np.add.at(sizes, (blocks.labels.cpu().numpy(), of.cpu().numpy()), 1)
+    rates = _group_rates(accepted, sizes, couples, groups.names, points, level)
+    return Breakdown(groups.column, "identities", int((~chosen).sum()), tuple(rates))
+
+
+def _group_rates(
+    accepted: NDArray[np.int64],
+    sizes: NDArray[np.int64],
+    couples: Sequence[tuple[int, int]],
+    names: Sequence[str],
+    points: Sequence[TarAtFar],
+    level: float,
+) -> list[GroupRates]:
+    """From accepted pairs, int64 [points, kinds, people, couples], and images, int64 [people, groups]."""
+    images = sizes.sum(axis=0)
+    rates = []
+    for place, point in enumerate(points):
+        for number, (first, second) in enumerate(couples):
+            ours, theirs = sizes[:, first], sizes[:, second]
+            if first == second:
+                genuine, impostor = ours * (ours - 1) // 2, ours * (images[first] - ours)
+            else:
+                genuine = ours * theirs
+                impostor = ours * (images[second] - theirs) + theirs * (images[first] - ours)
+            if not genuine.any() and not impostor.any():
+                continue
+            rates.append(
+                GroupRates(
+                    (names[first], names[second]),
+                    int(((ours > 0) | (theirs > 0)).sum()),
+                    int(genuine.sum()),
+                    int(impostor.sum()) // 2,
+                    point.far,
+                    point.threshold,
+                    clustered_interval(accepted[place, 0, :, number], genuine, 1, level),
+                    clustered_interval(accepted[place, 1, :, number], impostor, 2, level),
+                )
+            )
+    return rates

@@ -1,0 +1,320 @@
+"""One model on one set: embeddings, the set's protocol, and all that is measured beside it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from models.embedders import Embedder
+from models.embedding import embed_images
+from utils.evaluation.all_pairs import AllPairsResult, all_pairs
+from utils.evaluation.bootstrap import Intervals, bootstrap_identities, bootstrap_pairs, connected_groups
+from utils.evaluation.breakdown import Breakdown, Groups, breakdown_all_pairs, breakdown_pairs
+from utils.evaluation.comparison import Comparison, compare_identities, compare_pairs
+from utils.evaluation.curves import Roc, TarAtFar, roc_of_pairs, tar_at_far
+from utils.evaluation.folds import FoldResult, ten_fold
+from utils.evaluation.hardest import HardPairs, hardest_of_all, hardest_of_pairs
+from utils.evaluation.identification import Identification, identify_people
+from utils.evaluation.identity_counts import IdentityCounts, identity_counts
+from utils.evaluation.ijb import (
+    IjbIdentification,
+    IjbVerification,
+    ijb_identification,
+    ijb_verification,
+)
+from utils.evaluation.rejection import RejectCurve, error_versus_reject, pair_quality
+from utils.evaluation.templates import PUBLISHED, Pooling, image_features, pool_templates
+from utils.evaluation.test_sets import TestSet
+from utils.ranks import Ranks
+
+_BINS = np.linspace(-1, 1, 201)
+# Pairs of each kind in an error-versus-reject curve of an all-pairs test, at most: a random sample of them.
+_SAMPLED_PAIRS = 500_000
+# The false accept rate whose threshold error-versus-reject curves and breakdowns have.
+_FAR = 1e-3
+
+
+@dataclass(frozen=True)
+class Options:
+    """How sets are tested.
+
+    mirror: the mirrored image's embedding is added. cache: folder of kept embeddings, or None. draws: of the bootstrap;
+    0: no intervals. identify: 1:N as well. hardest: pairs to keep of the hardest of each kind.
+    """
+
+    batch_size: int
+    workers: int
+    mirror: bool
+    cache: Path | None
+    draws: int
+    seed: int
+    identify: bool
+    hardest: int
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What tables say of the images, by column: groups, and qualities, a number for each image, NaN where unknown.
+
+    The values of the quality `norm` come from the model.
+    """
+
+    groups: Mapping[str, Groups] = field(default_factory=dict)
+    qualities: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """genuine, impostor: int64 [B], scores in each bin. edges: float64 [B + 1]."""
+
+    genuine: NDArray[np.int64]
+    impostor: NDArray[np.int64]
+    edges: NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What a model reached on a set.
+
+    features: float32 [N, D], one for each image, of the model's own lengths. auc, eer: 0..1. curve: FAR and TAR,
+    rising. counts: what intervals and comparisons of the all-pairs test are made from. What was not asked for, or the
+    set has no means for, is None or empty.
+    """
+
+    model: str
+    features: NDArray[np.floating]
+    result: FoldResult | AllPairsResult | IjbVerification
+    points: tuple[TarAtFar, ...]
+    auc: float
+    eer: float
+    curve: tuple[NDArray[np.float64], NDArray[np.float64]]
+    histogram: Histogram
+    intervals: Intervals | None = None
+    counts: IdentityCounts | None = None
+    identification: Identification | IjbIdentification | None = None
+    hardest: tuple[HardPairs, HardPairs] | None = None
+    rejects: dict[str, RejectCurve] = field(default_factory=dict)
+    breakdowns: dict[str, Breakdown] = field(default_factory=dict)
+
+
+def unit_rows(features: NDArray[np.floating]) -> NDArray[np.float32]:
+    """Rows of length 1, float32."""
+    return torch.nn.functional.normalize(torch.from_numpy(np.asarray(features))).numpy()
+
+
+def measure(
+    embedder: Embedder, name: str, test_set: TestSet, tables: Tables, options: Options, ranks: Ranks
+) -> Measured | None:
+    """Test the model, called `name`, on the set. All ranks embed and compare; only the first has the result."""
+    features = embed_images(
+        embedder,
+        test_set.images,
+        options.batch_size,
+        options.workers,
+        options.mirror,
+        f"{test_set.name}, {name}",
+        ranks,
+        cache=options.cache,
+        normalised=False,
+    )
+    if test_set.faces is not None:
+        return _measure_all_pairs(embedder.device, name, test_set, features, tables, options, ranks)
+    if not ranks.first:
+        return None
+    if test_set.pairs is not None:
+        return _measure_pairs(name, test_set, features, tables, options)
+    return _measure_ijb(name, test_set, features, options)
+
+
+def _measure_pairs(
+    name: str, test_set: TestSet, features: NDArray[np.floating], tables: Tables, options: Options
+) -> Measured:
+    pairs = test_set.pairs
+    assert pairs is not None
+    try:
+        result = ten_fold(unit_rows(features)[pairs.index.reshape(-1)], pairs.same)
+    except ValueError as error:
+        raise ValueError(f"{test_set.name}: {error}") from None
+    scores, same = result.cosines, result.same
+    curve = roc_of_pairs(scores, same)
+    points = tar_at_far(scores[same], scores[~same])
+    intervals = None
+    if options.draws:
+        intervals = bootstrap_pairs(result, connected_groups(pairs.index), replicates=options.draws, seed=options.seed)
+    return Measured(
+        name,
+        features,
+        result,
+        points,
+        curve.auc,
+        curve.eer,
+        (curve.far, curve.tar),
+        _histogram(scores, same),
+        intervals,
+        hardest=hardest_of_pairs(scores, same, pairs.index, options.hardest),
+        rejects={
+            quality: rejects
+            for quality, values in _qualities(features, tables).items()
+            if (rejects := _reject_curve(scores, same, pair_quality(values, pairs.index))) is not None
+        },
+        breakdowns={
+            title: breakdown_pairs(scores, same, pairs.index, groups, _points_of_breakdowns(points))
+            for title, groups in tables.groups.items()
+        },
+    )
+
+
+def _measure_all_pairs(
+    device: torch.device,
+    name: str,
+    test_set: TestSet,
+    features: NDArray[np.floating],
+    tables: Tables,
+    options: Options,
+    ranks: Ranks,
+) -> Measured | None:
+    faces = test_set.faces
+    assert faces is not None
+    unit = torch.from_numpy(unit_rows(features)).to(device)
+    labels = torch.from_numpy(faces.labels)
+    try:
+        result = all_pairs(unit, labels, progress=ranks.first, ranks=ranks)
+    except ValueError as error:
+        raise ValueError(f"{test_set.name}: {error}") from None
+    counts = identity_counts(unit, labels, result, progress=ranks.first, ranks=ranks) if options.draws else None
+    breakdowns = {
+        title: breakdown_all_pairs(
+            unit, labels, groups, _points_of_breakdowns(result.points), progress=ranks.first, ranks=ranks
+        )
+        for title, groups in tables.groups.items()
+    }
+    if not ranks.first:
+        return None
+    return Measured(
+        name,
+        features,
+        result,
+        result.points,
+        result.auc,
+        result.eer,
+        result.roc(),
+        Histogram(result.genuine_counts, result.impostor_counts, result.edges),
+        bootstrap_identities(counts, result, options.draws, seed=options.seed) if counts else None,
+        counts,
+        identify_people(unit.cpu().numpy(), faces.labels) if options.identify else None,
+        hardest_of_all(unit, labels, options.hardest),
+        _rejects_of_all(unit, faces.labels, _qualities(features, tables), options.seed),
+        breakdowns,
+    )
+
+
+def _points_of_breakdowns(points: Sequence[TarAtFar]) -> list[TarAtFar]:
+    return [point for point in points if point.far == _FAR]
+
+
+def _rejects_of_all(
+    unit: Tensor, labels: NDArray[np.int64], qualities: Mapping[str, NDArray[np.float64]], seed: int
+) -> dict[str, RejectCurve]:
+    """Curves of a random sample of the pairs."""
+    index = _sampled_pairs(labels, seed)
+    same = labels[index[:, 0]] == labels[index[:, 1]]
+    first, second = torch.from_numpy(index).to(unit.device).T
+    parts = [(unit[a] * unit[b]).sum(1) for a, b in zip(first.split(1 << 16), second.split(1 << 16), strict=True)]
+    scores = torch.cat(parts).double().cpu().numpy()
+    curves = {name: _reject_curve(scores, same, pair_quality(values, index)) for name, values in qualities.items()}
+    return {name: curve for name, curve in curves.items() if curve is not None}
+
+
+def _reject_curve(
+    scores: NDArray[np.float64], same: NDArray[np.bool_], quality: NDArray[np.floating]
+) -> RejectCurve | None:
+    """The curve of the pairs whose quality is known; None where it has no pairs of both kinds, or is one value."""
+    known = np.isfinite(quality)
+    scores, same, quality = scores[known], same[known], quality[known]
+    if not same.any() or same.all() or np.ptp(quality) <= 1e-6 * np.abs(quality).max():
+        return None
+    return error_versus_reject(scores, same, quality, far=_FAR)
+
+
+def _sampled_pairs(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """Distinct images, int64 [P, 2]: random genuine and random impostor pairs, `_SAMPLED_PAIRS` of each at most."""
+    generator = np.random.default_rng(seed)
+    order = np.argsort(labels, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    genuine = [np.stack(np.triu_indices(len(group), 1), 1) for group in groups]
+    pairs = np.concatenate([group[places] for group, places in zip(groups, genuine, strict=True)])
+    pairs = pairs[np.sort(generator.permutation(len(pairs))[:_SAMPLED_PAIRS])]
+    images = len(labels)
+    others = generator.integers(0, images, (min(_SAMPLED_PAIRS, images * (images - 1) // 2), 2))
+    return np.concatenate([pairs, others[labels[others[:, 0]] != labels[others[:, 1]]]])
+
+
+def _measure_ijb(name: str, test_set: TestSet, features: NDArray[np.floating], options: Options) -> Measured:
+    ijb = test_set.ijb
+    assert ijb is not None
+    # The features have those of the mirrored images in them already.
+    summed = image_features(features, None, ijb.scores, replace(PUBLISHED, mirror=False))
+    pooled = pool_templates(summed, ijb.templates, ijb.media)
+    result = ijb_verification(pooled, ijb.pairs, ijb.same)
+    identification = ijb_identification(pooled, ijb) if ijb.galleries and ijb.probes is not None else None
+    return Measured(
+        name,
+        features,
+        result,
+        result.ranked,
+        result.auc,
+        result.eer,
+        (result.roc.far, result.roc.tar),
+        _histogram_of_roc(result.roc),
+        identification=identification,
+    )
+
+
+def pooling_of(mirror: bool) -> Pooling:
+    """How the images of a template are pooled: as published, with or without the mirrored image."""
+    return replace(PUBLISHED, mirror=mirror)
+
+
+def _qualities(features: NDArray[np.floating], tables: Tables) -> dict[str, NDArray[np.float64]]:
+    """The qualities of the tables, with the lengths of the features where `norm` asks for them."""
+    norms = np.linalg.norm(np.asarray(features, np.float64), axis=1)
+    return {name: norms if name == "norm" else values for name, values in tables.qualities.items()}
+
+
+def _histogram(scores: NDArray[np.float64], same: NDArray[np.bool_]) -> Histogram:
+    inside = scores.clip(-1, 1)
+    return Histogram(np.histogram(inside[same], _BINS)[0], np.histogram(inside[~same], _BINS)[0], _BINS)
+
+
+def _histogram_of_roc(roc: Roc) -> Histogram:
+    """The scores' histogram from the steps of their ROC."""
+    places = roc.thresholds[1:].clip(-1, 1)
+    genuine = np.histogram(places, _BINS, weights=np.diff(roc.tar) * roc.genuine)[0]
+    impostor = np.histogram(places, _BINS, weights=np.diff(roc.far) * roc.impostor)[0]
+    return Histogram(np.rint(genuine).astype(np.int64), np.rint(impostor).astype(np.int64), _BINS)
+
+
+def compare(first: Measured, other: Measured, test_set: TestSet, options: Options) -> tuple[Comparison, ...]:
+    """What speaks for either model on the set they were both tested on, at the FARs that it can tell about.
+
+    Nothing for IJB, and without draws.
+    """
+    if not options.draws:
+        return ()
+    a, b = first.result, other.result
+    if isinstance(a, FoldResult) and isinstance(b, FoldResult):
+        assert test_set.pairs is not None
+        groups = connected_groups(test_set.pairs.index)
+        far = [point.far for point in first.points if point.supported]
+        return compare_pairs(a, b, groups, far, replicates=options.draws, seed=options.seed)
+    if isinstance(a, AllPairsResult) and isinstance(b, AllPairsResult):
+        assert first.counts is not None
+        assert other.counts is not None
+        found = compare_identities(first.counts, other.counts, a, b, replicates=options.draws, seed=options.seed)
+        unknown = {f"TAR at FAR {point.far:.0e}" for point in first.points if not point.supported}
+        return tuple(comparison for comparison in found if comparison.measure not in unknown)
+    return ()
