@@ -1,130 +1,275 @@
-"""Joining sets: matches against brute force, the rules of a merge, and a valid set at the end."""
+"""Joining sets by the program: the rules of a merge at its command line, and a valid set at the end."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 
 from data.face_sets import open_face_set, write_face_set
-from dataset_merge import dataset_merge
-from dataset_merge.matching import best_matches, identity_sums
-from dataset_merge.plan import plan_merge
+from data.images import decode_rgb, encode_jpeg
+from data.verification_bin import write_bin
+from dataset_merge import dataset_merge, merging
 from tiny_faces import tiny_face
 
-
-class Named:
-    """A face set as far as a plan looks at it: two images of each identity."""
-
-    def __init__(self, *identities: str) -> None:
-        self.identities = list(identities)
-        self.labels = np.repeat(np.arange(len(identities)), 2)
+ROOT = Path(__file__).resolve().parents[1]
 
 
-def at(*degrees: float) -> torch.Tensor:
-    """Unit vectors in the plane."""
-    angles = torch.tensor(degrees).deg2rad()
-    return torch.stack((angles.cos(), angles.sin()), 1)
+def make_set(folder: Path, people: Sequence[int], shots: range) -> Path:
+    """A rec set with an identity for each of `people`."""
+    with write_face_set(folder, 32) as out:
+        for person in people:
+            out.add_identity(tiny_face(person, shot) for shot in shots)
+    return folder
 
 
-def test_identity_centres() -> None:
-    """A centre is the normalised mean of unit embeddings, whatever the order of the images."""
-    embeddings = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
-    labels = torch.arange(50) % 7
-    sums = identity_sums(embeddings, labels, 7)
-    for identity in range(7):
-        mean = embeddings[labels == identity].mean(0)
-        torch.testing.assert_close(F.normalize(sums[identity], dim=0), F.normalize(mean, dim=0))
+@pytest.fixture
+def two_sets(tmp_path: Path) -> str:
+    """Two sets of three people each that have two in common, in other pictures; as --merge takes them."""
+    one = make_set(tmp_path / "one", (0, 1, 2), range(4))
+    two = make_set(tmp_path / "two", (2, 9, 1), range(4, 7))
+    return f"{one},{two}"
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 1000])
-def test_best_matches_equal_brute_force(block: int) -> None:
-    """Blocks are an implementation detail: best matches both ways are those of the whole cosine matrix."""
-    generator = torch.Generator().manual_seed(block)
-    newcomers, known = torch.randn(83, 5, generator=generator), torch.randn(61, 5, generator=generator)
-    matches = best_matches(newcomers, known, block)
-    cosines = F.normalize(newcomers) @ F.normalize(known).T
-    torch.testing.assert_close(matches.score, cosines.max(1).values)
-    assert torch.equal(matches.known, cosines.argmax(1))
-    assert torch.equal(matches.mutual, cosines.argmax(0)[cosines.argmax(1)] == torch.arange(83))
+def merge(sets: str, output: Path, run: Path, *flags: str) -> list[dict[str, str]]:
+    """Run the program with t 0.99, which parts the drawn people; the rows of merge.csv."""
+    command = ["--merge", sets, "--output", str(output), "--model", str(run), "--workers", "0", "--t", "0.99", *flags]
+    dataset_merge.main([*command, "--device", "cpu"])
+    folder = output.with_name(f"{output.name}.dry_run") if "--dry-run" in flags else output
+    return list(csv.DictReader((folder / "merge.csv").open()))
 
 
-def test_memory_does_not_grow_with_the_product() -> None:
-    """No tensor is larger than a block of cosines or the centres themselves."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
-            nonlocal largest
-            result = function(*arguments, **(options or {}))
-            if isinstance(result, torch.Tensor):
-                largest = max(largest, result.numel())
-            return result
-
-    with Watch():
-        best_matches(torch.randn(3000, 4), torch.randn(2000, 4), block=64)
-    assert largest == 3000 * 4
+def images(folder: Path) -> list[list[bytes]]:
+    """The images of each identity of a set."""
+    faces = open_face_set(folder)
+    found: list[list[bytes]] = [[] for _ in faces.identities]
+    for i, label in enumerate(faces.labels.tolist()):
+        found[label].append(faces.encoded(i))
+    return found
 
 
-def test_same_person_is_joined_others_are_added() -> None:
-    """The rule at its simplest, with the threshold on either side."""
-    sets = [Named("a", "b"), Named("x", "y")]
-    sums = [at(0, 90), at(10, 200)]
-    plan = plan_merge(sums, sets, t=0.9)  # cos 10 degrees = 0.985
-    assert [(d.label, d.decision, d.new_label) for d in plan] == [
-        ("a", "added", 0),
-        ("b", "added", 1),
-        ("x", "joined", 0),
-        ("y", "added", 2),
-    ]
-    assert plan[2].score == pytest.approx(np.cos(np.deg2rad(10)), abs=1e-6)
-    assert (plan[2].match_source, plan[2].match_label) == (0, "a")
-    assert [d.decision for d in plan_merge(sums, sets, t=0.99)] == ["added"] * 4
+def drawn(person: int, shots: range) -> list[bytes]:
+    return [tiny_face(person, shot) for shot in shots]
 
 
-def test_identities_that_a_set_holds_apart_stay_apart() -> None:
-    """Two newcomers near one identity: the nearer one joins, the other is added."""
-    plan = plan_merge([at(0), at(12, 8)], [Named("a"), Named("x", "y")], t=0.9)
-    assert [(d.decision, d.new_label) for d in plan] == [("added", 0), ("added", 1), ("joined", 0)]
-
-
-def test_a_third_set_meets_the_union() -> None:
-    """After a join the centre is that of all images: a third set is compared with it, not with the first set's."""
-    plan = plan_merge([at(0), at(20), at(28)], [Named("a"), Named("b"), Named("c")], t=np.cos(np.deg2rad(20.5)))
-    assert [d.decision for d in plan] == ["added", "joined", "joined"]  # 28 - 10 = 18 degrees from the union
-    assert plan[2].score == pytest.approx(np.cos(np.deg2rad(18)), abs=1e-5)
-
-
-def test_merged_set_is_valid_and_complete(tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture) -> None:
+def test_merged_set_is_valid_and_complete(
+    tmp_path: Path, two_sets: str, tiny_run: Path, capsys: pytest.CaptureFixture
+) -> None:
     """All images of all sets, bytes as they were, under labels without holes, with a row for every identity."""
-    sets = []
-    for name, people, shots in (("one", (0, 1, 2), range(4)), ("two", (2, 9, 1), range(4, 7))):
-        with write_face_set(tmp_path / name, 32) as out:
-            for person in people:
-                out.add_identity(tiny_face(person, shot) for shot in shots)
-        sets.append(tmp_path / name)
     merged = tmp_path / "merged"
-    command = ["--merge", ",".join(map(str, sets)), "--output", str(merged), "--model", str(tiny_run), "--workers", "0"]
-    dataset_merge.main([*command, "--t", "0.99"])
+    rows = merge(two_sets, merged, tiny_run)
     assert "merged" in capsys.readouterr().out
-    rows = list(csv.DictReader((merged / "merge.csv").open()))
+    assert list(rows[0]) == [
+        "source",
+        "label",
+        "images",
+        "new_label",
+        "match_source",
+        "match_label",
+        "score",
+        "decision",
+    ]
     assert [(row["label"], row["decision"], row["new_label"], row["images"]) for row in rows[3:]] == [
         ("0", "joined", "2", "3"),
         ("1", "added", "3", "3"),
         ("2", "joined", "1", "3"),
     ]
+    assert (rows[3]["match_source"], rows[3]["match_label"]) == ("0", "2")
+    assert float(rows[3]["score"]) >= 0.99
     faces = open_face_set(merged)
     assert faces.identities == ["0", "1", "2", "3"]
     assert (merged / "property").read_text() == "4,32,32"
     wanted = [(0, range(4)), (1, range(4)), (1, range(4, 7)), (2, range(4)), (2, range(4, 7)), (9, range(4, 7))]
     assert [faces.encoded(i) for i in range(len(faces))] == [tiny_face(p, s) for p, shots in wanted for s in shots]
-
+    report = (merged / "report.html").read_text()
+    assert "0.99" in report
+    assert report.count("<img") >= 2
     with pytest.raises(SystemExit, match=r"merged exists and is not empty"):
-        dataset_merge.main(command)
+        merge(two_sets, merged, tiny_run)
+
+
+@pytest.mark.parametrize(
+    ("on_match", "second", "third"),
+    [("drop", drawn(1, range(4)), drawn(2, range(4))), ("keep-larger", drawn(1, range(4)), drawn(2, range(4, 10)))],
+)
+def test_a_person_is_taken_from_one_set(
+    tmp_path: Path, tiny_run: Path, on_match: str, second: list[bytes], third: list[bytes]
+) -> None:
+    """drop: that of the set named first; keep-larger: that of the set with more images."""
+    make_set(tmp_path / "one", (0, 1, 2), range(4))
+    with write_face_set(tmp_path / "two", 32) as out:
+        out.add_identity(drawn(1, range(4, 7)))
+        out.add_identity(drawn(2, range(4, 10)))
+    sets = f"{tmp_path / 'one'},{tmp_path / 'two'}"
+    rows = merge(sets, tmp_path / "merged", tiny_run, "--on-match", on_match)
+    assert sum(row["decision"] == "dropped" for row in rows) == 2
+    assert images(tmp_path / "merged") == [drawn(0, range(4)), second, third]
+
+
+def test_order_of_the_sets_decides_nothing_but_labels(tmp_path: Path, tiny_run: Path) -> None:
+    """Three sets in any order: the same images together."""
+    sets = [
+        make_set(tmp_path / str(number), people, range(3 * number, 3 * number + 3))
+        for number, people in enumerate(((0, 1, 2), (2, 3, 0), (4, 2, 1)))
+    ]
+    together = []
+    for name, order in (("a", (0, 1, 2)), ("b", (2, 0, 1))):
+        merge(",".join(str(sets[i]) for i in order), tmp_path / name, tiny_run)
+        together.append({frozenset(identity) for identity in images(tmp_path / name)})
+    assert together[0] == together[1]
+    assert sorted(map(len, together[0])) == [3, 3, 6, 6, 9]
+
+
+def test_within_joins_identities_of_one_set(tmp_path: Path, tiny_run: Path) -> None:
+    """One set by itself, with a person in it twice."""
+    with write_face_set(tmp_path / "one", 32) as out:
+        for person, shots in ((0, range(4)), (1, range(4)), (0, range(4, 8))):
+            out.add_identity(drawn(person, shots))
+    merge(str(tmp_path / "one"), tmp_path / "merged", tiny_run, "--within")
+    assert images(tmp_path / "merged") == [drawn(0, range(8)), drawn(1, range(4))]
+
+
+def test_copies_are_taken_once(tmp_path: Path, tiny_run: Path) -> None:
+    """The second set has pictures of the first again, one as a JPEG; --duplicates says which of them stay."""
+    faces = drawn(0, range(4))
+    copy = encode_jpeg(decode_rgb(faces[1], ""), 90)
+    with write_face_set(tmp_path / "one", 32) as out:
+        out.add_identity(faces)
+        out.add_identity(drawn(1, range(4)))
+    with write_face_set(tmp_path / "two", 32) as out:
+        out.add_identity([faces[0], copy, tiny_face(0, 7)])
+    sets = f"{tmp_path / 'one'},{tmp_path / 'two'}"
+    for flag, expected in (
+        ("near", [*faces, tiny_face(0, 7)]),
+        ("bytes", [*faces, copy, tiny_face(0, 7)]),
+        ("keep", [*faces, faces[0], copy, tiny_face(0, 7)]),
+    ):
+        merge(sets, tmp_path / flag, tiny_run, "--duplicates", flag, "--cache", str(tmp_path / "cache"))
+        assert images(tmp_path / flag)[0] == expected
+    rows = list(csv.DictReader((tmp_path / "near" / "duplicates.csv").open()))
+    assert [row["kind"] for row in rows] == ["bytes", "near"]
+    assert "two" in rows[0]["image"]
+    assert "one" in rows[0]["original"]
+
+
+def test_people_of_test_sets_are_left_out(tmp_path: Path, two_sets: str, tiny_run: Path) -> None:
+    """By a .bin and by a set; who is joined with one of them goes, too, and merge.csv says whom they match."""
+    write_bin(
+        tmp_path / "test.bin", [tiny_face(1, 90), tiny_face(1, 91), tiny_face(50, 0), tiny_face(51, 0)], [True, False]
+    )
+    other = make_set(tmp_path / "other", (9, 60), range(50, 53))
+    flags = ("--exclude", f"{tmp_path / 'test.bin'},{other}", "--exclude-t", "0.985")
+    rows = merge(two_sets, tmp_path / "merged", tiny_run, *flags)
+    assert [row["decision"] for row in rows] == ["added", "excluded", "added", "joined", "excluded", "excluded"]
+    assert rows[4]["match_source"] == str(other)
+    assert "test.bin" in rows[1]["match_source"]
+    assert "pair 0" in rows[1]["match_label"]
+    assert images(tmp_path / "merged") == [drawn(0, range(4)), drawn(2, range(7))]
+    assert "People of test sets" in (tmp_path / "merged" / "report.html").read_text()
+
+
+def test_cleaning_is_reported_and_applied_when_asked(tmp_path: Path, tiny_run: Path) -> None:
+    """A picture of somebody else in an identity: listed by report, gone by apply."""
+    with write_face_set(tmp_path / "one", 32) as out:
+        out.add_identity([*drawn(0, range(6)), tiny_face(4, 0)])
+        out.add_identity(drawn(1, range(6)))
+    two = make_set(tmp_path / "two", (1,), range(6, 9))
+    for flag, expected in (("report", [*drawn(0, range(6)), tiny_face(4, 0)]), ("apply", drawn(0, range(6)))):
+        flags = ("--clean", flag, "--clean-outlier", "0.9", "--cache", str(tmp_path / "cache"))
+        rows = merge(f"{tmp_path / 'one'},{two}", tmp_path / flag, tiny_run, *flags)
+        assert rows[0]["images"] == str(len(expected))
+        found = list(csv.DictReader((tmp_path / flag / "cleaning.csv").open()))
+        assert [(row["label"], row["finding"]) for row in found] == [("0", "outlier")]
+        assert "record 7" in found[0]["image"]
+        assert images(tmp_path / flag) == [expected, drawn(1, range(9))]
+
+
+def test_a_dry_run_writes_no_set_and_its_table_is_applied(
+    tmp_path: Path, two_sets: str, tiny_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Look first, edit, then merge: without a model where bytes decide about duplicates."""
+    merged, dry = tmp_path / "merged", tmp_path / "merged.dry_run"
+    merge(two_sets, merged, tiny_run, "--dry-run")
+    merge(two_sets, merged, tiny_run, "--dry-run")  # with other settings, say
+    assert not merged.exists()
+    assert not list(dry.glob("*.rec"))
+    assert "the set itself would take" in capsys.readouterr().out
+    table = (dry / "merge.csv").read_text().replace(",joined", ",dropped", 1)
+    (tmp_path / "edited.csv").write_text(table)
+    again = ["--decisions", str(tmp_path / "edited.csv"), "--duplicates", "bytes", "--model", "/nowhere"]
+    rows = merge(two_sets, merged, tiny_run, *again)
+    assert [row["decision"] for row in rows[3:]] == ["dropped", "added", "joined"]
+    assert images(merged) == [drawn(0, range(4)), drawn(1, range(7)), drawn(2, range(4)), drawn(9, range(4, 7))]
+
+
+def test_embeddings_are_made_once(
+    tmp_path: Path, two_sets: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another threshold costs no new pass over the images."""
+    merge(two_sets, tmp_path / "a", tiny_run, "--cache", str(tmp_path / "cache"))
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("embedded again")
+
+    monkeypatch.setattr("models.embedders.NetworkEmbedder.features", fail, raising=False)
+    rows = merge(two_sets, tmp_path / "b", tiny_run, "--t", "-1", "--cache", str(tmp_path / "cache"))
+    assert sum(row["decision"] == "joined" for row in rows) >= 2
+
+
+def test_embeddings_need_no_memory(
+    tmp_path: Path, two_sets: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of large sets are in files without a name; the merge is the same, and nothing of them is left."""
+    in_memory = merge(two_sets, tmp_path / "a", tiny_run)
+    monkeypatch.setattr(merging, "IN_MEMORY", 0)
+    cache = tmp_path / "cache"
+    assert merge(two_sets, tmp_path / "b", tiny_run, "--clean", "apply", "--cache", str(cache)) == in_memory
+    assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 1 << 14
+
+
+def test_a_killed_merge_goes_on(tmp_path: Path, two_sets: str, tiny_run: Path) -> None:
+    """Killed while it writes: no set is there; the same command goes on, and the set is the same to the byte."""
+    merge(two_sets, tmp_path / "whole", tiny_run)
+    child = os.fork()
+    if not child:
+        merging.write_images = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+        merge(two_sets, tmp_path / "merged", tiny_run)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / "merged").exists()
+    merge(two_sets, tmp_path / "merged", tiny_run)
+    for name in ("train.rec", "train.idx", "merge.csv"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_two_ranks_make_what_one_makes(tmp_path: Path, two_sets: str, tiny_run: Path) -> None:
+    """Under torchrun the ranks share the embedding, and one of them writes."""
+    merge(two_sets, tmp_path / "one_rank", tiny_run)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    script = [str(ROOT / "dataset_merge" / "dataset_merge.py"), "--merge", two_sets, "--model", str(tiny_run)]
+    flags = ["--output", str(tmp_path / "two_ranks"), "--t", "0.99", "--device", "cpu", "--workers", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*launch, *script, *flags], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("report.html tells how") == 1
+    for name in ("train.rec", "merge.csv"):
+        assert (tmp_path / "two_ranks" / name).read_bytes() == (tmp_path / "one_rank" / name).read_bytes()
+
+
+def test_a_full_disk_is_told_before_the_writing(
+    tmp_path: Path, two_sets: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is begun for which there is no room."""
+    monkeypatch.setattr("dataset_merge.writing.available", lambda output: 10_000)
+    with pytest.raises(SystemExit, match=r"merged needs .* KiB, but its disk has 9\.8 KiB for it"):
+        merge(two_sets, tmp_path / "merged", tiny_run)
+    assert not (tmp_path / "merged").exists()
+    assert not list(tmp_path.glob(".*.partial"))
 
 
 @pytest.mark.parametrize(
@@ -132,11 +277,14 @@ def test_merged_set_is_valid_and_complete(tmp_path: Path, tiny_run: Path, capsys
     [
         (["--merge", "a"], "two sets or more"),
         (["--merge", "a,b"], "name a folder for the merged set"),
-        (["--merge", "a,b", "--output", "c", "--runs", "/nowhere"], "no model is named"),
-        (["--merge", "a,b", "--output", "c", "--model", "/nowhere.onnx"], "there is no model at /nowhere.onnx"),
+        (["--merge", "a,b", "--output", "c"], "a does not exist"),
+        (["--merge", "{sets}", "--output", "c", "--runs", "/nowhere"], "no model is named"),
+        (["--merge", "{sets}", "--output", "c", "--model", "/nowhere.onnx"], "there is no model at /nowhere.onnx"),
+        (["--merge", "{sets}", "--output", "c", "--decisions", "/nowhere.csv"], "no table of decisions at /nowhere"),
+        (["--merge", "a,b", "--output", "c", "--decisions", "d", "--exclude", "e"], "cannot be combined"),
     ],
 )
-def test_errors_say_what_is_missing(flags: list[str], message: str) -> None:
+def test_errors_say_what_is_missing(flags: list[str], message: str, two_sets: str) -> None:
     """Each thing that a merge needs is asked for by its name."""
     with pytest.raises(SystemExit, match=f"dataset_merge: .*{message}"):
-        dataset_merge.main(flags)
+        dataset_merge.main([flag.format(sets=two_sets) for flag in flags])

@@ -1,0 +1,385 @@
+"""--t auto: the threshold from the sets themselves, for a share of wrong joins that one is ready to accept.
+
+Identities of one set are different people, so what scores highest among them is what wrong joins score: each set is
+matched with itself by the rule that the merge goes by. Two halves of one identity's images score as a right join does,
+less what the smaller number of images takes off. docs/merging_threshold.md has the formulas and their test.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataset_merge.centres import Centres, identity_centres
+from dataset_merge.grouping import Pairs, Rule, mutual_best
+from dataset_merge.matching import top_matches
+from dataset_merge.scores import score_pairs
+from utils.ranks import Ranks
+
+# Identities of a set that are compared with each other, at most; more are sampled.
+_SAMPLE = 200_000
+# Below these numbers nothing is said about a tail.
+_LEAST_IDENTITIES = 200
+_LEAST_SCORES = 50
+# Scores that the tail is fitted to, at most.
+_FITTED = 2000
+_RESAMPLED = 200
+# A share of wrong joins that needs more than so many times the pairs that were compared is not extrapolated to.
+_REACH = 100.0
+_BINS = 400
+# Thresholds that fewer of the sets' own pairs reach rest on the fitted tail.
+_FEW = 10.0
+
+
+class CalibrationError(ValueError):
+    """The sets cannot tell where the threshold should be; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Impostors:
+    """What a set matched with itself gives. `scores`: float64, of the joins that would be wrong ones; `compared`:
+    pairs; `nearest`: float64 [identities compared], the highest cosine that each has to another; `usual_rival`: what is
+    taken off the cosine of a usual pair.
+    """
+
+    scores: NDArray[np.float64]
+    compared: float
+    nearest: NDArray[np.float64]
+    usual_rival: float = 0.0
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Of identities cut in halves: `cosine` of their centres, `rival` that is held against it, `sizes` int64 [H, 2],
+    images in each half, `whole` int64 [H], in both; and `alike`, the mean cosine of two images of one identity.
+    """
+
+    cosine: NDArray[np.float64]
+    rival: NDArray[np.float64]
+    sizes: NDArray[np.int64]
+    whole: NDArray[np.int64]
+    alike: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`threshold` on the score, from which on a pair joins. `edges` [B + 1] and `genuine`, `impostor` counts [B] of
+    scores, for a picture. `expected_wrong` of `expected_joins`, with its 90 % range. `extrapolated`: the threshold lies
+    beyond what the sets' own pairs reach. `equivalent_cosine`: that reaches the threshold against the usual rival.
+    `expected_recall`: share of halves that would be joined, NaN without halves. `explanation`: paragraphs.
+    """
+
+    threshold: float
+    edges: NDArray[np.float64]
+    genuine: NDArray[np.int64]
+    impostor: NDArray[np.int64]
+    explanation: list[str]
+    expected_wrong: float
+    expected_wrong_range: tuple[float, float]
+    expected_joins: float
+    extrapolated: bool
+    equivalent_cosine: float
+    expected_recall: float
+
+
+@dataclass(frozen=True)
+class Tail:
+    """Survival of impostor scores above `start`: `count` of them, generalised Pareto with `shape` and `scale`."""
+
+    start: float
+    count: float
+    shape: float
+    scale: float
+
+    def above(self, score: NDArray[np.float64] | float) -> NDArray[np.float64]:
+        """Expected number of impostor scores above `score`, which is not below `start`."""
+        excess = np.maximum(np.asarray(score, np.float64) - self.start, 0)
+        return self.count * _survival(excess, self.shape, self.scale)
+
+
+def impostor_scores(
+    centres: Centres, rival_weight: float, rule: Rule, block: int, seed: int, ranks: Ranks | None = None
+) -> Impostors:
+    """Match a set, or a sample of a large one, with itself by the rule of the merge."""
+    filled = (centres.images > 0).nonzero().flatten()
+    if len(filled) > _SAMPLE:
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(filled))[:_SAMPLE])
+        filled = filled[torch.from_numpy(chosen).to(filled.device)]
+    vectors = centres.vectors[filled]
+    count = len(vectors)
+    if count < 2:
+        return Impostors(np.empty(0), 0.0, np.empty(0))
+    matches = top_matches(vectors, None, 2 if rule == "mutual" else 8, -1.0, block, ranks)
+    pairs = score_pairs(vectors, None, matches, rival_weight)
+    nearest = matches[0].cosine[:, 0].double().cpu().numpy()
+    scores = pairs.score
+    if rule == "mutual":
+        order = np.argsort(-pairs.score, kind="stable")
+        scores = scores[mutual_best(np.zeros(count, np.int64), pairs, order)]
+    else:  # all pairs above this are among those kept, but for identities with eight neighbours that near
+        scores = scores[scores >= np.median(nearest)]
+    return Impostors(
+        np.sort(scores), count * (count - 1) / 2, nearest, rival_weight * max(0.0, float(np.median(nearest)))
+    )
+
+
+def half_scores(embeddings: Tensor, labels: Tensor, centres: Centres, impostors: Impostors, seed: int) -> Halves:
+    """Cut each identity with two images or more in two at random, and compare the halves."""
+    device = labels.device
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(len(labels), generator=generator).to(device).argsort()
+    order = order[labels[order].sort(stable=True).indices]
+    starts = centres.images.cumsum(0) - centres.images
+    place = torch.empty_like(labels)
+    place[order] = torch.arange(len(labels), device=device) - starts[labels[order]]
+    half = identity_centres(embeddings, 2 * labels + place % 2, 2 * len(centres), "mean")
+    both = centres.images >= 2
+    cosine = (half.vectors[0::2] * half.vectors[1::2]).sum(1)[both].double().cpu().numpy()
+    sizes = half.images.view(-1, 2)[both].cpu().numpy()
+    # Halves that are no more alike than strangers are not of one person: labels are wrong now and then.
+    sure = cosine > np.median(impostors.nearest) if len(impostors.nearest) else np.ones(len(cosine), bool)
+    alone = sure & (sizes.max(1, initial=0) == 1)
+    # Halves of h and g images: cos^2 = r^2 / ((r + (1 - r) / h) (r + (1 - r) / g)), so single images tell r directly.
+    alike = float(np.median(cosine[alone])) if alone.sum() >= 20 else _solve_alike(cosine[sure], sizes[sure])
+    rival = np.full(len(cosine), impostors.usual_rival)
+    return Halves(cosine, rival, sizes, sizes.sum(1), alike)
+
+
+def expected_cosine(alike: float, first: NDArray[np.int64], second: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Cosine of the means of `first` and of `second` unit embeddings of one person, whose mean cosine is `alike`.
+
+    A mean of n unit vectors with cosine r between any two has the squared length r + (1 - r) / n.
+    """
+    lengths = (alike + (1 - alike) / np.maximum(first, 1)) * (alike + (1 - alike) / np.maximum(second, 1))
+    return alike / np.sqrt(lengths)
+
+
+def _solve_alike(cosine: NDArray[np.float64], sizes: NDArray[np.int64]) -> float:
+    """The mean cosine of two images that explains the median cosine of the halves best."""
+    if not len(cosine):
+        return float("nan")
+    grid = np.linspace(0.02, 0.99, 98)
+    return float(min(grid, key=lambda r: abs(np.median(expected_cosine(r, *sizes.T) - cosine))))
+
+
+def _genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres], seed: int) -> NDArray[np.float64]:
+    """Scores of halves, brought to the numbers of images that the sets' identities have.
+
+    Each half pair stands for its whole identity against one of any set with as many images as one drawn there has.
+    """
+    generator = np.random.default_rng(seed)
+    images = np.concatenate([part.images.cpu().numpy() for part in centres])
+    parts = []
+    for part in halves:
+        if len(part.cosine):
+            other = generator.choice(images[images > 0], len(part.cosine))
+            factor = expected_cosine(part.alike, part.whole, other) / expected_cosine(part.alike, *part.sizes.T)
+            parts.append(np.minimum(part.cosine * factor, 1) - part.rival)
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def _survival(excess: NDArray[np.float64], shape: NDArray | float, scale: NDArray | float) -> NDArray[np.float64]:
+    """1 - CDF of the generalised Pareto distribution with a shape of 0 or less."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inside = np.maximum(1 + np.asarray(shape) * excess / scale, 0)
+        return np.where(np.asarray(shape) == 0, np.exp(-excess / scale), inside ** (-1 / np.asarray(shape)))
+
+
+def fit_tails(
+    scores: NDArray[np.float64],
+    maxima: NDArray[np.float64],
+    genuine: NDArray[np.float64],
+    seed: int,
+    resampled: int = _RESAMPLED,
+) -> list[Tail]:
+    """The tail of impostor scores, and its fits to `resampled` bootstrap samples, by maximum likelihood on a grid.
+
+    The sets hold some people twice, under two names, and their scores are no impostors': the scores above the median
+    are taken as a mixture of a generalised Pareto distribution (Pickands 1975; shape -0.3 to 0, thin tails) and of such
+    pairs, half of which score as `genuine` do and half evenly up to 1: where labels are wrong, two identities often
+    share some images only. The scale is 0.7 to 1.4 times that of the Gumbel distribution whose lower half `maxima` have
+    (each the highest score of someone): there are few such pairs in it.
+    """
+    top = np.sort(scores)[::-1][: min(len(scores) // 2 + 1, _FITTED)]
+    start, top = float(top[-1]), top[:-1]
+    excess = top - start
+    # Gumbel's quantiles: Q(0.5) - Q(0.1) = scale x (ln ln 10 - ln ln 2). Few of the lower half are one person twice.
+    lower, middle = np.percentile(maxima, [10, 50])
+    width = max(float(middle - lower) / (np.log(np.log(10)) - np.log(np.log(2))), 1e-6)
+    shapes = np.array([-0.3, -0.25, -0.2, -0.15, -0.1, -0.05, 0.0])
+    scales = width * np.geomspace(0.7, 1.4, 36)
+    same = np.array([0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    shape, scale, share = (grid.ravel() for grid in np.meshgrid(shapes, scales, same, indexing="ij"))
+    high = genuine[genuine > start]
+    span = max(1 - start, float(excess.max(initial=0)), 1e-6)
+    twice = np.full(len(top), 1 / span)
+    if len(high) >= 50:
+        counts, edges = np.histogram(high, bins=20, range=(start, start + span))
+        density = (counts + 0.5) / (counts + 0.5).sum() / (edges[1] - edges[0])
+        twice = (density[np.clip(np.digitize(top, edges) - 1, 0, 19)] + twice) / 2
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fine = [
+            np.where(s == 0, np.exp(-excess / b), np.maximum(1 + s * excess / b, 0) ** (-1 / (s or 1) - 1)) / b
+            for s in shapes
+            for b in scales
+        ]
+    one = np.stack(fine)  # [shapes x scales, scores]
+    likelihood = np.log(
+        (1 - same)[None, :, None] * one[:, None] + same[None, :, None] * twice + 1e-12, dtype=np.float64
+    ).reshape(-1, len(top))
+    generator = np.random.default_rng(seed)
+    weights = generator.multinomial(len(top), np.full(len(top), 1 / len(top)), size=resampled).T
+    weights = np.concatenate([np.ones((len(top), 1)), weights], 1)
+    best = (likelihood @ weights).argmax(0)
+    return [Tail(start, len(top) * (1 - share[i]), float(shape[i]), float(scale[i])) for i in best]
+
+
+def calibrate(
+    impostors: Sequence[Impostors],
+    halves: Sequence[Halves],
+    centres: Sequence[Centres],
+    found: Sequence[tuple[int, int, Pairs]],
+    rule: Rule,
+    wrong_joins: float,
+    names: Sequence[str],
+    seed: int = 0,
+) -> Calibration:
+    """The lowest threshold at which the expected wrong joins are at most `wrong_joins` of the joins.
+
+    `found`: numbers of two sets, and the scored pairs between them. Raises CalibrationError where there are too few
+    identities, or the answer lies too far beyond what was seen.
+    """
+    scores = np.sort(np.concatenate([part.scores for part in impostors]))
+    compared = sum(part.compared for part in impostors)
+    people = [int((part.images > 0).sum()) for part in centres]
+    largest = int(np.argmax(people))
+    advice = "give a threshold (--t 0.65, say), and look at the pairs next to it in the report"
+    if people[largest] < _LEAST_IDENTITIES or len(scores) < _LEAST_SCORES:
+        raise CalibrationError(
+            f"--t auto needs {_LEAST_IDENTITIES} identities or more in one of the sets, to see how similar different "
+            f"people are; the largest, {names[largest]}, has {people[largest]}: {advice}"
+        )
+    genuine = _genuine_scores(halves, centres, seed)
+    maxima = scores if rule == "mutual" else np.concatenate([part.nearest for part in impostors])
+    tails = fit_tails(scores, maxima, genuine, seed)
+    joins = [(one, other, _join_scores(pairs, one == other, rule)) for one, other, pairs in found]
+    every = np.sort(np.concatenate([np.empty(0), *(part for _, _, part in joins)]))
+    thresholds = np.linspace(tails[0].start, max(1.0, float(scores[-1])), 2001)
+    joined = len(every) - np.searchsorted(every, thresholds)
+    share = _open_pairs(joins, people, rule, thresholds) / compared
+    wrong = tails[0].above(thresholds) * share
+    # From where the share is lowest downwards: below, all that are left to join wrongly may have joined already.
+    shares = wrong / np.maximum(joined, 1)
+    surest = int(shares.argmin())
+    at = int(np.flatnonzero(np.append(True, shares[:surest] > wrong_joins))[-1])
+    seen = float(tails[0].above(thresholds[at]))  # of the scores that the sets gave, those expected above it
+    right = np.where(shares < 1 / 3, joined - wrong, 0)
+    many = right >= max(_FEW, right.max() / 2)  # where most of the people in common would be joined
+    if not joined[at] and many.any():
+        raise CalibrationError(
+            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: about {right.max():,.0f} people seem to be in "
+            f"common, but to join half of them {shares[many].min():.1%} or more of the joins would be wrong (are there "
+            f"wrong labels in the sets? --clean): allow as many with --wrong-joins, or {advice}"
+        )
+    if shares[at] > wrong_joins or (joined[at] and seen * _REACH < 1):
+        raise CalibrationError(
+            f"--t auto cannot answer: {wrong_joins:.2%} wrong among {joined[at]:,} joins needs a threshold that "
+            f"{seen:.2g} of the {compared:,.0f} pairs inside the sets are expected to reach, too far beyond what they "
+            f"show: allow more wrong joins (--wrong-joins), or {advice}"
+        )
+    lowest, highest = np.percentile([float(tail.above(thresholds[at])) * share[at] for tail in tails[1:]], [5, 95])
+    rivals = np.concatenate([part.rival for part in halves])
+    calibration = Calibration(
+        float(thresholds[at]),
+        edges := np.linspace(min(scores[0], genuine.min(initial=1.0)), thresholds[-1], _BINS + 1),
+        np.histogram(genuine, edges)[0],
+        np.histogram(scores, edges)[0],
+        [],
+        float(wrong[at]),
+        (float(lowest), float(highest)),
+        float(joined[at]),
+        seen < _FEW,
+        float(thresholds[at] + impostors[largest].usual_rival),
+        float((genuine >= thresholds[at]).mean()) if len(genuine) else float("nan"),
+    )
+    return replace(
+        calibration, explanation=_explain(calibration, tails[0], compared, people, wrong_joins, rule, len(rivals))
+    )
+
+
+def _join_scores(pairs: Pairs, within: bool, rule: Rule) -> NDArray[np.float64]:
+    """Scores of the pairs that join if they reach the threshold."""
+    if rule == "clusters" or not len(pairs):
+        return pairs.score
+    count = int(pairs.first.max()) + 1
+    shift = 0 if within else count
+    source = np.zeros(shift + max(count, int(pairs.second.max()) + 1), np.int64)
+    source[count:] = 0 if within else 1
+    apart = Pairs(pairs.first, pairs.second + shift, pairs.cosine, pairs.score)
+    order = np.lexsort((pairs.second, pairs.first, -pairs.cosine, -pairs.score))
+    return pairs.score[mutual_best(source, apart, order)]
+
+
+def _open_pairs(
+    joins: Sequence[tuple[int, int, NDArray[np.float64]]], people: Sequence[int], rule: Rule, thresholds: NDArray
+) -> NDArray[np.float64]:
+    """Pairs that can join wrongly at each threshold: N x M of two sets, N (N - 1) / 2 within one.
+
+    By the rule of mutual best those who have joined are no one else's any more: the pairs of the others are left.
+    """
+    total = np.zeros(len(thresholds))
+    for one, other, scores in joins:
+        n, m = people[one], people[other]
+        rising = np.sort(scores)
+        joined = len(rising) - np.searchsorted(rising, thresholds) if rule == "mutual" else np.zeros(len(thresholds))
+        if one == other:
+            left = np.maximum(n - 2 * joined, 0)
+            total += left * np.maximum(left - 1, 0) / 2
+        else:
+            total += np.maximum(n - joined, 0) * np.maximum(m - joined, 0)
+    return total
+
+
+def _explain(
+    done: Calibration,
+    tail: Tail,
+    compared: float,
+    people: Sequence[int],
+    wrong_joins: float,
+    rule: Rule,
+    halves: int,
+) -> list[str]:
+    """The calibration in words."""
+    low, high = done.expected_wrong_range
+    texts = [
+        f"The threshold is {done.threshold:.3f}, a cosine of {done.equivalent_cosine:.3f} for a pair with the usual "
+        f"rival. {done.expected_joins:,.0f} pairs reach it, of which {done.expected_wrong:.1f} ({low:.1f} to "
+        f"{high:.1f}, 90 % range of the fit) are expected to be different people: it is the lowest threshold that "
+        f"keeps this share at {wrong_joins:.2%}.",
+        f"How high different people score was seen on {compared:,.0f} pairs of identities that one set holds apart "
+        f"(sets of {', '.join(f'{n:,}' for n in people)} identities). The scores above {tail.start:.3f} follow a "
+        f"generalised Pareto tail with shape {tail.shape:g} and scale {tail.scale:.3f}; pairs in it that look like one "
+        f"person under two names are not counted.",
+    ]
+    if rule == "mutual":
+        texts.append(
+            "Identities that have joined cannot be joined with anyone else of that set, so only pairs of the others "
+            "are counted as chances for a wrong join."
+        )
+    if halves:
+        texts.append(
+            f"Of {halves:,} identities cut in two halves, {done.expected_recall:.1%} would be joined, with scores "
+            "brought to the numbers of images that the sets' identities have. Photos of one set tend to be more alike "
+            "than those of two, so expect fewer."
+        )
+    else:
+        texts.append("No identity has two images, so how many people are missed is not known.")
+    if done.extrapolated:
+        texts.append(
+            f"Fewer than {_FEW:g} pairs inside the sets are expected above the threshold: it rests on the fitted tail. "
+            "Look at the pairs next to it."
+        )
+    return texts

@@ -1,0 +1,137 @@
+"""One vector for each identity, from the embeddings of its images: mean, trimmed mean or medoid.
+
+The mirrored image comes in through the embeddings (see `models.embedders`). The mean is best while all images are the
+person's; the trimmed mean and the medoid hold as long as more than half of an identity's images are. Of two images
+neither can be called the wrong one, so both count there (mean, trimmed) or the first is taken (medoid).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Method = Literal["mean", "trimmed", "medoid"]
+
+# Images with less than this share of the median cosine of their identity are left out of a trimmed mean.
+_TRIM = 0.6
+_TRIM_ROUNDS = 3
+
+# Images that are worked on at once.
+_CHUNK = 1 << 17
+
+
+@dataclass(frozen=True)
+class Centres:
+    """The identities of a set, or of several sets one after another.
+
+    `vectors`: float32 [identities, D], unit, zeros for an identity without an image; `images`: int64 [identities];
+    `used`: int64 [identities], how many images the vector is made of; `spread`: float32 [identities], 1 - mean cosine
+    of all images with the vector, 0 for a single image.
+    """
+
+    vectors: Tensor
+    images: Tensor
+    used: Tensor
+    spread: Tensor
+
+    def __len__(self) -> int:
+        return len(self.vectors)
+
+
+def join_centres(parts: Sequence[Centres]) -> Centres:
+    """The centres of all parts, one after another."""
+    return Centres(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Centres)))
+
+
+def identity_centres(embeddings: Tensor, labels: Tensor, identities: int, method: Method = "mean") -> Centres:
+    """Centres from unit embeddings float32 [images, D] and labels int64 [images], 0..identities-1, on labels' device.
+
+    mean: normalise(mean of the unit embeddings). medoid: the image with the highest mean cosine to the identity's
+    others. trimmed: from the medoid on, three times over, the normalised mean of the images whose cosine with the
+    vector before is at least 0.6 of the identity's median cosine with it.
+
+    `embeddings` may lie elsewhere (a memory-mapped file) and go to the device in chunks. Memory there: 4 x D bytes an
+    identity, twice, and 30 bytes an image. Raises ValueError for labels that do not fit.
+    """
+    if len(embeddings) != len(labels):
+        raise ValueError(f"{len(embeddings)} embeddings, but {len(labels)} labels")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < identities:
+        raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} for {identities} identities")
+    images = torch.bincount(labels, minlength=identities)
+    used = images
+    vectors = _sums(embeddings, labels, identities)
+    if method != "mean":
+        # The sum of an image's cosines with the others of its identity is x . (sum - x), and x . x = 1.
+        best = _first_best(_cosines(embeddings, labels, vectors), labels, identities)
+        filled = best >= 0
+        chosen = best[filled].to(embeddings.device)
+        pairs = images == 2 if method == "trimmed" else torch.zeros_like(filled)
+        medoids = vectors.clone()
+        medoids[filled] = embeddings[chosen].to(vectors)
+        vectors = torch.where(pairs[:, None], vectors, medoids)
+        used = images.clamp(max=1) if method == "medoid" else images
+    if method == "trimmed":
+        for _ in range(_TRIM_ROUNDS):
+            cosines = _cosines(embeddings, labels, F.normalize(vectors))
+            keep = (cosines >= _TRIM * _medians(cosines, labels, images)[labels]) | (images[labels] <= 2)
+            vectors = _sums(embeddings, labels, identities, keep)
+            used = torch.bincount(labels[keep], minlength=identities)
+    vectors = F.normalize(vectors)
+    total = torch.zeros(identities, device=labels.device)
+    total.index_add_(0, labels, _cosines(embeddings, labels, vectors))
+    spread = torch.where(images > 1, 1 - total / images.clamp(min=1), 0).clamp(min=0)
+    return Centres(vectors, images, used, spread)
+
+
+def _chunks(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    for start in range(0, len(labels), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        yield part, embeddings[part].to(labels.device, torch.float32)
+
+
+def _sums(embeddings: Tensor, labels: Tensor, identities: int, keep: Tensor | None = None) -> Tensor:
+    sums = torch.zeros(identities, embeddings.shape[1], device=labels.device)
+    for part, rows in _chunks(embeddings, labels):
+        own = labels[part]
+        if keep is not None:
+            rows, own = rows[keep[part]], own[keep[part]]
+        sums.index_add_(0, own, rows)
+    return sums
+
+
+def _cosines(embeddings: Tensor, labels: Tensor, vectors: Tensor) -> Tensor:
+    """The product of each image with the vector of its identity: float32 [images]."""
+    cosines = torch.empty(len(labels), device=labels.device)
+    for part, rows in _chunks(embeddings, labels):
+        cosines[part] = torch.einsum("nd,nd->n", rows, vectors[labels[part]])
+    return cosines
+
+
+def _by_identity(values: Tensor, labels: Tensor, descending: bool) -> Tensor:
+    """The images' positions, identity after identity, those of each by value; equal ones in their order."""
+    order = values.sort(stable=True, descending=descending).indices
+    return order[labels[order].sort(stable=True).indices]
+
+
+def _first_best(values: Tensor, labels: Tensor, identities: int) -> Tensor:
+    """The position of each identity's image with the highest value, -1 for an identity without images."""
+    order = _by_identity(values, labels, descending=True)
+    images = torch.bincount(labels, minlength=identities)
+    starts = images.cumsum(0) - images
+    best = torch.full((identities,), -1, dtype=torch.int64, device=labels.device)
+    filled = images > 0
+    best[filled] = order[starts[filled]]
+    return best
+
+
+def _medians(values: Tensor, labels: Tensor, images: Tensor) -> Tensor:
+    """The (lower) median of the values of each identity's images; 0 for an identity without images."""
+    order = _by_identity(values, labels, descending=False)
+    starts = images.cumsum(0) - images
+    medians = torch.zeros(len(images), device=values.device)
+    filled = images > 0
+    medians[filled] = values[order[(starts + (images - 1).clamp(min=0) // 2)[filled]]]
+    return medians

@@ -1,0 +1,116 @@
+"""Who is who in several face sets, from the embeddings of their images: centres, matches, threshold, groups."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dataset_merge.calibration import Calibration, calibrate, half_scores, impostor_scores
+from dataset_merge.centres import Centres, Method, identity_centres, join_centres
+from dataset_merge.grouping import Grouping, Pairs, Rule, group_identities
+from dataset_merge.matching import top_matches
+from dataset_merge.scores import RIVAL_WEIGHT, score_pairs
+from utils.ranks import Ranks
+
+# Pairs this far below a fixed threshold are kept, to be looked at.
+_BELOW_KEPT = 0.15
+
+
+@dataclass(frozen=True)
+class MatchSettings:
+    """`t`: cosine from which two identities are one person; None: calibrated from the sets. `method`: see centres.py;
+    `rule`, `within`: see grouping.py. `wrong_joins`: share of joins that may be wrong, for the calibration.
+    `candidates`: kept of each identity in each other set. `block`: identities multiplied at once, 0: as matching.py
+    says. `seed`: chooses the halves of the calibration, and its sample of large sets.
+    """
+
+    t: float | None = 0.65
+    method: Method = "mean"
+    rule: Rule = "mutual"
+    within: bool = False
+    wrong_joins: float = 0.01
+    candidates: int = 8
+    block: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Decided:
+    """`centres` of all identities, set after set, on the CPU; `source`: int64 [identities], the set of each;
+    `grouping`: who is who; `calibration`: None for a given threshold.
+    """
+
+    centres: Centres
+    source: Tensor
+    grouping: Grouping
+    calibration: Calibration | None
+
+
+def decide(
+    embeddings: Sequence[Tensor | NDArray[np.float32]],
+    labels: Sequence[Tensor | NDArray[np.int64]],
+    identities: Sequence[int],
+    settings: MatchSettings,
+    names: Sequence[str],
+    device: torch.device,
+    ranks: Ranks | None = None,
+) -> Decided:
+    """Compare all sets with each other, and decide who is who; all `ranks` get the result.
+
+    For each set unit embeddings float32 [images, D], labels int64 [images] and the number of `identities`; `names` of
+    the sets for messages. Raises CalibrationError where the sets cannot tell their threshold.
+    """
+    rows = [_as_tensor(part) for part in embeddings]
+    classes = [_as_tensor(part).to(device) for part in labels]
+    centres = [
+        identity_centres(part, own, count, settings.method)
+        for part, own, count in zip(rows, classes, identities, strict=True)
+    ]
+    offsets = np.concatenate([[0], np.cumsum([len(part) for part in centres])])
+    source = np.repeat(np.arange(len(centres)), np.diff(offsets))
+    # Without the assumption that an identity has one counterpart in a set at most, no other one speaks against it.
+    auto = settings.t is None
+    weight = RIVAL_WEIGHT if auto and settings.rule == "mutual" and not settings.within else 0.0
+    floor = -1.0 if settings.t is None else settings.t - _BELOW_KEPT
+    candidates = 2 if weight else settings.candidates
+    impostors = []
+    if auto:
+        impostors = [
+            impostor_scores(part, weight, settings.rule, settings.block, settings.seed, ranks) for part in centres
+        ]
+        if not weight:  # half of the identities have someone else that near
+            floor = float(np.median(np.concatenate([part.nearest for part in impostors])))
+    found: list[tuple[int, int, Pairs]] = []
+    for one in range(len(centres)):
+        for other in range(one if settings.within else one + 1, len(centres)):
+            first, second = centres[one].vectors, None if one == other else centres[other].vectors
+            matches = top_matches(first, second, candidates, floor, settings.block, ranks)
+            found.append((one, other, score_pairs(first, second, matches, weight)))
+    calibration = None
+    if auto:
+        halves = [half_scores(*parts, settings.seed) for parts in zip(rows, classes, centres, impostors, strict=True)]
+        calibration = calibrate(impostors, halves, centres, found, settings.rule, settings.wrong_joins, names)
+    pairs = Pairs(
+        np.concatenate([p.first + offsets[one] for one, _, p in found] or [np.empty(0, np.int64)]),
+        np.concatenate([p.second + offsets[other] for _, other, p in found] or [np.empty(0, np.int64)]),
+        np.concatenate([p.cosine for _, _, p in found] or [np.empty(0)]),
+        np.concatenate([p.score for _, _, p in found] or [np.empty(0)]),
+    )
+    threshold = calibration.threshold if calibration else settings.t
+    assert threshold is not None
+    grouping = group_identities(source, pairs, threshold, settings.rule, settings.within)
+    everyone = join_centres(
+        [Centres(*(v.cpu() for v in (part.vectors, part.images, part.used, part.spread))) for part in centres]
+    )
+    return Decided(everyone, torch.from_numpy(source), grouping, calibration)
+
+
+def _as_tensor(values: Tensor | NDArray) -> Tensor:
+    """The values without a copy: nothing writes to them, so a file mapped for reading only will do."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.as_tensor(values)

@@ -1,0 +1,117 @@
+"""The same picture twice under one label: by bytes, or encoded anew, resized, cropped a little.
+
+Near-duplicates are found in two steps. Embeddings choose the candidates: copies of a picture have cosines from 0.8 on
+unless they are very poor, and so have few of a person's other pictures. Pixels decide: the middle of one face, grey,
+is looked for in the other at several sizes and all places within reach, and the highest normalised cross-correlation
+counts. docs/merging.md has the figures on real faces.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import cv2
+import numpy as np
+
+from data.face_sets import EncodedImages
+from data.images import decode_rgb
+
+# Cosine of the embeddings from which two pictures are compared by their pixels.
+CANDIDATE_COSINE = 0.8
+# Correlation from which two pictures are one.
+SAME_CORRELATION = 0.96
+
+_SIDE = 56  # pixels that faces are compared at
+_MARGIN = 8  # around the middle that is looked for: how far it may have moved
+_SCALES = (0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.14)
+_ROWS = 1024  # of cosines at a time
+
+
+class Duplicate(NamedTuple):
+    """`image` is the same picture as `original`, which is kept; by `bytes` or by `near`, with `correlation` 0..1."""
+
+    image: int
+    original: int
+    kind: str
+    correlation: float
+
+
+class Rows(Protocol):
+    """Unit embeddings of all images, given out by positions: float32 [positions, D]."""
+
+    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
+
+
+def thumbnail(face: np.ndarray) -> np.ndarray:
+    """A face, uint8 [H, W, 3] RGB, as pictures are compared: float32 [56, 56], grey, 0..255."""
+    grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
+    return cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+
+
+def correlation(one: np.ndarray, other: np.ndarray) -> float:
+    """How much two thumbnails are one picture: -1..1, the same whichever comes first, 0 for a plain surface."""
+    if min(float(one.std()), float(other.std())) < 1:
+        return 0.0
+    return max(_best_place(one, other), _best_place(other, one))
+
+
+def _best_place(one: np.ndarray, other: np.ndarray) -> float:
+    """The highest normalised cross-correlation of the middle of `one`, at all scales, with places of `other`."""
+    best = -1.0
+    for scale in _SCALES:
+        side = round(_SIDE * scale)
+        scaled = one if side == _SIDE else cv2.resize(one, (side, side), interpolation=cv2.INTER_LINEAR)
+        margin = max(_MARGIN, (side - _SIDE) // 2 + _MARGIN)
+        middle = scaled[margin : side - margin, margin : side - margin]
+        if middle.std() >= 1:
+            best = max(best, float(cv2.matchTemplate(other, middle, cv2.TM_CCOEFF_NORMED).max()))
+    return best
+
+
+def find_duplicates(images: EncodedImages, parts: Sequence[np.ndarray], embeddings: Rows | None) -> Iterator[Duplicate]:
+    """The images of one merged identity that are there already.
+
+    `parts`: positions of the images of each of the identities that were joined, in the order they are taken. Only
+    images of different parts are compared: what one set holds twice in one identity stays. `embeddings`: float32
+    [images, D], unit, of all images; None: by bytes only. Memory: 16 kB an image of the identity.
+    """
+    digests: dict[bytes, tuple[int, int]] = {}  # of each picture kept: part, position
+    kept: list[tuple[int, int]] = []
+    thumbnails: dict[int, np.ndarray] = {}
+
+    def seen(image: int) -> np.ndarray:
+        if image not in thumbnails:
+            thumbnails[image] = thumbnail(decode_rgb(images.encoded(image), images.describe(image)))
+        return thumbnails[image]
+
+    for number, part in enumerate(parts):
+        before = list(kept)
+        known = np.array([image for _, image in before], np.int64)
+        for start in range(0, len(part), _ROWS):
+            rows = part[start : start + _ROWS]
+            cosines = None
+            if embeddings is not None and len(known) and number:
+                cosines = embeddings[rows] @ embeddings[known].T
+            for row, image in enumerate(rows.tolist()):
+                digest = hashlib.sha256(images.encoded(image)).digest()
+                there = digests.get(digest)
+                if there is not None and there[0] != number:
+                    yield Duplicate(image, there[1], "bytes", 1.0)
+                    continue
+                if cosines is not None:
+                    found = _nearest(image, known, cosines[row], seen)
+                    if found is not None:
+                        yield found
+                        continue
+                digests.setdefault(digest, (number, image))
+                kept.append((number, image))
+
+
+def _nearest(image: int, known: np.ndarray, cosines: np.ndarray, seen: Callable[[int], np.ndarray]) -> Duplicate | None:
+    """The first of the candidates, by falling cosine, that is the same picture as `image`."""
+    candidates = np.flatnonzero(cosines >= CANDIDATE_COSINE)
+    for candidate in candidates[np.argsort(-cosines[candidates], kind="stable")].tolist():
+        alike = correlation(seen(image), seen(int(known[candidate])))
+        if alike >= SAME_CORRELATION:
+            return Duplicate(image, int(known[candidate]), "near", alike)
+    return None

@@ -1,0 +1,84 @@
+"""People of test sets among the identities of training sets: who has to be left out, so that a test stays one.
+
+Each image of a `.bin` counts by itself, as it says nothing about who is who; of face sets and folders the mean of each
+identity counts. An identity whose centre has a cosine of at least the threshold with one of them is that person.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.face_sets import EncodedImages, FaceSet, PairImages, open_face_set
+from data.verification_bin import read_bin
+from dataset_merge.centres import identity_centres
+from dataset_merge.decisions import Match
+from dataset_merge.matching import top_matches
+from utils.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class HeldOutSet:
+    """A set whose people are to be left out: its images, and for one with identities, that set."""
+
+    path: str
+    images: EncodedImages
+    faces: FaceSet | None
+
+    def name(self, position: int) -> str:
+        """What its person or image number `position` is called."""
+        return self.faces.identities[position] if self.faces else self.images.describe(position)
+
+    def people(self, embeddings: np.ndarray, device: torch.device) -> Tensor:
+        """Unit vectors float32 [people, D], on `device`, from those of the images, float32 [images, D]."""
+        whole = torch.from_numpy(np.asarray(embeddings))
+        if self.faces is None:
+            return whole.to(device)
+        labels = torch.from_numpy(self.faces.labels).to(device)
+        return identity_centres(whole, labels, len(self.faces.identities)).vectors
+
+
+def open_held_out(path: str) -> HeldOutSet:
+    """The test set at `path`: a `.bin`, a rec set or a folder of identities."""
+    if Path(path).suffix == ".bin":
+        return HeldOutSet(path, PairImages(read_bin(path)), None)
+    faces = open_face_set(path)
+    return HeldOutSet(path, faces, faces)
+
+
+@dataclass(frozen=True)
+class Leaks:
+    """How near each identity is to the test sets: `match`, the nearest person there; `t`, from where it is that one."""
+
+    match: list[Match]
+    t: float
+
+    @property
+    def excluded(self) -> dict[int, Match]:
+        """The identities that are people of the test sets."""
+        return {identity: match for identity, match in enumerate(self.match) if match.score >= self.t}
+
+    @property
+    def scores(self) -> np.ndarray:
+        """The cosine of each identity with the nearest person, float64 [identities]."""
+        return np.array([match.score for match in self.match])
+
+
+def find_leaks(
+    centres: Tensor, sets: Sequence[tuple[HeldOutSet, np.ndarray]], t: float, ranks: Ranks | None = None
+) -> Leaks:
+    """Compare centres, unit float32 [identities, D], with the people of test sets, given with their embeddings."""
+    best = torch.full((len(centres),), -torch.inf)
+    where, who = torch.zeros(len(centres), dtype=torch.int64), torch.zeros(len(centres), dtype=torch.int64)
+    for number, (test_set, embeddings) in enumerate(sets):
+        found = top_matches(centres, test_set.people(embeddings, centres.device), k=1, ranks=ranks)[0]
+        cosine, index = found.cosine[:, 0].cpu(), found.index[:, 0].cpu()
+        better = cosine > best
+        best[better], where[better], who[better] = cosine[better], number, index[better]
+    rows = zip(where.tolist(), who.tolist(), best.tolist(), strict=True)
+    return Leaks(
+        [Match(sets[number][0].path, sets[number][0].name(person), score) for number, person, score in rows], t
+    )

@@ -1,0 +1,106 @@
+"""The duplicates among all identities that a merge joins; an interrupted search goes on where it was."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.face_sets import FaceSet, JoinedFaceSet, images_by_identity
+from dataset_merge.decisions import Decision, Identities, members
+from dataset_merge.duplicates import CANDIDATE_COSINE, SAME_CORRELATION, Duplicate, Rows, find_duplicates
+from dataset_merge.writing import describe_choice, made_from
+from utils.files import csv_line
+from utils.progress import progress_bar
+from utils.resumable import GrowingFile, ResumableFolder, resumable_folder
+
+COLUMNS = ("image", "original", "kind", "correlation")
+_TABLE = "duplicates.csv"
+_IDENTITIES_BETWEEN_SAVES = 1000
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The images under each new label: of each identity there, in the order they are taken, positions in all sets."""
+
+    of_label: list[list[np.ndarray]]
+
+    def without(self, duplicates: Sequence[Duplicate]) -> list[np.ndarray]:
+        """The positions under each label, int64, less the duplicates."""
+        dropped = np.array(sorted(duplicate.image for duplicate in duplicates), np.int64)
+        whole = (np.concatenate(parts) for parts in self.of_label)
+        return [images[~np.isin(images, dropped)] if len(dropped) else images for images in whole]
+
+
+class JoinedRows:
+    """The embeddings of several sets as those of one, taken a few at a time: they may lie in mapped files."""
+
+    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+        self._parts = parts
+        self._starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        rows = np.empty((len(positions), self._parts[0].shape[1]), np.float32)
+        for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
+            own = (positions >= start) & (positions < end)
+            rows[own] = part[positions[own] - start]
+        return rows
+
+
+def parts_of(sets: Sequence[FaceSet], decisions: Sequence[Decision]) -> Parts:
+    """Which images go under which label, as decided."""
+    people = Identities(sets)
+    starts = np.cumsum([0, *(len(faces) for faces in sets)])
+    images = [images_by_identity(faces) for faces in sets]
+    return Parts(
+        [
+            [
+                images[int(people.source[identity])][int(people.own[identity])] + starts[people.source[identity]]
+                for identity in identities
+            ]
+            for identities in members(decisions)
+        ]
+    )
+
+
+def search(
+    cache: Path, sets: Sequence[FaceSet], everything: JoinedFaceSet, parts: Parts, embeddings: Rows | None, model: str
+) -> list[Duplicate]:
+    """All duplicates under the labels of several identities. `embeddings`: None to go by bytes only; `model`: what made
+    them. What is found is kept in the folder `cache`.
+    """
+    joined = [images for images in parts.of_label if len(images) > 1]
+    choice = [np.concatenate(images) for images in joined]
+    made = {
+        **made_from(sets, choice),
+        "identities": describe_choice([image for images in joined for image in images]),
+        "model": model,
+        "limits": [CANDIDATE_COSINE, SAME_CORRELATION] if embeddings is not None else None,
+    }
+    folder = cache / f"duplicates-{hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]}"
+    if not (folder / _TABLE).exists():
+        with resumable_folder(folder, made, restart=False) as work:
+            _search(work, everything, joined, embeddings)
+    with (folder / _TABLE).open(newline="") as table:
+        rows = csv.reader(table)
+        next(rows)
+        return [Duplicate(int(row[0]), int(row[1]), row[2], float(row[3])) for row in rows]
+
+
+def _search(
+    work: ResumableFolder, everything: JoinedFaceSet, joined: Sequence[Sequence[np.ndarray]], embeddings: Rows | None
+) -> None:
+    table: GrowingFile = work.open(_TABLE)
+    if not table.tell():
+        table.write(csv_line(COLUMNS))
+    done = int(work.state.get("identities", 0))
+    with progress_bar(len(joined), "identity", "duplicates", initial=done) as bar:
+        for number in range(done, len(joined)):
+            for duplicate in find_duplicates(everything, joined[number], embeddings):
+                table.write(csv_line(duplicate))
+            bar.update()
+            if (number + 1) % _IDENTITIES_BETWEEN_SAVES == 0:
+                work.save({"identities": number + 1})

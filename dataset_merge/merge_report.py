@@ -1,0 +1,348 @@
+"""`report.html` of a merge: what became of the sets, by which threshold, and faces to judge by eye."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from data.face_sets import EncodedImages, FaceSet, images_by_identity
+from data.images import decode_face
+from dataset_merge.calibration import Calibration
+from dataset_merge.cleaning import Findings
+from dataset_merge.decisions import Decision, Identities, decision_counts
+from dataset_merge.duplicates import Duplicate
+from dataset_merge.exclude import HeldOutSet, Leaks
+from dataset_merge.grouping import Grouping
+from utils.files import atomic_path
+from utils.html_report import HtmlReport
+from utils.plots import draw_contact_sheet, draw_score_histogram
+
+ROWS_DRAWN = 16
+IMAGES_DRAWN = 4  # of each side
+ROWS_LISTED = 50
+
+ABOVE, BELOW, SCORES = "above_t.png", "below_t.png", "scores.png"
+EXCLUDED, NOT_EXCLUDED, DUPLICATES, CLEANING = "excluded.png", "not_excluded.png", "duplicates.png", "cleaning.png"
+PICTURES = (ABOVE, BELOW, SCORES, EXCLUDED, NOT_EXCLUDED, DUPLICATES, CLEANING)
+
+
+@dataclass
+class Merge:
+    """All that a report tells of a merge. `sets`: as they were merged, cleaned if so; `original`: as they lie there."""
+
+    paths: Sequence[Path]
+    original: Sequence[FaceSet]
+    sets: Sequence[FaceSet]
+    settings: Mapping[str, object]
+    image_size: int
+    decisions: Sequence[Decision]
+    size: int = 0  # bytes of the merged set
+    grouping: Grouping | None = None
+    calibration: Calibration | None = None
+    leaks: Leaks | None = None
+    held_out: Sequence[HeldOutSet] = ()
+    findings: Sequence[Findings] = ()
+    applied: bool = False  # the findings
+    duplicates: Sequence[Duplicate] = ()  # positions in all sets together
+    everything: EncodedImages | None = None
+    dry_run: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    first: int
+    second: int
+    score: float
+    decision: str
+
+
+class _Faces:
+    """Faces of identities, decoded for pictures."""
+
+    def __init__(self, sets: Sequence[FaceSet], size: int) -> None:
+        self.people = Identities(sets)
+        self._sets, self._size = sets, size
+        self._images = [images_by_identity(faces) for faces in sets]
+        self._numbers = [{name: number for number, name in enumerate(faces.identities)} for faces in sets]
+
+    def number(self, source: object, label: str | None) -> int | None:
+        """The number of an identity among all; None for what is none."""
+        if not isinstance(source, int) or label is None or label not in self._numbers[source]:
+            return None
+        return int(self.people.firsts[source]) + self._numbers[source][label]
+
+    def of(self, identity: int) -> list[np.ndarray]:
+        """Four images, spread over those that an identity has; the same one again if it has fewer."""
+        source = int(self.people.source[identity])
+        own = self._images[source][int(self.people.own[identity])]
+        chosen = own[np.linspace(0, len(own) - 1, IMAGES_DRAWN).round().astype(int)]
+        return [face(self._sets[source], int(i), self._size) for i in chosen]
+
+    def title(self, identity: int) -> str:
+        """Set and name of an identity, for people."""
+        return f"{int(self.people.source[identity])}:{self.people.name(identity)}"
+
+
+def face(images: EncodedImages, i: int, size: int) -> np.ndarray:
+    """An image as pictures show it, uint8 [size, size, 3] RGB."""
+    return decode_face(images.encoded(i), size, resize=True, where=images.describe(i))
+
+
+def write_report(folder: Path, merge: Merge) -> None:
+    """Write `report.html` and its pictures into `folder`."""
+    report = HtmlReport("Merge of " + " and ".join(path.name for path in merge.paths))
+    faces = _Faces(merge.sets, merge.image_size)
+    report.section("What became of the sets")
+    if merge.dry_run:
+        report.warning("This was a dry run: the set was not written.")
+    for note in merge.notes:
+        report.warning(note)
+    columns, rows = decision_counts([str(path) for path in merge.paths], merge.decisions, len(merge.duplicates))
+    report.table(columns, rows)
+    report.text(f"The merged set takes {merge.size:,} bytes. merge.csv has a row for every identity of every set.")
+    _tell_threshold(report, folder, merge)
+    _tell_pairs(report, folder, merge, faces)
+    if merge.grouping is not None:
+        _tell_conflicts(report, merge.grouping, faces)
+    if merge.leaks is not None:
+        _tell_leaks(report, folder, merge, faces)
+    if merge.findings:
+        _tell_cleaning(report, folder, merge)
+    if merge.duplicates:
+        _tell_duplicates(report, folder, merge)
+    report.section("Settings")
+    report.table(("setting", "value"), [(name, str(value)) for name, value in merge.settings.items()])
+    report.write(folder / "report.html")
+
+
+def _tell_threshold(report: HtmlReport, folder: Path, merge: Merge) -> None:
+    report.section("The threshold")
+    calibration, grouping = merge.calibration, merge.grouping
+    if calibration is not None:
+        report.text(f"Chosen from the sets: {calibration.threshold:.4f}.")
+        for paragraph in calibration.explanation:
+            report.text(paragraph)
+        if calibration.genuine.any():
+            draw_score_histogram(
+                folder / SCORES,
+                calibration.genuine,
+                calibration.impostor,
+                calibration.edges,
+                "Scores of one person in two halves, and of two people",
+                {"t": calibration.threshold},
+            )
+            report.picture(folder / SCORES, "Scores by which the threshold was chosen; below on a logarithmic scale.")
+        elif grouping is not None:  # no identity has two images: there are no halves to draw
+            _draw_best_scores(folder / SCORES, grouping.score[np.isfinite(grouping.score)], calibration.threshold)
+            report.picture(folder / SCORES, "Each identity's best score.")
+    elif grouping is not None:
+        report.text(f"Two identities are the same person from a cosine of {grouping.threshold:g} on, as it was set.")
+        scores = grouping.score[np.isfinite(grouping.score)]
+        if len(scores):
+            _draw_best_scores(folder / SCORES, scores, grouping.threshold)
+            report.picture(folder / SCORES, "The cosine of every identity with the most similar one it can join.")
+    else:
+        report.text("The decisions were given in a table: nothing was compared.")
+
+
+def _draw_best_scores(path: Path, scores: np.ndarray, t: float) -> None:
+    """A histogram on a logarithmic scale, so that the few near the threshold are seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    low, high = min(float(scores.min()), t), max(float(scores.max()), t)
+    axes.hist(scores, bins=np.linspace(low - 0.01, high + 0.01, 100).tolist(), color="#0072B2", alpha=0.6)
+    axes.axvline(t, color="#333333", linewidth=1, linestyle="--")
+    axes.annotate(f"t = {t:g}", (t, 0.97), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top")
+    axes.set_yscale("log")
+    axes.set(xlabel="cosine with the most similar identity", ylabel="identities")
+    axes.spines[["top", "right"]].set_visible(False)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def _pairs(merge: Merge, faces: _Faces) -> tuple[list[_Pair], list[_Pair]]:
+    """Pairs that are one person, the least similar first, and pairs that are two, the most similar first."""
+    if merge.grouping is not None:
+        pairs = merge.grouping.pairs
+        decision = np.asarray(merge.grouping.decision)
+        joined, below = decision == "joined", decision == "below"
+        order = np.argsort(pairs.score, kind="stable")
+        chosen = (
+            [int(i) for i in order[joined[order]][:ROWS_DRAWN]],
+            [int(i) for i in order[::-1][below[order[::-1]]][:ROWS_DRAWN]],
+        )
+        above, under = (
+            [_Pair(int(pairs.first[i]), int(pairs.second[i]), float(pairs.score[i]), str(decision[i])) for i in rows]
+            for rows in chosen
+        )
+        return above, under
+    found: dict[tuple[int, int], _Pair] = {}
+    for identity, row in enumerate(merge.decisions):
+        match = faces.number(row.match_source, row.match_label)
+        if match is not None and row.score is not None:
+            same = row.new_label is not None and row.new_label == merge.decisions[match].new_label
+            kind = "joined" if same or row.decision == "dropped" else row.decision
+            key = min(identity, match), max(identity, match)
+            found.setdefault(key, _Pair(*key, row.score, kind))
+    ordered = sorted(found.values(), key=lambda pair: pair.score)
+    joined_pairs = [pair for pair in ordered if pair.decision == "joined"]
+    others = [pair for pair in reversed(ordered) if pair.decision == "added"]
+    return joined_pairs[:ROWS_DRAWN], others[:ROWS_DRAWN]
+
+
+def _tell_pairs(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -> None:
+    report.section("Judge by eye")
+    above, below = _pairs(merge, faces)
+    report.text(
+        "Four images of one identity on the left, of the other on the right; fewer are repeated. Wrong joins in the "
+        "first picture: raise t. The same person on both sides in the second one: lower it. Single mistakes: edit "
+        "decision and new_label in merge.csv, and apply it with --decisions."
+    )
+    for name, pairs, caption in (
+        (ABOVE, above, "Joined, the least similar pairs first."),
+        (BELOW, below, "Not joined, as too different, the most similar pairs first."),
+    ):
+        if not pairs:
+            report.text(f"{caption} There are none.")
+            continue
+        cells = [image for pair in pairs for side in (pair.first, pair.second) for image in faces.of(side)]
+        labels = [f"{pair.score:.3f} {faces.title(pair.first)} {faces.title(pair.second)}" for pair in pairs]
+        draw_contact_sheet(folder / name, cells, 2 * IMAGES_DRAWN, None, labels)
+        report.picture(folder / name, f"{caption} Left of each row: score, and set:identity of both.")
+
+
+def _tell_conflicts(report: HtmlReport, grouping: Grouping, faces: _Faces) -> None:
+    decision = np.asarray(grouping.decision)
+    conflicts = np.flatnonzero((decision == "not mutual") | (decision == "split"))
+    report.section("Conflicts")
+    report.text(
+        f"{len(conflicts):,} pairs reach the threshold and were not joined: one of the two has a better match "
+        "(not mutual), or they would join identities that a set holds apart (split)."
+    )
+    order = conflicts[np.argsort(-grouping.pairs.score[conflicts], kind="stable")][:ROWS_LISTED].tolist()
+    if order:
+        pairs = grouping.pairs
+        report.table(
+            ("first", "second", "score", "why not"),
+            [
+                (
+                    faces.title(int(pairs.first[i])),
+                    faces.title(int(pairs.second[i])),
+                    f"{float(pairs.score[i]):.4f}",
+                    str(decision[i]),
+                )
+                for i in order
+            ],
+        )
+    if grouping.splits:
+        report.text(
+            f"{len(grouping.splits):,} chains were cut at their weakest link, because of identities held apart:"
+        )
+        report.table(
+            ("link", "to", "score", "held apart", "from"),
+            [
+                (
+                    faces.title(split.first),
+                    faces.title(split.second),
+                    f"{split.score:.4f}",
+                    *(faces.title(identity) for identity in split.held_apart),
+                )
+                for split in grouping.splits[:ROWS_LISTED]
+            ],
+        )
+
+
+def _tell_leaks(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -> None:
+    leaks = merge.leaks
+    assert leaks is not None
+    excluded = leaks.excluded
+    by_group = sum(row.decision == "excluded" for row in merge.decisions) - len(excluded)
+    report.section("People of test sets")
+    report.text(
+        f"{len(excluded):,} identities have a cosine of {leaks.t:g} or more with a person or image of "
+        + ", ".join(held_out.path for held_out in merge.held_out)
+        + f"; {by_group:,} more are one person with them. They are left out; their rows in merge.csv say excluded."
+    )
+    columns, rows = ("set", "excluded identities", "with images"), []
+    for source, path in enumerate(merge.paths):
+        own = [row for row in merge.decisions if row.source == source and row.decision == "excluded"]
+        rows.append((str(path), len(own), sum(row.images for row in own)))
+    report.table(columns, rows)
+    scores = leaks.scores
+    by_path = {held_out.path: held_out for held_out in merge.held_out}
+    for name, chosen, caption in (
+        (EXCLUDED, np.flatnonzero(scores >= leaks.t), "Excluded, the least similar first."),
+        (NOT_EXCLUDED, np.flatnonzero(scores < leaks.t), "Kept, the most similar first."),
+    ):
+        order = chosen[np.argsort(np.abs(scores[chosen] - leaks.t), kind="stable")][:ROWS_DRAWN].tolist()
+        if not order:
+            report.text(f"{caption} There are none.")
+            continue
+        cells, labels = [], []
+        for identity in order:
+            match = leaks.match[identity]
+            held_out = by_path[str(match.source)]
+            cells += [*faces.of(identity), face(held_out.images, _example(held_out, match.label), merge.image_size)]
+            labels.append(f"{match.score:.3f} {faces.title(identity)}")
+        draw_contact_sheet(folder / name, cells, IMAGES_DRAWN + 1, None, labels)
+        report.picture(folder / name, f"{caption} The identity, and in the last column the person of the test set.")
+
+
+def _example(held_out: HeldOutSet, label: str) -> int:
+    """The position of an image of the person called `label`."""
+    if held_out.faces is not None:
+        return int(np.argmax(held_out.faces.labels == held_out.faces.identities.index(label)))
+    return next(i for i in range(len(held_out.images)) if held_out.name(i) == label)
+
+
+def _tell_cleaning(report: HtmlReport, folder: Path, merge: Merge) -> None:
+    report.section("Cleaning")
+    done = "was done" if merge.applied else "is listed only; --clean apply does it"
+    report.text(f"What does not belong, by cleaning.csv. The cleaning {done}.")
+    kinds = ("outlier", "mixed", "scattered")
+    rows = []
+    for path, findings in zip(merge.paths, merge.findings, strict=True):
+        counts = [sum(finding.finding == kind for finding in findings.found) for kind in kinds]
+        rows.append((str(path), counts[0], len(findings.seconds), counts[1], counts[2]))
+    columns = ("set", "outliers", "identities of two people", "images of second people", "scattered images")
+    report.table(columns, rows)
+    cells, labels = [], []
+    for source, findings in enumerate(merge.findings):
+        faces = merge.original[source]
+        images = images_by_identity(faces)
+        for finding in sorted(findings.found, key=lambda found: found.cosine)[:ROWS_DRAWN]:
+            wrong = {found.image for found in findings.found}
+            own = [i for i in images[int(faces.labels[finding.image])].tolist() if i not in wrong][:IMAGES_DRAWN]
+            if own:
+                own = [own[i % len(own)] for i in range(IMAGES_DRAWN)]
+                cells += [face(faces, i, merge.image_size) for i in (*own, finding.image)]
+                labels.append(f"{finding.cosine:.3f} {finding.finding} {source}")
+    if cells:
+        draw_contact_sheet(folder / CLEANING, cells, IMAGES_DRAWN + 1, None, labels)
+        report.picture(
+            folder / CLEANING, "Images of the identity, and in the last column the one that does not belong."
+        )
+
+
+def _tell_duplicates(report: HtmlReport, folder: Path, merge: Merge) -> None:
+    report.section("Duplicates")
+    same = sum(duplicate.kind == "bytes" for duplicate in merge.duplicates)
+    near = [duplicate for duplicate in merge.duplicates if duplicate.kind == "near"]
+    report.text(
+        f"{same:,} images were there to the byte, {len(near):,} as another copy of the picture; duplicates.csv names "
+        "each, and the image that was kept."
+    )
+    if near and merge.everything is not None:
+        near = sorted(near, key=lambda duplicate: duplicate.correlation)[: 2 * ROWS_DRAWN]
+        cells = [face(merge.everything, i, merge.image_size) for pair in near for i in (pair.original, pair.image)]
+        labels = [f"{pair.correlation:.4f}" for pair in near]
+        draw_contact_sheet(folder / DUPLICATES, cells, 2, None, labels)
+        report.picture(
+            folder / DUPLICATES, "Kept and dropped, the least alike first, with the correlation of the pixels."
+        )

@@ -1,0 +1,241 @@
+"""--t auto on drawn people, where the truth is known: the share of wrong joins, the tail's fit, and what is refused."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dataset_merge.calibration import (
+    Calibration,
+    CalibrationError,
+    expected_cosine,
+    fit_tails,
+    half_scores,
+    impostor_scores,
+)
+from dataset_merge.centres import identity_centres
+from dataset_merge.deciding import Decided, MatchSettings, decide
+from dataset_merge.matching import TopMatches
+from dataset_merge.scores import score_pairs
+from merge_people import DrawnSet, draw_set
+
+AUTO = MatchSettings(t=None)
+
+
+def drawn_sets(
+    sets: int = 2, each: int = 600, common: int = 200, spread: float = 1.0, images: int = 4
+) -> list[DrawnSet]:
+    """Sets of `each` identities with the first `common` people in all of them, in other images and another order."""
+    result = []
+    for number in range(sets):
+        own = torch.arange(each - common) + common + number * (each - common)
+        person = torch.cat([torch.arange(common), own])
+        person = person[torch.randperm(each, generator=torch.Generator().manual_seed(number))]
+        result.append(draw_set(person, torch.arange(each) % images + 1, seed=number, size=64, spread=spread))
+    return result
+
+
+def run(sets: list[DrawnSet], settings: MatchSettings = AUTO) -> Decided:
+    return decide(
+        [part.embeddings for part in sets],
+        [part.labels for part in sets],
+        [len(part.person) for part in sets],
+        settings,
+        [f"set {number}" for number in range(len(sets))],
+        torch.device("cpu"),
+    )
+
+
+def calibrated(found: Decided) -> Calibration:
+    assert found.calibration is not None
+    return found.calibration
+
+
+def wrong_share(sets: list[DrawnSet], found: Decided) -> tuple[float, float]:
+    """Share of wrong ones among joined pairs of identities, and of found ones among those to find."""
+    person = torch.cat([part.person for part in sets])
+    group = torch.from_numpy(found.grouping.group)
+    other = found.source[:, None] < found.source
+    joined, same = (group[:, None] == group) & other, (person[:, None] == person) & other
+    return float((joined & ~same).sum() / joined.sum()), float((joined & same).sum() / same.sum())
+
+
+@pytest.mark.parametrize("settings", [AUTO, replace(AUTO, rule="clusters"), replace(AUTO, wrong_joins=0.05)])
+def test_the_share_of_wrong_joins_is_kept(settings: MatchSettings) -> None:
+    """People that overlap: of the joins about the target share is wrong, not none, and most people are found."""
+    sets = drawn_sets()
+    found = run(sets, settings)
+    wrong, right = wrong_share(sets, found)
+    assert wrong <= 2.5 * settings.wrong_joins
+    assert right > 0.5
+    told = calibrated(found)
+    assert told.expected_wrong / told.expected_joins <= settings.wrong_joins
+    assert told.expected_wrong_range[0] <= told.expected_wrong <= told.expected_wrong_range[1]
+
+
+def test_a_higher_share_lowers_the_threshold() -> None:
+    """More wrong joins allowed, more people found."""
+    sets = drawn_sets()
+    strict, easy = (run(sets, replace(AUTO, wrong_joins=share)) for share in (0.003, 0.1))
+    assert calibrated(strict).threshold < 1
+    assert calibrated(easy).threshold < calibrated(strict).threshold - 0.01
+    assert wrong_share(sets, easy)[1] > wrong_share(sets, strict)[1]
+
+
+def test_the_order_of_the_sets_does_not_show() -> None:
+    """Three sets in every order: the same people are together, by exactly the same threshold."""
+    sets = drawn_sets(sets=3, each=300, common=100)
+    results = []
+    for order in ([0, 1, 2], [2, 0, 1], [1, 0, 2]):
+        found = run([sets[i] for i in order], replace(AUTO, block=128))
+        offsets = np.cumsum([0] + [len(sets[i].person) for i in order])
+        group: dict[int, set[tuple[int, int]]] = {}
+        for place, number in enumerate(order):
+            for identity in range(len(sets[number].person)):
+                group.setdefault(int(found.grouping.group[offsets[place] + identity]), set()).add((number, identity))
+        results.append((calibrated(found).threshold, {frozenset(members) for members in group.values()}))
+    assert results[0] == results[1] == results[2]
+    assert len(results[0][1]) < 900
+
+
+def test_people_who_are_in_a_set_twice_do_not_move_the_threshold_much() -> None:
+    """Every twentieth identity of each set is one more of somebody there: without the mixture they would be taken for
+    strangers, and nearly nothing would be joined.
+    """
+    clean = drawn_sets(spread=1.0)
+    twice = []
+    for number, part in enumerate(clean):
+        person = part.person.clone()
+        person[:30] = person[30:60]
+        twice.append(draw_set(person, torch.arange(600) % 4 + 1, seed=number, spread=1.0))
+    before, after = (calibrated(run(sets)).threshold for sets in (clean, twice))
+    assert abs(after - before) < 0.05
+
+
+def test_fixed_threshold_is_the_plain_cosine() -> None:
+    """--t 0.65 compares cosines of centres as they are, and tells no calibration."""
+    sets = drawn_sets(each=60, common=30, spread=0.7)
+    found = run(sets, MatchSettings(t=0.65))
+    assert found.calibration is None
+    assert found.grouping.threshold == 0.65
+    centres = [identity_centres(part.embeddings, part.labels, 60).vectors for part in sets]
+    cosines = (centres[0] @ centres[1].T).numpy()
+    best = cosines.argmax(1)
+    mutual = cosines.argmax(0)[best] == np.arange(60)
+    for i in range(60):
+        together = found.grouping.group[i] == found.grouping.group[60 + best[i]]
+        assert together == (mutual[i] and cosines[i, best[i]] >= 0.65)
+        assert found.grouping.cosine[i] == pytest.approx(max(cosines[i]), abs=1e-6)
+
+
+def test_within_one_set() -> None:
+    """One set alone, with people in it twice: they are found; next to nobody else is joined."""
+    person = torch.cat([torch.arange(800), torch.arange(60)])
+    part = draw_set(person, torch.full((860,), 3), seed=0)
+    found = run([part], replace(AUTO, within=True))
+    group = found.grouping.group
+    assert (group[800:] == group[:60]).mean() > 0.9
+    assert len(np.unique(group)) >= 790
+
+
+def test_single_images_have_no_halves() -> None:
+    """Sets of single images are calibrated from strangers alone; how many are missed is said to be unknown."""
+    found = run(drawn_sets(images=1))
+    told = calibrated(found)
+    assert not told.genuine.any()
+    assert np.isnan(told.expected_recall)
+    assert any("No identity has two images" in text for text in told.explanation)
+
+
+def test_too_few_identities_are_refused() -> None:
+    """A tail cannot be known from a few people: the message says how many there are, and what to do."""
+    with pytest.raises(CalibrationError, match=r"needs 200 identities.*has 60: give a threshold \(--t 0.65"):
+        run(drawn_sets(each=60, common=30))
+
+
+def test_what_lies_too_far_out_is_refused() -> None:
+    """One wrong join in a million among a hundred: no tail of a few hundred thousand pairs reaches that far."""
+    with pytest.raises(CalibrationError, match="too far beyond what they show: allow more wrong joins"):
+        run(drawn_sets(spread=0.5), replace(AUTO, wrong_joins=1e-7))
+
+
+def test_nothing_joined_where_nobody_is_in_common() -> None:
+    """Sets of other people: a threshold that next to nobody reaches, and no refusal."""
+    sets = drawn_sets(common=0)
+    assert calibrated(run(sets)).expected_joins <= 2
+
+
+def test_an_overlap_that_wrong_labels_hide_is_refused() -> None:
+    """A third of the images under labels at random: joining nobody in silence would hide the people in common."""
+    sets = []
+    for number, part in enumerate(drawn_sets(spread=0.7)):
+        generator = torch.Generator().manual_seed(number)
+        labels = part.labels.clone()
+        moved = torch.rand(len(labels), generator=generator) < 0.33
+        labels[moved] = torch.randint(600, (int(moved.sum()),), generator=generator)
+        sets.append(DrawnSet(part.embeddings, labels, part.person))
+    with pytest.raises(CalibrationError, match=r"seem to be in common.*allow as many with --wrong-joins"):
+        run(sets)
+
+
+def test_tail_of_known_scores() -> None:
+    """Maxima of a Gumbel distribution: the fitted tail has their survival far out, and one in ten pairs of people who
+    are there twice change it little.
+    """
+    generator = np.random.default_rng(0)
+    scores = generator.gumbel(0.2, 0.03, 3000)
+    genuine = generator.normal(0.6, 0.1, 2000).clip(max=1)
+    true = 3000 * (1 - np.exp(-np.exp(-(0.4 - 0.2) / 0.03)))
+    clean = float(fit_tails(scores, scores, genuine, 0, 20)[0].above(0.4))
+    mixed_scores = np.concatenate([scores, genuine[:300]])
+    mixed = float(fit_tails(mixed_scores, mixed_scores, genuine, 0, 20)[0].above(0.4))
+    assert true / 2 < clean < true * 2
+    assert true / 5 < mixed < true * 5
+
+
+def test_expected_cosine_equals_simulation() -> None:
+    """The cosine of means of n and m images, by the formula, against many drawn people."""
+    alike = 1 / (1 + 0.9**2)
+    sizes = torch.tensor([1, 2, 8])
+    people = draw_set(torch.arange(500).repeat_interleave(3), sizes.repeat(500), seed=0, size=512, spread=0.9)
+    vectors = identity_centres(people.embeddings, people.labels, 1500).vectors.view(500, 3, -1)
+    for i in range(3):
+        for j in range(i):
+            simulated = float((vectors[:, i] * vectors[:, j]).sum(1).mean())
+            formula = expected_cosine(alike, *(sizes[[k]].numpy() for k in (i, j)))
+            assert formula[0] == pytest.approx(simulated, abs=0.01)
+
+
+def test_halves_tell_how_alike_images_of_a_person_are() -> None:
+    """The mean cosine of two images of a person comes out of halves of any size, and halves have all the images."""
+    for images in (torch.full((400,), 2), torch.full((400,), 9)):
+        people = draw_set(torch.arange(400), images, seed=1, size=256, spread=0.9)
+        centres = identity_centres(people.embeddings, people.labels, 400)
+        strangers = impostor_scores(centres, 0.5, "mutual", 256, 0)
+        halves = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+        assert halves.alike == pytest.approx(1 / (1 + 0.9**2), abs=0.03)
+        assert (halves.sizes.sum(1) == halves.whole).all()
+        assert halves.whole.tolist() == images.tolist()
+
+
+def _all(cosines: Tensor) -> tuple[TopMatches, TopMatches]:
+    return tuple(TopMatches(*m.topk(m.shape[1], dim=1)) for m in (cosines, cosines.T))  # type: ignore[return-value]
+
+
+def test_scores_take_off_the_nearest_rival() -> None:
+    """Against a loop over the whole matrix: cosine - 0.5 x the highest other cosine of either one, 0 at least."""
+    people = [draw_set(torch.arange(n), torch.ones(n, dtype=torch.int64), seed=n, size=8) for n in (7, 5)]
+    first, second = (part.embeddings for part in people)
+    cosines = first @ second.T
+    pairs = score_pairs(first, second, _all(cosines), 0.5)
+    assert len(pairs) == 35
+    for i, j, score in zip(pairs.first, pairs.second, pairs.score, strict=True):
+        others = cosines.clone()
+        others[i, j] = -1
+        rival = max(0.0, float(others[i].max()), float(others[:, j].max()))
+        assert score == pytest.approx(float(cosines[i, j]) - 0.5 * rival, abs=1e-6)
+    turned = score_pairs(second, first, _all(cosines.T), 0.5)
+    back = np.lexsort((turned.first, turned.second))
+    assert np.array_equal(turned.score[back], pairs.score)

@@ -1,0 +1,92 @@
+"""Centres of identities: against plain formulas, and under wrong labels."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dataset_merge import centres as module
+from dataset_merge.centres import identity_centres, join_centres
+from merge_people import draw_set
+
+
+def test_mean_and_spread_equal_the_formulas() -> None:
+    """Mean: normalise(mean of unit embeddings), spread: 1 - mean cosine with it, in any order of the images."""
+    embeddings = F.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
+    labels = torch.arange(50) % 7
+    found = identity_centres(embeddings, labels, 8)
+    for identity in range(7):
+        own = embeddings[labels == identity].double()
+        centre = F.normalize(own.mean(0), dim=0)
+        torch.testing.assert_close(found.vectors[identity].double(), centre, atol=1e-6, rtol=0)
+        assert found.spread[identity] == pytest.approx(float(1 - (own @ centre).mean()), abs=1e-6)
+    assert found.images.tolist() == found.used.tolist() == [8, 7, 7, 7, 7, 7, 7, 0]
+    assert not found.vectors[7].any()
+    assert found.spread[7] == 0
+
+
+@pytest.mark.parametrize("method", ["mean", "trimmed", "medoid"])
+def test_chunks_do_not_show(method: module.Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Embeddings that do not fit on the device go there in parts; the result is the same."""
+    people = draw_set(torch.arange(40), torch.arange(40) % 6 + 1, seed=1)
+    whole = identity_centres(people.embeddings, people.labels, 40, method)
+    monkeypatch.setattr(module, "_CHUNK", 13)
+    parts = identity_centres(people.embeddings, people.labels, 40, method)
+    torch.testing.assert_close(parts.vectors, whole.vectors)
+    assert torch.equal(parts.used, whole.used)
+
+
+def test_medoid_is_the_image_with_the_highest_mean_cosine() -> None:
+    """Against the definition, on all pairs of images of each identity."""
+    people = draw_set(torch.arange(30), torch.arange(30) % 7 + 1, seed=2)
+    found = identity_centres(people.embeddings, people.labels, 30, "medoid")
+    for identity in range(30):
+        own = people.embeddings[people.labels == identity]
+        cosines = (own @ own.T).fill_diagonal_(0).sum(1)
+        best = [own[i] for i in range(len(own)) if cosines[i] >= cosines.max() - 1e-6]
+        assert any(torch.equal(found.vectors[identity], F.normalize(row, dim=0)) for row in best)
+    assert set(found.used.tolist()) == {1}
+
+
+def test_robust_centres_hold_under_wrong_labels() -> None:
+    """Two strangers among seven images pull the mean away; trimmed leaves out those two, and is nearer to the truth."""
+    person = torch.arange(200)
+    right = draw_set(person, torch.full((200,), 5), seed=3)
+    wrong = draw_set(200 + torch.arange(200), torch.full((200,), 2), seed=4)
+    embeddings, labels = torch.cat([right.embeddings, wrong.embeddings]), torch.cat([right.labels, wrong.labels])
+    truth = identity_centres(right.embeddings, right.labels, 200).vectors
+    near = {
+        method: (identity_centres(embeddings, labels, 200, method).vectors * truth).sum(1).mean().item()
+        for method in ("mean", "trimmed", "medoid")
+    }
+    assert near["trimmed"] > 0.99
+    assert near["trimmed"] > near["mean"] + 0.03
+    assert near["trimmed"] > near["medoid"]
+    assert identity_centres(embeddings, labels, 200, "trimmed").used.double().mean() == pytest.approx(5, abs=0.1)
+
+
+def test_of_two_images_neither_is_left_out() -> None:
+    """Nothing tells which of two is wrong: trimmed keeps both."""
+    embeddings = torch.eye(4)[:2]
+    found = identity_centres(embeddings, torch.zeros(2, dtype=torch.int64), 1, "trimmed")
+    assert found.vectors[0].tolist() == pytest.approx([0.5**0.5, 0.5**0.5, 0, 0])
+    assert found.used.tolist() == [2]
+
+
+def test_joined_centres_keep_their_order() -> None:
+    """Set after set, every field."""
+    people = draw_set(torch.arange(5), torch.arange(5) + 1, seed=5)
+    part = identity_centres(people.embeddings, people.labels, 5)
+    both = join_centres([part, part])
+    assert len(both) == 10
+    assert both.images.tolist() == 2 * part.images.tolist()
+    assert torch.equal(both.spread[5:], part.spread)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"), [([0, 1], "3 embeddings, but 2 labels"), ([0, 1, 2], "from 0 to 2 for 2")]
+)
+def test_labels_that_do_not_fit(labels: list[int], message: str) -> None:
+    """Refused with the numbers, before anything is computed."""
+    with pytest.raises(ValueError, match=message):
+        identity_centres(torch.eye(3), torch.from_numpy(np.array(labels)), 2)

@@ -1,0 +1,124 @@
+"""Copies of a picture are known whatever was done to them, other pictures of the person are not taken for copies."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from data.images import decode_rgb, encode_jpeg
+from dataset_merge.duplicates import (
+    CANDIDATE_COSINE,
+    SAME_CORRELATION,
+    Duplicate,
+    correlation,
+    find_duplicates,
+    thumbnail,
+)
+from models.embedders import load_embedder
+
+
+def scaled(face: np.ndarray, side: int) -> np.ndarray:
+    small = cv2.resize(face, (side, side), interpolation=cv2.INTER_AREA)
+    return cv2.resize(small, face.shape[1::-1], interpolation=cv2.INTER_CUBIC)
+
+
+def cropped(face: np.ndarray, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+    side = len(face)
+    return cv2.resize(face[top : side - bottom, left : side - right], (side, side), interpolation=cv2.INTER_AREA)
+
+
+def encoded(face: np.ndarray, quality: int) -> np.ndarray:
+    return decode_rgb(encode_jpeg(face, quality), "a copy")
+
+
+COPIES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "quality 30": lambda face: encoded(face, 30),
+    "half the size": lambda face: scaled(face, 56),
+    "cropped by 5 %": lambda face: encoded(cropped(face, 6, 6, 6, 6), 85),
+    "cropped off centre": lambda face: encoded(cropped(face, 0, 6, 5, 1), 75),
+    "brighter": lambda face: np.clip(face * 1.15 + 8, 0, 255).astype(np.uint8),
+}
+
+
+@pytest.fixture(scope="module")
+def people(face_data: Path) -> list[list[np.ndarray]]:
+    """The faces of 24 people of LFW with 4 to 8 pictures each."""
+    folders = sorted((face_data / "lfw" / "images").iterdir())
+    albums = ([decode_rgb(file.read_bytes(), file) for file in sorted(folder.iterdir())] for folder in folders[::5])
+    return [album for album in albums if 4 <= len(album) <= 8][:24]
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_copies_of_real_faces_are_known(people: list[list[np.ndarray]], kind: str) -> None:
+    """Every copy of every face: re-encoded, resized, cropped a little, brightened."""
+    alike = [correlation(thumbnail(face), thumbnail(COPIES[kind](face))) for album in people for face in album[:2]]
+    assert min(alike) >= SAME_CORRELATION
+
+
+def test_other_pictures_of_a_person_are_no_copies(people: list[list[np.ndarray]]) -> None:
+    """All pairs of pictures of one person: aligned faces are alike, but not that much."""
+    alike = []
+    for album in people:
+        small = [thumbnail(face) for face in album]
+        alike += [correlation(one, other) for i, one in enumerate(small) for other in small[:i]]
+    assert len(alike) > 200
+    assert max(alike) < SAME_CORRELATION
+
+
+def test_embeddings_of_copies_reach_the_pixels(people: list[list[np.ndarray]], face_data: Path) -> None:
+    """The first step lets nearly all copies through; it is there to spare the pixels of unlike faces."""
+    embedder = load_embedder(face_data / "models" / "mobilefacenet_y1_128d.onnx", torch.device("cpu"))
+    faces = np.stack([album[0] for album in people])
+    originals = embedder.embed(torch.from_numpy(faces), False).numpy()
+    for kind, copy in COPIES.items():
+        copies = embedder.embed(torch.from_numpy(np.stack([copy(face) for face in faces])), False).numpy()
+        assert ((originals * copies).sum(1) >= CANDIDATE_COSINE).mean() >= 0.95, kind
+
+
+class Encoded:
+    """Encoded images by position."""
+
+    def __init__(self, images: list[bytes]) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def encoded(self, i: int) -> bytes:
+        return self._images[i]
+
+    def describe(self, i: int) -> str:
+        return f"image {i}"
+
+
+def test_the_first_copy_stays(people: list[list[np.ndarray]]) -> None:
+    """Of two identities of one person: what the second one has too is dropped, what only it has stays."""
+    album = [encode_jpeg(face) for face in people[0][:4]]
+    recoded = encode_jpeg(decode_rgb(album[1], ""), 60)
+    images = Encoded([album[0], album[1], album[0], recoded, album[2], album[3]])
+    unit = np.eye(6, 8, dtype=np.float32)
+    unit[3] = unit[1]
+    parts = [np.array([0, 1]), np.array([2, 3, 4, 5])]
+    found = list(find_duplicates(images, parts, unit))
+    assert [(d.image, d.original, d.kind) for d in found] == [(2, 0, "bytes"), (3, 1, "near")]
+    assert list(find_duplicates(images, parts, None)) == [Duplicate(2, 0, "bytes", 1.0)]
+    alike = np.repeat(unit[:1], 6, 0)  # a model that cannot tell: the pixels decide
+    assert [d.image for d in find_duplicates(images, parts, alike)] == [2, 3]
+
+
+def test_what_one_identity_holds_twice_stays(people: list[list[np.ndarray]]) -> None:
+    """Only joining makes duplicates; an identity comes out of a merge as it went in."""
+    image = encode_jpeg(people[0][0])
+    unit = np.ones((3, 1), np.float32)
+    assert list(find_duplicates(Encoded([image] * 3), [np.array([0, 1, 2])], unit)) == []
+    found = list(find_duplicates(Encoded([image] * 3), [np.array([0]), np.array([1, 2])], unit))
+    assert [d.image for d in found] == [1, 2]
+
+
+def test_plain_surfaces_are_no_copies_of_each_other() -> None:
+    """A correlation of nothing with nothing has no meaning."""
+    black, grey = np.zeros((112, 112, 3), np.uint8), np.full((112, 112, 3), 128, np.uint8)
+    assert correlation(thumbnail(black), thumbnail(grey)) == 0

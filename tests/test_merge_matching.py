@@ -1,0 +1,95 @@
+"""The most similar identities: against the whole matrix, in any blocks, on several ranks, in bounded memory."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset_merge.matching import TopMatches, top_matches
+from ranks import run_on_ranks
+from utils.ranks import Ranks
+
+
+def unit(rows: int, size: int, seed: int) -> Tensor:
+    """Random unit vectors."""
+    return F.normalize(torch.randn(rows, size, generator=torch.Generator().manual_seed(seed)))
+
+
+def brute_force(cosines: Tensor, k: int, floor: float) -> tuple[Tensor, Tensor]:
+    """The k best of each row: the first whatever it is, the others above the floor."""
+    best, index = cosines.topk(min(k, cosines.shape[1]), dim=1)
+    low = best <= floor
+    low[:, 0] = False
+    low |= best == -torch.inf
+    return best.masked_fill(low, -torch.inf), index.masked_fill(low, -1)
+
+
+def check(found: TopMatches, cosines: Tensor, k: int, floor: float) -> None:
+    best, index = brute_force(cosines, k, floor)
+    torch.testing.assert_close(found.cosine[:, : best.shape[1]], best)
+    assert torch.equal(found.index[:, : best.shape[1]], index)
+    assert (found.index[:, best.shape[1] :] == -1).all()
+
+
+@pytest.mark.parametrize("block", [1, 17, 64, 1000])
+@pytest.mark.parametrize("floor", [-1.0, 0.3, 0.95])
+@pytest.mark.parametrize("k", [1, 4])
+def test_equal_to_brute_force(block: int, floor: float, k: int) -> None:
+    """Both ways, for two sets and within one, with and without a floor that cuts something off."""
+    first, second = unit(83, 16, 0), unit(61, 16, 1)
+    rows, columns = top_matches(first, second, k, floor, block)
+    cosines = first @ second.T
+    check(rows, cosines, k, floor)
+    check(columns, cosines.T, k, floor)
+    rows, columns = top_matches(first, None, k, floor, block)
+    check(rows, (first @ first.T).fill_diagonal_(-torch.inf), k, floor)
+    assert columns is rows or torch.equal(columns.index, rows.index)
+
+
+def test_fewer_than_k() -> None:
+    """Sets smaller than k have all they can give, and -1 for the rest; one identity has nobody within its set."""
+    rows, columns = top_matches(unit(2, 4, 0), unit(3, 4, 1), k=8, block=2)
+    assert (rows.index >= 0).sum(1).tolist() == [3, 3]
+    assert (columns.index >= 0).sum(1).tolist() == [2, 2, 2]
+    alone, _ = top_matches(unit(1, 4, 0), None, k=2)
+    assert alone.index.tolist() == [[-1, -1]]
+
+
+def _on_a_rank() -> list[Tensor]:
+    import torch.distributed as dist
+
+    ranks = Ranks(dist.group.WORLD)
+    rows, columns = top_matches(unit(83, 16, 0), unit(61, 16, 1), 4, 0.2, 16, ranks)
+    within, _ = top_matches(unit(83, 16, 0), None, 4, 0.2, 16, ranks)
+    return [rows.cosine, rows.index, columns.cosine, columns.index, within.cosine, within.index]
+
+
+def test_ranks_share_the_work_and_agree() -> None:
+    """Three processes, each with every third row block, give each of them what one alone gives."""
+    first, second = unit(83, 16, 0), unit(61, 16, 1)
+    rows, columns = top_matches(first, second, 4, 0.2, 16)
+    within, _ = top_matches(first, None, 4, 0.2, 16)
+    alone = [rows.cosine, rows.index, columns.cosine, columns.index, within.cosine, within.index]
+    for result in run_on_ranks(3, _on_a_rank):
+        for mine, expected in zip(result, alone, strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_memory_does_not_grow_with_the_product() -> None:
+    """No tensor is larger than a block of cosines, the vectors, or what is kept of them."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, arguments=(), options=None):
+            nonlocal largest
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, Tensor):
+                largest = max(largest, result.numel())
+            return result
+
+    first, second = unit(3000, 4, 0), unit(2000, 4, 1)
+    with Watch():
+        top_matches(first, second, k=2, floor=0.99, block=64)
+    assert largest == 3000 * 2
