@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 MXNET_VENV := .venv-mxnet
+INSIGHTFACE_VENV := .venv-insightface
 # mxnet 1.9.1 needs a numpy that installs on Python 3.11 and not on later ones.
 MXNET_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 
@@ -32,9 +33,11 @@ test: lint
 test-long: setup
 	$(RUN) -m pytest -m long
 
-# Our record files against those of the real mxnet, which has an environment of its own.
-conformance: setup $(MXNET_VENV)/.installed
+# Our record files against those of the real mxnet, and our exports in the real insightface package: each has an
+# environment of its own.
+conformance: setup $(MXNET_VENV)/.installed $(INSIGHTFACE_VENV)/.installed
 	$(RUN) -m pytest tests/conformance/with_mxnet.py
+	$(RUN) -m pytest -s tests/conformance/with_insightface.py
 
 $(MXNET_VENV)/.installed: tests/conformance/requirements.txt
 	$(MXNET_PYTHON) -c 'import sys; sys.exit(0 if sys.version_info < (3, 12) else "mxnet needs Python 3.11: make MXNET_PYTHON=python3.11 ...")'
@@ -42,5 +45,10 @@ $(MXNET_VENV)/.installed: tests/conformance/requirements.txt
 	$(MXNET_VENV)/bin/python -m pip install --quiet -r tests/conformance/requirements.txt
 	touch $@
 
+$(INSIGHTFACE_VENV)/.installed: tests/conformance/requirements-insightface.txt
+	$(PYTHON) -m venv $(INSIGHTFACE_VENV)
+	$(INSIGHTFACE_VENV)/bin/python -m pip install --quiet -r tests/conformance/requirements-insightface.txt
+	touch $@
+
 clean:
-	rm -rf demo $(VENV) $(MXNET_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf demo $(VENV) $(MXNET_VENV) $(INSIGHTFACE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -20,6 +20,7 @@ SCRIPTS = [
     "data/make_demo_set.py",
     "dataset_merge/dataset_merge.py",
     "utils/demo.py",
+    "utils/export.py",
 ]
 
 

@@ -1,0 +1,133 @@
+"""What is uploaded: the model card, and torch.hub over this checkout."""
+
+import json
+import runpy
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models import NETWORKS, create_network, load_embedder
+from utils.exporting.facts import ModelFacts, publishable, set_name
+from utils.model_card import model_card
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU = torch.device("cpu")
+
+
+def facts(**changes: Any) -> ModelFacts:
+    settings = {
+        "data": {"root": ["ms1mv3", "own|set"], "image_size": 112},
+        "model": {"network": "r50", "embedding_size": 512},
+        "loss": {"name": "arcface", "margin": 0.5, "scale": 64.0},
+        "train": {"epochs": 20, "batch_size": 1024, "name": "x"},
+    }
+    known: dict[str, Any] = {
+        "name": "x",
+        "network": "r50",
+        "embedding_size": 512,
+        "image_size": 112,
+        "parameters": 43_590_976,
+        "settings": settings,
+        "step": 101_000,
+        "best_accuracy": 0.98,
+        "tests": {"lfw": {"protocol": "10 folds", "accuracy": 0.9983, "std": 0.0021}},
+        "mirror": True,
+        "licence": "cc-by-nc-4.0",
+    }
+    return ModelFacts(**{**known, **changes})
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """The fields between the two lines of dashes; every value is JSON, which YAML contains."""
+    _, lines, _ = card.split("---\n", 2)
+    return {key: json.loads(value) for key, _, value in (line.partition(": ") for line in lines.splitlines())}
+
+
+def test_front_matter_is_what_the_hub_reads() -> None:
+    """Licence, tags and results under Hugging Face's names for them."""
+    fields = front_matter(model_card(facts(), "model.safetensors", "fp32"))
+    assert fields["license"] == "cc-by-nc-4.0"
+    assert fields["library_name"] == "pytorch"
+    assert "face-recognition" in fields["tags"]
+    (index,) = fields["model-index"]
+    assert index["results"][0]["dataset"]["name"] == "lfw"
+    assert index["results"][0]["metrics"][0]["type"] == "accuracy"
+    assert index["results"][0]["metrics"][0]["value"] == 0.9983
+    assert front_matter(model_card(facts(licence="", tests={}), "w", "fp32"))["license"] == "unknown"
+    assert "model-index" not in front_matter(model_card(facts(tests={}), "w", "fp32"))
+
+
+def test_the_card_says_what_is_known_and_no_more() -> None:
+    """Accuracies, settings and licence where there are any; else that there are none."""
+    points = [{"far": 1e-4, "tar": 0.9646, "supported": True}, {"far": 1e-6, "tar": 0.5, "supported": False}]
+    tests = {**facts().tests, "faces": {"protocol": "all pairs", "eer": 0.01, "auc": 0.99, "points": points}}
+    card = model_card(facts(tests=tests), "model.safetensors", "fp32")
+    assert "| lfw | 10 folds | accuracy | 99.830 % ± 0.210 % |" in card
+    assert "| faces | all pairs | TAR at FAR 0.0001 | 96.460 % |" in card
+    assert "50.000 %" not in card  # too few impostor pairs to tell
+    assert "with the mirror image added" in card
+    assert "| `loss.margin` | 0.5 |" in card
+    assert r"ms1mv3, own\|set |" in card
+    assert "after 101,000 steps" in card
+    untested = model_card(facts(tests={}), "w", "fp32")
+    assert "reached 98.000 % on average" in untested
+    unknown = model_card(facts(settings={}, tests={}, best_accuracy=None, step=None, licence=""), "w", "fp32")
+    for sentence in ("Nothing was measured.", "how they were trained is not known here", "No licence was stated"):
+        assert sentence in unknown
+    for title in ("Accuracy", "Training", "How to use it", "Intended use and limits", "Licence"):
+        assert f"\n## {title}\n" in unknown
+
+
+def test_published_settings_name_no_folders() -> None:
+    """Sets by their names, and nothing of the sections that describe the machine."""
+    settings = {
+        "common": {"runs": "/home/me/runs"},
+        "data": {"root": ["/home/me/sets/ms1mv3", "/home/me/web/train.rec"], "verification": ["/home/me/lfw.bin"]},
+        "train": {"init": "/home/me/backbone.pth", "lr": 0.1},
+        "test": {"output": "/home/me/out"},
+    }
+    kept = publishable(settings)
+    assert kept["data"] == {"root": ["ms1mv3", "web"], "verification": ["lfw"]}
+    assert kept["train"] == {"init": "backbone.pth", "lr": 0.1}
+    assert "/home" not in json.dumps(kept)
+    assert [set_name(path) for path in ("sets/v1.5", "a/b.rec", "a/b/")] == ["v1.5", "b", "b"]
+
+
+def hub(entry: str, *arguments: Any, **options: Any) -> Any:
+    return torch.hub.load(str(ROOT), entry, *arguments, source="local", **options)
+
+
+def test_torch_hub_embedder(tiny_run: Path) -> None:
+    """`embedder` of hubconf.py is load_embedder."""
+    faces = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    embedder = hub("embedder", tiny_run, device="cpu")
+    assert torch.equal(embedder.embed(faces), load_embedder(tiny_run, CPU).embed(faces))
+
+
+def test_torch_hub_networks(tiny_run: Path, tmp_path: Path) -> None:
+    """Every network is an entry by its name, with random weights or those of a file."""
+    entries = runpy.run_path(str(ROOT / "hubconf.py"))
+    public = {name for name, entry in entries.items() if callable(entry) and not name.startswith("_")}
+    assert {"embedder", *NETWORKS} <= public
+    assert all(entries[name].__doc__ for name in ("embedder", "r50"))
+    network = hub("demo", embedding_size=16, image_size=32)
+    assert not network.training
+    assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
+    other = create_network("demo", 16, 32)
+    torch.save(other.state_dict(), tmp_path / "backbone.pth")
+    loaded = hub("demo", weights=tmp_path / "backbone.pth", embedding_size=16, image_size=32)
+    for name, value in other.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_torch_hub_says_what_hides_our_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a program with a `models` package of its own ours cannot be imported: the message says so."""
+    foreign = types.ModuleType("models")
+    foreign.__file__ = "/elsewhere/models/__init__.py"
+    monkeypatch.setitem(sys.modules, "models", foreign)
+    with pytest.raises(ImportError, match="a package called 'models' is loaded already, from /elsewhere"):
+        runpy.run_path(str(ROOT / "hubconf.py"))

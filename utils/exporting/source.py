@@ -1,0 +1,83 @@
+"""The model that is exported, and what is known of it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from models.embedders import NetworkEmbedder
+from models.embedders.torchscript import is_torchscript
+from models.inputs import Normalisation
+from models.weights import load_network, model_file
+from utils.checkpoints import BEST, HUB_WEIGHTS
+from utils.exporting.exportable import ExportError
+from utils.exporting.facts import ModelFacts, publishable
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Source:
+    """`embedder`: the model on the CPU, in float32; `trained_on`: its run's settings by section and field, with the
+    paths that they had, {} for weights from elsewhere.
+    """
+
+    embedder: NetworkEmbedder
+    facts: ModelFacts
+    trained_on: dict[str, dict[str, Any]]
+
+    @property
+    def network(self) -> nn.Module:
+        """In eval mode."""
+        return self.embedder.network
+
+    @property
+    def normalisation(self) -> Normalisation:
+        """What the network expects of RGB 0..255; see InputSpec."""
+        return self.embedder.inputs.normalisation
+
+
+def load_source(
+    path: Path, normalisation: str, network: str, embedding_size: int, image_size: int, licence: str
+) -> Source:
+    """The model at `path`; the other arguments as in load_embedder.
+
+    Raises CheckpointError where there is none, ExportError for one that has no torch network.
+    """
+    file = model_file(path)
+    if file.suffix == ".onnx" or is_torchscript(file):
+        raise ExportError(f"{path} is an export already: name the run or the weights that it was made from")
+    loaded = load_network(file, network, embedding_size, image_size, normalisation)
+    name = path.resolve().name if path.is_dir() else path.stem
+    embedder = NetworkEmbedder(loaded.network.eval(), loaded.image_size, CPU, name, inputs=loaded.inputs)
+    saved = _saved_metadata(file)
+    settings = json.loads(saved.get("settings", "{}"))
+    run = file.parent if settings else None
+    results = run / "test" / "results.json" if run else None
+    tested = json.loads(results.read_text()) if results and results.is_file() else {}
+    facts = ModelFacts(
+        name=run.resolve().name if run and file.name in (BEST, HUB_WEIGHTS) else name,
+        network=loaded.name,
+        embedding_size=loaded.embedding_size,
+        image_size=loaded.image_size,
+        parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
+        settings=publishable(settings),
+        step=int(saved["step"]) if "step" in saved else None,
+        best_accuracy=float(saved.get("best_accuracy", 0)) or None,  # 0 where the run verified on nothing
+        tests=tested.get("sets", {}),
+        mirror=tested.get("mirror", False),
+        licence=licence,
+    )
+    return Source(embedder, facts, settings)
+
+
+def _saved_metadata(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, "pt") as opened:
+            return opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}
