@@ -298,13 +298,17 @@ def other_value(name: str) -> tuple[str, object]:
     hint = get_type_hints(SECTIONS[section])[field_name]
     if field_name == "t":
         return "auto", "auto"
+    if name == "export.format":
+        return "torchscript", "torchscript"  # other ones do not go with the rest
     if get_args(hint) and not isinstance(default, tuple):
         choice = next(choice for choice in get_args(hint) if choice != default)
         return choice, choice
     if isinstance(default, tuple):
         if get_args(hint)[0] is int:
             return "1,2", (1, 2)
-        return ("a", ("a",)) if name == "report.set" else ("a,b", ("a", "b"))  # a report is of one set
+        if field_name in ("breakdown", "quality"):
+            return "a.csv:b,c.csv:d", ("a.csv:b", "c.csv:d")
+        return ("a", ("a",)) if name in ("report.set", "export.model") else ("a,b", ("a", "b"))  # those take one
     if field_name == "micro_batch":
         return "16", "16"
     if isinstance(default, str):
