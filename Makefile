@@ -27,8 +27,9 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Two processes, with a thread each: most tests wait for one core.
 test: lint
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 test-long: setup
 	$(RUN) -m pytest -m long
