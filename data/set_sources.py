@@ -21,6 +21,7 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
+from data.images_fingerprint import files_digest
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 FACE2REC_COLUMNS = (3, 7, 17)
@@ -114,6 +115,17 @@ class ListedFaceSet:
 
     def describe(self, i: int) -> str:
         return f"{self.path}, line {self.lines[i]}: {self.file(i)}"
+
+    def fingerprint(self) -> str:
+        """See data/images_fingerprint.py. The bytes are those of the files: what a list says of alignment is no part.
+
+        Raises FaceSetError for a file that is not there.
+        """
+        files = [self.file(i) for i in range(len(self))]
+        try:
+            return files_digest(self, files, [self.relative_file(i) for i in range(len(self))])
+        except OSError as error:
+            raise FaceSetError(f"{self.path}: {error.filename}: {error.strerror or error}") from None
 
 
 def open_source(path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> FaceSet:

@@ -40,3 +40,11 @@ class InputSpec:
     def as_json(self) -> dict[str, Any]:
         """The fields as JSON has them, for fingerprints and metadata."""
         return asdict(self)
+
+
+def check_choices(normalisation: str, colour: str) -> None:
+    """Raise ValueError unless these are `auto` or what InputSpec knows: else `BGR` would be taken for not `bgr`."""
+    for name, value, values in (("normalisation", normalisation, Normalisation), ("colour", colour, Colour)):
+        known = ("auto", *get_args(values))
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")

@@ -4,17 +4,21 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
 
 from models import create_network
+from models.backbones.mobilefacenet_original import OriginalMobileFaceNet
 from models.embedders import InputSpec, NetworkEmbedder, OnnxEmbedder, TorchScriptEmbedder, load_embedder
 from models.embedders.onnx_file import INPUTS_KEY, normalises_itself
 from models.embedders.torchscript import EXTRA_FILE, is_torchscript
+from models.weights import load_network
 from utils.checkpoints import CheckpointError, Progress, save_backbone
 
 CPU = torch.device("cpu")
@@ -212,6 +216,65 @@ def test_other_shapes_and_types_are_refused(embedder: NetworkEmbedder, wrong: np
         embedder.embed([np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros((9, 9, 3), np.uint8)])
 
 
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        (np.zeros((2, SIZE, SIZE, 3)), "got float64 .*: give the pixels as they are in the picture, 0..255"),
+        (torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8), "the colours come last"),
+        (np.zeros((40, 40, 3), np.uint8), "align the faces to this size"),
+        (np.zeros((70, SIZE, SIZE), np.uint8), r"got uint8 \[1, 70, 16, 16\]"),
+        (["a.jpg", "b.jpg"], "takes pictures, not their names"),
+        (Path("a.jpg"), "takes pictures, not their names"),
+        ([None], "an array, a tensor or a list of faces, got list"),
+        (None, "an array, a tensor or a list of faces, got NoneType"),
+    ],
+)
+def test_newcomers_are_told_what_to_do(embedder: NetworkEmbedder, wrong: Any, hint: str) -> None:
+    """Names of files, None of a failed cv2.imread, scaled pixels: the message says what is wanted instead."""
+    with pytest.raises(ValueError, match=hint):
+        embedder.embed(wrong)
+
+
+def test_pictures_and_tensors_in_lists(embedder: NetworkEmbedder, faces: torch.Tensor) -> None:
+    """What has pixels is an array: Pillow's pictures, one or several, and lists of tensors."""
+    wanted = embedder.embed(faces.numpy())
+    pictures = [Image.fromarray(face) for face in faces.numpy()]
+    np.testing.assert_array_equal(embedder.embed(pictures), wanted)  # type: ignore[arg-type]
+    np.testing.assert_array_equal(embedder.embed(list(faces)), wanted)  # type: ignore[arg-type]
+    np.testing.assert_allclose(embedder.embed(pictures[0]), wanted[0], atol=1e-6)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("option", "value"), [("colour", "BGR"), ("normalisation", "255")])
+def test_options_that_are_none_are_refused(tmp_path: Path, option: str, value: str) -> None:
+    """`BGR` is not `bgr`: it must not be taken for RGB in silence, of weights or of ONNX files."""
+    torch.save(create_network("mbf", 32, 48).state_dict(), tmp_path / "x.pth")
+    for file in (tmp_path / "x.pth", write_onnx(tmp_path / "x.onnx")):
+        with pytest.raises(ValueError, match=f"^{option} must be one of auto, .*, got '{value}'"):
+            load_embedder(file, "cpu", **{option: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"^{option} must be one of"):
+        load_network(tmp_path / "x.pth", **{option: value})  # type: ignore[arg-type]
+
+
+def test_onnx_files_that_are_no_embedders(tmp_path: Path, faces: torch.Tensor) -> None:
+    """No faces give no embeddings; a detector, whose rows are anchors, and an input of bytes are refused."""
+    plain = write_onnx(tmp_path / "plain.onnx")
+    assert load_embedder(plain, CPU).embed([]).shape == (0, 5)
+    model = onnx.load(plain)
+    model.graph.node[-1].CopyFrom(helper.make_node("Reshape", ["maps", "shape"], ["y"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array([-1, 1]), "shape"))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["anchors", 1]))
+    onnx.save(model, tmp_path / "detector.onnx")
+    with pytest.raises(CheckpointError, match=r"its output for 7 faces is \[35, 1\].*is it a detector"):
+        load_embedder(tmp_path / "detector.onnx", CPU).embed(faces)
+    model = onnx.load(plain)
+    model.graph.node.insert(0, helper.make_node("Cast", ["x"], ["pixels"], to=TensorProto.FLOAT))
+    model.graph.node[1].input[0] = "pixels"
+    model.graph.input[0].type.tensor_type.elem_type = TensorProto.UINT8
+    onnx.save(model, tmp_path / "bytes.onnx")
+    with pytest.raises(CheckpointError, match=r"bytes\.onnx takes x: tensor\(uint8\): expected one input of float32"):
+        load_embedder(tmp_path / "bytes.onnx", CPU)
+
+
 @pytest.mark.parametrize("normalisation", ["none", "127.5", "128"])
 @pytest.mark.parametrize("colour", ["rgb", "bgr"])
 def test_inputs(faces: torch.Tensor, normalisation: str, colour: str) -> None:
@@ -254,6 +317,14 @@ def test_a_fingerprint_is_of_all_that_decides_the_numbers(embedder: NetworkEmbed
     assert len(prints) == 7
     with torch.no_grad():
         network[1].weight[0, 0] -= 1e-3
+    network.register_buffer("mean", torch.zeros(1), persistent=False)  # as timm's networks have it
+    prints.add(made())
+    network.get_buffer("mean").fill_(0.5)
+    prints.add(made())
+    assert len(prints) == 9
+    scaled = [OriginalMobileFaceNet(8, 16, input_scale=scale) for scale in (1.0, 0.5)]
+    scaled[1].load_state_dict(scaled[0].state_dict())
+    assert len({NetworkEmbedder(one, SIZE, CPU, "x").fingerprint for one in scaled}) == 2
     a, b = write_onnx(tmp_path / "a.onnx"), write_onnx(tmp_path / "b.onnx")
     assert OnnxEmbedder(a, "auto", CPU).fingerprint == OnnxEmbedder(b, "auto", CPU).fingerprint
     assert OnnxEmbedder(a, "auto", CPU).fingerprint != OnnxEmbedder(a, "128", CPU).fingerprint

@@ -18,8 +18,9 @@ from torch import nn
 
 from config import Config
 from data.face_sets import FaceSetError
-from models import load_embedder
+from models import create_network, load_embedder
 from models.embedders import NetworkEmbedder
+from models.embedders.network import Precision
 from models.inputs import InputSpec
 from utils import export as script
 from utils.checkpoints import settings_beside
@@ -253,6 +254,9 @@ def test_another_normalisation_has_to_be_folded_in(source: Source, faces: torch.
             export(other, tmp_path / "x", options(format=format_name))
     for format_name, path in (("onnx", tmp_path / "x.onnx"), ("torchscript", tmp_path / "x.pt")):
         export(other, path, options(format=format_name, fold_normalisation=True))
+        if format_name == "onnx":
+            metadata = {entry.key: entry.value for entry in onnx.load(path).metadata_props}
+            assert metadata["normalisation"] == "(rgb - 127.5) / 128, inside this file"
         found = load_embedder(path, CPU).features(faces, mirror=False)
         torch.testing.assert_close(found, embedder.features(faces, mirror=False), atol=1e-4, rtol=1e-4)
     # A network that takes 0..255 as it is gets the nodes all the same, by whose names insightface knows.
@@ -369,6 +373,36 @@ def test_faces_to_compare_on(tiny_set: Path, tmp_path: Path) -> None:
         (broken / str(person) / "0.jpg").write_bytes(b"no image")
     with pytest.raises(FaceSetError, match="0 of its 3 faces can be decoded"):
         load_faces(broken, 32, 2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_numbers_of_other_weights_are_not_quoted(tested_run: Path, tmp_path: Path, precision: Precision) -> None:
+    """A run that was tested and then went on: its results are those of weights that are no more."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(tested_run, folder)
+    results = folder / "test" / "results.json"
+    results.write_text(json.dumps({**json.loads(results.read_text()), "precision": precision}))
+    fingerprint = load_embedder(folder, CPU, precision=precision).fingerprint
+    models = {"x": {"fingerprint": fingerprint}, "other": {"fingerprint": "1"}}
+    (folder / "test" / "report.json").write_text(json.dumps({"models": models}))
+    assert load_source(folder, "auto", "", 0, 112, "").facts.accuracies() == {"tiny": 0.9125}
+    (folder / "test" / "report.json").write_text(json.dumps({"models": {"x": {"fingerprint": "1"}}}))
+    with pytest.warns(UserWarning, match=r"results\.json is of other weights than these"):
+        assert load_source(folder, "auto", "", 0, 112, "").facts.tests == {}
+
+
+def test_weights_for_bgr_are_exported_for_rgb(tmp_path: Path) -> None:
+    """`--model.colour bgr` reaches the export, which takes RGB as every other does."""
+    torch.manual_seed(0)
+    network = create_network("demo", 16, 32).eval()
+    torch.save(network.state_dict(), tmp_path / "bgr.pth")
+    flags = ["--format", "safetensors", "--model.colour", "bgr", "--data.image-size", "32"]
+    path = run(tmp_path / "bgr.pth", tmp_path / "x.safetensors", *flags)
+    faces = load_faces(None, 32, 3).pixels
+    wanted = NetworkEmbedder(network, 32, CPU, "x", inputs=InputSpec(colour="bgr")).features(faces, mirror=False)
+    torch.testing.assert_close(load_embedder(path, CPU).features(faces, mirror=False), wanted, atol=1e-6, rtol=1e-4)
+    plain = NetworkEmbedder(network, 32, CPU, "x").features(faces, mirror=False)
+    assert (plain - wanted).norm() > 0.05 * wanted.norm()
 
 
 @pytest.mark.long

@@ -10,6 +10,7 @@ import pytest
 from data import images_fingerprint as module
 from data.face_sets import (
     FaceSet,
+    FaceSetError,
     FolderFaceSet,
     FrequentIdentities,
     JoinedFaceSet,
@@ -18,6 +19,7 @@ from data.face_sets import (
     write_face_set,
 )
 from data.images_fingerprint import images_fingerprint
+from data.set_sources import ListedFaceSet
 from data.verification_bin import VerificationPairs
 from tiny_faces import tiny_face
 
@@ -87,6 +89,35 @@ def test_a_renamed_file_of_a_large_tree_is_seen(tmp_path: Path, monkeypatch: pyt
     first = images_fingerprint(folder_set(tmp_path / "a"))
     (tmp_path / "a" / "0" / "0.png").rename(tmp_path / "a" / "0" / "2.png")
     assert images_fingerprint(FolderFaceSet(tmp_path / "a")) != first
+
+
+@pytest.mark.parametrize("exact", [0, 1 << 30])
+def test_lists_are_known_by_the_files_they_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exact: int) -> None:
+    """A list of a tree's files is the set of these files; another choice, order or file is another one, and a large
+    list is not read through."""
+    monkeypatch.setattr(module, "EXACT_BYTES", exact)
+    monkeypatch.setattr(module, "SAMPLE", 2)
+    tree = folder_set(tmp_path / "a")
+
+    def listed(*names: str) -> ListedFaceSet:
+        lines = "".join(f"{name},{name[0]}\n" for name in names)
+        (tmp_path / "list.csv").write_text("path,label\n" + lines)
+        return ListedFaceSet(tmp_path / "list.csv", tmp_path / "a")
+
+    names = [tree.relative_file(i) for i in range(len(tree))]  # type: ignore[attr-defined]
+    first = images_fingerprint(listed(*names))
+    assert first == images_fingerprint(tree)
+    assert images_fingerprint(listed(*names[:-1])) != first
+    assert images_fingerprint(listed(names[1], names[0], *names[2:])) != first
+    reads: list[int] = []
+    faces = listed(*names)
+    read = faces.encoded
+    monkeypatch.setattr(faces, "encoded", lambda i: reads.append(i) or read(i))
+    images_fingerprint(faces)
+    assert len(reads) == (2 if exact == 0 else len(names))
+    (tmp_path / "a" / names[2]).unlink()
+    with pytest.raises(FaceSetError, match=r"list\.csv.*No such file"):
+        images_fingerprint(faces)
 
 
 @pytest.mark.parametrize("exact", [0, 1 << 30])

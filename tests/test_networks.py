@@ -98,10 +98,10 @@ def test_mobilefacenet_has_the_keys_of_insightface() -> None:
 
 
 # Millions of parameters and of multiply-adds, for embeddings of 512 numbers (mobilefacenet*, demo: 128) from 112x112.
-# Parameters: EdgeFace's are in the table of its repository (otroshi/edgeface, README). MobileFaceNet's paper has 0.99,
-# which leaves out the slopes of the PReLUs (0.9956 without them). The others are counts of what the original code
-# makes: arcface_torch/backbones of insightface, net.py of AdaFace, model_irse.py of face.evoLVe, core/model.py of
-# Xiaoccer.
+# Parameters: EdgeFace's are in the table of its repository (otroshi/edgeface, README). MobileFaceNet's paper says "less
+# than 1 million", which leaves out the slopes of the PReLUs (0.9956 without them). The others are counts of what the
+# original code makes: arcface_torch/backbones of insightface, net.py of AdaFace, model_irse.py of face.evoLVe,
+# core/model.py of Xiaoccer.
 # Multiply-adds: insightface's (arcface_torch/README.md, tables 1 and 3), EdgeFace's (half the MFLOPs of the table),
 # MobileFaceNet's (its paper; also arXiv:1908.09124, abstract).
 PUBLISHED: dict[str, tuple[float, float | None]] = {

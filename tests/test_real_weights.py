@@ -16,6 +16,7 @@ from data.verification_bin import VerificationPairs
 from models import load_embedder
 from models.embedders import NetworkEmbedder
 from models.embedding import verify
+from models.weights import load_network
 
 MXNET = "mobilefacenet_y1_mxnetkeys_state_dict.pth"
 XIAOCCER = "mobilefacenet_xiaoccer_068.ckpt"
@@ -48,6 +49,15 @@ def test_mxnet_names_are_the_onnx_file(face_data: Path) -> None:
         assert (ours.embed(faces, mirror) * onnx.embed(faces, mirror)).sum(1).min() > 0.99999
         plain, theirs = (e.features(torch.from_numpy(faces), mirror).numpy() for e in (ours, onnx))
         np.testing.assert_allclose(plain, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_a_fixed_gamma_is_one_whatever_the_file_says(face_data: Path, tmp_path: Path) -> None:
+    """mxnet writes the scale of a norm with `fix_gamma` into its files and reads 1 all the same."""
+    state = torch.load(face_data / "models" / MXNET, map_location="cpu", weights_only=True)
+    state["fc1_gamma"] = torch.full_like(state["fc1_gamma"], 3.0)
+    torch.save(state, tmp_path / "y1.pth")
+    network = load_network(tmp_path / "y1.pth").network
+    assert (network.get_parameter("linear1.bn.weight") == 1).all()
 
 
 def test_xiaoccer_tells_people_apart(face_data: Path) -> None:

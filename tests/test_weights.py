@@ -1,7 +1,9 @@
 """Weights of others load as they are, under whatever wrapper, into their network; or it is said why not."""
 
+import copy
 import pickle
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +24,7 @@ from models.weights.recognition import Shapes, recognise
 from test_backbones_keys import edgeface_shapes, ir_shapes, mbf_shapes, vit_shapes
 from test_networks import UNITS, iresnet_shapes
 from utils.checkpoints import CheckpointError
+from utils.exporting.source import load_source
 
 PUBLISHED: dict[str, Shapes] = {
     **{name: iresnet_shapes(UNITS[name], 512, 7) for name in UNITS},
@@ -77,6 +80,7 @@ def test_published_weights_are_told_apart(name: str) -> None:
     assert (known.network, known.embedding_size, known.image_size) == (name, 512, 112)
 
 
+@pytest.mark.filterwarnings("ignore:.*taken for RGB")
 @pytest.mark.parametrize("name", ["r18", "mbf", "vit_t", "evolve_ir50", "edgeface_xs_gamma_06"])
 def test_published_files_load_unchanged(tmp_path: Path, name: str) -> None:
     """A file with the published keys and shapes fills the network, each weight in its place, without any flag."""
@@ -203,6 +207,42 @@ def test_cvlface_without_its_configuration_is_warned_of(tmp_path: Path) -> None:
     torch.save(prefixed(network.state_dict(), "net."), tmp_path / "model.pt")
     with pytest.warns(UserWarning, match=r"taken for RGB; put its model\.yaml there, or say --model\.colour"):
         np.testing.assert_allclose(features(tmp_path / "model.pt"), expected(network), rtol=1e-4, atol=1e-5)
+
+
+def test_the_order_of_evolve_and_treb1en_is_doubted(tmp_path: Path) -> None:
+    """The same names, but one trained on RGB, the other on BGR: said, unless the caller says which."""
+    torch.manual_seed(0)
+    network = create_network("evolve_ir50", 32, 32).eval()
+    torch.save(network.state_dict(), tmp_path / "model.pth")
+    with pytest.warns(
+        UserWarning, match=r"model\.pth is face\.evoLVe's.*taken for RGB; say --model\.colour rgb or bgr"
+    ):
+        np.testing.assert_allclose(features(tmp_path / "model.pth"), expected(network), rtol=1e-3, atol=1e-4)
+    with pytest.warns(UserWarning, match="nothing in it says which"):
+        load_weights(copy.deepcopy(network), tmp_path / "model.pth", "evolve_ir50")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = features(tmp_path / "model.pth", colour="bgr")
+        torch.save(small_ir().state_dict(), tmp_path / "tface.pth")
+        features(tmp_path / "tface.pth")
+    np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-3, atol=1e-4)
+
+
+def test_safetensors_with_notes_of_others(tmp_path: Path) -> None:
+    """`settings` that are no JSON, or no settings, are somebody else's: the weights load by their names."""
+    network = small_ir()
+    for text in ("lr=0.1", "[1]"):
+        save_file(network.state_dict(), tmp_path / "x.safetensors", {"settings": text})
+        np.testing.assert_allclose(features(tmp_path / "x.safetensors"), expected(network), rtol=1e-4, atol=1e-5)
+        assert load_source(tmp_path / "x.safetensors", "auto", "ir18", 32, 32, "").facts.settings == {}
+
+
+def test_names_of_y1_that_are_not_all_there(tmp_path: Path) -> None:
+    """mxnet's names without the last matrix are no y1: an error about the names, not a crash."""
+    names = ("conv_1_conv2d_weight", "pre_fc1_bias", "fc1_gamma")
+    torch.save({name: torch.zeros(1) for name in names}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="looks like none of the networks here; it begins with conv_1_conv2d_wei"):
+        load_network(tmp_path / "x.pth")
 
 
 def test_a_mismatch_says_what_differs_and_what_it_looks_like(tmp_path: Path) -> None:

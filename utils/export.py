@@ -147,7 +147,7 @@ def _write_onnx(source: Source, path: Path, options: ExportConfig, calibration: 
     if fold:
         prepend_normalisation(model, *mean_and_scale(normalisation))
     outer = InputSpec(outer_normalisation(normalisation, fold))
-    metadata = source.facts.metadata(fold, options.precision)
+    metadata = source.facts.metadata(fold, options.precision, normalisation)
     write_onnx(model, path, {**metadata, INPUTS_KEY: json.dumps(outer.as_json())})
 
 
@@ -156,7 +156,9 @@ def _write_torchscript(source: Source, path: Path, options: ExportConfig) -> Non
     module = Exportable(source.network, source.normalisation, fold, options.precision == "fp16")
     outer = InputSpec(outer_normalisation(source.normalisation, fold))
     face_embedder = {"image_size": size, "inputs": outer.as_json()}
-    write_torchscript(module, path, size, face_embedder, source.facts.metadata(fold, options.precision))
+    write_torchscript(
+        module, path, size, face_embedder, source.facts.metadata(fold, options.precision, source.normalisation)
+    )
 
 
 def _write_safetensors(source: Source, path: Path, options: ExportConfig) -> None:
@@ -216,6 +218,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             config.model.embedding_size,
             config.data.image_size,
             options.licence,
+            config.model.colour,
         )
         facts = source.facts
         print(

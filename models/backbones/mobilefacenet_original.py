@@ -2,7 +2,7 @@
 
 Chen et al., MobileFaceNets (arXiv:1804.07573), table 1. One graph, three names:
 
-- `mobilefacenet`: the paper's; 0.99 M parameters and 221 M multiply-adds with embeddings of 128 numbers from 112x112.
+- `mobilefacenet`: the paper's, "less than 1 million parameters" without slopes; embeddings of 128 numbers.
 - `mobilefacenet_y1`: insightface's mxnet symbol (fmobilefacenet, "y1"): a bias before the last norm, whose scale is
   fixed at 1, and mxnet's epsilons.
 - `mobilefacenet_xiaoccer`: Xiaoccer/MobileFaceNet_Pytorch: sees the middle 6/7 of the columns, 96 of 112.
@@ -127,6 +127,10 @@ class OriginalMobileFaceNet(nn.Module):
         x = self.blocks(self.dw_conv1(self.conv1(x)))
         with full_precision_of(x):
             return self.linear1(self.linear7(self.conv2(x.float()))).flatten(1)
+
+    def extra_repr(self) -> str:
+        """What decides the numbers and is in no weight: fingerprints are made of it."""
+        return f"input_scale={self.input_scale}, columns={self.columns}"
 
 
 NETWORKS = {

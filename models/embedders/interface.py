@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from os import PathLike
 from typing import Any, Protocol, cast, overload
 
 import numpy as np
@@ -84,29 +85,53 @@ class FaceEmbedder(ABC):
             single = faces.dim() == 3
             unit = F.normalize(self.features(faces[None] if single else faces, mirror))
             return unit[0] if single else unit
-        if not isinstance(faces, np.ndarray):
-            return self._embed_array(_stack(faces, self.image_size), mirror)
-        return self._embed_array(faces[None], mirror)[0] if faces.ndim == 3 else self._embed_array(faces, mirror)
+        array = _as_array(faces, self.image_size)
+        return self._embed_array(array[None], mirror)[0] if array.ndim == 3 else self._embed_array(array, mirror)
 
     def _embed_array(self, faces: np.ndarray, mirror: bool) -> np.ndarray:
+        self._check(faces)
         batches = [faces[start : start + ARRAY_BATCH] for start in range(0, max(1, len(faces)), ARRAY_BATCH)]
         tensors = (torch.from_numpy(np.require(batch, requirements=("C", "W"))) for batch in batches)
         return np.concatenate([self.embed(batch, mirror).cpu().numpy() for batch in tensors])
 
-    def _check(self, faces: Tensor) -> None:
-        size = self.image_size
-        if faces.dtype != torch.uint8 or faces.dim() != 4 or faces.shape[1:] != (size, size, 3):
-            raise ValueError(
-                f"{self.name} takes aligned faces as uint8 [B, {size}, {size}, 3], RGB; "
-                f"got {str(faces.dtype).removeprefix('torch.')} {list(faces.shape)}"
-            )
+    def _check(self, faces: Tensor | np.ndarray) -> None:
+        size, dtype, shape = self.image_size, str(faces.dtype).removeprefix("torch."), list(faces.shape)
+        if dtype == "uint8" and len(shape) == 4 and shape[1:] == [size, size, 3]:
+            return
+        hint = ""
+        if dtype != "uint8":
+            hint = ": give the pixels as they are in the picture, 0..255, not scaled or normalised"
+        elif len(shape) == 4 and shape[1] == 3:
+            hint = ": the colours come last, x.permute(0, 2, 3, 1) or x.transpose(0, 2, 3, 1)"
+        elif len(shape) == 4 and shape[3] == 3:
+            hint = ": align the faces to this size (docs/embedders.md)"
+        raise ValueError(
+            f"{self.name} takes aligned faces as uint8 [B, {size}, {size}, 3], RGB; got {dtype} {shape}{hint}"
+        )
 
 
-def _stack(faces: Sequence[np.ndarray], size: int) -> np.ndarray:
-    shapes = {np.shape(face) for face in faces}
-    if len(shapes) > 1:
-        raise ValueError(f"faces of one call must be of one size, [{size}, {size}, 3]; got {sorted(shapes)}")
-    return np.stack(faces) if faces else np.empty((0, size, size, 3), np.uint8)
+def _as_array(faces: Any, size: int) -> np.ndarray:
+    """An array, a picture of Pillow, or a sequence of either or of tensors, as one array."""
+    if isinstance(faces, np.ndarray):
+        array = faces
+    elif isinstance(faces, str | bytes | PathLike) or (isinstance(faces, Sequence) and _has_names(faces)):
+        raise ValueError("embed takes pictures, not their names: read them (RGB) and align them, see docs/embedders.md")
+    elif isinstance(faces, Sequence):
+        shapes = {np.shape(face) for face in faces}
+        if len(shapes) > 1:
+            raise ValueError(f"faces of one call must be of one size, [{size}, {size}, 3]; got {sorted(shapes)}")
+        array = np.stack([np.asarray(face) for face in faces]) if faces else np.empty((0, size, size, 3), np.uint8)
+    else:
+        array = np.asarray(faces)
+    if array.dtype.kind not in "buif":
+        raise ValueError(
+            f"embed takes an array, a tensor or a list of faces, got {type(faces).__name__} of {array.dtype}"
+        )
+    return array
+
+
+def _has_names(faces: Sequence[Any]) -> bool:
+    return any(isinstance(face, str | bytes | PathLike) for face in faces)
 
 
 def digest(*parts: Any) -> str:

@@ -8,6 +8,7 @@ from models.embedders.interface import Embedder
 from models.embedders.network import PRECISIONS, NetworkEmbedder, Precision
 from models.embedders.onnx_file import OnnxEmbedder
 from models.embedders.torchscript import TorchScriptEmbedder, is_torchscript
+from models.inputs import check_choices
 from models.weights import load_network, model_file
 from utils.checkpoints import CheckpointError
 from utils.devices import pick_device
@@ -30,11 +31,12 @@ def load_embedder(
     `embedding_size` and `image_size` decide only where those leave a choice. `normalisation` and `colour` say what the
     network expects of a face (see InputSpec), `auto` being what is known of where the file comes from. `precision`:
     `fp32`, in which accuracies are quoted, `bf16` or `fp16`. Raises CheckpointError for a path that holds no such
-    model.
+    model, ValueError for options that are none of these.
     """
     chosen = pick_device(device) if isinstance(device, str) else device
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+    check_choices(normalisation, colour)
     path = Path(path)
     file = model_file(path)
     if file.suffix == ".onnx":

@@ -38,7 +38,8 @@ class NetworkEmbedder(FaceEmbedder):
     @property
     def fingerprint(self) -> str:
         """Of the weights that the network has now: it may be training. A second per gigabyte."""
-        state = self.network.state_dict()
+        # Buffers that are not saved decide the numbers as well: the mean and deviation of timm's networks.
+        state = {**dict(self.network.named_buffers()), **self.network.state_dict()}
         names = [*state, repr(self.network), self.image_size, self.inputs.as_json(), str(self._precision)]
         return digest(names, *(value for value in state.values() if isinstance(value, Tensor)))
 

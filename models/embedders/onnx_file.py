@@ -1,6 +1,7 @@
 """An ONNX file as an embedder, through onnxruntime."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,10 @@ class OnnxEmbedder(FaceEmbedder):
             self._session = onnxruntime.InferenceSession(str(path), providers=providers)
         except Exception as error:  # onnxruntime's own exception types have no common base
             raise CheckpointError(f"onnxruntime cannot run {path}: {error}") from None
-        entry = self._session.get_inputs()[0]
+        entry, *others = self._session.get_inputs()
+        if others or entry.type not in ("tensor(float)", "tensor(float16)"):
+            found = ", ".join(f"{one.name}: {one.type}" for one in (entry, *others))
+            raise CheckpointError(f"{path} takes {found}: expected one input of float32 or float16, the faces")
         self._entry, self._dtype = entry.name, np.float16 if entry.type == "tensor(float16)" else np.float32
         height, width, self._channels_last = _input_size(path, entry.shape, image_size)
         self.image_size = height
@@ -83,7 +87,8 @@ class OnnxEmbedder(FaceEmbedder):
             pixels = pixels.permute(0, 2, 3, 1)
         inputs = np.ascontiguousarray(pixels.numpy(), self._dtype)
         outputs = np.concatenate([self._run(part) for part in self._batches(inputs)])
-        return torch.from_numpy(outputs.reshape(len(outputs), -1)).float().to(self.device)
+        flat = outputs.reshape(len(outputs), math.prod(outputs.shape[1:]))
+        return torch.from_numpy(flat).float().to(self.device)
 
     def _batches(self, inputs: np.ndarray) -> list[np.ndarray]:
         if self._fixed_batch is None or not len(inputs):
@@ -96,6 +101,11 @@ class OnnxEmbedder(FaceEmbedder):
             filler = np.zeros((self._fixed_batch - count, *inputs.shape[1:]), inputs.dtype)
             inputs = np.concatenate([inputs, filler])
         output: Any = self._session.run(None, {self._entry: inputs})[0]
+        if len(output) != len(inputs):
+            raise CheckpointError(
+                f"{self.name}: its output for {len(inputs)} faces is {list(output.shape)}, not an embedding of each: "
+                "is it a detector?"
+            )
         return output[:count]
 
 

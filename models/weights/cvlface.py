@@ -5,7 +5,6 @@ Which order of colours a network was trained on is in that configuration, as `co
 """
 
 import re
-import warnings
 from pathlib import Path
 
 from models.weights.origin import Origin
@@ -17,7 +16,7 @@ _COLOUR = re.compile(r"""["']?color_space["']?\s*:\s*["']?(RGB|BGR)\b""")
 
 
 def cvlface(checkpoint: Checkpoint) -> Origin | None:
-    """The origin of a CVLface checkpoint; None for any other. A warning tells when no configuration is beside it."""
+    """The origin of a CVLface checkpoint; None for any other. Without a configuration beside it the order is unsure."""
     if not any(name in checkpoint.names for name in _FIRSTS):
         return None
     for name in _CONFIGS:
@@ -25,12 +24,11 @@ def cvlface(checkpoint: Checkpoint) -> Origin | None:
         found = _COLOUR.search(_text(config))
         if found:
             return Origin(checkpoint.state, "bgr" if found[1] == "BGR" else "rgb")
-    warnings.warn(
-        f"{checkpoint.file} is CVLface's, whose networks take RGB or BGR, and no model.yaml or config.json beside it "
-        "says which: taken for RGB; put its model.yaml there, or say --model.colour",
-        stacklevel=4,
+    return Origin(
+        checkpoint.state,
+        doubt=f"{checkpoint.file} is CVLface's, whose networks take RGB or BGR, and no model.yaml or config.json "
+        "beside it says which: taken for RGB; put its model.yaml there, or say --model.colour",
     )
-    return Origin(checkpoint.state)
 
 
 def _text(file: Path) -> str:

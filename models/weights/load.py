@@ -1,6 +1,7 @@
 """Networks filled with weights from files."""
 
 import json
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.backbones import NETWORKS, create_network
-from models.inputs import InputSpec
+from models.inputs import InputSpec, check_choices
 from models.weights.adaface import adaface
 from models.weights.cvlface import cvlface
+from models.weights.evolve import evolve
 from models.weights.mxnet_mobilefacenet import mxnet_mobilefacenet
 from models.weights.origin import Origin
 from models.weights.reading import Checkpoint, model_file, read_checkpoint, strip_prefixes
@@ -28,7 +30,7 @@ from models.weights.recognition import (
 from utils.checkpoints import CheckpointError, load_backbone
 
 #: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
-ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, mxnet_mobilefacenet)
+ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, mxnet_mobilefacenet)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def load_network(
     than `auto`, hold against what is known of the file's origin. Weights that were trained on BGR are turned around.
     Raises CheckpointError where no network fits.
     """
+    check_choices(normalisation, colour)
     if _is_ours(file):
         state, settings = load_backbone(file)
         name, embedding_size = settings["model"]["network"], settings["model"]["embedding_size"]
@@ -64,6 +67,8 @@ def load_network(
         origin = read_origin(file)
         known = _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
     module = create_network(known.network, known.embedding_size, known.image_size)
+    if colour == "auto" and origin.doubt:
+        warnings.warn(origin.doubt, stacklevel=3)
     chosen = origin.colour if colour == "auto" else colour
     _fill(module, for_rgb(origin.state, module) if chosen == "bgr" else origin.state, file, str(known))
     inputs = InputSpec(origin.normalisation if normalisation == "auto" else normalisation)  # type: ignore[arg-type]
@@ -81,6 +86,8 @@ def load_weights(module: nn.Module, path: Path | str, network: str) -> None:
         _fill(module, load_backbone(file)[0], file, network)
         return
     origin = read_origin(file)
+    if origin.doubt:
+        warnings.warn(origin.doubt, stacklevel=3)
     _fill(module, for_rgb(origin.state, module) if origin.colour == "bgr" else origin.state, file, network)
 
 
@@ -112,7 +119,10 @@ def _is_ours(file: Path) -> bool:
             metadata: dict[str, Any] = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
-    return isinstance(json.loads(metadata.get("settings", "null")), dict)
+    try:
+        return isinstance(json.loads(metadata.get("settings", "null")), dict)
+    except ValueError:  # somebody else's metadata
+        return False
 
 
 def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, image_size: int) -> Recognised:

@@ -18,7 +18,7 @@ _NORM = {"gamma": "weight", "beta": "bias", "moving_mean": "running_mean", "movi
 
 def mxnet_mobilefacenet(checkpoint: Checkpoint) -> Origin | None:
     """The origin of y1's weights under mxnet's names; None for any other."""
-    if not {"conv_1_conv2d_weight", "pre_fc1_bias", "fc1_gamma"} <= checkpoint.names.keys():
+    if not {"conv_1_conv2d_weight", "pre_fc1_bias", "fc1_weight", "fc1_gamma"} <= checkpoint.names.keys():
         return None
     names = _names()
     state: dict[str, Tensor] = {names.get(name, name): value for name, value in checkpoint.names.items()}

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from models.inputs import Normalisation
+
 #: Sections of a run's settings that a model's users need; the others name folders of the machine that trained it.
 PUBLISHED_SECTIONS = ("data", "model", "loss", "train")
 _SETS, _PATHS = {"data.root", "data.verification"}, {"train.name", "train.init"}
@@ -51,15 +53,16 @@ class ModelFacts:
         """Accuracies (0..1) by the 10-fold protocol, by set."""
         return {name: result["accuracy"] for name, result in self.tests.items() if "accuracy" in result}
 
-    def metadata(self, folded: bool, precision: str) -> dict[str, str]:
-        """What a file says of itself, normalisation being `folded` into it or not."""
+    def metadata(self, folded: bool, precision: str, normalisation: Normalisation = "127.5") -> dict[str, str]:
+        """What a file says of itself, its network's `normalisation` being `folded` into it or not."""
+        formula = "none, RGB 0..255" if normalisation == "none" else f"(rgb - 127.5) / {normalisation}"
         own = {"step": self.step, "best_accuracy": self.best_accuracy}
         return {
             "network": self.network,
             "embedding_size": str(self.embedding_size),
             "image_size": str(self.image_size),
             "colour_order": "RGB",
-            "normalisation": f"(rgb - 127.5) / 127.5, {'inside this file' if folded else 'to be done by the caller'}",
+            "normalisation": f"{formula}, {'inside this file' if folded else 'to be done by the caller'}",
             "input": f"float32 [N, 3, {self.image_size}, {self.image_size}], RGB, "
             + ("0..255" if folded else "in [-1, 1]"),
             "output": f"float32 [N, {self.embedding_size}], not of unit length: divide by its length before comparing",

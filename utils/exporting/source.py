@@ -1,6 +1,7 @@
 """The model that is exported, and what is known of it."""
 
 import json
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from models.embedders import NetworkEmbedder
+from models.embedders.network import PRECISIONS
 from models.embedders.torchscript import is_torchscript
 from models.inputs import Normalisation
 from models.weights import load_network, model_file
@@ -42,7 +44,13 @@ class Source:
 
 
 def load_source(
-    path: Path, normalisation: str, network: str, embedding_size: int, image_size: int, licence: str
+    path: Path,
+    normalisation: str,
+    network: str,
+    embedding_size: int,
+    image_size: int,
+    licence: str,
+    colour: str = "auto",
 ) -> Source:
     """The model at `path`; the other arguments as in load_embedder.
 
@@ -51,14 +59,13 @@ def load_source(
     file = model_file(path)
     if file.suffix == ".onnx" or is_torchscript(file):
         raise ExportError(f"{path} is an export already: name the run or the weights that it was made from")
-    loaded = load_network(file, network, embedding_size, image_size, normalisation)
+    loaded = load_network(file, network, embedding_size, image_size, normalisation, colour)
     name = path.resolve().name if path.is_dir() else path.stem
     embedder = NetworkEmbedder(loaded.network.eval(), loaded.image_size, CPU, name, inputs=loaded.inputs)
     saved = _saved_metadata(file)
-    settings = json.loads(saved.get("settings", "{}"))
+    settings = _settings(saved)
     run = file.parent if settings else None
-    results = run / "test" / "results.json" if run else None
-    tested = json.loads(results.read_text()) if results and results.is_file() else {}
+    tested = _tested(run / "test", embedder) if run else {}
     facts = ModelFacts(
         name=run.resolve().name if run and file.name in (BEST, HUB_WEIGHTS) else name,
         network=loaded.name,
@@ -73,6 +80,36 @@ def load_source(
         licence=licence,
     )
     return Source(embedder, facts, settings)
+
+
+def _tested(folder: Path, model: NetworkEmbedder) -> dict[str, Any]:
+    """What all_pair_test.py left in `folder` of `model`; {}, with a warning, where it tested other weights.
+
+    A run that went on, or one whose folder holds the test of another checkpoint, has numbers that are not the model's.
+    """
+    results, report = folder / "results.json", folder / "report.json"
+    if not results.is_file():
+        return {}
+    found = json.loads(results.read_text())
+    precision = PRECISIONS[found.get("precision", "fp32")]
+    known = NetworkEmbedder(model.network, model.image_size, CPU, model.name, precision, model.inputs).fingerprint
+    tested = list(json.loads(report.read_text())["models"].values()) if report.is_file() else []
+    if tested and tested[0]["fingerprint"] != known:
+        warnings.warn(
+            f"{results} is of other weights than these: its numbers are left out; test these to have theirs",
+            stacklevel=3,
+        )
+        return {}
+    return found
+
+
+def _settings(saved: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Those of a run of this project; {} where the metadata are somebody else's."""
+    try:
+        settings = json.loads(saved.get("settings", "{}"))
+    except ValueError:
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def _saved_metadata(file: Path) -> dict[str, str]:
