@@ -36,6 +36,7 @@ from dataset_merge.deciding import Decided, MatchSettings, decide
 from dataset_merge.matching import top_matches
 from utils.plots import draw_curves
 
+# Of the halves that the rule was found on and measured on.
 PART_SEED = 7
 
 
@@ -86,9 +87,9 @@ def embed(path: Path, weights: Path, cache: Path | None) -> People:
     return people
 
 
-def part_of(people: People, part: str) -> NDArray[np.int64]:
-    """The people of the tuning or the held-out half, drawn once and for all; or `all` of them."""
-    everyone = np.random.default_rng(PART_SEED).permutation(int(people.person.max()) + 1)
+def part_of(people: People, part: str, seed: int = PART_SEED) -> NDArray[np.int64]:
+    """The people of the tuning or the held-out half, drawn by `seed`; or `all` of them."""
+    everyone = np.random.default_rng(seed).permutation(int(people.person.max()) + 1)
     half = len(everyone) // 2
     return {"tuning": everyone[:half], "held-out": everyone[half:], "all": everyone}[part]
 
@@ -281,8 +282,10 @@ def draw(people: People, sets: Sequence[CutSet], title: str, path: Path) -> None
     draw_curves(path, lines, "recall", "precision", title)
 
 
-def speed(first: int, second: int, size: int, block: int, device: torch.device) -> str:
-    """Time of the comparison, and of the bare products in the same blocks. CPU: processor time; CUDA: wall clock."""
+def speed(first: int, second: int, size: int, block: int, device: torch.device, repeats: int) -> str:
+    """Time of the comparison, and of the bare products in the same blocks, the least of `repeats`. CPU: processor time;
+    CUDA: wall clock.
+    """
     generator = torch.Generator().manual_seed(0)
     rows, columns = (F.normalize(torch.randn(n, size, generator=generator)).to(device) for n in (first, second))
     buffer = rows.new_empty(block * block)
@@ -301,7 +304,7 @@ def speed(first: int, second: int, size: int, block: int, device: torch.device) 
 
     top_matches(rows[:block], columns[:block], block=block)
     times: list[list[float]] = [[], [], []]
-    for _ in range(3):
+    for _ in range(repeats):
         for kept, work in zip(
             times,
             (
@@ -328,16 +331,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--face-data", type=Path, help="folder with lfw/images, faces_celeba5k and models")
     parser.add_argument("--part", choices=("tuning", "held-out", "all"), default="held-out")
+    parser.add_argument("--part-seed", type=int, default=PART_SEED, help="halves the people")
     parser.add_argument("--seeds", type=int, default=5, help="random cuts of each kind")
     parser.add_argument("--cache", type=Path, help="folder that keeps the embeddings")
     parser.add_argument("--output", type=Path, help="folder for the table and the curves")
     parser.add_argument("--celeba", action="store_true", help="faces_celeba5k too")
     parser.add_argument("--speed", help="measure a comparison instead: N,M,D")
-    parser.add_argument("--block", type=int, default=1024)
+    parser.add_argument("--block", type=int, default=1024, help="of --speed")
+    parser.add_argument("--repeats", type=int, default=3, help="of --speed: the least time of so many counts")
     options = parser.parse_args()
     if options.speed:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        print(speed(*map(int, options.speed.split(",")), options.block, device))
+        print(speed(*map(int, options.speed.split(",")), options.block, device, options.repeats))
         return
     if not options.face_data:
         parser.error("--face-data: name the folder of real faces, or --speed N,M,D")
@@ -350,7 +355,7 @@ def main() -> None:
     rows = ["| cut | rule | precision | recall | F1 |", "|---|---|---|---|---|"]
     for name, path in sets.items():
         people = embed(path, weights, options.cache)
-        rows += prove(people, part_of(people, options.part), name, options.seeds, options.output)
+        rows += prove(people, part_of(people, options.part, options.part_seed), name, options.seeds, options.output)
     if options.output:
         (options.output / "merge.md").write_text("\n".join(rows) + "\n")
 

@@ -139,17 +139,21 @@ def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
 
 
 class _Row(NamedTuple):
+    """`left_label`: the new_label that stands in a row which is left out."""
+
     line: int
     identity: int
     decision: Decision
+    left_label: str
 
 
 def read_decisions(path: Path, sets: Sequence[FaceSet]) -> list[Decision]:
     """The decisions in a table that `write_decisions` wrote and people may have edited, for every identity in order.
 
-    Rows may stand in any order. Those with one new_label become one identity; a `joined` one that has its new_label to
-    itself joins its match. New labels are numbered without holes, in their order; kept rows without one come last.
-    Raises DecisionsError with the line.
+    Rows may stand in any order. Those with one new_label become one identity; a `joined` one without a new_label joins
+    its match. One that has its new_label to itself is an identity by itself where a row that is left out has that
+    new_label; else it is refused, as nobody can tell whom it is to join. New labels are numbered without holes, in
+    their order; kept rows without one come last. Raises DecisionsError with the line.
     """
     people = Identities(sets)
     rows = sorted(_read_rows(path, people, sets), key=lambda row: row.identity)
@@ -196,7 +200,8 @@ def _read_rows(path: Path, people: Identities, sets: Sequence[FaceSet]) -> Itera
                         f"{decision.images:,}: the table was made of another set"
                     )
                 lines[number] = table.line_num
-                yield _Row(table.line_num, number, decision)
+                left_label = "" if decision.decision in KEPT else cells[COLUMNS.index("new_label")]
+                yield _Row(table.line_num, number, decision, _without_point(left_label))
         except (ValueError, csv.Error) as error:
             raise DecisionsError(f"{path}, line {max(1, table.line_num)}: {error}") from None
 
@@ -217,8 +222,8 @@ def _parse(cells: Sequence[str], sets: Sequence[FaceSet]) -> Decision:
     except ValueError:
         raise ValueError(f"score must be a number or empty, found {row['score']!r}") from None
     match_source: int | str | None = row["match_source"] or None
-    if decision != "excluded" and match_source is not None and row["match_source"].strip().isdecimal():
-        match_source = int(row["match_source"])
+    if decision != "excluded" and _without_point(row["match_source"]).isdecimal():
+        match_source = int(_without_point(row["match_source"]))
     return Decision(
         source,
         row["label"],
@@ -231,8 +236,13 @@ def _parse(cells: Sequence[str], sets: Sequence[FaceSet]) -> Decision:
     )
 
 
+def _without_point(text: str) -> str:
+    """A number as it was before a table program made it `3.0`, as those do where a column has empty cells."""
+    return text.strip().removesuffix(".0")
+
+
 def _whole(text: str, name: str) -> int:
-    text = text.strip()
+    text = _without_point(text)
     if not (text.isascii() and text.isdecimal()):
         raise ValueError(f"{name} must be a whole number from 0, found {text!r}")
     return int(text)
@@ -256,12 +266,18 @@ def _relabelled(path: Path, rows: Sequence[_Row], people: Identities, sets: Sequ
     for same in by_label.values():
         for other in same[1:]:
             parent[find(other)] = find(same[0])
+    left_labels = {row.left_label for row in rows}
     for row in rows:
         label = row.decision.new_label
-        if row.decision.decision == "joined" and (label is None or len(by_label[label]) == 1):
-            match = _match_of(path, row, people, sets)
-            if kept[match]:
-                parent[find(row.identity)] = find(match)
+        if row.decision.decision != "joined":
+            continue
+        if label is None:
+            parent[find(row.identity)] = find(_match_of(path, row, people, sets, kept))
+        elif len(by_label[label]) == 1 and str(label) not in left_labels:
+            raise DecisionsError(
+                f"{path}, line {row.line}: it is joined, but no other row has its new_label ({label}): leave that "
+                "empty to join its match, give the new_label of another identity, or say added to keep it apart"
+            )
     added: dict[int, _Row] = {}
     orders: dict[int, tuple[float, int]] = {}
     for row in rows:
@@ -295,14 +311,21 @@ def _relabelled(path: Path, rows: Sequence[_Row], people: Identities, sets: Sequ
     return decisions
 
 
-def _match_of(path: Path, row: _Row, people: Identities, sets: Sequence[FaceSet]) -> int:
+def _match_of(path: Path, row: _Row, people: Identities, sets: Sequence[FaceSet], kept: Sequence[bool]) -> int:
     """The number of the identity that a row's match columns name."""
     source, label = row.decision.match_source, row.decision.match_label
+    match = row.identity
     if isinstance(source, int) and source < len(sets) and label in (names := sets[source].identities):
-        return int(people.firsts[source]) + names.index(label)
+        match = int(people.firsts[source]) + names.index(label)
+    if match == row.identity:
+        wrong = "match_source and match_label name no other identity"
+    elif not kept[match]:
+        wrong = f"its match, identity {label!r} of set {source}, is left out"
+    else:
+        return match
     raise DecisionsError(
-        f"{path}, line {row.line}: it is joined, but no other row has its new_label, and match_source and match_label "
-        "name no identity: give the new_label of the identity that it joins"
+        f"{path}, line {row.line}: it is joined and has no new_label, but {wrong}: give the new_label of the identity "
+        "that it joins"
     )
 
 

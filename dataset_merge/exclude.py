@@ -19,6 +19,9 @@ from dataset_merge.decisions import Match
 from dataset_merge.matching import top_matches
 from utils.ranks import Ranks
 
+# A share of identities left out above which it is said that many of them may be strangers.
+_MANY = 0.05
+
 
 @dataclass(frozen=True)
 class HeldOutSet:
@@ -65,6 +68,22 @@ class Leaks:
     def scores(self) -> np.ndarray:
         """The cosine of each identity with the nearest person, float64 [identities]."""
         return np.array([match.score for match in self.match])
+
+    @property
+    def warning(self) -> str | None:
+        """What to say when so many are left out that most of them must be strangers; None: nothing."""
+        scores = self.scores
+        share = float((scores >= self.t).mean()) if len(scores) else 0.0
+        if share <= _MANY:
+            return None
+        higher = [t for t in (0.4, 0.45, 0.5, 0.55, 0.6, 0.7) if t > self.t]
+        counts = ", ".join(f"{int((scores >= t).sum()):,} reach {t:g}" for t in higher)
+        return (
+            f"{int((scores >= self.t).sum()):,} of {len(scores):,} identities ({share:.0%}) reach --exclude-t "
+            f"{self.t:g}{f', {counts}' if counts else ''}: so many are hardly all people of the test sets. The less "
+            "well a model tells people apart, and the more images a test set has, the more strangers reach it: look at "
+            "the faces in the report, and raise --exclude-t if they are other people."
+        )
 
 
 def find_leaks(

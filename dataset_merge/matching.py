@@ -92,8 +92,13 @@ class _Kept:
         items = beaten.nonzero().flatten()
         if not len(items):
             return
-        chosen = cosines[items] if along == 1 else cosines[:, items].T
+        # Columns are gathered row by row and turned in memory: a view of them would be read with long strides.
+        chosen = cosines[items] if along == 1 else cosines.index_select(1, items).T.contiguous()
         k = self.cosine.shape[1]
+        if k > 1 and self.floor <= -1:
+            more, position = chosen.topk(min(k, chosen.shape[1]), dim=1)
+            self._take(items + start, more, position + offset)
+            return
         # Cosines up to the floor can only be the best one: where that is all there is, the maximum is enough.
         best, position = chosen.max(1, keepdim=True)
         high = (best > self.floor).flatten() if k > 1 else torch.zeros_like(best, dtype=torch.bool).flatten()

@@ -21,6 +21,8 @@ from utils.plots import draw_contact_sheet, draw_score_histogram
 ROWS_DRAWN = 16
 IMAGES_DRAWN = 4  # of each side
 ROWS_LISTED = 50
+# Up to Cyrillic the font of the pictures has all letters; bytes of a name that are no UTF-8 are far beyond.
+_LETTERS_END = "\u0530"
 
 ABOVE, BELOW, SCORES = "above_t.png", "below_t.png", "scores.png"
 EXCLUDED, NOT_EXCLUDED, DUPLICATES, CLEANING = "excluded.png", "not_excluded.png", "duplicates.png", "cleaning.png"
@@ -69,9 +71,9 @@ class _Faces:
 
     def number(self, source: object, label: str | None) -> int | None:
         """The number of an identity among all; None for what is none."""
-        if not isinstance(source, int) or label is None or label not in self._numbers[source]:
+        if not isinstance(source, int) or source >= len(self._numbers) or label not in self._numbers[source]:
             return None
-        return int(self.people.firsts[source]) + self._numbers[source][label]
+        return int(self.people.firsts[source]) + self._numbers[source][str(label)]
 
     def of(self, identity: int) -> list[np.ndarray]:
         """Four images, spread over those that an identity has; the same one again if it has fewer."""
@@ -81,8 +83,10 @@ class _Faces:
         return [face(self._sets[source], int(i), self._size) for i in chosen]
 
     def title(self, identity: int) -> str:
-        """Set and name of an identity, for people."""
-        return f"{int(self.people.source[identity])}:{self.people.name(identity)}"
+        """Set and name of an identity, for people; where pictures have no letters for it, its line in merge.csv."""
+        name = self.people.name(identity)
+        shown = name if all(letter < _LETTERS_END for letter in name) else f"line {identity + 2}"
+        return f"{int(self.people.source[identity])}:{shown}"
 
 
 def face(images: EncodedImages, i: int, size: int) -> np.ndarray:
@@ -211,9 +215,10 @@ def _tell_pairs(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -
         if not pairs:
             report.text(f"{caption} There are none.")
             continue
-        cells = [image for pair in pairs for side in (pair.first, pair.second) for image in faces.of(side)]
+        gap = [np.full((merge.image_size, merge.image_size, 3), 255, np.uint8)]
+        cells = [image for pair in pairs for image in (*faces.of(pair.first), *gap, *faces.of(pair.second))]
         labels = [f"{pair.score:.3f} {faces.title(pair.first)} {faces.title(pair.second)}" for pair in pairs]
-        draw_contact_sheet(folder / name, cells, 2 * IMAGES_DRAWN, None, labels)
+        draw_contact_sheet(folder / name, cells, 2 * IMAGES_DRAWN + 1, None, labels)
         report.picture(folder / name, f"{caption} Left of each row: score, and set:identity of both.")
 
 

@@ -135,12 +135,15 @@ def run_merge(config: Config, embedder: Embedder | None, sets: Sequence[FaceSet]
         applied=merge.clean == "apply",
         dry_run=merge.dry_run,
     )
+    if done.leaks is not None and done.leaks.warning:
+        done.notes.append(done.leaks.warning)
     return _finish(merge, done, embeddings, embedder, cache)
 
 
 def _unit_rows(features: np.ndarray, folder: Path, positions: np.ndarray | None = None) -> np.ndarray:
     """Unit vectors float32 of the rows at `positions` (None: of all). Large ones are in a file in `folder` that has no
-    name and goes with the process: memory may not have room for them.
+    name and goes with the process: memory may not have room for them. Raises FaceSetError for one that is no number:
+    compared, it would hide the matches of all others in its block.
     """
     shape = len(features) if positions is None else len(positions), features.shape[1]
     if shape[0] * shape[1] * 4 <= IN_MEMORY:
@@ -151,6 +154,12 @@ def _unit_rows(features: np.ndarray, folder: Path, positions: np.ndarray | None 
     for start in range(0, len(unit), 1 << 16):
         part = slice(start, start + (1 << 16))
         rows = torch.from_numpy(np.array(features[part if positions is None else positions[part]]))
+        broken = (~rows.isfinite().all(1)).nonzero().flatten()
+        if len(broken):
+            raise FaceSetError(
+                f"the model gives no finite embedding for {len(broken):,} images, the first at position "
+                f"{start + int(broken[0])} of the set: is the model damaged, or too coarse in half precision?"
+            )
         unit[part] = F.normalize(rows).numpy()
     return unit
 

@@ -29,21 +29,23 @@ def score_pairs(
     itself). Cosines are computed anew, in float64 and the same for (a, b) as for (b, a), so that neither blocks nor the
     order of the sets show in them.
     """
+    width = len(first if second is None else second)
     rows, columns = (_entries(kept) for kept in matches)
-    both = torch.cat([rows, columns.flip(0)], 1)
-    both = both[:, (both >= 0).all(0)]
-    if second is None:
-        both = both.sort(0).values
-    i, j = np.unique(both.numpy(), axis=1) if both.numel() else both.numpy()
+    if second is None:  # both results are the same
+        low, high = np.minimum(*rows), np.maximum(*rows)
+    else:
+        low, high = (np.concatenate(side) for side in zip(rows, columns[::-1], strict=True))
+    i, j = np.divmod(np.unique(low * width + high), width)
     cosine = _cosines(first, first if second is None else second, i, j)
     score = cosine - rival_weight * _rivals(i, j, cosine, second is None) if rival_weight else cosine.copy()
     return Pairs(i, j, cosine, score)
 
 
-def _entries(matches: TopMatches) -> Tensor:
-    """Row and column of each match: int64 [2, matches]."""
-    index = matches.index.cpu()
-    return torch.stack([torch.arange(len(index)).repeat_interleave(index.shape[1]), index.flatten()])
+def _entries(matches: TopMatches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and column of each match there is."""
+    index = matches.index.cpu().numpy()
+    rows, places = np.nonzero(index >= 0)
+    return rows, index[rows, places]
 
 
 def _cosines(first: Tensor, second: Tensor, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.float64]:

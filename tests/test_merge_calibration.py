@@ -224,6 +224,32 @@ def _all(cosines: Tensor) -> tuple[TopMatches, TopMatches]:
     return tuple(TopMatches(*m.topk(m.shape[1], dim=1)) for m in (cosines, cosines.T))  # type: ignore[return-value]
 
 
+def test_scores_are_of_float64() -> None:
+    """Cosines that float32 cannot tell apart decide who is whose best: products of the float32 vectors, in float64."""
+    people = [draw_set(torch.arange(n), torch.ones(n, dtype=torch.int64), seed=n, size=64) for n in (40, 30)]
+    first, second = (part.embeddings for part in people)
+    pairs = score_pairs(first, second, _all(first @ second.T), 0.5)
+    exact = first.double() @ second.double().T
+    assert abs(pairs.cosine - exact[pairs.first, pairs.second].numpy()).max() < 1e-14
+    assert np.unique(pairs.cosine).size == 1200
+    within = score_pairs(first, None, (_within := TopMatches(*(first @ first.T).topk(40, dim=1)), _within), 0.0)
+    assert len(within) == 40 * 39 // 2 + 40
+    assert (within.first <= within.second).all()
+    assert abs(within.cosine - (first.double() @ first.double().T)[within.first, within.second].numpy()).max() < 1e-14
+
+
+def test_pairs_come_from_either_side_once() -> None:
+    """What only the rows or only the columns have kept is a pair, what both have is one pair, and gaps are none."""
+    vectors = torch.eye(4)
+    none = torch.full((3, 1), -1)
+    rows = TopMatches(torch.zeros(3, 2), torch.cat([torch.tensor([[1], [0], [3]]), none], 1))
+    columns = TopMatches(torch.zeros(4, 1), torch.tensor([[1], [2], [-1], [-1]]))
+    pairs = score_pairs(vectors[:3], vectors, (rows, columns), 0.0)
+    assert list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True)) == [(0, 1), (1, 0), (2, 1), (2, 3)]
+    nobody = TopMatches(torch.zeros(3, 1), none)
+    assert len(score_pairs(vectors[:3], None, (nobody, nobody), 0.5)) == 0
+
+
 def test_scores_take_off_the_nearest_rival() -> None:
     """Against a loop over the whole matrix: cosine - 0.5 x the highest other cosine of either one, 0 at least."""
     people = [draw_set(torch.arange(n), torch.ones(n, dtype=torch.int64), seed=n, size=8) for n in (7, 5)]

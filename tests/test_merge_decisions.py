@@ -109,13 +109,20 @@ def table(folder: Path, *edits: tuple[int, str, str]) -> Path:
         # The same by a label that nobody has.
         ([(2, "decision", "added"), (2, "new_label", "77")], [0, 1, 3, 2, 1]),
         # A missed join: y joins its best match.
-        ([(3, "decision", "joined")], [0, 1, 0, 0, 1]),
+        ([(3, "decision", "joined"), (3, "new_label", "")], [0, 1, 0, 0, 1]),
         # y joins another one than its match, by its label.
         ([(3, "decision", "joined"), (3, "new_label", "1")], [0, 1, 0, 1, 1]),
         # Left out, with the label still standing there.
         ([(3, "decision", "dropped")], [0, 1, 0, None, 1]),
         # The one who was joined goes: x is an identity by itself.
         ([(0, "decision", "dropped")], [None, 1, 0, 2, 1]),
+        # The same, where its most similar one is somebody else who it was never joined with.
+        ([(0, "decision", "dropped"), (2, "match_source", "1"), (2, "match_label", "y")], [None, 1, 0, 2, 1]),
+        # The one who was joined is parted by the other row: both have a row that says what they are.
+        ([(0, "new_label", ""), (2, "decision", "added")], [3, 1, 0, 2, 1]),
+        # Of a column with empty cells some programs make numbers with a point.
+        ([(row, "new_label", f"{label}.0") for row, label in enumerate((0, 1, 0, 2, 1))], [0, 1, 0, 2, 1]),
+        ([(3, "decision", "joined"), (3, "new_label", ""), (3, "match_source", "0.0")], [0, 1, 0, 0, 1]),
         # Labels ordered anew.
         ([(0, "new_label", "9"), (2, "new_label", "9")], [2, 0, 2, 1, 0]),
     ],
@@ -147,10 +154,34 @@ def test_rows_may_stand_in_any_order(tmp_path: Path) -> None:
         ([(0, "images", "7")], "line 2: identity 'a' of set 0 .* has 2 images, not 7: the table was made of another"),
         ([(2, "decision", "added")], "lines 2 and 4: both are added under one new_label"),
         ([(0, "score", "high")], "line 2: score must be a number or empty, found 'high'"),
+        # Joined with whom? The most similar one need not be the one that it was joined with, or is parted from now.
         (
-            [(3, "decision", "joined"), (3, "match_label", "")],
-            "line 5: it is joined, but no other row has its new_label",
+            [(3, "decision", "joined")],
+            r"line 5: it is joined, but no other row has its new_label \(2\): leave that empty",
         ),
+        ([(0, "new_label", "")], r"line 4: it is joined, but no other row has its new_label \(0\)"),
+        ([(0, "new_label", "77")], r"line 4: it is joined, but no other row has its new_label \(0\)"),
+        (
+            [(0, "decision", "dropped"), (0, "new_label", "")],
+            r"line 4: it is joined, but no other row has its new_label \(0\)",
+        ),
+        (
+            [(3, "decision", "joined"), (3, "new_label", ""), (3, "match_label", "")],
+            "line 5: it is joined and has no new_label, but match_source and match_label name no other identity",
+        ),
+        (
+            [(3, "decision", "joined"), (3, "new_label", ""), (3, "match_source", "7")],
+            "line 5: it is joined and has no new_label, but match_source and match_label name no other identity",
+        ),
+        (
+            [(3, "decision", "joined"), (3, "new_label", ""), (3, "match_source", "1"), (3, "match_label", "y")],
+            "line 5: it is joined and has no new_label, but match_source and match_label name no other identity",
+        ),
+        (
+            [(0, "decision", "dropped"), (3, "decision", "joined"), (3, "new_label", "")],
+            "line 5: it is joined and has no new_label, but its match, identity 'a' of set 0, is left out",
+        ),
+        ([(0, "new_label", "1.5")], "line 2: new_label must be a whole number from 0, found '1.5'"),
         ([(row, "decision", "dropped") for row in range(5)], "nothing is left to write"),
     ],
 )

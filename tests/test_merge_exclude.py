@@ -10,7 +10,8 @@ from data.face_sets import write_face_set
 from data.images import decode_rgb
 from data.verification_bin import write_bin
 from dataset_merge.centres import identity_centres
-from dataset_merge.exclude import find_leaks, open_held_out
+from dataset_merge.decisions import Match
+from dataset_merge.exclude import Leaks, find_leaks, open_held_out
 from models.embedders import load_embedder
 from tiny_faces import tiny_face
 
@@ -54,6 +55,15 @@ def test_people_of_lfw_are_found_by_one_image(face_data: Path, tmp_path: Path) -
     leaks = find_leaks(centres.vectors, [(open_held_out(str(tmp_path / "test.bin")), embeddings[shown])], 0.4)
     assert len(set(leaks.excluded) & set(range(20))) >= 19
     assert len(set(leaks.excluded) - set(range(20))) <= 1
+
+
+def test_many_left_out_is_warned_of() -> None:
+    """A threshold too low for the model leaves out strangers by the thousand: said with what higher ones leave out."""
+    scores = np.concatenate([np.linspace(0.401, 0.449, 10), np.linspace(0.0, 0.399, 90)])
+    few, many = (Leaks([Match("lfw.bin", "a", float(s)) for s in part], 0.4) for part in (scores[6:], scores))
+    assert few.warning is None
+    assert many.warning is not None
+    assert "10 of 100 identities (10%) reach --exclude-t 0.4, 0 reach 0.45" in many.warning
 
 
 def test_what_is_no_test_set_is_refused(tmp_path: Path) -> None:

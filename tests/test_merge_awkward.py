@@ -1,0 +1,122 @@
+"""Merges of awkward sets by the program: odd names, a set with itself, single images, broken embeddings."""
+
+import csv
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.face_sets import open_face_set, write_face_set
+from dataset_merge import dataset_merge
+from models.embedders import NetworkEmbedder
+from tiny_faces import tiny_face
+
+
+def merge(sets: list[Path], output: Path, run: Path, *flags: str) -> list[dict[str, str]]:
+    """Run the program with t 0.99, which parts the drawn people; the rows of merge.csv."""
+    command = ["--merge", ",".join(map(str, sets)), "--output", str(output), "--model", str(run), "--t", "0.99"]
+    dataset_merge.main([*command, "--workers", "0", "--device", "cpu", *flags])
+    with (output / "merge.csv").open(encoding="utf-8", errors="surrogateescape", newline="") as table:
+        return list(csv.DictReader(table))
+
+
+def images(folder: Path) -> list[list[bytes]]:
+    """The images of each identity of a set."""
+    faces = open_face_set(folder)
+    found: list[list[bytes]] = [[] for _ in faces.identities]
+    for i, label in enumerate(faces.labels.tolist()):
+        found[label].append(faces.encoded(i))
+    return found
+
+
+def folder_set(folder: Path, people: dict[str, list[bytes]]) -> Path:
+    """A folder with a folder of images for each name."""
+    for name, shots in people.items():
+        (folder / name).mkdir(parents=True)
+        for number, shot in enumerate(shots):
+            (folder / name / f"{number}.png").write_bytes(shot)
+    return folder
+
+
+NAMES = ['Zoë, "the" 1st', "王菲", os.fsdecode(b"latin-1 \xe9"), "7", "007", "$x_1$ <b>"]
+
+
+def test_names_of_folders_come_through(tmp_path: Path, tiny_run: Path) -> None:
+    """Commas, quotes, other scripts, bytes that are no UTF-8, numbers with zeros, markup: in the table, in the report,
+    and back by --decisions.
+    """
+    one = folder_set(tmp_path / "one", {name: [tiny_face(i, s) for s in range(3)] for i, name in enumerate(NAMES)})
+    two = folder_set(tmp_path / "two", {name: [tiny_face(i, 5)] for i, name in enumerate(NAMES[::-1])})
+    rows = merge([one, two], tmp_path / "a", tiny_run)
+    assert sorted(row["label"] for row in rows) == sorted(2 * NAMES)
+    again = merge([one, two], tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "a" / "merge.csv"))
+    assert again == rows
+    assert images(tmp_path / "b") == images(tmp_path / "a")
+    report = (tmp_path / "a" / "report.html").read_bytes().decode()
+    assert "<b>" not in report.replace("<body", "")
+    assert sum(map(len, images(tmp_path / "a"))) == 24
+
+
+def test_a_set_with_itself_is_that_set(tmp_path: Path, tiny_run: Path) -> None:
+    """Everybody joins themselves, and every picture is taken once."""
+    with write_face_set(tmp_path / "one", 32) as out:
+        for person in range(4):
+            out.add_identity(tiny_face(person, shot) for shot in range(2))
+    rows = merge([tmp_path / "one"] * 2, tmp_path / "merged", tiny_run)
+    assert [row["decision"] for row in rows] == ["added"] * 4 + ["joined"] * 4
+    assert images(tmp_path / "merged") == images(tmp_path / "one")
+
+
+def test_identities_of_one_image(tmp_path: Path, tiny_run: Path) -> None:
+    """One image each, one of them a copy: nobody is lost, no label is empty; a robust centre does not mind."""
+    for name, people in (("one", (0, 1)), ("two", (1, 2))):
+        with write_face_set(tmp_path / name, 32) as out:
+            for person in people:
+                out.add_identity([tiny_face(person, 0)])
+    merge([tmp_path / "one", tmp_path / "two"], tmp_path / "merged", tiny_run, "--centre", "trimmed")
+    assert images(tmp_path / "merged") == [[tiny_face(0, 0)], [tiny_face(1, 0)], [tiny_face(2, 0)]]
+
+
+def test_nothing_left_is_said(tmp_path: Path, tiny_run: Path) -> None:
+    """A merge that would write no identity at all ends with a message, and leaves no set."""
+    with write_face_set(tmp_path / "one", 32) as out:
+        out.add_identity([tiny_face(0, 0)])
+    with pytest.raises(SystemExit, match="every identity is excluded: nothing is left to write"):
+        merge([tmp_path / "one"], tmp_path / "merged", tiny_run, "--exclude", str(tmp_path / "one"))
+    assert not (tmp_path / "merged").exists()
+
+
+def test_embeddings_that_are_no_numbers_are_refused(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One would hide the matches of all identities that are compared with it in a block."""
+    with write_face_set(tmp_path / "one", 32) as out:
+        for person in range(3):
+            out.add_identity([tiny_face(person, 0)])
+    features = NetworkEmbedder.features
+
+    def broken(self: NetworkEmbedder, *arguments: object) -> object:
+        rows = features(self, *arguments).clone()  # type: ignore[arg-type]
+        rows[1, 2] = float(np.nan)
+        return rows
+
+    monkeypatch.setattr(NetworkEmbedder, "features", broken)
+    with pytest.raises(SystemExit, match="no finite embedding for 1 images, the first at position 1 of the set"):
+        merge([tmp_path / "one"] * 2, tmp_path / "merged", tiny_run)
+
+
+def test_a_table_with_odd_matches_is_written(tmp_path: Path, tiny_run: Path) -> None:
+    """Match columns that name no set matter to nobody who is not joined by them; the report does without."""
+    for name, shot in (("one", 0), ("two", 1)):
+        with write_face_set(tmp_path / name, 32) as out:
+            for person in range(2):
+                out.add_identity([tiny_face(person, shot)])
+    sets = [tmp_path / "one", tmp_path / "two"]
+    merge(sets, tmp_path / "a", tiny_run)
+    lines = (tmp_path / "a" / "merge.csv").read_text().splitlines()
+    cells = lines[1].split(",")
+    cells[4:6] = ["9", "nobody"]
+    (tmp_path / "edited.csv").write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n")
+    merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
+    assert images(tmp_path / "b") == images(tmp_path / "a")
