@@ -19,7 +19,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from config import PRESETS, Config
 from data.face_sets import FaceSetError
@@ -29,7 +31,7 @@ from models.embedders.network import Precision
 from utils.checkpoints import BEST, CONFIG, newest_run, settings_beside
 from utils.devices import pick_device
 from utils.evaluation.board import write_board
-from utils.evaluation.breakdown import group_by, read_columns
+from utils.evaluation.breakdown import Groups, group_by, read_columns
 from utils.evaluation.check_sets import (
     TrainingSample,
     check_faces,
@@ -38,11 +40,12 @@ from utils.evaluation.check_sets import (
     sample_training_set,
 )
 from utils.evaluation.checks import Finding
+from utils.evaluation.embeddings import embed_by_all
 from utils.evaluation.measure import Measured, Options, Tables, compare, measure
 from utils.evaluation.pictures import draw_finding, draw_overview, draw_set
 from utils.evaluation.report import TestedModel, TestedSet, as_json, first_model_as_json, table, write_html
 from utils.evaluation.tables import qualities_by
-from utils.evaluation.test_sets import TestSet, keys_of, open_test_set, set_names
+from utils.evaluation.test_sets import TestSet, keys_of, open_test_set, set_names, told_apart
 from utils.files import write_text_atomic
 from utils.processes import worker_count
 from utils.ranks import Ranks, join_ranks
@@ -87,18 +90,14 @@ def default_output(model: Path, runs: Path) -> Path:
 
 
 def model_names(paths: Sequence[Path]) -> list[str]:
-    """What models are called: the run's name or the file's stem, with the folder before it where two clash.
+    """What models are called: the run's name or the file's stem, with folders before it where two clash.
 
     Raises ValueError for a model that is named twice.
     """
     parts = [(path.parent if path.name == BEST else path).resolve() for path in paths]
     if len(set(parts)) < len(parts):
         raise ValueError(f"a model is named twice: {', '.join(map(str, paths))}")
-    names = [part.stem if part.is_file() else part.name for part in parts]
-    return [
-        name if names.count(name) == 1 else f"{part.parent.name}_{part.name}"
-        for name, part in zip(names, parts, strict=True)
-    ]
+    return told_apart(parts, [part.stem if part.is_file() else part.name for part in parts])
 
 
 class Test:
@@ -168,9 +167,11 @@ class Test:
         chosen = self.config.test
         test_set = open_test_set(path, name, Path(chosen.images) if chosen.images else None)
         tables = self._tables(test_set)
+        title = f"{name}, {', '.join(self.names)}"
+        features = embed_by_all(self.embedders, test_set.images, title, self.options, self.ranks)
         measured = [
-            measure(embedder, model, test_set, tables, self.options, self.ranks)
-            for embedder, model in zip(self.embedders, self.names, strict=True)
+            measure(rows, embedder.device, model, test_set, tables, self.options, self.ranks)
+            for rows, embedder, model in zip(features, self.embedders, self.names, strict=True)
         ]
         if not self.ranks.first:
             return None
@@ -189,14 +190,21 @@ class Test:
         return TestedSet(test_set, done, comparisons, findings, pictures)
 
     def _tables(self, test_set: TestSet) -> Tables:
-        groups, qualities = {}, {}
+        groups: dict[str, Groups] = {}
+        qualities: dict[str, NDArray[np.float64]] = {}
+        if test_set.ijb is not None:
+            if self.config.test.breakdown:
+                raise FaceSetError(f"{test_set.path}: --breakdown is for face sets and pairs of images, not templates")
+            return Tables()
         for spec in self.config.test.breakdown:
             file, _, column = spec.rpartition(":")
             columns = read_columns(file)
-            groups[column] = group_by(columns, column, keys_of(test_set, columns.key))
+            title = column if column not in groups else f"{column} of {file}"
+            groups[title] = group_by(columns, column, keys_of(test_set, columns.key))
         for spec in self.config.test.quality:
             file, _, column = spec.rpartition(":")
-            qualities[column] = qualities_by(file, column, test_set)
+            title = column if column not in qualities else f"{column} of {file}"
+            qualities[title] = qualities_by(file, column, test_set)
         return Tables(groups, qualities)
 
     def _check(self, test_set: TestSet, measured: Sequence[Measured]) -> list[Finding]:

@@ -285,3 +285,18 @@ def test_lists_that_cannot_be_opened(listed: Path) -> None:
         open_pair_set(listed / "pairs.txt", listed / "images")
     with pytest.raises(PairsError, match="needs the folder of its images"):
         open_pair_set(listed / "pairs.txt")
+
+
+def test_an_impostor_pair_counts_for_both_its_people() -> None:
+    """Protects the intervals of false accepts: one person whom many resemble widens them, on either side of a pair."""
+    random = np.random.default_rng(0)
+    labels = np.arange(30) // 2
+    vectors = random.normal(size=(30, 4))
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    groups = groups_of("one", ["all"] * 30)
+    point = TarAtFar(1e-1, 0.0, 0.3, 100)
+    (rate,) = breakdown_all_pairs(torch.from_numpy(vectors), torch.from_numpy(labels), groups, [point]).rates
+    scores, impostor = vectors @ vectors.T, labels[:, None] != labels
+    hits = np.array([(impostor & (scores > 0.3))[labels == person].sum() for person in range(15)])
+    trials = np.array([impostor[labels == person].sum() for person in range(15)])
+    assert rate.far == clustered_interval(hits, trials, 2)

@@ -371,3 +371,13 @@ def test_missing_images_and_galleries(tmp_path: Path) -> None:
     pooled = pool_templates(np.random.default_rng(0).normal(size=(96, 4)), ijb.templates, ijb.media)
     with pytest.raises(IjbError, match="no galleries and probes"):
         ijb_identification(pooled, ijb)
+
+
+def test_a_probe_at_the_threshold_is_not_identified() -> None:
+    """DIR counts scores strictly above that of the non-mated probe: one that is as similar is turned away with it."""
+    gallery, people = np.eye(2), np.array([0, 1])
+    probes = np.array([[0.8, 0.6], [0.6, 0.8], [0.8, 0.6]])
+    (point,) = identify(probes, np.array([0, 1, 7]), gallery, people, fpir=(0.1,)).open_set
+    assert (point.dir, point.non_mated) == (0.0, 1)
+    probes[1] = [0.5, np.sqrt(0.75)]
+    assert identify(probes, np.array([0, 1, 7]), gallery, people, fpir=(0.1,)).open_set[0].dir == 0.5

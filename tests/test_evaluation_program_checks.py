@@ -141,7 +141,7 @@ def test_channels_need_more_than_chance() -> None:
 
 
 def test_separation_by_hand() -> None:
-    """Protects the measure: means and variances of the two kinds of scores."""
+    """Protects the measure: means of the two kinds of scores, in units of the impostors' spread."""
     vectors, labels = people_vectors(10, 3, 1.5)
     sample = sample_people(labels, 30, 0)
     gain = separation_gain(vectors[sample.positions], vectors[sample.positions], sample)
@@ -149,9 +149,11 @@ def test_separation_by_hand() -> None:
     upper = np.triu_indices(30, 1)
     scores = (chosen @ chosen.T)[upper]
     same = (labels[sample.positions][:, None] == labels[sample.positions])[upper]
-    expected = (scores[same].mean() - scores[~same].mean()) / np.sqrt((scores[same].var() + scores[~same].var()) / 2)
+    expected = (scores[same].mean() - scores[~same].mean()) / scores[~same].std()
     assert gain.plain == pytest.approx(expected)
     assert gain.low == gain.high == 0
+    constant = np.ones_like(vectors[sample.positions])  # a broken model is no reason to stop
+    assert separation_gain(constant, constant, sample).high == 0
 
 
 def test_samples_have_pairs_of_both_kinds() -> None:

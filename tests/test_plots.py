@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from utils.plots import draw_contact_sheet, draw_curves, draw_roc, draw_score_histogram
+from utils.plots import (
+    draw_bars,
+    draw_contact_sheet,
+    draw_curves,
+    draw_det,
+    draw_pair_sheet,
+    draw_rejection,
+    draw_roc,
+    draw_score_histogram,
+)
 
 FAR = np.geomspace(1e-6, 1, 50)
 
@@ -35,6 +44,29 @@ def contact_sheet(path: Path) -> None:
     draw_contact_sheet(path, faces(5), 3, "title", ["one", "two"])
 
 
+def det(path: Path) -> None:
+    draw_det(path, {"a": (FAR, 0.01 / FAR**0.2), "b": (FAR, 0.02 / FAR**0.2), "none": (FAR, 0 * FAR)}, "title")
+
+
+def rejection(path: Path) -> None:
+    shares = np.linspace(0, 0.3, 16)
+    draw_rejection(path, {"a": (shares, 0.05 - 0.1 * shares), "b": (shares, np.full(16, np.nan))}, "title")
+
+
+def bars(path: Path) -> None:
+    values = {"a": [99.0, np.nan], "b": [98.0, 97.0]}
+    draw_bars(path, ["one", "two"], values, {"a": [(98.5, 99.5), (np.nan, np.nan)]}, "title", "TAR, %")
+
+
+def pair_sheet(path: Path) -> None:
+    draw_pair_sheet(path, pairs(5), [("cosine 0.5", "Žluťoučký_kůň_0001.jpg")] * 5, 2, "title")
+
+
+def pairs(count: int) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    images = list(faces(2 * count, 112, 112))
+    return list(zip(images[0::2], images[1::2], strict=True))
+
+
 def faces(count: int, height: int = 20, width: int = 16) -> NDArray[np.uint8]:
     return np.random.default_rng(0).integers(0, 256, size=(count, height, width, 3), dtype=np.uint8)
 
@@ -45,7 +77,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     return np.asarray(image[..., ::-1])
 
 
-DRAWERS = [roc, histogram, curves, contact_sheet]
+DRAWERS = [roc, histogram, curves, contact_sheet, det, rejection, bars, pair_sheet]
 
 
 @pytest.mark.parametrize(("draw", "shape"), [(roc, (600, 960, 3)), (histogram, (768, 960, 3)), (curves, (600, 960, 3))])
@@ -159,6 +191,81 @@ def test_histogram_keeps_all_scores_when_it_joins_bins(tmp_path: Path) -> None:
         for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00))
     ]
     assert abs(heights[0] - heights[1]) < 20
+
+
+def coloured(path: Path, colour: tuple[int, int, int]) -> NDArray[np.bool_]:
+    """Which pixels of a picture have a colour, bool [H, W]."""
+    return np.asarray((read_rgb(path) == colour).all(axis=2))
+
+
+def test_det_shows_the_better_model_below(tmp_path: Path) -> None:
+    """Protects the DET from swapped axes: fewer false rejects lie lower, and a curve without errors stops nothing."""
+    det(tmp_path / "det.png")
+    better, worse = (
+        coloured(tmp_path / "det.png", colour)[:, 100:600] for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0))
+    )
+    rows = [np.flatnonzero(lines.any(axis=1)).mean() for lines in (better, worse)]
+    assert rows[0] > rows[1] + 5
+    left, right = (np.flatnonzero(coloured(tmp_path / "det.png", (0, 0x72, 0xB2))[:, columns].any(axis=1)).min()
+                   for columns in (slice(100, 200), slice(400, 500)))  # fmt: skip
+    assert left < right, "false rejects do not fall with the false accept rate"
+    with pytest.raises(ValueError, match="no curve has a point"):
+        draw_det(tmp_path / "none.png", {"a": (FAR, 0 * FAR)}, "title")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_rejection_falls_where_the_errors_do(tmp_path: Path) -> None:
+    """Protects the curve's direction, and that a series without numbers (nothing left) draws nothing."""
+    rejection(tmp_path / "reject.png")
+    blue = coloured(tmp_path / "reject.png", (0, 0x72, 0xB2))
+    blue[:, 650:] = False  # the legend
+    columns = np.flatnonzero(blue.any(axis=0))
+    tops = [np.flatnonzero(blue[:, column]).mean() for column in (columns[2], columns[-3])]
+    assert tops[0] < tops[1]
+    with pytest.raises(ValueError, match="no curve"):
+        draw_rejection(tmp_path / "none.png", {}, "title")
+
+
+def test_bars_are_as_long_as_their_numbers(tmp_path: Path) -> None:
+    """Protects bars from a wrong order of rows or series; a missing number is no bar."""
+    path = tmp_path / "bars.png"
+    draw_bars(path, ["one", "two", "three"], {"a": [40.0, 80.0, np.nan]}, None, "title", "share, %")
+    image = read_rgb(path).astype(int)
+    blue = (image[..., 2] - image[..., 0] > 100) & (image[..., 1] > image[..., 0])
+    rows = np.flatnonzero(blue.sum(axis=1) > 20)
+    lengths = blue[rows].sum(axis=1)
+    breaks = np.flatnonzero(np.diff(rows) > 1)
+    assert len(breaks) == 1, "two bars, one above the other"
+    assert lengths[0] < lengths[-1]
+    bars(path)
+    for values in ({"a": [1.0]}, {}):
+        with pytest.raises(ValueError, match="2 rows need"):
+            draw_bars(path, ["one", "two"], values, None, "title", "x")
+
+
+def test_pair_sheet_keeps_every_pixel_and_its_captions(tmp_path: Path) -> None:
+    """Protects the hardest pairs: first and second face side by side, in order, uncovered, with the text below."""
+    shown = pairs(5)
+    draw_pair_sheet(
+        tmp_path / "sheet.png", shown, [("cosine 0.5", "a name too long for two faces" * 5)] * 5, 2, "title"
+    )
+    sheet = read_rgb(tmp_path / "sheet.png")
+    places = []
+    for left, right in shown:
+        couple = np.concatenate([left, np.full((112, 4, 3), 255, np.uint8), right], axis=1)
+        hits = np.argwhere((sheet[:-111, :-227] == couple[0, 0]).all(axis=2))
+        found = [(y, x) for y, x in hits if np.array_equal(sheet[y : y + 112, x : x + 228], couple)]
+        assert len(found) == 1
+        places.append(found[0])
+        y, x = found[0]
+        assert (sheet[y + 114 : y + 140, x : x + 228] < 128).any(), "no caption"
+    assert places == sorted(places)
+    assert len({x for _, x in places}) == 2
+    for border in (sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]):
+        assert (border == 255).all(), "a text runs out of the picture"
+    for captions in ([("a",)] * 4, [("a",)] * 4 + [("a", "b")], []):
+        with pytest.raises(ValueError, match="captions"):
+            draw_pair_sheet(tmp_path / "sheet.png", shown, captions, 2, "title")
 
 
 def test_import_is_light_and_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:

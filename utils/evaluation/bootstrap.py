@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from utils.evaluation.all_pairs import AllPairsResult
 from utils.evaluation.curves import FAR_POINTS, check_rates, crossing, exact_rate
@@ -61,11 +59,15 @@ def connected_groups(index: NDArray[np.integer]) -> NDArray[np.int64]:
 
     index: integers [P, 2], the images (or people) of each pair.
     """
-    index = np.asarray(index)
-    size = int(index.max()) + 1
-    graph = coo_array((np.ones(len(index)), (index[:, 0], index[:, 1])), shape=(size, size))
-    component = connected_components(graph, directed=False)[1]
-    return np.unique(component[index[:, 0]], return_inverse=True)[1]
+    first, second = np.asarray(index, np.int64).T
+    lowest = np.arange(int(max(first.max(), second.max())) + 1)  # of those known to hang together with each image
+    while (lowest[first] != lowest[second]).any():
+        least = np.minimum(lowest[first], lowest[second])
+        np.minimum.at(lowest, lowest[first], least)
+        np.minimum.at(lowest, lowest[second], least)
+        while (lowest != lowest[lowest]).any():
+            lowest = lowest[lowest]
+    return np.unique(lowest[first], return_inverse=True)[1]
 
 
 def drawn_groups(pairs: int, groups: NDArray[np.integer] | None) -> tuple[NDArray[np.int64], str]:

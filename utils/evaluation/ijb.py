@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from data.align import TEMPLATE_SIZE, align
 from data.images import decode_rgb, encode_png
+from data.images_fingerprint import files_digest
 from utils.evaluation.curves import FAR_POINTS, Roc, TarAtFar, roc, split_scores, tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import Identification, identify
 from utils.evaluation.templates import Templates
@@ -53,6 +54,10 @@ class IjbImages:
         except OSError as error:
             raise IjbError(f"{self.describe(i)}: {error.strerror or error}") from None
         return encode_png(align(decode_rgb(stored, self.describe(i)), self.landmarks[i], self._size))
+
+    def fingerprint(self) -> str:
+        """See data/images_fingerprint.py."""
+        return files_digest(self, [self._folder / name for name in self.names], self.names, self.landmarks, self._size)
 
     def describe(self, i: int) -> str:
         return f"{self._source}, line {i + 1}: {self._folder / self.names[i]}"

@@ -9,8 +9,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from models.embedders import Embedder
-from models.embedding import embed_images
 from utils.evaluation.all_pairs import AllPairsResult, all_pairs
 from utils.evaluation.bootstrap import Intervals, bootstrap_identities, bootstrap_pairs, connected_groups
 from utils.evaluation.breakdown import Breakdown, Groups, breakdown_all_pairs, breakdown_pairs
@@ -36,6 +34,7 @@ _BINS = np.linspace(-1, 1, 201)
 _SAMPLED_PAIRS = 500_000
 # The false accept rate whose threshold error-versus-reject curves and breakdowns have.
 _FAR = 1e-3
+_ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -107,27 +106,39 @@ def unit_rows(features: NDArray[np.floating]) -> NDArray[np.float32]:
 
 
 def measure(
-    embedder: Embedder, name: str, test_set: TestSet, tables: Tables, options: Options, ranks: Ranks
+    features: NDArray[np.floating],
+    device: torch.device,
+    name: str,
+    test_set: TestSet,
+    tables: Tables,
+    options: Options,
+    ranks: Ranks,
 ) -> Measured | None:
-    """Test the model, called `name`, on the set. All ranks embed and compare; only the first has the result."""
-    features = embed_images(
-        embedder,
-        test_set.images,
-        options.batch_size,
-        options.workers,
-        options.mirror,
-        f"{test_set.name}, {name}",
-        ranks,
-        cache=options.cache,
-        normalised=False,
-    )
+    """Test a model, called `name`, on the set by its features [N, D]. All ranks compare; only the first has the result.
+
+    Raises ValueError, naming the image, for features that are not finite or, of single images, zero, and for a set
+    that lacks pairs of a kind.
+    """
+    _check_features(features, name, test_set)
     if test_set.faces is not None:
-        return _measure_all_pairs(embedder.device, name, test_set, features, tables, options, ranks)
+        return _measure_all_pairs(device, name, test_set, features, tables, options, ranks)
     if not ranks.first:
         return None
     if test_set.pairs is not None:
         return _measure_pairs(name, test_set, features, tables, options)
     return _measure_ijb(name, test_set, features, options)
+
+
+def _check_features(features: NDArray[np.floating], name: str, test_set: TestSet) -> None:
+    for start in range(0, len(features), _ROWS_AT_ONCE):
+        norms = np.linalg.norm(np.asarray(features[start : start + _ROWS_AT_ONCE], np.float64), axis=1)
+        bad = ~np.isfinite(norms) | ((norms == 0) & (test_set.ijb is None))
+        if bad.any():
+            i = start + int(bad.argmax())
+            raise ValueError(
+                f"{test_set.name}: {name} gives {test_set.images.describe(i)} an embedding that is zero or not finite: "
+                "the weights are damaged, or --precision is too low for them"
+            )
 
 
 def _measure_pairs(
@@ -137,10 +148,10 @@ def _measure_pairs(
     assert pairs is not None
     try:
         result = ten_fold(unit_rows(features)[pairs.index.reshape(-1)], pairs.same)
+        scores, same = result.cosines, result.same
+        curve = roc_of_pairs(scores, same)
     except ValueError as error:
         raise ValueError(f"{test_set.name}: {error}") from None
-    scores, same = result.cosines, result.same
-    curve = roc_of_pairs(scores, same)
     points = tar_at_far(scores[same], scores[~same])
     intervals = None
     if options.draws:
@@ -220,6 +231,8 @@ def _rejects_of_all(
     unit: Tensor, labels: NDArray[np.int64], qualities: Mapping[str, NDArray[np.float64]], seed: int
 ) -> dict[str, RejectCurve]:
     """Curves of a random sample of the pairs."""
+    if not qualities:
+        return {}
     index = _sampled_pairs(labels, seed)
     same = labels[index[:, 0]] == labels[index[:, 1]]
     first, second = torch.from_numpy(index).to(unit.device).T
@@ -244,10 +257,19 @@ def _sampled_pairs(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     """Distinct images, int64 [P, 2]: random genuine and random impostor pairs, `_SAMPLED_PAIRS` of each at most."""
     generator = np.random.default_rng(seed)
     order = np.argsort(labels, kind="stable")
-    groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    genuine = [np.stack(np.triu_indices(len(group), 1), 1) for group in groups]
-    pairs = np.concatenate([group[places] for group, places in zip(groups, genuine, strict=True)])
-    pairs = pairs[np.sort(generator.permutation(len(pairs))[:_SAMPLED_PAIRS])]
+    starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
+    sizes = np.diff(starts, append=len(labels))
+    ends = np.cumsum(sizes * (sizes - 1) // 2)  # of each person's genuine pairs, numbered through
+    total = int(ends[-1])
+    chosen = np.arange(total)
+    if total > _SAMPLED_PAIRS:
+        chosen = np.sort(generator.choice(total, _SAMPLED_PAIRS, replace=False))
+    person = np.searchsorted(ends, chosen, side="right")
+    number = chosen - np.append(0, ends)[person]
+    # Of a person pair number b (b - 1) / 2 + a is that of the images a < b.
+    larger = ((1 + np.sqrt(8 * number + 1)) / 2).astype(np.int64)
+    smaller = number - larger * (larger - 1) // 2
+    pairs = order[starts[person, None] + np.stack([smaller, larger], 1)]
     images = len(labels)
     others = generator.integers(0, images, (min(_SAMPLED_PAIRS, images * (images - 1) // 2), 2))
     return np.concatenate([pairs, others[labels[others[:, 0]] != labels[others[:, 1]]]])

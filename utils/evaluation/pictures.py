@@ -80,11 +80,12 @@ def _draw_histogram(folder: Path, name: str, one: Measured, several: bool) -> Pi
 
 def _draw_rejects(folder: Path, name: str, measured: Sequence[Measured]) -> list[Picture]:
     pictures = []
-    for quality in measured[0].rejects:
+    for quality in dict.fromkeys(quality for one in measured for quality in one.rejects):
+        having = [one for one in measured if quality in one.rejects]
         path = folder / f"{name}_reject_{_plain(quality)}.png"
         what = "the embedding's length" if quality == "norm" else quality
-        far = measured[0].rejects[quality].far
-        curves = {one.model: (one.rejects[quality].rejected, one.rejects[quality].fnmr) for one in measured}
+        far = having[0].rejects[quality].far
+        curves = {one.model: (one.rejects[quality].rejected, one.rejects[quality].fnmr) for one in having}
         draw_rejection(path, curves, f"{name}: error versus reject by {what}")
         caption = (
             f"{name}: false rejects at FAR {far:.0e} (threshold of all pairs) that are left when the pairs of lowest "

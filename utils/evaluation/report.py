@@ -176,6 +176,9 @@ def _identification(found: Identification) -> dict[str, Any]:
             {"fpir": point.fpir, "dir": point.dir, "threshold": point.threshold, "supported": point.supported}
             for point in found.open_set
         ],
+        "tpir_as_published": [
+            {"fpir": point.fpir, "tpir": point.dir, "threshold": point.threshold} for point in found.over_scores
+        ],
     }
 
 
@@ -307,6 +310,12 @@ def _model_lines(one: Measured) -> Iterable[str]:
         for entry in found.open_set:
             note = f"   {entry.note}" if entry.note else ""
             yield f"DIR at FPIR {entry.fpir:g} {percent(entry.dir)}   threshold {entry.threshold:.6f}{note}"
+        if found.over_scores:
+            yield f"TPIR over scores, as published for IJB: {_published(found)}"
+
+
+def _published(found: Identification) -> str:
+    return ", ".join(f"{percent(point.dir).strip()} at FPIR {point.fpir:g}" for point in found.over_scores)
 
 
 def quoted(comparisons: Sequence[tuple[str, str, Comparison]]) -> list[tuple[str, str, Comparison]]:
@@ -449,6 +458,8 @@ def _identification_table(page: HtmlReport, tested: TestedSet) -> None:
                 for point in found.open_set
             )
             ranks = [percent(found.rank(k)) for k in (1, 5, 10)]
+            if found.over_scores:
+                rates = f"TPIR over scores, as published for IJB: {_published(found)}"
             rows.append((one.model, name, f"{found.gallery:,}", f"{found.mated:,}", *ranks, rates))
     if rows:
         page.text("Identification (1:N):")

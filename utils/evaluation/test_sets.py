@@ -79,12 +79,20 @@ def set_names(paths: Sequence[Path]) -> list[str]:
     parts = [(path.parent if path.name == "train.rec" else path).resolve() for path in paths]
     endings = (".bin", ".rec", *_LISTS)
     names = [part.stem if part.suffix in endings and part.is_file() else part.name for part in parts]
-    names = [
-        name if names.count(name) == 1 else "_".join(part.parts[-2:]) for name, part in zip(names, parts, strict=True)
-    ]
-    if len(set(names)) < len(names):
+    if len(set(parts)) < len(parts):
         raise FaceSetError(f"a set is named twice: {', '.join(map(str, paths))}")
-    return names
+    return told_apart(parts, names)
+
+
+def told_apart(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
+    """`names` of different paths; names that clash become the last parts of their paths, as many as it takes."""
+    found, longest = list(names), max(len(path.parts) for path in paths)
+    for parts in range(2, longest + 1):
+        found = [
+            name if found.count(name) == 1 else "_".join(path.parts[-parts:]).lstrip("/")
+            for name, path in zip(found, paths, strict=True)
+        ]
+    return found
 
 
 def keys_of(test_set: TestSet, kind: str) -> list[str]:
