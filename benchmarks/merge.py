@@ -68,23 +68,12 @@ class Quality:
 
 def embed(path: Path, weights: Path, cache: Path | None) -> People:
     """The embeddings (mirror image added) and names of the set at `path`, kept in the folder `cache`."""
-    file = cache / f"{path.name}.npz" if cache else None
-    if file and file.exists():
-        with np.load(file) as kept:
-            return People(kept["embeddings"], kept["person"])
+    from models.embedders import load_embedder
     from models.embedding import embed_images
 
-    try:
-        from models.embedders import load_embedder
-    except ImportError as error:
-        raise SystemExit(f"the weights are an ONNX file: {error}") from None
     faces = open_face_set(path)
     embedder = load_embedder(weights, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    people = People(embed_images(embedder, faces, 64, 2, True, path.name), faces.labels)
-    if file:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(file, embeddings=people.embeddings, person=people.person)
-    return people
+    return People(embed_images(embedder, faces, 64, 2, True, path.name, cache=cache), faces.labels)
 
 
 def part_of(people: People, part: str, seed: int = PART_SEED) -> NDArray[np.int64]:

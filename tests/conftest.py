@@ -29,6 +29,12 @@ def face_data() -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def kept_embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what real nets give for all of LFW, which takes minutes: the tests of a run share it."""
+    return tmp_path_factory.mktemp("embeddings")
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Small tensors on a busy machine: waiting for a second thread takes many times longer than the work."""

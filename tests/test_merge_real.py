@@ -16,10 +16,9 @@ SEEDS = range(3)
 
 
 @pytest.fixture(scope="module")
-def lfw(face_data: Path) -> People:
-    """All of LFW through the real net; minutes."""
-    pytest.importorskip("onnxruntime")
-    return embed(face_data / "lfw" / "images", face_data / "models" / "mobilefacenet_y1_128d.onnx", None)
+def lfw(face_data: Path, kept_embeddings: Path) -> People:
+    """All of LFW through the real net."""
+    return embed(face_data / "lfw" / "images", face_data / "models" / "mobilefacenet_y1_128d.onnx", kept_embeddings)
 
 
 @pytest.mark.long
