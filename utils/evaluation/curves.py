@@ -19,8 +19,39 @@ Support = Literal["good", "weak", "none"]
 _GOOD_SUPPORT = 10
 
 
+class ErrorRate:
+    """What is known at a rate of errors; subclasses say which, and how many trials there are."""
+
+    trials = "impostor pairs"
+
+    @property
+    def errors(self) -> tuple[float, int]:
+        """The rate asked for, and the trials it is a share of."""
+        raise NotImplementedError
+
+    @property
+    def support(self) -> Support:
+        """Whether there are trials enough to speak of this rate: see `support_of`."""
+        return support_of(*self.errors)
+
+    @property
+    def supported(self) -> bool:
+        """Whether there are at least 1 / rate trials."""
+        return self.support != "none"
+
+    @property
+    def weak(self) -> bool:
+        """Whether there are 1 / rate trials, but not 10 / rate."""
+        return self.support == "weak"
+
+    @property
+    def note(self) -> str:
+        """What to print behind the number; empty where it needs no word."""
+        return support_note(self.support, self.trials)
+
+
 @dataclass(frozen=True)
-class TarAtFar:
+class TarAtFar(ErrorRate):
     """A point of operation.
 
     far: the false accept rate asked for.
@@ -35,24 +66,9 @@ class TarAtFar:
     impostors: int
 
     @property
-    def support(self) -> Support:
-        """Whether there are impostor pairs enough to speak of this rate: see `support_of`."""
-        return support_of(self.far, self.impostors)
-
-    @property
-    def supported(self) -> bool:
-        """Whether there are at least 1 / FAR impostor pairs."""
-        return self.support != "none"
-
-    @property
-    def weak(self) -> bool:
-        """Whether there are 1 / FAR impostor pairs, but not 10 / FAR."""
-        return self.support == "weak"
-
-    @property
-    def note(self) -> str:
-        """What to print behind the number; empty where it needs no word."""
-        return support_note(self.support)
+    def errors(self) -> tuple[float, int]:
+        """The rate asked for, and the pairs it is a share of."""
+        return self.far, self.impostors
 
 
 def support_of(rate: float, trials: int) -> Support:
@@ -65,9 +81,9 @@ def support_of(rate: float, trials: int) -> Support:
     return "none" if expected < 1 else "weak" if expected < _GOOD_SUPPORT else "good"
 
 
-def support_note(support: Support) -> str:
+def support_note(support: Support, trials: str = "impostor pairs") -> str:
     """The support in words, for tables; empty for good support."""
-    return {"good": "", "weak": "few impostor pairs", "none": "too few impostor pairs to tell"}[support]
+    return {"good": "", "weak": f"few {trials}", "none": f"too few {trials} to tell"}[support]
 
 
 def exact_rate(rate: float) -> Fraction:

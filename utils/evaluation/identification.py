@@ -13,13 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.evaluation.curves import Support, check_rates, exact_rate, support_note, support_of
+from utils.evaluation.curves import ErrorRate, check_rates, exact_rate
 
 _BLOCK = 2048
 
 
 @dataclass(frozen=True)
-class OpenSetPoint:
+class OpenSetPoint(ErrorRate):
     """DIR at FPIR.
 
     fpir: the rate asked for. dir: the share of the mated probes found first and strictly above the threshold, 0..1.
@@ -32,25 +32,12 @@ class OpenSetPoint:
     threshold: float
     non_mated: int
 
-    @property
-    def support(self) -> Support:
-        """Whether there are non-mated probes enough: see `curves.support_of`."""
-        return support_of(self.fpir, self.non_mated)
+    trials = "non-mated probes"
 
     @property
-    def supported(self) -> bool:
-        """Whether there are at least 1 / FPIR non-mated probes."""
-        return self.support != "none"
-
-    @property
-    def weak(self) -> bool:
-        """Whether there are 1 / FPIR of them, but not 10 / FPIR."""
-        return self.support == "weak"
-
-    @property
-    def note(self) -> str:
-        """What to print behind the number; empty where it needs no word."""
-        return support_note(self.support).replace("impostor pairs", "non-mated probes")
+    def errors(self) -> tuple[float, int]:
+        """The rate asked for, and the probes it is a share of."""
+        return self.fpir, self.non_mated
 
 
 @dataclass(frozen=True, eq=False)

@@ -281,8 +281,16 @@ def _set_lines(tested: TestedSet) -> Iterable[str]:
     if tested.comparisons:
         yield "  which is better"
         yield from (f"{'':<4}{found.sentence(a, b)}" for a, b, found in quoted(tested.comparisons))
+    quiet = []
     for finding in tested.findings:
-        yield f"  {'WARNING' if finding.level == 'warning' else 'note'}: {finding.text}"
+        if finding.level == "warning":
+            yield f"  WARNING: {finding.text}"
+        elif finding.check == "precision":
+            yield f"  note: {finding.text}"
+        elif finding.check not in quiet:
+            quiet.append(finding.check)
+    if quiet:
+        yield f"  checked, no warning: {', '.join(quiet)}"
 
 
 def _model_lines(one: Measured) -> Iterable[str]:
