@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What merging is worth: training on a merged set against either part and against their plain concatenation.
 
-    python benchmarks/merged_training.py --folder /tmp/merged_training       # about 20 minutes on 2 quiet cores
+    python benchmarks/merged_training.py --folder /tmp/merged_training
 
 Two sets of drawn people are made for each seed; some people are in both, in other pictures. Trained on, for as many
 epochs each: the first set; the second; both, with the identities of each apart, so that people of both sets are two
