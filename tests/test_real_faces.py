@@ -103,6 +103,7 @@ def test_part_of_lfw(face_data: Path, weights: Path, tmp_path: Path, capsys: pyt
     shown = capsys.readouterr().out
     assert "accuracy  98.000 % +- 2.211 %" in shown
     assert "too few impostor pairs" in shown
+    assert shown.count("checked, no warning: alignment, channels\n") == 2, "their words are in the report"
 
 
 @pytest.mark.long
