@@ -20,20 +20,9 @@ from data.detect import (
     scale_into,
     without_overlaps,
 )
-from tiny_detectors import ANCHORS, BOX, LANDMARKS, STRIDES, linear_detector, red_block_detector
+from tiny_detectors import ANCHORS, BOX, LANDMARKS, STRIDES, linear_detector, random_weights, red_block_detector
 
 RED = np.array([255, 0, 0], np.uint8)
-
-
-def random_weights(levels: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Of a linear detector whose scores, boxes and landmarks all depend on all three colours, differently."""
-    rng = np.random.default_rng(seed)
-    anchors = ANCHORS[levels]
-    weights = [rng.normal(0, 0.4, (15 * anchors, 3)) for _ in range(levels)]
-    biases = [rng.normal(0, 0.2, 15 * anchors) for _ in range(levels)]
-    for bias in biases:
-        bias[anchors : 5 * anchors] += 2  # most boxes have an inside
-    return weights, biases
 
 
 def random_photo(height: int, width: int) -> np.ndarray:

@@ -14,6 +14,17 @@ BOX = np.array([1, 2, 3, 4], np.float32)
 LANDMARKS = np.array([(1.0, 1.5), (3.0, 1.25), (2.0, 2.5), (1.25, 3.5), (3.0, 3.75)], np.float32)
 
 
+def random_weights(levels: int, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Of a linear detector whose scores, boxes and landmarks all depend on all three colours, differently."""
+    rng = np.random.default_rng(seed)
+    anchors = ANCHORS[levels]
+    weights = [rng.normal(0, 0.4, (15 * anchors, 3)) for _ in range(levels)]
+    biases = [rng.normal(0, 0.2, 15 * anchors) for _ in range(levels)]
+    for bias in biases:
+        bias[anchors : 5 * anchors] += 2  # most boxes have an inside
+    return weights, biases
+
+
 def linear_detector(
     path: Path,
     weights: list[np.ndarray],
@@ -52,7 +63,9 @@ def linear_detector(
                 helper.make_node("Reshape", [f"rows_{part}", f"shape_{part}"], [f"out_{part}"]),
             ]
             outputs[kind].append(f"out_{part}")
-    return save(path, nodes, [name for names in outputs for name in names], constants, [1, 3, *size])
+    return save(
+        path, nodes, [name for names in outputs for name in names], constants, [1, 3, *size], 3 if batched else 2
+    )
 
 
 def red_block_detector(path: Path, constant_score: float | None = None) -> Path:
@@ -116,13 +129,13 @@ def lookup_detector(path: Path, size: int, colours: np.ndarray, anchors: np.ndar
     return save(path, nodes, [name for kind in names for name in kind], constants, [1, 3, size, size])
 
 
-def save(path: Path, nodes: list, outputs: list[str], constants: list, shape: list[int | str]) -> Path:
-    """The graph as a file; its outputs have no stated shape, as those of nets exported for any size."""
+def save(path: Path, nodes: list, outputs: list[str], constants: list, shape: list[int | str], rank: int = 2) -> Path:
+    """The graph as a file; its outputs are stated to be rows, not how many, as in nets exported for any size."""
     graph = helper.make_graph(
         nodes,
         "net",
         [helper.make_tensor_value_info("image", TensorProto.FLOAT, shape)],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name in outputs],
         constants,
     )
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)

@@ -1,4 +1,4 @@
-"""Exports in the real `insightface` package, which has an environment of its own. Run by `make conformance`."""
+"""Exports and detectors in the real `insightface` package, which has its own environment. Run by `make conformance`."""
 
 import subprocess
 from pathlib import Path
@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from config import Config
-from data.images import decode_face
+from data.detect import FaceDetector
+from data.images import decode_face, decode_rgb
 from models import create_network, load_embedder
+from tiny_detectors import linear_detector, random_weights
 from utils.checkpoints import Progress, save_backbone
 from utils.export import main
 from utils.settings import build, to_json
@@ -94,3 +96,33 @@ def test_fp16_and_int8_in_insightface(faces: np.ndarray, face_data: Path, tmp_pa
     for name, vectors in expected.items():
         assert float(found[f"{name}:how"][2]) == (1.0 if "folded" in name else 127.5)
         assert cosines(found[name], vectors).min() > 1 - 1e-4, name
+
+
+def test_same_faces_found_in_insightface(face_data: Path, tmp_path: Path) -> None:
+    """Photos of LFW, square ones and ones whose sides scale alike: boxes, scores and landmarks of every face that both
+    layouts of SCRFD's outputs tell, after suppression, are those of insightface's own class.
+
+    The nets' answers depend on each colour and are dense: thousands of boxes overlap. (Where the sides scale
+    differently insightface divides x by the scale of y; that is not followed here.)
+    """
+    photos = {}
+    for file in sorted((face_data / "lfw_raw").glob("*.jpg"))[:6]:
+        photo = decode_rgb(file.read_bytes(), file)
+        photos |= {file.stem: photo, f"{file.stem} portrait": photo[:, 60:185], f"{file.stem} landscape": photo[60:185]}
+    np.savez(tmp_path / "photos.npz", **photos)
+    files = [linear_detector(tmp_path / f"levels{levels}.onnx", *random_weights(levels)) for levels in (3, 5)]
+    side = [PYTHON, HERE / "insightface_detect_side.py", tmp_path / "photos.npz", tmp_path / "out.npz", "128", "0.5"]
+    subprocess.run([*side, *files], check=True)
+    found = 0
+    with np.load(tmp_path / "out.npz") as theirs:
+        for file in files:
+            detector = FaceDetector(file, 0.5, 128)
+            for name, photo in photos.items():
+                faces = detector.detect(photo)
+                boxes, landmarks = theirs[f"{file.stem}:{name}"], theirs[f"{file.stem}:{name}:landmarks"]
+                for face, box, points in zip(faces, boxes, landmarks, strict=True):
+                    np.testing.assert_allclose([*face.box, face.score], box, rtol=1e-4, atol=2e-3)
+                    np.testing.assert_allclose(face.landmarks, points, rtol=1e-4, atol=2e-3)
+                found += len(faces)
+    print(f"\n{found} faces found in {2 * len(photos)} photos by both")
+    assert found > 100
