@@ -41,6 +41,8 @@ from utils.settings import build
 
 SIZE = 112
 FAR = 1e-3
+# Of the people that the merging network is trained on, and of its training.
+OTHERS_SEED = 1000
 NAMES = ("first set", "second set", "concatenated", "merged", "merged without mistakes")
 COLUMNS = ("seed", "trained on", "identities", "images", "tar", "eer", "right joins", "wrong joins", "people in both")
 
@@ -73,6 +75,13 @@ def make_sets(folder: Path, sizes: Sizes, seed: int) -> None:
     for name, album in (("first", albums[0]), ("second", albums[1]), ("union", union), ("test", held_out)):
         with write_face_set(folder / name, SIZE) as out:
             add_people(out, album)
+
+
+def train_merging_network(folder: Path, people: int, sizes: Sizes) -> Path:
+    """A run on as many people who are in none of the sets."""
+    with write_face_set(folder / "others", SIZE) as out:
+        add_people(out, draw_people(range(people), range(sizes.shots), OTHERS_SEED, worker_count(-1), "draw"))
+    return train_on([folder / "others"], folder, "others", sizes, OTHERS_SEED)
 
 
 def train_on(sets: Sequence[Path], folder: Path, name: str, sizes: Sizes, seed: int) -> Path:
@@ -113,15 +122,15 @@ def measure(run: Path, test: Path) -> tuple[float, float]:
     return result.tar[0], result.eer
 
 
-def measure_seed(folder: Path, sizes: Sizes, seed: int, t: str) -> list[list[object]]:
-    """The rows of one seed."""
+def measure_seed(folder: Path, sizes: Sizes, seed: int, merging: Path, t: str) -> list[list[object]]:
+    """The rows of one seed; `merging`: the run whose network merges."""
     make_sets(folder, sizes, seed)
     first, second, merged, union = (folder / name for name in ("first", "second", "merged", "union"))
     joins: tuple[int, int, int] | None = None
     rows: list[list[object]] = []
     for name, sets in zip(NAMES, ([first], [second], [first, second], [merged], [union]), strict=True):
         if name == "merged":
-            joins = merge(folder, folder / "runs" / NAMES[0].replace(" ", "_"), t)
+            joins = merge(folder, merging, t)
         run = train_on(sets, folder, name, sizes, seed)
         opened = [open_face_set(path) for path in sets]
         counts = sum(len(faces.identities) for faces in opened), sum(map(len, opened))
@@ -191,6 +200,7 @@ def main() -> None:
     parser.add_argument("--own", type=int, default=100, help="people that only one of the sets has, of each")
     parser.add_argument("--both", type=int, default=100, help="people of both sets")
     parser.add_argument("--shots", type=int, default=8, help="pictures of a person in a set")
+    parser.add_argument("--others", type=int, default=600, help="other people that the merging network is trained on")
     parser.add_argument("--test", type=int, default=100, help="people to test on")
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--t", default="auto", help="as --t of dataset_merge.py")
@@ -198,8 +208,9 @@ def main() -> None:
     require_free(given.folder)
     sizes = Sizes(given.own, given.both, given.shots, given.test, given.epochs)
     began, rows = time.monotonic(), []
+    merging = train_merging_network(given.folder, given.others, sizes)
     for seed in range(given.seeds):
-        rows += measure_seed(given.folder / f"seed{seed}", sizes, seed, given.t)
+        rows += measure_seed(given.folder / f"seed{seed}", sizes, seed, merging, given.t)
         write_csv_atomic(given.folder / "results.csv", COLUMNS, rows)
     table = make_table(rows)
     write_text_atomic(given.folder / "table.md", table + "\n")

@@ -5,9 +5,11 @@ processes, and its file descriptor is sent through a socket. Here all of it is m
 what travels with a batch is the number of a slot.
 """
 
+import contextlib
 import itertools
 import math
 import mmap
+import warnings
 import weakref
 
 import numpy as np
@@ -31,6 +33,7 @@ class BatchMemory:
         self.shape = shape
         self._places = np.frombuffer(mmap.mmap(-1, slots * math.prod(shape)), np.uint8).reshape(slots, *shape)
         self._free = list(range(slots))
+        self._pinned = False
         _memories[self.number] = self
 
     def lend(self) -> int | None:
@@ -48,6 +51,34 @@ class BatchMemory:
         returned = weakref.finalize(place, self._free.append, slot)
         returned.atexit = False
         return torch.from_numpy(place)
+
+    def pin(self) -> bool:
+        """Lock the memory in place, so that CUDA devices read it by themselves while the process goes on.
+
+        To be called when the processes that fill it are forked. Whoever copies from it without blocking must keep the
+        tensor until the copy is done. Where the system does not allow it, there is a warning, the answer is False, and
+        copies block.
+        """
+        if self._pinned:
+            return True
+        address, size = self._places.ctypes.data, self._places.nbytes
+        runtime = torch.cuda.cudart()
+        error = runtime.cudaHostRegister(address, size, 0)
+        if error != runtime.cudaError.success:
+            memory = f"{size / 2**20:.0f} MiB of memory for batches"
+            warnings.warn(f"{memory} cannot be pinned ({error}): copies to the device will block", stacklevel=2)
+            _clear_cuda_error()
+            return False
+        self._pinned = True
+        unpin = weakref.finalize(self, runtime.cudaHostUnregister, address)
+        unpin.atexit = False
+        return True
+
+
+def _clear_cuda_error() -> None:
+    """CUDA reports a failed call once more, at the next one that asks."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def batch_memory(number: int) -> BatchMemory:

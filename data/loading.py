@@ -165,7 +165,8 @@ def training_loader(
     """Batches in the order of `batches`; set its epoch before each pass.
 
     The faces are on the CPU; with `decode` "gpu" they are on `device`, decoded there (see data/jpeg_decoding.py).
-    Raises ConfigError when that cannot be.
+    Raises ConfigError when that cannot be. For a CUDA device the workers decode into pinned memory, from which
+    `data.prefetch.on_device` copies: who copies without blocking keeps a batch until that is done.
     """
     positions = _ReadAhead(batches, faces.images)
     if decode == "gpu":
@@ -173,7 +174,7 @@ def training_loader(
         loader = _loader(_EncodedFaces(faces), positions, workers, pin=False, keep_workers=workers > 0)
         return _DecodedOnArrival(loader, faces, device)
     rows = batches.part.stop - batches.part.start
-    return _decoding_loader(faces, positions, rows, workers, device, keep_workers=workers > 0)
+    return _decoding_loader(faces, positions, rows, workers, device, for_training=True)
 
 
 def sequential_loader(
@@ -182,7 +183,7 @@ def sequential_loader(
     """All faces once, or those at `positions`, in order, the last batch as large as it is."""
     positions = range(len(faces)) if positions is None else positions
     batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
-    return _decoding_loader(faces, batches, batch_size, workers, device, keep_workers=False)
+    return _decoding_loader(faces, batches, batch_size, workers, device, for_training=False)
 
 
 def _decoding_loader(
@@ -191,14 +192,34 @@ def _decoding_loader(
     batch_size: int,
     workers: int,
     device: torch.device,
-    keep_workers: bool,
+    for_training: bool,
 ) -> Iterable[Batch]:
-    pin = device.type == "cuda"
+    """`for_training`: workers stay from epoch to epoch, and batches come in the very memory that they fill, pinned.
+    Otherwise torch copies them to pinned memory, which it does not use again before its copies are done.
+    """
+    cuda = device.type == "cuda"
+    keep_workers = for_training and workers > 0
     if not (workers and _forks()):
-        return _loader(faces, batches, workers, pin, keep_workers)
+        return _loader(faces, batches, workers, cuda, keep_workers)
     # Those that the workers are at, one that is in use, the one before, and one to spare.
     memory = BatchMemory(workers * PREFETCH + 3, (batch_size, faces.size, faces.size, 3))
-    return _loader(_FacesInMemory(faces, memory), _WithSlots(batches, memory), workers, pin, keep_workers)
+    pin_memory = cuda and for_training
+    loader = _loader(
+        _FacesInMemory(faces, memory), _WithSlots(batches, memory), workers, cuda and not pin_memory, keep_workers
+    )
+    return _Pinning(loader, memory) if pin_memory else loader
+
+
+class _Pinning:
+    """The batches of `loader`, whose memory is pinned when its workers have been forked."""
+
+    def __init__(self, loader: DataLoader, memory: BatchMemory) -> None:
+        self._loader, self._memory = loader, memory
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self._loader)
+        self._memory.pin()
+        return batches
 
 
 def _loader(dataset: Dataset, batches: object, workers: int, pin: bool, keep_workers: bool) -> DataLoader:

@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import mmap
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -289,6 +290,59 @@ def test_batches_that_are_kept_stay_as_they_are(faces: DecodedFaces) -> None:
         assert np.array_equal(whole[number].faces, np.stack([first, second]))
         assert np.array_equal(single[number], second)
         assert np.array_equal(arrays[number], first)
+
+
+class FakeRuntime:
+    """CUDA's runtime as far as pinning goes; `locked`: bytes from each address, `workers` when that was done."""
+
+    class cudaError:  # noqa: N801 - CUDA's name
+        success = 0
+
+    def __init__(self, result: int = 0) -> None:
+        self.result = result
+        self.locked: dict[int, int] = {}
+        self.workers: list[int] = []
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:  # noqa: N802
+        assert flags == 0
+        self.workers.append(len(multiprocessing.active_children()))
+        if self.result == 0:
+            self.locked[address] = size
+        return self.result
+
+    def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
+        del self.locked[address]
+        return 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_workers_fill_pinned_memory(faces: DecodedFaces, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For CUDA all batches lie in one block that is pinned, once, when the workers run, and let go with the loader."""
+    runtime = FakeRuntime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    batches = EpochBatches(partial(exact_order, IMAGES, 7), IMAGES, 2)
+    loader = training_loader(faces, batches, 2, torch.device("cuda"))
+    assert not runtime.locked
+    for _ in range(2):
+        for number, batch in enumerate(loader):
+            ((start, size),) = runtime.locked.items()
+            assert start <= batch.faces.data_ptr() <= start + size - batch.faces.nbytes
+            assert np.array_equal(batch.faces[1], picture(int(exact_order(IMAGES, 7, 0)[2 * number + 1]) + 1))
+    assert runtime.workers == [2]
+    del loader, batch
+    gc.collect()
+    assert not runtime.locked
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
+def test_memory_that_cannot_be_pinned_is_used_all_the_same(
+    faces: DecodedFaces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is a warning, and every batch."""
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeRuntime(2))
+    batches = EpochBatches(partial(exact_order, IMAGES, 7), IMAGES, 2)
+    with pytest.warns(UserWarning, match="0 MiB of memory for batches cannot be pinned"):
+        assert len(list(training_loader(faces, batches, 2, torch.device("cuda")))) == 11
 
 
 # --- reading ahead ----------------------------------------------------------------------------------------------------
