@@ -26,6 +26,7 @@ from data.recordio import (
     RecordError,
     RecordFile,
     pack_image,
+    unlisted_remark,
     unpack_image,
 )
 from data.verification_bin import VerificationPairs
@@ -103,6 +104,10 @@ class RecFaceSet:
     def _read_index(self) -> ImageIndex:
         reader = IndexedRecordReader(self.path)
         labels, has_image = _read_labels(reader)
+        unlisted = reader.file.unlisted_bytes(reader.offsets, reader.file.extents(reader.offsets))
+        if unlisted:
+            remark = unlisted_remark(self.path.with_suffix(".idx"), reader.file, unlisted)
+            warnings.warn(remark, stacklevel=4)
         keys, offsets, labels = reader.keys[has_image], reader.offsets[has_image], labels[has_image]
         if not labels.size:
             raise FaceSetError(f"{self.path} has {len(has_image)} records and not one image")
@@ -115,7 +120,7 @@ class RecFaceSet:
             )
         identities, classes = np.unique(labels.astype(np.int64), return_inverse=True)
         images = ImageIndex(keys, offsets, classes, identities)
-        if len(has_image) >= CACHED_FROM:
+        if len(has_image) >= CACHED_FROM and not unlisted:  # what is kept would be opened without the warning
             save_index(self._file, images)
         return images
 

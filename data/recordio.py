@@ -9,7 +9,7 @@ The format is dmlc-core's `recordio.h`; the header is `mxnet.recordio.IRHeader`.
 import mmap
 import struct
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol
@@ -27,6 +27,7 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
 _RECORD_HEAD = struct.Struct("<II")
 _IMAGE_HEADER = struct.Struct("<IfQQ")
 IMAGE_HEADER_SIZE = _IMAGE_HEADER.size
+_HEADS_AT_ONCE = 1 << 16
 
 
 class RecordError(ValueError):
@@ -165,6 +166,36 @@ class RecordFile:
         good = (magic == MAGIC) & (lrec <= LENGTH_MASK) & (first < end) & (end <= self.size)
         return first, np.where(good & (offsets >= 0) & (offsets % 4 == 0), end, 0)
 
+    def extents(self, offsets: np.ndarray) -> np.ndarray:
+        """Bytes of each record at `offsets`, int64 [records], from its beginning to the next one's; 0 where no whole
+        record can be read.
+        """
+        extents = np.zeros(len(offsets), np.int64)
+        if len(self._words) < 2:
+            return extents
+        for start in range(0, len(offsets), _HEADS_AT_ONCE):
+            part = offsets[start : start + _HEADS_AT_ONCE]
+            word = np.clip(part // 4, 0, len(self._words) - 2)
+            magic, lrec = self._words[word], self._words[word + 1]
+            begins = (magic == MAGIC) & (part >= 0) & (part % 4 == 0)
+            ends = part + _RECORD_HEAD.size + (lrec & LENGTH_MASK)
+            whole = begins & (lrec >> LENGTH_BITS == WHOLE) & (ends <= self.size)
+            extents[start : start + len(part)] = np.where(whole, np.minimum(ends + -ends % 4, self.size) - part, 0)
+            for i in np.flatnonzero(begins & ~whole).tolist():  # cut at an embedded magic, or damaged
+                with suppress(RecordError):
+                    extents[start + i] = self._read_with_end(int(part[i]))[1] - part[i]
+        return extents
+
+    def unlisted_bytes(self, offsets: np.ndarray, extents: np.ndarray) -> int:
+        """Bytes of the file that lie in no record at `offsets`, int64, ascending; `extents` are theirs.
+
+        Records that cannot be read are taken to reach to the next one.
+        """
+        bounds = np.clip(np.concatenate(([0], offsets, [self.size])), 0, self.size)
+        gaps = np.diff(bounds)
+        gaps[1:] = np.where(extents > 0, gaps[1:] - extents, 0)
+        return int(gaps[gaps >= _RECORD_HEAD.size].sum())
+
     def read(self, offset: int) -> bytes:
         """The payload of the record that begins at byte `offset`, its parts joined."""
         # Nearly all records are whole, and this runs for every image of every epoch: with cflag 0, lrec is the length.
@@ -236,6 +267,14 @@ def read_index(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
     return table[:, 0].copy(), table[:, 1].copy()
 
 
+def unlisted_remark(index: Path, file: RecordFile, unlisted: int) -> str:
+    """What to say of an `.idx` that leaves out `unlisted` bytes of its `.rec`."""
+    return (
+        f"{index} has no line for {unlisted:,} of the {file.size:,} bytes of {file.path.name}, whose records are not "
+        "seen: it was cut off, or lists a part on purpose; if not, move it away, and it is rebuilt from the .rec"
+    )
+
+
 class IndexedRecordReader:
     """Records of a `.rec` file by key.
 
@@ -249,6 +288,13 @@ class IndexedRecordReader:
         keys, offsets = read_index(index) if index.exists() else self.file.scan()
         in_file_order = np.argsort(offsets, kind="stable")
         self.keys, self.offsets = keys[in_file_order], offsets[in_file_order]
+        same = np.flatnonzero(self.offsets[1:] == self.offsets[:-1])
+        if same.size:
+            first, second = self.keys[same[0]], self.keys[same[0] + 1]
+            raise RecordError(
+                f"{index}: records {first} and {second} have the same offset, {self.offsets[same[0]]} ({same.size} "
+                "such pairs): the file is wrong; move it away, and it is rebuilt from the .rec"
+            )
         self._by_key = np.argsort(self.keys, kind="stable")
         ordered = self.keys[self._by_key]
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]

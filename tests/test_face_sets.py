@@ -207,6 +207,52 @@ def test_scan_in_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert contents(faces) == {key: (str(key), b"x" * key) for key in images}
 
 
+MIXED = {**scalar_images(), 8: pack_image(1.0, 8, MAGIC_BYTES * 2 + b"ab"), 9: pack_image(1.0, 9, b"last")}
+
+
+def with_lines(path: Path, lines: slice) -> Path:
+    """The set at `path`, its index having these lines only."""
+    index = path.with_suffix(".idx")
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[lines]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("lines", "missing"),
+    [
+        (slice(4), (4, 6)),
+        (slice(5), (5, 6)),
+        (slice(1, None), (0, 1)),
+        (slice(0, 6, 2), (1, 2, 3, 4, 5, 6)),
+    ],
+    ids=["cut", "cut behind a split record", "first missing", "every other"],
+)
+def test_an_index_that_does_not_list_all_is_a_warning(
+    tmp_path: Path, lines: slice, missing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut .idx loses images, so each opening says how many bytes are in none of its lines; split records count whole,
+    and the kept index of large sets does not hide it.
+    """
+    monkeypatch.setattr("data.face_sets.CACHED_FROM", 1)
+    path = write_rec(tmp_path, MIXED)
+    starts = [*IndexedRecordReader(path).offsets.tolist(), path.stat().st_size]
+    size = sum(starts[end] - starts[first] for first, end in zip(missing[::2], missing[1::2], strict=True))
+    with_lines(path, lines)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=rf"train\.idx has no line for {size} of the {starts[-1]} bytes .*rebuilt"):
+            faces = RecFaceSet(path)
+    assert faces.keys.tolist() == list(MIXED)[lines]
+
+
+def test_an_index_that_lists_all_is_none(tmp_path: Path) -> None:
+    """Split records, and one at the end whose padding was lost, do not look like records without a line."""
+    path = write_rec(tmp_path, {**MIXED, 10: pack_image(1.0, 10, b"a")})
+    path.write_bytes(path.read_bytes()[:-3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(RecFaceSet(path)) == 7
+
+
 # --- what is wrong with a set -----------------------------------------------------------------------------------------
 
 

@@ -139,6 +139,7 @@ def test_damaged_image_header() -> None:
         ("0\tabc\n", "every line must be"),
         ("0\n1\n", "found 1 columns"),
         ("0\t0\n0\t36\n", "key 0 occurs more than once"),
+        ("0\t0\n1\t36\n2\t36\n", r"records 1 and 2 have the same offset, 36 \(1 such pairs\).* move it away"),
     ],
 )
 def test_damaged_index(tmp_path: Path, text: str, message: str) -> None:
