@@ -231,7 +231,7 @@ def _open_rec(path: Path) -> tuple[RecRecords, list[str]]:
 
 
 def _require_index_of(file: RecordFile, index: Path, offsets: np.ndarray) -> None:
-    """Raise RecordError when the index is another file's. Offsets behind the end tell nothing: the `.rec` may be cut."""
+    """Raise RecordError if the index is another file's. Offsets behind the end tell nothing: the `.rec` may be cut."""
     inside = offsets[(offsets >= 0) & (offsets < file.size)]
     found = np.count_nonzero(file.extents(inside))
     if found < LEAST_FOUND * inside.size or not inside.size:

@@ -310,6 +310,9 @@ class FakeRuntime:
             self.locked[address] = size
         return self.result
 
+    def cudaGetErrorString(self, error: int) -> str:  # noqa: N802
+        return {2: "out of memory"}[error]
+
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         del self.locked[address]
         return 0
@@ -338,10 +341,10 @@ def test_workers_fill_pinned_memory(faces: DecodedFaces, monkeypatch: pytest.Mon
 def test_memory_that_cannot_be_pinned_is_used_all_the_same(
     faces: DecodedFaces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is a warning, and every batch."""
+    """There is a warning that says why in CUDA's words, and every batch."""
     monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeRuntime(2))
     batches = EpochBatches(partial(exact_order, IMAGES, 7), IMAGES, 2)
-    with pytest.warns(UserWarning, match="0 MiB of memory for batches cannot be pinned"):
+    with pytest.warns(UserWarning, match=r"0 MiB of memory for batches cannot be pinned \(out of memory\)"):
         assert len(list(training_loader(faces, batches, 2, torch.device("cuda")))) == 11
 
 

@@ -233,8 +233,8 @@ def test_an_index_that_was_cut(tmp_path: Path) -> None:
 
 
 def test_an_index_of_another_set(tmp_path: Path) -> None:
-    """A good .rec beside a foreign .idx is searched, not reported as broken and repaired to next to nothing; a .rec that
-    was cut off keeps its own.
+    """A good .rec beside a foreign .idx is searched, not called broken and repaired to next to nothing; a .rec that was
+    cut off keeps its own.
     """
     for name, images in (("a", [JPEG] * 20), ("b", [PNG, JPEG] * 30)):
         with IndexedRecordWriter(tmp_path / f"{name}.rec") as writer:
