@@ -143,6 +143,21 @@ class RecordFile:
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._bytes.madvise(mmap.MADV_WILLNEED, page, end - page)
 
+    def why_unreadable(self, start: int, end: int) -> str | None:
+        """What the system says when it is asked for bytes `start` to `end`, not by the mapping, where an error ends the
+        process; None when it has them.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                size = self.path.stat().st_size
+                if size < end:
+                    return f"the file has {size:,} bytes, {self.size:,} when it was opened: it was changed while in use"
+                file.seek(start)
+                file.read(end - start)
+        except OSError as error:
+            return str(error)
+        return None
+
     def view(self) -> np.ndarray:
         """The whole file as a read-only uint8 array; only the pages that are looked at are read."""
         return self._view

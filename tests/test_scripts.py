@@ -40,6 +40,17 @@ def test_scripts_start_from_any_directory(script: str, tmp_path: Path) -> None:
     assert "--train.batch-size" in done.stdout
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs SIGBUS")
+def test_a_bus_error_shows_where_it_came() -> None:
+    """A read error of a mapped file in the main process ends it with its place in the program, not without a word."""
+    program = (
+        "import os\nfrom utils.scripts import readable_errors\nwith readable_errors('a', 'b'): os.kill(os.getpid(), 7)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "Fatal Python error: Bus error" in done.stderr
+    assert done.returncode == -7
+
+
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "/" in script])
 def test_scripts_in_folders_put_the_root_first(script: str) -> None:
     """The repository's root is at sys.path[0] before anything but the standard library is imported."""

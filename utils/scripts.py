@@ -1,5 +1,6 @@
 """What every script does about errors: one line that says what is wrong, and no traceback for a user's mistake."""
 
+import faulthandler
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,9 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     """
     # In a log file, too, a line should appear when it is printed.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # A read error of a mapped file is a signal that no exception stands for: show at least where it came.
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
     try:
         yield
     except KeyboardInterrupt as interrupt:
