@@ -33,8 +33,9 @@ from data.verification_bin import VerificationPairs
 from utils.files import atomic_folder, write_text_atomic
 from utils.progress import progress_bar
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 _HEADERS_AT_ONCE = 1 << 16
+_NAMED = 5  # of what is not taken, in a message
 
 
 class FaceSetError(ValueError):
@@ -128,7 +129,7 @@ class RecFaceSet:
         path = self.path.with_name("property")
         if not path.exists():
             return
-        first_line = path.read_text().split("\n", 1)[0]
+        first_line = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
         stated = first_line.split(",")[0].strip()
         if stated != str(len(self.identities)):
             warnings.warn(
@@ -193,24 +194,64 @@ def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
     return labels, has_image
 
 
+class NotTaken(NamedTuple):
+    """What lies in a tree of images and is none of its images: its folder or file, and why."""
+
+    identity: str
+    path: Path
+    reason: str
+
+
 class FolderFaceSet:
-    """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names."""
+    """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names.
+
+    A warning says what else is there, but for hidden entries and for files beside the folders that are no images;
+    `not_taken` lists it. Raises FaceSetError for a tree without images, and for a link to a folder that is not there.
+    """
 
     def __init__(self, root: Path | str) -> None:
         self.path = Path(root)
         self.identities = []
+        self.not_taken: list[NotTaken] = []
         self._files: list[Path] = []
         counts = []
-        folders = [entry for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != "."]
+        folders = self._folders()
         for folder in (folders[position] for position in identity_order([entry.name for entry in folders])):
-            images = sorted(file for file in folder.iterdir() if _is_image(file))
+            entries = sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+            images = [entry for entry in entries if _is_image(entry)]
+            self.not_taken += [
+                NotTaken(folder.name, entry, _no_image(entry)) for entry in entries if not _is_image(entry)
+            ]
             if images:
                 self.identities.append(folder.name)
                 self._files += images
                 counts.append(len(images))
+            else:
+                self.not_taken.append(NotTaken(folder.name, folder, "a folder without images"))
         if not counts:
-            raise FaceSetError(f"{self.path} has no folders of images (one folder per identity)")
+            raise FaceSetError(f"{self.path} has no folders of images (one folder per identity){self._others(': ')}")
+        if self.not_taken:
+            warnings.warn(self._others(f"{self.path}: not taken are "), stacklevel=3)
         self.labels = np.repeat(np.arange(len(counts)), counts)
+
+    def _folders(self) -> list[Path]:
+        folders = []
+        for entry in self.path.iterdir():
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir():
+                folders.append(entry)
+            elif not entry.exists():
+                raise FaceSetError(f"{entry} is a link to {entry.readlink()}, which is not there: mend or remove it")
+            elif _is_image(entry):
+                self.not_taken.append(NotTaken("", entry, "it lies beside the folders of identities"))
+        return folders
+
+    def _others(self, introduction: str) -> str:
+        """The first ones that are not taken, for messages."""
+        named = [f"{path.relative_to(self.path)} ({reason})" for _, path, reason in self.not_taken[:_NAMED]]
+        more = len(self.not_taken) - len(named)
+        return introduction + ", ".join(named) + (f" and {more:,} more" if more else "") if named else ""
 
     def __len__(self) -> int:
         return len(self._files)
@@ -232,6 +273,12 @@ class FolderFaceSet:
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
         return files_digest(self, self._files, [self.relative_file(i) for i in range(len(self))])
+
+
+def _no_image(entry: Path) -> str:
+    if entry.is_dir():
+        return "a folder within that of an identity"
+    return f"its name does not end in {', '.join(sorted(IMAGE_ENDINGS))}"
 
 
 def _is_image(file: Path) -> bool:

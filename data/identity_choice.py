@@ -41,7 +41,7 @@ def _expand(items: Sequence[str]) -> set[str]:
     names: set[str] = set()
     for item in items:
         if item.startswith("@"):
-            lines = Path(item[1:]).read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(item[1:]).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
             names.update(line.strip() for line in lines if line.strip())
         else:
             names.add(item)

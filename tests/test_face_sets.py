@@ -329,10 +329,16 @@ def test_record_without_room_for_a_header(tmp_path: Path) -> None:
 # --- property ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["2,112,112", "2,112,112\n", "2,112,112\nmade by x\n9\n", "2,96,96", "2", "2\n9,9,9"])
-def test_property_that_agrees(tmp_path: Path, text: str) -> None:
-    """Only the first line counts, with or without line break, and only its number of identities."""
-    (tmp_path / "property").write_text(text)
+@pytest.mark.parametrize(
+    "text",
+    [b"2,112,112", b"2,112,112\n", b"2,112,112\nmade by x\n9\n", b"2,96,96", b"2", b"2\n9,9,9"]
+    + [b"\xef\xbb\xbf2,112,112\r\n", b"2,112,112\nby Andr\xe9\n"],
+)
+def test_property_that_agrees(tmp_path: Path, text: bytes) -> None:
+    """Only the first line counts, with or without line break, and only its number of identities; other lines may be in
+    any encoding.
+    """
+    (tmp_path / "property").write_bytes(text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RecFaceSet(write_rec(tmp_path, scalar_images()))
@@ -375,19 +381,45 @@ def test_open_names_what_is_no_face_set(tmp_path: Path) -> None:
 
 
 def test_folder_set(tmp_path: Path) -> None:
-    """Identities and images by name; hidden entries, other files and folders without images do not count."""
-    files = ["Bea/2.PNG", "Bea/1.jpg", "Ada/x.jpeg", "Ada/.hidden.jpg", "Ada/notes.txt", ".cache/z.jpg", "Cleo/readme"]
+    """Identities and images by name; what else is there does not count, and a warning names it, save hidden entries."""
+    files = ["Bea/2.PNG", "Bea/1.jpg", "Ada/x.jpeg", "Ada/.hidden.jpg", ".cache/z.jpg", "prepared.csv"]
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "stray.jpg").write_bytes(b"x")
-    faces = open_face_set(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(open_face_set(tmp_path)) == 3
+    for name in ("Ada/2.tif", "Cleo/readme", "Dora/2019/1.jpg", "stray.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(name.encode())
+    with pytest.warns(
+        UserWarning, match=r"not taken are stray.jpg .*, Ada/2.tif \(.*, Dora/2019 .* and 1 more"
+    ) as told:
+        faces = open_face_set(tmp_path)
+    assert "Cleo (a folder without images)" in str(told[0].message)
     assert isinstance(faces, FolderFaceSet)
     assert faces.identities == ["Ada", "Bea"]
     assert faces.labels.tolist() == [0, 1, 1]
     assert faces.labels.dtype == np.int64
     assert [faces.encoded(i) for i in range(len(faces))] == [b"Ada/x.jpeg", b"Bea/1.jpg", b"Bea/2.PNG"]
     assert faces.describe(2) == str(tmp_path / "Bea" / "2.PNG")
+
+
+def test_folder_set_of_which_a_disk_is_gone(tmp_path: Path) -> None:
+    """An identity that is a link to nowhere is an error, not a person less."""
+    (tmp_path / "Ada").mkdir()
+    (tmp_path / "Ada" / "1.jpg").write_bytes(b"x")
+    (tmp_path / "Bea").symlink_to("/nowhere/Bea")
+    with pytest.raises(FaceSetError, match="Bea is a link to /nowhere/Bea, which is not there"):
+        open_face_set(tmp_path)
+
+
+def test_folder_set_that_lies_deeper(tmp_path: Path) -> None:
+    """A tree with one level more is refused, and the message shows the level."""
+    (tmp_path / "train" / "Ada").mkdir(parents=True)
+    (tmp_path / "train" / "Ada" / "1.jpg").write_bytes(b"x")
+    with pytest.raises(FaceSetError, match=r"no folders of images .*: train/Ada \(a folder within that of an identity"):
+        open_face_set(tmp_path)
 
 
 def test_images_of_verification_pairs() -> None:

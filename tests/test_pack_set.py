@@ -182,6 +182,22 @@ def test_choosing_identities(folder: Path) -> None:
         names_of(PackConfig(min_images=9), folder)
 
 
+def test_choosing_a_name_that_is_not_utf8(folder: Path) -> None:
+    """A list of names and the folders have the same bytes, whatever their encoding."""
+    (folder / "bert").rename(folder / os.fsdecode(b"bj\xf6rn"))
+    (folder / "names.txt").write_bytes(b"carl\nbj\xf6rn\n")
+    pick = PackConfig(identities=(f"@{folder / 'names.txt'}",))
+    assert names_of(pick, folder) == [os.fsdecode(b"bj\xf6rn"), "carl"]
+
+
+def test_what_folders_hold_beside_images_is_listed(tmp_path: Path, folder: Path) -> None:
+    """left_out.csv names the files and folders that are not taken: nobody misses a person without being told."""
+    pack_all(folder, tmp_path / "set")
+    with (tmp_path / "set" / "left_out.csv").open(newline="") as file:
+        rows = [(row["identity"], row["image"]) for row in csv.DictReader(file)]
+    assert rows == [("anna", str(folder / "anna" / "notes.txt")), ("empty", str(folder / "empty"))]
+
+
 def test_shuffle(folder: Path) -> None:
     """A seed gives one order of identities and images, another seed another; every image stays with its person."""
     orders = set()
