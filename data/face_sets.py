@@ -297,6 +297,11 @@ class JoinedFaceSet:
         self.labels = np.concatenate([faces.labels + first for faces, first in zip(sets, first_labels, strict=False)])
         self._starts = np.cumsum([0, *(len(faces) for faces in sets)])
 
+    @property
+    def identity_keys(self) -> list[str]:
+        """See `identity_keys`."""
+        return [f"{number}: {name}" for number, faces in enumerate(self._sets) for name in faces.identities]
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -339,9 +344,16 @@ class FrequentIdentities:
         kept = np.bincount(faces.labels, minlength=len(faces.identities)) >= min_images
         if not kept.any():
             raise FaceSetError(f"{faces.path}: no identity has {min_images} images (data.min_images)")
-        self.identities = [name for name, keep in zip(faces.identities, kept, strict=True) if keep]
+        self._kept = np.flatnonzero(kept)
+        self.identities = [faces.identities[label] for label in self._kept.tolist()]
         self._positions = np.flatnonzero(kept[faces.labels])
         self.labels = (np.cumsum(kept) - 1)[faces.labels[self._positions]]
+
+    @property
+    def identity_keys(self) -> list[str]:
+        """See `identity_keys`."""
+        keys = identity_keys(self._faces)
+        return [keys[label] for label in self._kept.tolist()]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -367,6 +379,13 @@ class FrequentIdentities:
 def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
     """`views` of those sets that have it; of others None for every image."""
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
+
+
+def identity_keys(faces: FaceSet) -> list[str]:
+    """Names of the identities that do not depend on how the paths of sets are spelled: those of joined sets have the
+    number of their set in place of its path.
+    """
+    return getattr(faces, "identity_keys", faces.identities)
 
 
 def images_by_identity(faces: FaceSet) -> list[np.ndarray]:

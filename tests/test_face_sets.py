@@ -331,8 +331,10 @@ def test_record_without_room_for_a_header(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [b"2,112,112", b"2,112,112\n", b"2,112,112\nmade by x\n9\n", b"2,96,96", b"2", b"2\n9,9,9"]
-    + [b"\xef\xbb\xbf2,112,112\r\n", b"2,112,112\nby Andr\xe9\n"],
+    [
+        *(b"2,112,112", b"2,112,112\n", b"2,112,112\nmade by x\n9\n", b"2,96,96", b"2", b"2\n9,9,9"),
+        *(b"\xef\xbb\xbf2,112,112\r\n", b"2,112,112\nby Andr\xe9\n"),
+    ],
 )
 def test_property_that_agrees(tmp_path: Path, text: bytes) -> None:
     """Only the first line counts, with or without line break, and only its number of identities; other lines may be in

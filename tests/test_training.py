@@ -309,6 +309,31 @@ def test_a_run_does_not_go_on_with_other_people(tiny_set: Path, tiny_begun: Path
         train(configure(tmp_path / "folders", tmp_path, train__resume=str(tiny_begun), train__epochs=2))
 
 
+def test_joined_sets_may_move(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on several sets goes on with other spellings of their paths, and one of an older version, whose notes have
+    the paths, with the same spelling; the sets in another order are other people, and refused.
+    """
+    more = tmp_path / "more"
+    with write_face_set(more, 32) as out:
+        out.add_identity(tiny_face(200, shot) for shot in range(3))
+        out.add_identity(tiny_face(201, shot) for shot in range(2))
+
+    def go(epochs: int, roots: tuple[str, ...], resume: str) -> Path:
+        few = {"data__root": roots, "data__min_images": 3}
+        return train(configure(tiny_set, tmp_path, **few, train__epochs=epochs, train__resume=resume))
+
+    with monkeypatch.context() as older:
+        older.setattr("train.identity_keys", lambda faces: faces.identities)
+        run = go(1, (str(tiny_set), str(more)), "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrainingError, match="does not have the identities"):
+        go(2, (str(tiny_set), "more"), str(run))
+    go(2, (str(tiny_set), str(more)), str(run))
+    go(3, (str(tiny_set), "more"), str(run))
+    with pytest.raises(TrainingError, match="does not have the identities"):
+        go(4, ("more", str(tiny_set)), str(run))
+
+
 def test_going_on_does_not_need_the_weights_it_began_with(tiny_set: Path, tmp_path: Path, tiny_begun: Path) -> None:
     """A fine-tuned run resumes after the file of `train.init` is gone: its checkpoint has every weight."""
     start = tmp_path / "start.safetensors"
