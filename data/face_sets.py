@@ -117,7 +117,8 @@ class RecFaceSet:
             first = wrong[0]
             raise RecordError(
                 f"{self.path}, record {keys[first]} at byte {offsets[first]}: label {labels[first]} is no identity "
-                f"number ({wrong.size} such records): labels must be whole numbers from 0"
+                f"number ({wrong.size} such records): labels must be whole numbers from 0; the set is written without "
+                f"such records by data/report.py {self.path} --repair OUT"
             )
         identities, classes = np.unique(labels.astype(np.int64), return_inverse=True)
         images = ImageIndex(keys, offsets, classes, identities)

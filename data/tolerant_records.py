@@ -19,6 +19,7 @@ from data.recordio import (
     WHOLE,
     RecordError,
     RecordFile,
+    keys_from_ids,
     read_index,
     unlisted_remark,
     unpack_image,
@@ -257,7 +258,7 @@ def _id_start(file: RecordFile, zero: np.ndarray) -> float:
 
 
 def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets) of all records of a file that may be damaged; the keys are the ids in their headers, -1 without.
+    """(keys, offsets) of all records of a file that may be damaged, keys as in `keys_from_ids`.
 
     Every magic at a multiple of 4 begins a part of a record, because the writer cuts payloads there.
     """
@@ -273,5 +274,5 @@ def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     heads = heads[words[heads + 1] >> LENGTH_BITS < 2]  # cflag: a whole record, or the first part of one
     if not heads.size:
         raise RecordError(f"{file.path} holds no record: it is no .rec file, copy it again")
-    low, high = (words[np.minimum(heads + word, len(words) - 1)].astype(np.int64) for word in (4, 5))
-    return np.where(heads + 5 < len(words), low | high << 32, -1), 4 * heads
+    low, high = (words[np.minimum(heads + word, len(words) - 1)].astype(np.uint64) for word in (4, 5))
+    return keys_from_ids(low | high << np.uint64(32)), 4 * heads
