@@ -30,6 +30,7 @@ from tqdm import tqdm
 from config import PRESETS, Config, DataConfig
 from data.augment import Chances, augment
 from data.face_sets import FaceSet, FaceSetError, identity_keys, open_training_set
+from data.image_sizes import require_size
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
@@ -103,6 +104,8 @@ class Trainer:
 
         try:
             self.faces: FaceSet = open_training_set(config.data.root, config.data.min_images)
+            if not config.data.resize:
+                require_size(self.faces, config.data.image_size, config.data.broken_limit)
         except FaceSetError as error:
             raise FaceSetError(f"data.root: {error}") from None
         self.verifier = Verifier(

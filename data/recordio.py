@@ -265,7 +265,7 @@ class RecordFile:
         mend = "the .rec is damaged (copy it again, or save the rest by data/report.py --repair)"
         if not self.path.with_suffix(".idx").exists():
             return mend
-        return f"the .idx is another file's (move it away, and it is rebuilt), or {mend}"
+        return f"the .idx was cut off or is another file's (move it away, and it is rebuilt), or {mend}"
 
     def scan(self) -> tuple[np.ndarray, np.ndarray]:
         """Walk the whole file: (keys, offsets), int64, where the keys are as in `keys_from_ids`."""

@@ -144,7 +144,8 @@ class RecRecords:
 
 
 def _is_label(label: np.ndarray) -> np.ndarray:
-    return (label >= 0) & (label < 2**31) & (label == np.floor(label))
+    with np.errstate(invalid="ignore"):  # where no record begins, the bytes may be anything
+        return (label >= 0) & (label < 2**31) & (label == np.floor(label))
 
 
 def _kinds(starts: np.ndarray) -> np.ndarray:

@@ -32,6 +32,8 @@ from data.recordio import (
     pack_image,
     unpack_image,
 )
+from data.survey import survey_heads
+from data.tolerant_records import open_records
 from data.verification_bin import VerificationPairs
 
 Records = dict[int, bytes]
@@ -303,6 +305,20 @@ def test_index_of_another_file(tmp_path: Path, offset: int, message: str) -> Non
     with pytest.raises(RecordError, match=message) as error:
         RecFaceSet(path)
     assert str(path) in str(error.value)
+
+
+def test_bytes_that_are_no_number_are_told_of_as_damage_only(tmp_path: Path) -> None:
+    """Where no record begins, the bytes of its label may be a signalling NaN: no warning of numpy's comes of them."""
+    path = write_rec(tmp_path, {**scalar_images(), 9: pack_image(0.0, 9, b"x")})
+    content = bytearray(path.read_bytes())
+    last = int(path.with_suffix(".idx").read_text().split()[-1])
+    content[last : last + 4], content[last + 12 : last + 16] = b"oops", b"\1\0\x80\x7f"
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RecordError, match="no record begins"):
+            RecFaceSet(path)
+        assert survey_heads(open_records(path)[0]).broken.tolist() == [False] * 4 + [True]
 
 
 def test_damaged_beginning_of_a_record(tmp_path: Path) -> None:

@@ -136,6 +136,15 @@ def test_records_to_folders_and_back(tmp_path: Path, tiny_set: Path) -> None:
             assert (tmp_path / folder / name).read_bytes() == (tiny_set / name).read_bytes()
 
 
+def test_shuffled_records_to_folders_and_back(tmp_path: Path, face_data: Path) -> None:
+    """A set whose records lie in another order than their keys is packed in that of the keys, and so comes back."""
+    prepare(face_data / "kazakh25" / "validation.rec", tmp_path / "images", workers=0)
+    for source, output in ((tmp_path / "images", "again"), (face_data / "kazakh25", "copy")):
+        pack_all(source, tmp_path / output, fit=Fit(112, "refuse", 95))
+    for name in ("train.rec", "train.idx"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "copy" / name).read_bytes()
+
+
 def test_the_file_that_mxnet_wrote(tmp_path: Path, face_data: Path) -> None:
     """A real set in insightface's layout, written by mxnet, comes out of the packer as the same bytes."""
     source = face_data / "faces_celeba5k"

@@ -119,7 +119,7 @@ def test_missing_index_of_a_large_file(
 def test_a_damaged_record_beside_an_index(tmp_path: Path) -> None:
     """Where no record begins, the index may be the wrong one: the message says what to do about it."""
     path = write(tmp_path, {0: b"abcd", 1: b"efgh"})
-    message = r"the \.idx is another file's \(move it away, and it is rebuilt\), or the \.rec is damaged"
+    message = r"the \.idx was cut off or is another file's \(move it away, and it is rebuilt\), or the \.rec is damaged"
     with pytest.raises(RecordError, match=message):
         RecordFile(path).read(4)
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from config import Config, LossConfig, ModelConfig, TrainConfig
 from data.augment import Chances
 from data.face_sets import FaceSetError, open_training_set, write_face_set
-from data.images import decode_rgb
+from data.image_sizes import require_size
+from data.images import decode_rgb, encode_png
 from data.loading import flips
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin
@@ -307,6 +308,23 @@ def test_a_run_does_not_go_on_with_other_people(tiny_set: Path, tiny_begun: Path
     (tmp_path / "folders" / "000003").rename(tmp_path / "folders" / "000007")
     with pytest.raises(TrainingError, match=r"data\.root: .* does not have the identities that .* began with"):
         train(configure(tmp_path / "folders", tmp_path, train__resume=str(tiny_begun), train__epochs=2))
+
+
+def test_a_set_of_another_size_is_refused_at_once(tiny_set: Path, tmp_path: Path) -> None:
+    """One line that says what to set, before anything is written, not a line for each image; a few images of another
+    size are left to `data.broken_limit`, and `data.resize` takes all.
+    """
+    message = r"data\.root: .*: 48 of 48 images that were looked at do not have 48x48 pixels; 48 have 32x32: .*resize"
+    with pytest.raises(FaceSetError, match=message):
+        train(configure(tiny_set, tmp_path, data__image_size=48))
+    assert not list(tmp_path.iterdir())
+    with write_face_set(tmp_path / "mixed", 32) as out:
+        for identity in range(4):
+            out.add_identity([b"broken", encode_png(np.zeros((16, 16, 3), np.uint8)), tiny_face(identity, 0)])
+    faces = open_training_set([tmp_path / "mixed"], 1)
+    require_size(faces, 32, most=6)
+    with pytest.raises(FaceSetError, match="4 of 8 images"):
+        require_size(faces, 32, most=5)
 
 
 def test_joined_sets_may_move(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

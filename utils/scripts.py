@@ -2,13 +2,15 @@
 
 import faulthandler
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
-    """End the program with `script: message` for errors of input, files and settings, and for Ctrl-C.
+    """End the program with `script: message` for errors of input, files and settings, and for Ctrl-C; warnings are a
+    line each, too.
 
     `when_interrupted` says what an interrupted run left behind; an interrupt's own message comes before it.
     Errors of other kinds are faults of the program and keep their traceback.
@@ -18,6 +20,8 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     # A read error of a mapped file is a signal that no exception stands for: show at least where it came.
     if not faulthandler.is_enabled():
         faulthandler.enable()
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"{script}: warning: {message}\n"
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -25,3 +29,5 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         sys.exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
         sys.exit(f"{script}: {error}")
+    finally:
+        warnings.formatwarning = before
