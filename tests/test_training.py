@@ -450,7 +450,11 @@ def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_
         ({"train__batch_size": 1000}, TrainingError, "has only 48 images"),
         ({"data__verification": ("/nowhere.bin",)}, TrainingError, r"data\.verification: .*nowhere\.bin"),
         ({"data__verification": ("TINY", "TINY")}, TrainingError, r"two sets have the same name \(tiny, tiny\)"),
-        ({"data__image_size": 48}, ValueError, r"image A of pair 0 is 32x32 pixels, expected 48x48"),
+        (
+            {"data__image_size": 48, "data__resize": True},
+            ValueError,
+            r"image A of pair 0 is 32x32 pixels, expected 48x48",
+        ),
         ({"model__network": "r49"}, ValueError, r"model\.network: there is no network 'r49'.*; there are r18"),
         ({"train__resume": "/nowhere"}, TrainingError, "/nowhere has no checkpoint"),
         ({"common__device": "abacus"}, ValueError, r"common\.device"),
