@@ -36,7 +36,7 @@ class DataConfig:
     """The faces."""
 
     # Training set: a folder with train.rec and train.idx, a .rec file, or a folder with one folder per identity.
-    # Several, comma separated, are joined with their identities kept apart.
+    # Several, comma separated, are joined with their identities kept apart; a path that has a comma itself goes alone.
     root: tuple[str, ...] = ("datasets/ms1mv3",)
     # Verification sets (.bin), comma separated. Empty: every .bin beside the training set.
     verification: tuple[str, ...] = ()

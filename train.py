@@ -29,7 +29,8 @@ from tqdm import tqdm
 
 from config import PRESETS, Config, DataConfig
 from data.augment import Chances, augment
-from data.face_sets import FaceSet, FaceSetError, open_training_set
+from data.face_sets import FaceSet, FaceSetError, identity_keys, open_training_set
+from data.image_sizes import require_size
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
@@ -103,6 +104,8 @@ class Trainer:
 
         try:
             self.faces: FaceSet = open_training_set(config.data.root, config.data.min_images)
+            if not config.data.resize:
+                require_size(self.faces, config.data.image_size, config.data.broken_limit)
         except FaceSetError as error:
             raise FaceSetError(f"data.root: {error}") from None
         self.verifier = Verifier(
@@ -310,7 +313,7 @@ class Trainer:
             "best_accuracy": self.best_accuracy,
             "scaler": self.scaler.state_dict(),
             "skipped": sorted(self.skipped),
-            "identities": checksum(self.faces.identities),
+            "identities": checksum(identity_keys(self.faces)),
             "torch": torch.__version__,
         }
         about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
@@ -342,7 +345,8 @@ class Trainer:
                     f"{name}: the run to go on with has {before[name]}, which cannot become {now[name]} in its middle; "
                     "start a new one, from its weights if you like (train.init)"
                 )
-        if notes["identities"] != checksum(self.faces.identities):
+        # Before, notes were of the names in classes.csv, which have the paths of joined sets as they were spelled.
+        if notes["identities"] not in (checksum(identity_keys(self.faces)), checksum(self.faces.identities)):
             raise TrainingError(
                 f"data.root: {self.faces.path} does not have the identities that {self.run} began with (see also "
                 "data.min_images): its class centres would be other people's. Start a new run, from its weights if you "

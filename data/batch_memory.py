@@ -66,7 +66,8 @@ class BatchMemory:
         error = runtime.cudaHostRegister(address, size, 0)
         if error != runtime.cudaError.success:
             memory = f"{size / 2**20:.0f} MiB of memory for batches"
-            warnings.warn(f"{memory} cannot be pinned ({error}): copies to the device will block", stacklevel=2)
+            reason = runtime.cudaGetErrorString(error)  # the error itself is `cudaError.???` to torch
+            warnings.warn(f"{memory} cannot be pinned ({reason}): copies to the device will block", stacklevel=2)
             _clear_cuda_error()
             return False
         self._pinned = True

@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import PRESETS, Config
-from data.face_sets import FaceSet, FaceSetError, images_by_identity, open_training_set, write_face_set
+from data.face_sets import FaceSet, FaceSetError, identity_keys, images_by_identity, open_training_set, write_face_set
 from data.images import ImageError
 from data.loading import DecodedFaces, sequential_loader
 from models.embedders import Embedder, load_embedder
@@ -117,8 +117,11 @@ def open_set_of(run: Path, trained: Config, source: Sequence[str]) -> FaceSet:
             f"{faces.path} has {len(faces.identities):,} identities, {file} {len(classes):,}: "
             "name the set that the run was trained on with --source"
         )
-    for number, (name, trained_name) in enumerate(zip(faces.identities, classes, strict=True)):
-        if name != trained_name:
+    joined = len(source or trained.data.root) > 1
+    for number, (name, trained_name) in enumerate(zip(identity_keys(faces), classes, strict=True)):
+        # Of joined sets the names in the file begin with the paths that they had, the keys with their numbers.
+        same = trained_name.endswith(name[name.index(": ") :]) if joined else name == trained_name
+        if not same:
             raise FaceSetError(
                 f"{faces.path}: identity {number} is {name!r}, in {file} it is {trained_name!r}: "
                 "name the set that the run was trained on with --source"

@@ -26,14 +26,16 @@ from data.recordio import (
     RecordError,
     RecordFile,
     pack_image,
+    unlisted_remark,
     unpack_image,
 )
 from data.verification_bin import VerificationPairs
 from utils.files import atomic_folder, write_text_atomic
 from utils.progress import progress_bar
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 _HEADERS_AT_ONCE = 1 << 16
+_NAMED = 5  # of what is not taken, in a message
 
 
 class FaceSetError(ValueError):
@@ -103,6 +105,10 @@ class RecFaceSet:
     def _read_index(self) -> ImageIndex:
         reader = IndexedRecordReader(self.path)
         labels, has_image = _read_labels(reader)
+        unlisted = reader.file.unlisted_bytes(reader.offsets, reader.file.extents(reader.offsets))
+        if unlisted:
+            remark = unlisted_remark(self.path.with_suffix(".idx"), reader.file, unlisted)
+            warnings.warn(remark, stacklevel=4)
         keys, offsets, labels = reader.keys[has_image], reader.offsets[has_image], labels[has_image]
         if not labels.size:
             raise FaceSetError(f"{self.path} has {len(has_image)} records and not one image")
@@ -111,11 +117,12 @@ class RecFaceSet:
             first = wrong[0]
             raise RecordError(
                 f"{self.path}, record {keys[first]} at byte {offsets[first]}: label {labels[first]} is no identity "
-                f"number ({wrong.size} such records): labels must be whole numbers from 0"
+                f"number ({wrong.size} such records): labels must be whole numbers from 0; the set is written without "
+                f"such records by data/report.py {self.path} --repair OUT"
             )
         identities, classes = np.unique(labels.astype(np.int64), return_inverse=True)
         images = ImageIndex(keys, offsets, classes, identities)
-        if len(has_image) >= CACHED_FROM:
+        if len(has_image) >= CACHED_FROM and not unlisted:  # what is kept would be opened without the warning
             save_index(self._file, images)
         return images
 
@@ -123,7 +130,7 @@ class RecFaceSet:
         path = self.path.with_name("property")
         if not path.exists():
             return
-        first_line = path.read_text().split("\n", 1)[0]
+        first_line = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
         stated = first_line.split(",")[0].strip()
         if stated != str(len(self.identities)):
             warnings.warn(
@@ -176,7 +183,8 @@ def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
             length = (lrec & LENGTH_MASK).astype(np.int64)
             image_size = length - IMAGE_HEADER_SIZE - 4 * flag.astype(np.int64)
             part = slice(start, start + len(offsets))
-            labels[part] = np.where(flag > 0, array.view("<f4"), scalar.view("<f4"))
+            with np.errstate(invalid="ignore"):  # where no record begins, the bytes may be anything
+                labels[part] = np.where(flag > 0, array.view("<f4"), scalar.view("<f4"))
             has_image[part] = image_size > 0
             plain = (magic == MAGIC) & (lrec >> LENGTH_BITS == WHOLE) & (image_size >= 0)
             plain &= (offsets >= 0) & (offsets % 4 == 0) & (offsets + 8 + length <= size)
@@ -188,24 +196,64 @@ def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
     return labels, has_image
 
 
+class NotTaken(NamedTuple):
+    """What lies in a tree of images and is none of its images: its folder or file, and why."""
+
+    identity: str
+    path: Path
+    reason: str
+
+
 class FolderFaceSet:
-    """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names."""
+    """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names.
+
+    A warning says what else is there, but for hidden entries and for files beside the folders that are no images;
+    `not_taken` lists it. Raises FaceSetError for a tree without images, and for a link to a folder that is not there.
+    """
 
     def __init__(self, root: Path | str) -> None:
         self.path = Path(root)
         self.identities = []
+        self.not_taken: list[NotTaken] = []
         self._files: list[Path] = []
         counts = []
-        folders = [entry for entry in self.path.iterdir() if entry.is_dir() and entry.name[0] != "."]
+        folders = self._folders()
         for folder in (folders[position] for position in identity_order([entry.name for entry in folders])):
-            images = sorted(file for file in folder.iterdir() if _is_image(file))
+            entries = sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+            images = [entry for entry in entries if _is_image(entry)]
+            self.not_taken += [
+                NotTaken(folder.name, entry, _no_image(entry)) for entry in entries if not _is_image(entry)
+            ]
             if images:
                 self.identities.append(folder.name)
                 self._files += images
                 counts.append(len(images))
+            else:
+                self.not_taken.append(NotTaken(folder.name, folder, "a folder without images"))
         if not counts:
-            raise FaceSetError(f"{self.path} has no folders of images (one folder per identity)")
+            raise FaceSetError(f"{self.path} has no folders of images (one folder per identity){self._others(': ')}")
+        if self.not_taken:
+            warnings.warn(self._others(f"{self.path}: not taken are "), stacklevel=3)
         self.labels = np.repeat(np.arange(len(counts)), counts)
+
+    def _folders(self) -> list[Path]:
+        folders = []
+        for entry in self.path.iterdir():
+            if entry.name[0] == ".":
+                continue
+            if entry.is_dir():
+                folders.append(entry)
+            elif not entry.exists():
+                raise FaceSetError(f"{entry} is a link to {entry.readlink()}, which is not there: mend or remove it")
+            elif _is_image(entry):
+                self.not_taken.append(NotTaken("", entry, "it lies beside the folders of identities"))
+        return folders
+
+    def _others(self, introduction: str) -> str:
+        """The first ones that are not taken, for messages."""
+        named = [f"{path.relative_to(self.path)} ({reason})" for _, path, reason in self.not_taken[:_NAMED]]
+        more = len(self.not_taken) - len(named)
+        return introduction + ", ".join(named) + (f" and {more:,} more" if more else "") if named else ""
 
     def __len__(self) -> int:
         return len(self._files)
@@ -229,13 +277,22 @@ class FolderFaceSet:
         return files_digest(self, self._files, [self.relative_file(i) for i in range(len(self))])
 
 
+def _no_image(entry: Path) -> str:
+    if entry.is_dir():
+        return "a folder within that of an identity"
+    return f"its name does not end in {', '.join(sorted(IMAGE_ENDINGS))}"
+
+
 def _is_image(file: Path) -> bool:
     # Hidden ones are no faces: macOS leaves a `._face.jpg` beside each face that it copies.
     return file.suffix.lower() in IMAGE_ENDINGS and file.name[0] != "."
 
 
 class JoinedFaceSet:
-    """Several sets as one, the identities of each apart from those of the others."""
+    """Several sets as one, the identities of each apart from those of the others.
+
+    Memory: that of the sets and 8 bytes an image.
+    """
 
     def __init__(self, sets: Sequence[FaceSet]) -> None:
         self._sets = sets
@@ -244,6 +301,11 @@ class JoinedFaceSet:
         first_labels = np.cumsum([0, *(len(faces.identities) for faces in sets)])
         self.labels = np.concatenate([faces.labels + first for faces, first in zip(sets, first_labels, strict=False)])
         self._starts = np.cumsum([0, *(len(faces) for faces in sets)])
+
+    @property
+    def identity_keys(self) -> list[str]:
+        """See `identity_keys`."""
+        return [f"{number}: {name}" for number, faces in enumerate(self._sets) for name in faces.identities]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -279,7 +341,10 @@ class JoinedFaceSet:
 
 
 class FrequentIdentities:
-    """The identities of a set that have `min_images` images or more, numbered anew without holes."""
+    """The identities of a set that have `min_images` images or more, numbered anew without holes.
+
+    Memory: that of the set and 16 bytes an image.
+    """
 
     def __init__(self, faces: FaceSet, min_images: int) -> None:
         self._faces = faces
@@ -287,9 +352,16 @@ class FrequentIdentities:
         kept = np.bincount(faces.labels, minlength=len(faces.identities)) >= min_images
         if not kept.any():
             raise FaceSetError(f"{faces.path}: no identity has {min_images} images (data.min_images)")
-        self.identities = [name for name, keep in zip(faces.identities, kept, strict=True) if keep]
+        self._kept = np.flatnonzero(kept)
+        self.identities = [faces.identities[label] for label in self._kept.tolist()]
         self._positions = np.flatnonzero(kept[faces.labels])
         self.labels = (np.cumsum(kept) - 1)[faces.labels[self._positions]]
+
+    @property
+    def identity_keys(self) -> list[str]:
+        """See `identity_keys`."""
+        keys = identity_keys(self._faces)
+        return [keys[label] for label in self._kept.tolist()]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -315,6 +387,13 @@ class FrequentIdentities:
 def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
     """`views` of those sets that have it; of others None for every image."""
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
+
+
+def identity_keys(faces: FaceSet) -> list[str]:
+    """Names of the identities that do not depend on how the paths of sets are spelled: those of joined sets have the
+    number of their set in place of its path.
+    """
+    return getattr(faces, "identity_keys", faces.identities)
 
 
 def images_by_identity(faces: FaceSet) -> list[np.ndarray]:

@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.face_sets import FaceSet, FaceSetError, identity_order, images_by_identity
+from data.face_sets import FaceSet, FaceSetError, RecFaceSet, identity_order, images_by_identity
 
 
 class Identity(NamedTuple):
-    """A person of the new set: the name in the source, and the positions of the images there, int64 [images]."""
+    """A person of the new set: the name in the source, and the positions of the images there, int64 [images].
+
+    Images of records are in the order of their keys, others in that of the source.
+    """
 
     name: str
     images: np.ndarray
@@ -27,6 +30,8 @@ def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> 
     if unknown:
         raise FaceSetError(f"{faces.path} has no identity {min(unknown)!r} ({len(unknown)} such names)")
     images = images_by_identity(faces)
+    if isinstance(faces, RecFaceSet):  # as their folders have them
+        images = [positions[np.argsort(faces.keys[positions], kind="stable")] for positions in images]
     identities = [
         Identity(faces.identities[label], images[label])
         for label in identity_order(faces.identities)
@@ -41,7 +46,7 @@ def _expand(items: Sequence[str]) -> set[str]:
     names: set[str] = set()
     for item in items:
         if item.startswith("@"):
-            lines = Path(item[1:]).read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(item[1:]).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
             names.update(line.strip() for line in lines if line.strip())
         else:
             names.add(item)

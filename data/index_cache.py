@@ -18,7 +18,7 @@ from utils.files import atomic_write
 
 # Records from which on the file is worth its place: smaller sets open in well under a second anyway.
 CACHED_FROM = 200_000
-VERSION = 1
+VERSION = 2
 SAMPLE = 64
 
 

@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -19,8 +20,9 @@ from data.face_sets import EncodedImages, image_views
 from data.images import ImageError, decode_face, decode_plain_jpegs
 from data.jpeg_decoding import EncodedBatch, decode_jpegs, device_decoder, join_encoded
 from data.orders import Order
-from data.read_ahead import expect_random_reads, read_soon
+from data.read_ahead import expect_random_reads, read_soon, why_unreadable
 from data.recordio import RecordError
+from utils.processes import WorkerError, cause_of_death
 from utils.settings import require
 
 _REQUESTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
@@ -171,7 +173,7 @@ def training_loader(
     positions = _ReadAhead(batches, faces.images)
     if decode == "gpu":
         device_decoder(device)  # an error now, not after the workers started
-        loader = _loader(_EncodedFaces(faces), positions, workers, pin=False, keep_workers=workers > 0)
+        loader = _loader(_EncodedFaces(faces), faces.images, positions, workers, pin=False, keep_workers=workers > 0)
         return _DecodedOnArrival(loader, faces, device)
     rows = batches.part.stop - batches.part.start
     return _decoding_loader(faces, positions, rows, workers, device, for_training=True)
@@ -200,12 +202,17 @@ def _decoding_loader(
     cuda = device.type == "cuda"
     keep_workers = for_training and workers > 0
     if not (workers and _forks()):
-        return _loader(faces, batches, workers, cuda, keep_workers)
+        return _loader(faces, faces.images, batches, workers, cuda, keep_workers)
     # Those that the workers are at, one that is in use, the one before, and one to spare.
     memory = BatchMemory(workers * PREFETCH + 3, (batch_size, faces.size, faces.size, 3))
     pin_memory = cuda and for_training
     loader = _loader(
-        _FacesInMemory(faces, memory), _WithSlots(batches, memory), workers, cuda and not pin_memory, keep_workers
+        _FacesInMemory(faces, memory),
+        faces.images,
+        _WithSlots(batches, memory),
+        workers,
+        cuda and not pin_memory,
+        keep_workers,
     )
     return _Pinning(loader, memory) if pin_memory else loader
 
@@ -222,11 +229,14 @@ class _Pinning:
         return batches
 
 
-def _loader(dataset: Dataset, batches: object, workers: int, pin: bool, keep_workers: bool) -> DataLoader:
+def _loader(
+    dataset: Dataset, images: EncodedImages, batches: Iterable[Any], workers: int, pin: bool, keep_workers: bool
+) -> DataLoader:
     return _Loader(
-        dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
-        num_workers=workers,
+        images,
+        batches,
+        workers,
+        dataset=dataset,
         prefetch_factor=PREFETCH if workers else None,
         collate_fn=_as_it_is,
         pin_memory=pin,
@@ -245,12 +255,45 @@ class _Loader(DataLoader):
     """Workers that leave requests to stop, which may come to the whole job, to the main process: it is its to heed
     them, and it still needs batches. They have the signals blocked from their first moment."""
 
+    def __init__(self, images: EncodedImages, batches: Iterable[Any], workers: int, **options: Any) -> None:
+        self._images = images
+        #: The batches that workers may be at.
+        self._recent: deque[Any] = deque(maxlen=workers * PREFETCH + 1)
+        super().__init__(batch_sampler=_Noted(batches, self._recent), num_workers=workers, **options)
+
     def __iter__(self) -> Any:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
+        before, when_one_ends = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS), signal.getsignal(signal.SIGCHLD)
         try:
-            return super().__iter__()
+            return self._with_reasons(super().__iter__())
         finally:
+            if when_one_ends is not None and threading.current_thread() is threading.main_thread():
+                # Torch's handler would raise wherever the program is, in the middle of a step or a save.
+                signal.signal(signal.SIGCHLD, when_one_ends)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def _with_reasons(self, batches: Any) -> Iterator[Any]:
+        """`batches`; WorkerError when a worker died, of which torch does not say why."""
+        try:
+            yield from batches
+        except RuntimeError as error:
+            exit_codes = [process.exitcode for process in getattr(batches, "_workers", ())]
+            if not any(exit_codes):
+                raise
+            positions = [i for batch in self._recent for i in (batch.positions if isinstance(batch, _Job) else batch)]
+            reason = why_unreadable(self._images, positions)
+            raise WorkerError(cause_of_death(exit_codes) + (f"; {reason}" if reason else "")) from error
+
+
+class _Noted:
+    """The same batches, the last of which are to be seen in `recent`."""
+
+    def __init__(self, batches: Iterable[Any], recent: deque[Any]) -> None:
+        self._batches, self._recent = batches, recent
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._batches:
+            self._recent.append(batch)
+            yield batch
 
 
 class _Job(NamedTuple):

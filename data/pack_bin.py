@@ -78,7 +78,7 @@ def read_pairs(path: Path | str, images: Path | str) -> list[Pair]:
     Raises PairsError for a line that is no pair and for a number of pairs that is not the announced one.
     """
     path, images = Path(path), Path(images)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = list(file)
     first = next((line for line in lines if line.strip()), "")
     if "," in first and "\t" not in first:

@@ -1,5 +1,7 @@
 """What will be read of a set's `.rec` files next, told to the system. Sets that are folders of files need none."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from data.face_sets import EncodedImages, InRecords
@@ -27,3 +29,16 @@ def read_soon(images: EncodedImages, positions: np.ndarray) -> None:
         if len(starts):
             for start, end in zip(starts[firsts].tolist(), ends[lasts].tolist(), strict=True):
                 file.read_soon(start, end)
+
+
+def why_unreadable(images: EncodedImages, positions: Sequence[int]) -> str | None:
+    """Which of the images in records at `positions` the system cannot read, and why; None when it can read them all."""
+    if not isinstance(images, InRecords):
+        return None
+    for i in positions:
+        for file, starts, ends in images.spans(np.array([i])):
+            for start, end in zip(starts.tolist(), ends.tolist(), strict=True):
+                reason = file.why_unreadable(start, end)
+                if reason:
+                    return f"{images.describe(i)}: {reason}"
+    return None

@@ -8,8 +8,10 @@ The format is dmlc-core's `recordio.h`; the header is `mxnet.recordio.IRHeader`.
 
 import mmap
 import struct
+import warnings
+from array import array
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Protocol
@@ -17,6 +19,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from utils.files import atomic_write
+from utils.progress import progress_bar
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -27,6 +30,10 @@ WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
 _RECORD_HEAD = struct.Struct("<II")
 _IMAGE_HEADER = struct.Struct("<IfQQ")
 IMAGE_HEADER_SIZE = _IMAGE_HEADER.size
+_ID = struct.Struct("<Q")  # of the image header, at its byte 8
+_HEADS_AT_ONCE = 1 << 16
+_FIRST_RECORD_WITHIN = 1 << 20  # bytes
+_SCAN_SHOWN = 1 << 30  # bytes of a file from which on walking it shows its progress
 
 
 class RecordError(ValueError):
@@ -142,6 +149,21 @@ class RecordFile:
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self._bytes.madvise(mmap.MADV_WILLNEED, page, end - page)
 
+    def why_unreadable(self, start: int, end: int) -> str | None:
+        """What the system says when it is asked for bytes `start` to `end`, not by the mapping, where an error ends the
+        process; None when it has them.
+        """
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                size = self.path.stat().st_size
+                if size < end:
+                    return f"the file has {size:,} bytes, {self.size:,} when it was opened: it was changed while in use"
+                file.seek(start)
+                file.read(end - start)
+        except OSError as error:
+            return str(error)
+        return None
+
     def view(self) -> np.ndarray:
         """The whole file as a read-only uint8 array; only the pages that are looked at are read."""
         return self._view
@@ -164,6 +186,36 @@ class RecordFile:
         first, end = start + IMAGE_HEADER_SIZE + 4 * labels, start + lrec
         good = (magic == MAGIC) & (lrec <= LENGTH_MASK) & (first < end) & (end <= self.size)
         return first, np.where(good & (offsets >= 0) & (offsets % 4 == 0), end, 0)
+
+    def extents(self, offsets: np.ndarray) -> np.ndarray:
+        """Bytes of each record at `offsets`, int64 [records], from its beginning to the next one's; 0 where no whole
+        record can be read.
+        """
+        extents = np.zeros(len(offsets), np.int64)
+        if len(self._words) < 2:
+            return extents
+        for start in range(0, len(offsets), _HEADS_AT_ONCE):
+            part = offsets[start : start + _HEADS_AT_ONCE]
+            word = np.clip(part // 4, 0, len(self._words) - 2)
+            magic, lrec = self._words[word], self._words[word + 1]
+            begins = (magic == MAGIC) & (part >= 0) & (part % 4 == 0)
+            ends = part + _RECORD_HEAD.size + (lrec & LENGTH_MASK)
+            whole = begins & (lrec >> LENGTH_BITS == WHOLE) & (ends <= self.size)
+            extents[start : start + len(part)] = np.where(whole, np.minimum(ends + -ends % 4, self.size) - part, 0)
+            for i in np.flatnonzero(begins & ~whole).tolist():  # cut at an embedded magic, or damaged
+                with suppress(RecordError):
+                    extents[start + i] = self._read_with_end(int(part[i]))[1] - part[i]
+        return extents
+
+    def unlisted_bytes(self, offsets: np.ndarray, extents: np.ndarray) -> int:
+        """Bytes of the file that lie in no record at `offsets`, int64, ascending; `extents` are theirs.
+
+        Records that cannot be read are taken to reach to the next one.
+        """
+        bounds = np.clip(np.concatenate(([0], offsets, [self.size])), 0, self.size)
+        gaps = np.diff(bounds)
+        gaps[1:] = np.where(extents > 0, gaps[1:] - extents, 0)
+        return int(gaps[gaps >= _RECORD_HEAD.size].sum())
 
     def read(self, offset: int) -> bytes:
         """The payload of the record that begins at byte `offset`, its parts joined."""
@@ -196,7 +248,7 @@ class RecordFile:
         if magic != MAGIC:
             raise RecordError(
                 f"{self.path}: no record begins at byte {offset} (found {magic:#010x} in place of the magic): "
-                "the .idx file does not belong to this .rec, or the .rec is damaged"
+                + self._advice()
             )
         flag, length = lrec >> LENGTH_BITS, lrec & LENGTH_MASK
         if start + length > self.size:
@@ -206,20 +258,45 @@ class RecordFile:
             )
         return flag, start, start + length
 
+    def _advice(self) -> str:
+        """What to do where no record begins."""
+        if self._bytes.find(MAGIC_BYTES, 0, _FIRST_RECORD_WITHIN) < 0:
+            return f"it is no .rec file, it begins with {self._bytes[:16]!r}: copy it again"
+        mend = "the .rec is damaged (copy it again, or save the rest by data/report.py --repair)"
+        if not self.path.with_suffix(".idx").exists():
+            return mend
+        return f"the .idx was cut off or is another file's (move it away, and it is rebuilt), or {mend}"
+
     def scan(self) -> tuple[np.ndarray, np.ndarray]:
-        """Walk the whole file: (keys, offsets), int64, where a record's key is the id in its image header."""
-        keys, offsets = [], []
+        """Walk the whole file: (keys, offsets), int64, where the keys are as in `keys_from_ids`."""
+        ids, offsets = array("Q"), array("q")
         offset = 0
-        while offset < self.size:
-            payload, end = self._read_with_end(offset)
-            where = f"{self.path}, record at byte {offset}"
-            key = unpack_image(payload, where).id
-            if key >= 2**63:
-                raise RecordError(f"{where}: its id {key} is too large for a key")
-            keys.append(key)
-            offsets.append(offset)
-            offset = end
-        return np.array(keys, np.int64), np.array(offsets, np.int64)
+        shown = self.size >= _SCAN_SHOWN
+        with progress_bar(self.size, "B", f"index of {self.path}", disable=not shown) as bar:
+            while offset < self.size:
+                flag, start, end = self._part(offset)
+                if flag == WHOLE and end - start >= IMAGE_HEADER_SIZE:  # nearly all: its image need not be read
+                    id, following = _ID.unpack_from(self._bytes, start + 8)[0], end + -(end - start) % 4
+                else:
+                    payload, following = self._read_with_end(offset)
+                    id = unpack_image(payload, f"{self.path}, record at byte {offset}").id
+                ids.append(id)
+                offsets.append(offset)
+                offset = following
+                if not len(ids) % _HEADS_AT_ONCE:
+                    bar.update(offset - bar.n)
+            bar.update(offset - bar.n)
+        return keys_from_ids(np.frombuffer(ids, np.uint64)), np.array(offsets, np.int64)
+
+
+def keys_from_ids(ids: np.ndarray) -> np.ndarray:
+    """Keys for the records of a file without index, int64 [records], from the ids in their headers, uint64 [records].
+
+    They are the ids; where those are no keys, occurring more than once or being too large, the positions.
+    """
+    keys = ids.astype(np.int64)
+    unique = len(np.unique(keys)) == len(keys) and (keys >= 0).all()
+    return keys if unique else np.arange(len(keys))
 
 
 def read_index(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
@@ -227,20 +304,32 @@ def read_index(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
     path = Path(path)
     if path.stat().st_size == 0:
         raise RecordError(f"{path} is empty: remove it and the index is rebuilt from the .rec")
+    cure = "move it away, and it is rebuilt from the .rec"
     try:
-        table = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a file without data
+            table = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
     except ValueError as error:
-        raise RecordError(f"{path}: every line must be 'key<tab>byte offset': {error}") from error
+        raise RecordError(f"{path}: every line must be 'key<tab>byte offset': {error}; {cure}") from error
+    if not table.size:
+        raise RecordError(f"{path} has blank lines only: {cure}")
     if table.shape[1] != 2:
-        raise RecordError(f"{path}: every line must be 'key<tab>byte offset', found {table.shape[1]} columns")
+        raise RecordError(f"{path}: every line must be 'key<tab>byte offset', found {table.shape[1]} columns; {cure}")
     return table[:, 0].copy(), table[:, 1].copy()
+
+
+def unlisted_remark(index: Path, file: RecordFile, unlisted: int) -> str:
+    """What to say of an `.idx` that leaves out `unlisted` bytes of its `.rec`."""
+    return (
+        f"{index} has no line for {unlisted:,} of the {file.size:,} bytes of {file.path.name}, whose records are not "
+        "seen: it was cut off, or lists a part on purpose; if not, move it away, and it is rebuilt from the .rec"
+    )
 
 
 class IndexedRecordReader:
     """Records of a `.rec` file by key.
 
     Attributes: `keys` and `offsets`, int64 arrays of equal length in the order of the file; `file`, the RecordFile.
-    Without an `.idx` file the index is rebuilt by walking the `.rec`.
+    Without an `.idx` file the index is rebuilt by walking the `.rec` (see `keys_from_ids`).
     """
 
     def __init__(self, rec_path: Path | str, idx_path: Path | str | None = None) -> None:
@@ -249,12 +338,22 @@ class IndexedRecordReader:
         keys, offsets = read_index(index) if index.exists() else self.file.scan()
         in_file_order = np.argsort(offsets, kind="stable")
         self.keys, self.offsets = keys[in_file_order], offsets[in_file_order]
+        same = np.flatnonzero(self.offsets[1:] == self.offsets[:-1])
+        if same.size:
+            first, second = self.keys[same[0]], self.keys[same[0] + 1]
+            raise RecordError(
+                f"{index}: records {first} and {second} have the same offset, {self.offsets[same[0]]} ({same.size} "
+                "such pairs): the file is wrong; move it away, and it is rebuilt from the .rec"
+            )
         self._by_key = np.argsort(self.keys, kind="stable")
         ordered = self.keys[self._by_key]
         repeated = ordered[1:][ordered[1:] == ordered[:-1]]
         if repeated.size:
-            source = index if index.exists() else self.file.path
-            raise RecordError(f"{source}: key {repeated[0]} occurs more than once ({repeated.size} such keys)")
+            raise RecordError(
+                f"{index}: key {repeated[0]} occurs more than once ({repeated.size} such keys): move it away, and it "
+                "is rebuilt from the .rec; or have the set written with new keys by "
+                f"data/report.py {rec_path} --repair OUT"
+            )
 
     def __len__(self) -> int:
         return len(self.keys)

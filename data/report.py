@@ -129,7 +129,7 @@ def _property(records: Records) -> str | None:
     path = Path(records.place(0).file).with_name("property")
     if isinstance(records, FolderRecords) or not path.is_file():
         return None
-    return path.read_text(errors="replace").split("\n", 1)[0].strip()
+    return path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0].strip()
 
 
 def _compare_with_property(line: str | None, identities: int, shapes: Counter[tuple[int, int]]) -> list[str]:

@@ -149,7 +149,7 @@ class ResumableSet:
         if isinstance(image, LeftOut):
             standing.left_out += 1
             standing.first_left_out = standing.first_left_out or f"{image.where}: {image.reason}"
-            self._leave_out(identity, image.where, image.reason)
+            self._leave_out(identity.name, image.where, image.reason)
         else:
             self._writer.add_image(image.encoded)
             standing.images += 1
@@ -159,11 +159,11 @@ class ResumableSet:
         if time.monotonic() >= self._next_save:
             self._save()
 
-    def _leave_out(self, identity: Identity, where: str, reason: str) -> None:
+    def _leave_out(self, identity: str, where: str, reason: str) -> None:
         table = self._folder.open(LEFT_OUT)
         if not table.tell():
             table.write(csv_line(LEFT_OUT_COLUMNS))
-        table.write(csv_line((identity.name, where, reason)))
+        table.write(csv_line((identity, where, reason)))
 
     def _end_identity(self, identity: Identity) -> None:
         images = self._writer.images_of_identity
@@ -172,7 +172,7 @@ class ResumableSet:
             self._folder.open(PACKED).write(csv_line(row))
         else:
             self.standing.lost_identities += 1
-            self._leave_out(identity, "", f"not one of its {len(identity.images):,} images is left")
+            self._leave_out(identity.name, "", f"not one of its {len(identity.images):,} images is left")
         self._current += 1
 
     def _save(self) -> None:
@@ -187,5 +187,9 @@ class ResumableSet:
                 + self.standing.first_left_out
             )
         self._save()
+        # Behind the last save: a run that is interrupted here does this once more.
+        if isinstance(self._faces, FolderFaceSet):
+            for identity, path, reason in self._faces.not_taken:
+                self._leave_out(identity, str(path), reason)
         self._writer.finish(image_size)
         return len(self._writer.ranges)

@@ -19,7 +19,9 @@ from data.recordio import (
     WHOLE,
     RecordError,
     RecordFile,
+    keys_from_ids,
     read_index,
+    unlisted_remark,
     unpack_image,
 )
 from utils.progress import progress_bar
@@ -27,6 +29,8 @@ from utils.progress import progress_bar
 KINDS = ("JPEG", "PNG", "other")
 SCAN_BYTES = 1 << 24
 NO_LABEL = -1
+# The share of an index's offsets at which records must lie for the others to count as broken records.
+LEAST_FOUND = 0.75
 _RECORD_HEAD = 8
 _HEAD = _RECORD_HEAD + IMAGE_HEADER_SIZE + 4  # record head, image header, first label of an array
 
@@ -140,7 +144,8 @@ class RecRecords:
 
 
 def _is_label(label: np.ndarray) -> np.ndarray:
-    return (label >= 0) & (label < 2**31) & (label == np.floor(label))
+    with np.errstate(invalid="ignore"):  # where no record begins, the bytes may be anything
+        return (label >= 0) & (label < 2**31) & (label == np.floor(label))
 
 
 def _kinds(starts: np.ndarray) -> np.ndarray:
@@ -207,16 +212,35 @@ def _open_rec(path: Path) -> tuple[RecRecords, list[str]]:
     file, index, remarks = RecordFile(path), path.with_suffix(".idx"), []
     try:
         keys, offsets = read_index(index)
+        _require_index_of(file, index, offsets)
+        indexed = True
     except (RecordError, FileNotFoundError) as error:
         remarks.append(f"the index is not used, records were searched in {path.name}: {error}")
         keys, offsets = find_records(file)
+        indexed = False
     repeated = keys.size - np.unique(keys).size
     if repeated:
         remarks.append(
             f"{repeated:,} keys occur more than once, so that training refuses the set; --repair numbers anew"
         )
+    zero = offsets[keys == 0]
     order = np.lexsort((keys, offsets))
-    return RecRecords(file, keys[order], offsets[order], _id_start(file, offsets[keys == 0])), remarks
+    keys, offsets = keys[order], offsets[order]
+    unlisted = file.unlisted_bytes(offsets, file.extents(offsets)) if indexed else 0
+    if unlisted:
+        remarks.append(unlisted_remark(index, file, unlisted))
+    return RecRecords(file, keys, offsets, _id_start(file, zero)), remarks
+
+
+def _require_index_of(file: RecordFile, index: Path, offsets: np.ndarray) -> None:
+    """Raise RecordError if the index is another file's. Offsets behind the end tell nothing: the `.rec` may be cut."""
+    inside = offsets[(offsets >= 0) & (offsets < file.size)]
+    found = np.count_nonzero(file.extents(inside))
+    if found < LEAST_FOUND * inside.size or not inside.size:
+        raise RecordError(
+            f"{index} seems to be another file's: where {inside.size:,} of its lines point to, there are {found:,} "
+            "records; move it away, and training rebuilds it from the .rec"
+        )
 
 
 def _id_start(file: RecordFile, zero: np.ndarray) -> float:
@@ -235,7 +259,7 @@ def _id_start(file: RecordFile, zero: np.ndarray) -> float:
 
 
 def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
-    """(keys, offsets) of all records of a file that may be damaged; the keys are the ids in their headers, -1 without.
+    """(keys, offsets) of all records of a file that may be damaged, keys as in `keys_from_ids`.
 
     Every magic at a multiple of 4 begins a part of a record, because the writer cuts payloads there.
     """
@@ -251,5 +275,5 @@ def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     heads = heads[words[heads + 1] >> LENGTH_BITS < 2]  # cflag: a whole record, or the first part of one
     if not heads.size:
         raise RecordError(f"{file.path} holds no record: it is no .rec file, copy it again")
-    low, high = (words[np.minimum(heads + word, len(words) - 1)].astype(np.int64) for word in (4, 5))
-    return np.where(heads + 5 < len(words), low | high << 32, -1), 4 * heads
+    low, high = (words[np.minimum(heads + word, len(words) - 1)].astype(np.uint64) for word in (4, 5))
+    return keys_from_ids(low | high << np.uint64(32)), 4 * heads

@@ -33,7 +33,7 @@ from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CheckpointError
 from utils.ranks import Ranks
 from utils.saved_checkpoints import BACKBONE, checkpoint_folders
-from utils.settings import ConfigError
+from utils.settings import ConfigError, build
 
 PEOPLE, RIGHT, WRONG = 10, 17, 3  # faces of an identity: 15 % are of somebody else
 #: What parts the right faces of the tiny net (up to about 40 degrees) from the wrong ones (from about 60).
@@ -349,6 +349,19 @@ def test_what_cannot_be_is_refused_in_words(
     for run in (noisy_run, tmp_path / "gone"):  # said before anything is read
         assert "exists and is not empty" in refusal("--run", run, "--output", output)
     assert [file.name for file in output.iterdir()] == ["mine"]
+
+
+def test_joined_sets_may_have_moved(tmp_path: Path) -> None:
+    """Their paths, which classes.csv has, may be others; their identities, and the order of the sets, may not."""
+    for name, people in (("a", 1), ("b", 2)):
+        for person in range(people):
+            (tmp_path / name / f"{name}{person}").mkdir(parents=True)
+            (tmp_path / name / f"{name}{person}" / "1.png").write_bytes(tiny_face(person, 0))
+    (tmp_path / "classes.csv").write_text("class,identity\n0,/old/a: a0\n1,/old/b: b0\n2,/old/b: b1\n")
+    trained = build(Config, {"data.root": ("/old/a", "/old/b")})
+    assert len(open_set_of(tmp_path, trained, [str(tmp_path / "a"), str(tmp_path / "b")])) == 3
+    with pytest.raises(FaceSetError, match=r"identity 0 is '0: b0', in .* it is '/old/a: a0'"):
+        open_set_of(tmp_path, trained, [str(tmp_path / "b"), str(tmp_path / "a")])
 
 
 def test_a_set_with_other_names_is_refused(noisy_set: Path, noisy_run: Path, run_copy: Path, tmp_path: Path) -> None:

@@ -32,6 +32,8 @@ from data.recordio import (
     pack_image,
     unpack_image,
 )
+from data.survey import survey_heads
+from data.tolerant_records import open_records
 from data.verification_bin import VerificationPairs
 
 Records = dict[int, bytes]
@@ -207,6 +209,52 @@ def test_scan_in_several_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert contents(faces) == {key: (str(key), b"x" * key) for key in images}
 
 
+MIXED = {**scalar_images(), 8: pack_image(1.0, 8, MAGIC_BYTES * 2 + b"ab"), 9: pack_image(1.0, 9, b"last")}
+
+
+def with_lines(path: Path, lines: slice) -> Path:
+    """The set at `path`, its index having these lines only."""
+    index = path.with_suffix(".idx")
+    index.write_text("".join(index.read_text().splitlines(keepends=True)[lines]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("lines", "missing"),
+    [
+        (slice(4), (4, 6)),
+        (slice(5), (5, 6)),
+        (slice(1, None), (0, 1)),
+        (slice(0, 6, 2), (1, 2, 3, 4, 5, 6)),
+    ],
+    ids=["cut", "cut behind a split record", "first missing", "every other"],
+)
+def test_an_index_that_does_not_list_all_is_a_warning(
+    tmp_path: Path, lines: slice, missing: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cut .idx loses images, so each opening says how many bytes are in none of its lines; split records count whole,
+    and the kept index of large sets does not hide it.
+    """
+    monkeypatch.setattr("data.face_sets.CACHED_FROM", 1)
+    path = write_rec(tmp_path, MIXED)
+    starts = [*IndexedRecordReader(path).offsets.tolist(), path.stat().st_size]
+    size = sum(starts[end] - starts[first] for first, end in zip(missing[::2], missing[1::2], strict=True))
+    with_lines(path, lines)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=rf"train\.idx has no line for {size} of the {starts[-1]} bytes .*rebuilt"):
+            faces = RecFaceSet(path)
+    assert faces.keys.tolist() == list(MIXED)[lines]
+
+
+def test_an_index_that_lists_all_is_none(tmp_path: Path) -> None:
+    """Split records, and one at the end whose padding was lost, do not look like records without a line."""
+    path = write_rec(tmp_path, {**MIXED, 10: pack_image(1.0, 10, b"a")})
+    path.write_bytes(path.read_bytes()[:-3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(RecFaceSet(path)) == 7
+
+
 # --- what is wrong with a set -----------------------------------------------------------------------------------------
 
 
@@ -217,7 +265,7 @@ def test_labels_that_are_no_identity(tmp_path: Path, label: float, image: bytes)
     path = write_rec(tmp_path, {**scalar_images(), 9: pack_image(label, 9, image)})
     with pytest.raises(RecordError, match=rf"record 9 at byte \d+: label {label} is no identity number \(1 such") as e:
         RecFaceSet(path)
-    assert str(path) in str(e.value)
+    assert f"data/report.py {path} --repair" in str(e.value)
 
 
 def test_no_images(tmp_path: Path) -> None:
@@ -259,6 +307,20 @@ def test_index_of_another_file(tmp_path: Path, offset: int, message: str) -> Non
     assert str(path) in str(error.value)
 
 
+def test_bytes_that_are_no_number_are_told_of_as_damage_only(tmp_path: Path) -> None:
+    """Where no record begins, the bytes of its label may be a signalling NaN: no warning of numpy's comes of them."""
+    path = write_rec(tmp_path, {**scalar_images(), 9: pack_image(0.0, 9, b"x")})
+    content = bytearray(path.read_bytes())
+    last = int(path.with_suffix(".idx").read_text().split()[-1])
+    content[last : last + 4], content[last + 12 : last + 16] = b"oops", b"\1\0\x80\x7f"
+    path.write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RecordError, match="no record begins"):
+            RecFaceSet(path)
+        assert survey_heads(open_records(path)[0]).broken.tolist() == [False] * 4 + [True]
+
+
 def test_damaged_beginning_of_a_record(tmp_path: Path) -> None:
     """A record whose magic was overwritten is an error when the set is opened, even if all else fits."""
     path = write_rec(tmp_path, scalar_images())
@@ -283,10 +345,18 @@ def test_record_without_room_for_a_header(tmp_path: Path) -> None:
 # --- property ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["2,112,112", "2,112,112\n", "2,112,112\nmade by x\n9\n", "2,96,96", "2", "2\n9,9,9"])
-def test_property_that_agrees(tmp_path: Path, text: str) -> None:
-    """Only the first line counts, with or without line break, and only its number of identities."""
-    (tmp_path / "property").write_text(text)
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(b"2,112,112", b"2,112,112\n", b"2,112,112\nmade by x\n9\n", b"2,96,96", b"2", b"2\n9,9,9"),
+        *(b"\xef\xbb\xbf2,112,112\r\n", b"2,112,112\nby Andr\xe9\n"),
+    ],
+)
+def test_property_that_agrees(tmp_path: Path, text: bytes) -> None:
+    """Only the first line counts, with or without line break, and only its number of identities; other lines may be in
+    any encoding.
+    """
+    (tmp_path / "property").write_bytes(text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         RecFaceSet(write_rec(tmp_path, scalar_images()))
@@ -329,19 +399,45 @@ def test_open_names_what_is_no_face_set(tmp_path: Path) -> None:
 
 
 def test_folder_set(tmp_path: Path) -> None:
-    """Identities and images by name; hidden entries, other files and folders without images do not count."""
-    files = ["Bea/2.PNG", "Bea/1.jpg", "Ada/x.jpeg", "Ada/.hidden.jpg", "Ada/notes.txt", ".cache/z.jpg", "Cleo/readme"]
+    """Identities and images by name; what else is there does not count, and a warning names it, save hidden entries."""
+    files = ["Bea/2.PNG", "Bea/1.jpg", "Ada/x.jpeg", "Ada/.hidden.jpg", ".cache/z.jpg", "prepared.csv"]
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "stray.jpg").write_bytes(b"x")
-    faces = open_face_set(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(open_face_set(tmp_path)) == 3
+    for name in ("Ada/2.tif", "Cleo/readme", "Dora/2019/1.jpg", "stray.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_bytes(name.encode())
+    with pytest.warns(
+        UserWarning, match=r"not taken are stray.jpg .*, Ada/2.tif \(.*, Dora/2019 .* and 1 more"
+    ) as told:
+        faces = open_face_set(tmp_path)
+    assert "Cleo (a folder without images)" in str(told[0].message)
     assert isinstance(faces, FolderFaceSet)
     assert faces.identities == ["Ada", "Bea"]
     assert faces.labels.tolist() == [0, 1, 1]
     assert faces.labels.dtype == np.int64
     assert [faces.encoded(i) for i in range(len(faces))] == [b"Ada/x.jpeg", b"Bea/1.jpg", b"Bea/2.PNG"]
     assert faces.describe(2) == str(tmp_path / "Bea" / "2.PNG")
+
+
+def test_folder_set_of_which_a_disk_is_gone(tmp_path: Path) -> None:
+    """An identity that is a link to nowhere is an error, not a person less."""
+    (tmp_path / "Ada").mkdir()
+    (tmp_path / "Ada" / "1.jpg").write_bytes(b"x")
+    (tmp_path / "Bea").symlink_to("/nowhere/Bea")
+    with pytest.raises(FaceSetError, match="Bea is a link to /nowhere/Bea, which is not there"):
+        open_face_set(tmp_path)
+
+
+def test_folder_set_that_lies_deeper(tmp_path: Path) -> None:
+    """A tree with one level more is refused, and the message shows the level."""
+    (tmp_path / "train" / "Ada").mkdir(parents=True)
+    (tmp_path / "train" / "Ada" / "1.jpg").write_bytes(b"x")
+    with pytest.raises(FaceSetError, match=r"no folders of images .*: train/Ada \(a folder within that of an identity"):
+        open_face_set(tmp_path)
 
 
 def test_images_of_verification_pairs() -> None:

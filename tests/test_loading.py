@@ -5,6 +5,7 @@ import gc
 import mmap
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.augment import Chances, augment
 from data.batch_memory import BatchMemory
@@ -26,6 +28,7 @@ from data.images import ImageError, encode_png
 from data.loading import DecodedFaces, EpochBatches, flips, sequential_loader, to_network_input, training_loader
 from data.orders import Order, block_order, create_order, exact_order
 from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordFile, encode_record, pack_image
+from utils.processes import WorkerError
 from utils.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -310,6 +313,9 @@ class FakeRuntime:
             self.locked[address] = size
         return self.result
 
+    def cudaGetErrorString(self, error: int) -> str:  # noqa: N802
+        return {2: "out of memory"}[error]
+
     def cudaHostUnregister(self, address: int) -> int:  # noqa: N802
         del self.locked[address]
         return 0
@@ -338,10 +344,10 @@ def test_workers_fill_pinned_memory(faces: DecodedFaces, monkeypatch: pytest.Mon
 def test_memory_that_cannot_be_pinned_is_used_all_the_same(
     faces: DecodedFaces, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is a warning, and every batch."""
+    """There is a warning that says why in CUDA's words, and every batch."""
     monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeRuntime(2))
     batches = EpochBatches(partial(exact_order, IMAGES, 7), IMAGES, 2)
-    with pytest.warns(UserWarning, match="0 MiB of memory for batches cannot be pinned"):
+    with pytest.warns(UserWarning, match=r"0 MiB of memory for batches cannot be pinned \(out of memory\)"):
         assert len(list(training_loader(faces, batches, 2, torch.device("cuda")))) == 11
 
 
@@ -530,6 +536,24 @@ def test_other_sizes_are_scaled_when_asked(tmp_path: Path) -> None:
     faces, _, _ = DecodedFaces(records, records.labels, SIZE, resize=True).__getitems__([8, 9])
     assert (faces[0] == torch.tensor([200, 30, 90])).all()
     assert np.array_equal(faces[1], picture(10))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapped file that cannot be read kills the worker (SIGBUS): the error says so, with record, offset, reason."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)  # seconds between looks at workers
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
+    faces = large_set(tmp_path)
+    size = faces.path.stat().st_size
+    decoded = DecodedFaces(faces, faces.labels, SIZE, tolerant=True)
+    batches = EpochBatches(partial(exact_order, len(faces), 0), len(faces), 4)
+    before = signal.getsignal(signal.SIGCHLD)
+    loaded = iter(training_loader(decoded, batches, 1, CPU))
+    next(loaded)
+    assert signal.getsignal(signal.SIGCHLD) == before  # a step is not interrupted by torch's handler
+    os.truncate(faces.path, 4096)
+    where = rf"{faces.path}, record \d+ at byte \d+: the file has 4,096 bytes, {size:,} when it was opened"
+    with pytest.raises(WorkerError, match=f"a worker process died of a bus error.*; {where}"):
+        list(loaded)
 
 
 def test_a_program_ends_with_a_loader_alive(tmp_path: Path) -> None:

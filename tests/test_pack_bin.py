@@ -1,5 +1,6 @@
 """pack_bin: the pairs of a list as a verification set, in order, image bytes as they are."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -53,6 +54,17 @@ def test_every_list_gives_the_same_set(tmp_path: Path, images: Path, text: str) 
     assert pairs.same.tolist() == [True, False, True, False]
     found = [pairs.images[i] for i in pairs.index.ravel()]
     assert found == [tiny_face(*image) for pair in PAIRS for image in pair]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, images: Path) -> None:
+    """Lists of older programs and their file names have the same bytes, whatever the encoding: they are found."""
+    name = os.fsdecode(b"Andr\xe9")
+    (images / name).mkdir()
+    for number in (1, 2):
+        (images / name / f"{name}_{number:04d}.jpg").write_bytes(tiny_face(3, number))
+    for list_, text in (("a", b"Andr\xe9\t1\t2\n"), ("b", b"path1,path2,same\nX/X_0001.jpg,X/X_0002.jpg,1\n")):
+        (tmp_path / list_).write_bytes(text.replace(b"X", b"Andr\xe9"))
+        assert pack_bin(tmp_path / list_, images, tmp_path / f"{list_}.bin", FIT, 0) == (1, 1)
 
 
 def test_lfw_is_rebuilt(tmp_path: Path, face_data: Path) -> None:

@@ -136,6 +136,15 @@ def test_records_to_folders_and_back(tmp_path: Path, tiny_set: Path) -> None:
             assert (tmp_path / folder / name).read_bytes() == (tiny_set / name).read_bytes()
 
 
+def test_shuffled_records_to_folders_and_back(tmp_path: Path, face_data: Path) -> None:
+    """A set whose records lie in another order than their keys is packed in that of the keys, and so comes back."""
+    prepare(face_data / "kazakh25" / "validation.rec", tmp_path / "images", workers=0)
+    for source, output in ((tmp_path / "images", "again"), (face_data / "kazakh25", "copy")):
+        pack_all(source, tmp_path / output, fit=Fit(112, "refuse", 95))
+    for name in ("train.rec", "train.idx"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "copy" / name).read_bytes()
+
+
 def test_the_file_that_mxnet_wrote(tmp_path: Path, face_data: Path) -> None:
     """A real set in insightface's layout, written by mxnet, comes out of the packer as the same bytes."""
     source = face_data / "faces_celeba5k"
@@ -180,6 +189,22 @@ def test_choosing_identities(folder: Path) -> None:
         names_of(PackConfig(identities=("anna", "dora")), folder)
     with pytest.raises(FaceSetError, match="no identity with 9 images or more"):
         names_of(PackConfig(min_images=9), folder)
+
+
+def test_choosing_a_name_that_is_not_utf8(folder: Path) -> None:
+    """A list of names and the folders have the same bytes, whatever their encoding."""
+    (folder / "bert").rename(folder / os.fsdecode(b"bj\xf6rn"))
+    (folder / "names.txt").write_bytes(b"carl\nbj\xf6rn\n")
+    pick = PackConfig(identities=(f"@{folder / 'names.txt'}",))
+    assert names_of(pick, folder) == [os.fsdecode(b"bj\xf6rn"), "carl"]
+
+
+def test_what_folders_hold_beside_images_is_listed(tmp_path: Path, folder: Path) -> None:
+    """left_out.csv names the files and folders that are not taken: nobody misses a person without being told."""
+    pack_all(folder, tmp_path / "set")
+    with (tmp_path / "set" / "left_out.csv").open(newline="") as file:
+        rows = [(row["identity"], row["image"]) for row in csv.DictReader(file)]
+    assert rows == [("anna", str(folder / "anna" / "notes.txt")), ("empty", str(folder / "empty"))]
 
 
 def test_shuffle(folder: Path) -> None:

@@ -133,9 +133,10 @@ def test_on_cuda_workers_fill_memory_that_is_being_copied(tmp_path: Path) -> Non
     batches = EpochBatches(partial(exact_order, images, 0), images, 4)
     loader = training_loader(DecodedFaces(faces, faces.labels, size), batches, 2, device)
     stream = torch.cuda.Stream(device)
+    pinned: list[bool] = []
 
     def copy(batch: Batch) -> Copy:
-        assert batch.faces.is_pinned()
+        pinned.append(batch.faces.is_pinned())
         with torch.cuda.stream(stream):
             torch.cuda._sleep(20_000_000)
             copied = batch.faces.to(device, non_blocking=True)
@@ -143,7 +144,10 @@ def test_on_cuda_workers_fill_memory_that_is_being_copied(tmp_path: Path) -> Non
 
     for epoch in range(3):
         batches.start_at(epoch, 0)
+        pinned.clear()
         copies = [copied for copied, _ in one_ahead(loader, copy)]
+        # The host runs ahead of the copies, and batches that find every place taken come in memory that is not pinned.
+        assert pinned[:3] == [True] * 3
         for number, batch in enumerate(copies):
             keys = exact_order(images, 0, epoch)[4 * number : 4 * number + 4] + 1
             assert (batch.faces.cpu().numpy() == keys[:, None, None, None]).all()
@@ -155,6 +159,6 @@ def test_on_cuda_a_failed_pinning_does_no_harm() -> None:
     memory = BatchMemory(2, (4, 1 << 20))
     assert memory.pin()
     memory._pinned = False
-    with pytest.warns(UserWarning, match="cannot be pinned"):
+    with pytest.warns(UserWarning, match=r"cannot be pinned \(.*already mapped"):
         assert not memory.pin()
     assert torch.ones(3, device="cuda").sum().item() == 3

@@ -24,6 +24,8 @@ def work(item: int) -> int:
         raise ZeroDivisionError("item -1")
     if item == -2:
         os.kill(os.getpid(), signal.SIGKILL)
+    if item == -3:
+        os.kill(os.getpid(), signal.SIGBUS)
     return _base + item
 
 
@@ -39,9 +41,13 @@ def test_every_result_arrives(workers: int) -> None:
 
 
 def test_a_killed_worker_is_an_error() -> None:
-    """A worker that the kernel kills ends the work with a reason instead of hanging it."""
-    with pytest.raises(WorkerError, match="a worker process died"):
+    """A worker that the kernel kills ends the work with a reason instead of hanging it; a read error of a mapped file
+    is not taken for a lack of memory.
+    """
+    with pytest.raises(WorkerError, match=r"a worker process died \(out of memory\?\)"):
         list(map_unordered(work, [1, -2, 3], 2, set_base, 0))
+    with pytest.raises(WorkerError, match="died of a bus error: a file could not be read"):
+        list(map_unordered(work, [1, -3, 3], 2, set_base, 0))
 
 
 def leave_a_mark(folder_and_number: tuple[Path, int]) -> None:

@@ -1,6 +1,7 @@
 """RecordIO: the bytes that mxnet writes, and every way a file can be damaged."""
 
 import pickle
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,43 @@ def test_missing_index_is_rebuilt(tmp_path: Path) -> None:
     assert unpack_image(reader.read(9), "x").image == MAGIC_BYTES * 9
 
 
+@pytest.mark.parametrize("ids", [(0, 0, 0), (7, 8, 7), (1, 2, 2**63)], ids=["all 0", "one twice", "no int64"])
+def test_missing_index_with_ids_that_are_no_keys(tmp_path: Path, ids: tuple[int, ...]) -> None:
+    """Without an .idx, records whose headers have no ids of their own are called by their positions."""
+    path = write(tmp_path, {key: pack_image(1.0, id, b"%d" % key) for key, id in enumerate(ids)})
+    path.with_suffix(".idx").unlink()
+    reader = IndexedRecordReader(path)
+    assert reader.keys.tolist() == [0, 1, 2]
+    assert unpack_image(reader.read(2), "x").image == b"2"
+
+
+def test_missing_index_of_a_large_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Walking it takes minutes, so it shows how far it is; the images of whole records are not read."""
+    records = {key: pack_image(1.0, key, b"\xff" * 50) for key in range(6)} | {9: pack_image(1.0, 9, MAGIC_BYTES)}
+    path = write(tmp_path, records)
+    path.with_suffix(".idx").unlink()
+    split = []
+    read = RecordFile._read_with_end
+    monkeypatch.setattr(RecordFile, "_read_with_end", lambda self, offset: split.append(offset) or read(self, offset))
+    assert RecordFile(path).scan()[0].tolist() == list(records)
+    assert len(split) == 1
+    assert not capsys.readouterr().err
+    monkeypatch.setattr("data.recordio._SCAN_SHOWN", 100)
+    monkeypatch.setattr("data.recordio._HEADS_AT_ONCE", 2)
+    assert RecordFile(path).scan()[0].tolist() == list(records)
+    assert f"index of {path}: 100%" in capsys.readouterr().err
+
+
+def test_a_damaged_record_beside_an_index(tmp_path: Path) -> None:
+    """Where no record begins, the index may be the wrong one: the message says what to do about it."""
+    path = write(tmp_path, {0: b"abcd", 1: b"efgh"})
+    message = r"the \.idx was cut off or is another file's \(move it away, and it is rebuilt\), or the \.rec is damaged"
+    with pytest.raises(RecordError, match=message):
+        RecordFile(path).read(4)
+
+
 def test_reader_travels_to_worker_processes(tmp_path: Path) -> None:
     """A pickled reader maps the file anew instead of carrying its bytes."""
     reader = IndexedRecordReader(write(tmp_path, {0: b"x" * 100_000}))
@@ -107,7 +145,11 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda b: b[:-8], "the file ends at 28: it was cut off"),
-        (lambda b: b"\0" + b[1:], r"no record begins at byte 0 .*the \.rec is damaged"),
+        (
+            lambda b: b"\0" + b[1:] + b,
+            r"no record begins at byte 0 .*: the \.rec is damaged \(.* by data/report\.py --repair",
+        ),
+        (lambda b: b"<!DOCTYPE html> Not found", r"it is no \.rec file, it begins with b'<!DOCTYPE html> ': copy it"),
         (
             lambda b: encode_record(MAGIC_BYTES)[8:] + b,
             "expected the start of a record at byte 0, found a part with cflag",
@@ -137,16 +179,20 @@ def test_damaged_image_header() -> None:
     ("text", "message"),
     [
         ("0\tabc\n", "every line must be"),
-        ("0\n1\n", "found 1 columns"),
-        ("0\t0\n0\t36\n", "key 0 occurs more than once"),
+        ("0\n1\n", "found 1 columns.* move it away"),
+        ("\n\n \n", "has blank lines only: move it away"),
+        ("0\t0\n0\t36\n", r"key 0 occurs more than once .*: move it away.*report.py .*train.rec --repair OUT"),
+        ("0\t0\n1\t36\n2\t36\n", r"records 1 and 2 have the same offset, 36 \(1 such pairs\).* move it away"),
     ],
 )
 def test_damaged_index(tmp_path: Path, text: str, message: str) -> None:
     """An .idx that is no index names itself and what a line should be."""
     (tmp_path / "train.rec").write_bytes(GOLDEN_IMAGE + GOLDEN_MAGICS)
     (tmp_path / "train.idx").write_text(text)
-    with pytest.raises(RecordError, match=message):
-        IndexedRecordReader(tmp_path / "train.rec")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(RecordError, match=message):
+            IndexedRecordReader(tmp_path / "train.rec")
 
 
 def test_file_view_matches_bytes(tmp_path: Path) -> None:

@@ -213,6 +213,46 @@ def test_with_an_unreadable_index(damaged: Path, tmp_path: Path, index: str) -> 
     assert "train.idx" in report.remarks[0]
 
 
+def test_an_index_that_was_cut(tmp_path: Path) -> None:
+    """The records that it lists are reported, with a note of what it does not list; damage alone makes no such note."""
+    rec = tmp_path / "a.rec"
+    with IndexedRecordWriter(rec) as writer:
+        for key in range(1, 9):
+            writer.write(key, pack_image(0.0, key, SPLIT))
+    index = rec.with_suffix(".idx")
+    lines = index.read_text().splitlines(keepends=True)
+    content = bytearray(rec.read_bytes())
+    content[len(content) // 2] ^= 1  # the magic of record 5
+    rec.write_bytes(content)
+    whole = report_on(rec, tmp_path / "out")
+    assert (whole.records, whole.broken, whole.remarks) == (8, 1, [])
+    index.write_text("".join(lines[:6]))
+    cut = report_on(rec, tmp_path / "out")
+    assert (cut.records, cut.broken) == (6, 1)
+    assert f"has no line for {len(content) // 4:,} of the {len(content):,} bytes" in cut.remarks[0]
+
+
+def test_an_index_of_another_set(tmp_path: Path) -> None:
+    """A good .rec beside a foreign .idx is searched, not called broken and repaired to next to nothing; a .rec that was
+    cut off keeps its own.
+    """
+    for name, images in (("a", [JPEG] * 20), ("b", [PNG, JPEG] * 30)):
+        with IndexedRecordWriter(tmp_path / f"{name}.rec") as writer:
+            for key, image in enumerate(images, 1):
+                writer.write(key, pack_image(float(key % 4), key, image))
+    own = (tmp_path / "a.idx").read_bytes()
+    (tmp_path / "a.idx").write_bytes((tmp_path / "b.idx").read_bytes())
+    records, survey = make_report(tmp_path / "a.rec", tmp_path / "out", ReportConfig(check=True), 0)[1:]
+    remarks = json.loads((tmp_path / "out" / "report.json").read_text())["remarks"]
+    assert "a.idx seems to be another file's" in remarks[0]
+    report_module.repair(records, survey, tmp_path / "mended")
+    assert people(open_face_set(tmp_path / "mended")) == [(label, JPEG) for label in range(4) for _ in range(5)]
+    (tmp_path / "a.idx").write_bytes(own)
+    os.truncate(tmp_path / "a.rec", (tmp_path / "a.rec").stat().st_size // 2)
+    report = report_on(tmp_path / "a.rec", tmp_path / "out")
+    assert (report.images, report.broken, report.remarks) == (10, 10, [])
+
+
 def test_keys_that_occur_twice(tmp_path: Path) -> None:
     """Training refuses such a set, the report says so, and repair makes a good one of it."""
     with IndexedRecordWriter(tmp_path / "a.rec") as writer:
@@ -239,12 +279,22 @@ def test_identity_records_beyond_float32(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"\0" * 4, b"no records here, but long enough for one", MAGIC_BYTES])
 def test_a_file_without_any_record(tmp_path: Path, content: bytes) -> None:
-    """With an .idx all its records are broken; without, there is nothing to report on, and that is an error."""
+    """With or without an .idx there is nothing to report on, and that is an error."""
     rec = tmp_path / "a.rec"
     rec.write_bytes(content)
     with pytest.raises(RecordError, match=r"a\.rec holds no record"):
         report_on(rec, tmp_path / "out")
     rec.with_suffix(".idx").write_text("0\t0\n1\t40\n")
+    with pytest.raises(RecordError, match=r"a\.rec holds no record"):
+        report_on(rec, tmp_path / "out")
+
+
+def test_a_set_of_broken_images_only(tmp_path: Path) -> None:
+    """The report is written all the same; repair has nothing to write, and says so."""
+    rec = tmp_path / "a.rec"
+    with IndexedRecordWriter(rec) as writer:
+        for key in range(2):
+            writer.write(key, pack_image(0.5, key, PNG))
     report = report_on(rec, tmp_path / "out", check=True)
     assert (report.images, report.broken, report.identities, report.sizes) == (0, 2, 0, {})
     assert not (tmp_path / "out" / "faces.png").exists()

@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from utils.scripts import readable_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("data", "dataset_merge", "models", "utils")
@@ -38,6 +41,26 @@ def test_scripts_start_from_any_directory(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "--model.network" in done.stdout
     assert "--train.batch-size" in done.stdout
+
+
+def test_a_warning_is_one_line() -> None:
+    """It shows no line of the source, and outside of scripts warnings are as they were."""
+    before = warnings.formatwarning
+    with readable_errors("pack_set", ""):
+        shown = warnings.formatwarning(UserWarning("the disk is slow"), UserWarning, __file__, 1)
+    assert shown == "pack_set: warning: the disk is slow\n"
+    assert warnings.formatwarning is before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs SIGBUS")
+def test_a_bus_error_shows_where_it_came() -> None:
+    """A read error of a mapped file in the main process ends it with its place in the program, not without a word."""
+    program = (
+        "import os\nfrom utils.scripts import readable_errors\nwith readable_errors('a', 'b'): os.kill(os.getpid(), 7)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "Fatal Python error: Bus error" in done.stderr
+    assert done.returncode == -7
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "/" in script])

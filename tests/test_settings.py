@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
@@ -201,6 +202,18 @@ def test_positional_field(argv: list[str]) -> None:
 def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: list[str], message: str) -> None:
     """An unknown flag (abbreviations are) or a wrong value ends with a message that names it."""
     assert message in error_of(capsys, *argv)
+
+
+def test_a_path_with_a_comma(tmp_path: Path) -> None:
+    """A text that is a path is one, commas or not; all else is split, names included that are too long for a path."""
+    (tmp_path / "a,b").mkdir()
+
+    def root(text: str) -> tuple[str, ...]:
+        return parse_settings(config.Config, {}, ("train",), "Trains", ["--data.root", text]).data.root
+
+    assert root(f"{tmp_path}/a,b") == (f"{tmp_path}/a,b",)
+    assert root(f"{tmp_path}/a,{tmp_path}/b") == (f"{tmp_path}/a", f"{tmp_path}/b")
+    assert len(root(",".join(["x"] * 500))) == 500
 
 
 def test_help_is_the_comments(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from config import Config, LossConfig, ModelConfig, TrainConfig
 from data.augment import Chances
 from data.face_sets import FaceSetError, open_training_set, write_face_set
-from data.images import decode_rgb
+from data.image_sizes import require_size
+from data.images import decode_rgb, encode_png
 from data.loading import flips
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin
@@ -309,6 +310,48 @@ def test_a_run_does_not_go_on_with_other_people(tiny_set: Path, tiny_begun: Path
         train(configure(tmp_path / "folders", tmp_path, train__resume=str(tiny_begun), train__epochs=2))
 
 
+def test_a_set_of_another_size_is_refused_at_once(tiny_set: Path, tmp_path: Path) -> None:
+    """One line that says what to set, before anything is written, not a line for each image; a few images of another
+    size are left to `data.broken_limit`, and `data.resize` takes all.
+    """
+    message = r"data\.root: .*: 48 of 48 images that were looked at do not have 48x48 pixels; 48 have 32x32: .*resize"
+    with pytest.raises(FaceSetError, match=message):
+        train(configure(tiny_set, tmp_path, data__image_size=48))
+    assert not list(tmp_path.iterdir())
+    with write_face_set(tmp_path / "mixed", 32) as out:
+        for identity in range(4):
+            out.add_identity([b"broken", encode_png(np.zeros((16, 16, 3), np.uint8)), tiny_face(identity, 0)])
+    faces = open_training_set([tmp_path / "mixed"], 1)
+    require_size(faces, 32, most=6)
+    with pytest.raises(FaceSetError, match="4 of 8 images"):
+        require_size(faces, 32, most=5)
+
+
+def test_joined_sets_may_move(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on several sets goes on with other spellings of their paths, and one of an older version, whose notes have
+    the paths, with the same spelling; the sets in another order are other people, and refused.
+    """
+    more = tmp_path / "more"
+    with write_face_set(more, 32) as out:
+        out.add_identity(tiny_face(200, shot) for shot in range(3))
+        out.add_identity(tiny_face(201, shot) for shot in range(2))
+
+    def go(epochs: int, roots: tuple[str, ...], resume: str) -> Path:
+        few = {"data__root": roots, "data__min_images": 3}
+        return train(configure(tiny_set, tmp_path, **few, train__epochs=epochs, train__resume=resume))
+
+    with monkeypatch.context() as older:
+        older.setattr("train.identity_keys", lambda faces: faces.identities)
+        run = go(1, (str(tiny_set), str(more)), "")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TrainingError, match="does not have the identities"):
+        go(2, (str(tiny_set), "more"), str(run))
+    go(2, (str(tiny_set), str(more)), str(run))
+    go(3, (str(tiny_set), "more"), str(run))
+    with pytest.raises(TrainingError, match="does not have the identities"):
+        go(4, ("more", str(tiny_set)), str(run))
+
+
 def test_going_on_does_not_need_the_weights_it_began_with(tiny_set: Path, tmp_path: Path, tiny_begun: Path) -> None:
     """A fine-tuned run resumes after the file of `train.init` is gone: its checkpoint has every weight."""
     start = tmp_path / "start.safetensors"
@@ -407,7 +450,11 @@ def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_
         ({"train__batch_size": 1000}, TrainingError, "has only 48 images"),
         ({"data__verification": ("/nowhere.bin",)}, TrainingError, r"data\.verification: .*nowhere\.bin"),
         ({"data__verification": ("TINY", "TINY")}, TrainingError, r"two sets have the same name \(tiny, tiny\)"),
-        ({"data__image_size": 48}, ValueError, r"image A of pair 0 is 32x32 pixels, expected 48x48"),
+        (
+            {"data__image_size": 48, "data__resize": True},
+            ValueError,
+            r"image A of pair 0 is 32x32 pixels, expected 48x48",
+        ),
         ({"model__network": "r49"}, ValueError, r"model\.network: there is no network 'r49'.*; there are r18"),
         ({"train__resume": "/nowhere"}, TrainingError, "/nowhere has no checkpoint"),
         ({"common__device": "abacus"}, ValueError, r"common\.device"),

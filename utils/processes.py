@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -16,6 +16,13 @@ ITEMS_PER_WORKER = 4
 
 class WorkerError(OSError):
     """A worker process ended without an answer."""
+
+
+def cause_of_death(exit_codes: Iterable[int | None]) -> str:
+    """What the exit codes of worker processes, of which one died, say about the reason."""
+    if hasattr(signal, "SIGBUS") and -signal.SIGBUS in exit_codes:
+        return "a worker process died of a bus error: a file could not be read (disk error?), or changed while in use"
+    return "a worker process died (out of memory?); try fewer with --workers"
 
 
 def worker_count(workers: int) -> int:
@@ -85,7 +92,9 @@ def _executor(workers: int, initialise: Callable[..., None], arguments: tuple) -
         try:
             yield pool
         except BrokenProcessPool:
-            raise WorkerError("a worker process died (out of memory?); try fewer with --workers") from None
+            processes = list((pool._processes or {}).values())  # the pool itself does not tell how they ended
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise WorkerError(cause_of_death(process.exitcode for process in processes)) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 

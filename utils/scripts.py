@@ -1,19 +1,27 @@
 """What every script does about errors: one line that says what is wrong, and no traceback for a user's mistake."""
 
+import faulthandler
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 @contextmanager
 def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
-    """End the program with `script: message` for errors of input, files and settings, and for Ctrl-C.
+    """End the program with `script: message` for errors of input, files and settings, and for Ctrl-C; warnings are a
+    line each, too.
 
     `when_interrupted` says what an interrupted run left behind; an interrupt's own message comes before it.
     Errors of other kinds are faults of the program and keep their traceback.
     """
     # In a log file, too, a line should appear when it is printed.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # A read error of a mapped file is a signal that no exception stands for: show at least where it came.
+    if not faulthandler.is_enabled():
+        faulthandler.enable()
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"{script}: warning: {message}\n"
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -21,3 +29,5 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         sys.exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
         sys.exit(f"{script}: {error}")
+    finally:
+        warnings.formatwarning = before

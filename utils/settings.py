@@ -16,6 +16,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -221,8 +222,15 @@ def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: 
 def _converter(hint: Any) -> Callable[[str], Any]:
     words, hint = _words(hint)
     if get_origin(hint) is tuple:
-        convert_item = _converter(get_args(hint)[0])
-        return lambda text: tuple(convert_item(item) for item in text.split(",") if item)
+        item_type = get_args(hint)[0]
+        convert_item = _converter(item_type)
+
+        def convert_all(text: str) -> tuple:
+            if item_type is str and "," in text and _is_path(text):  # one whose name has a comma
+                return (text,)
+            return tuple(convert_item(item) for item in text.split(",") if item)
+
+        return convert_all
     if get_origin(hint) is Literal:
         return str  # the section says which values there are
 
@@ -236,6 +244,13 @@ def _converter(hint: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {text!r}") from None
 
     return convert
+
+
+def _is_path(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long, say, for a name
+        return False
 
 
 def _with_dashes(argv: Sequence[str] | None) -> list[str]:
