@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,11 @@ def test_torchscript(tested_run: Path, faces: torch.Tensor, tmp_path: Path, flag
     torch.testing.assert_close(load_embedder(path, CPU).embed(faces, mirror=False), expected, atol=atol, rtol=0)
     stated = json.loads(extra["metadata.json"])
     assert stated["normalisation"].endswith("inside this file" if folded else "to be done by the caller")
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    assert not [name for name in records if name.endswith(".debug_pkl")]
+    for folder in (Path(__file__).parents[1], Path(torch.__file__).parent, tested_run):
+        assert not [name for name, data in records.items() if str(folder).encode() in data]
 
 
 def test_safetensors(tested_run: Path, source: Source, faces: torch.Tensor, tmp_path: Path) -> None:
