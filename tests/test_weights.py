@@ -23,7 +23,7 @@ from models.weights.reading import strip_prefixes
 from models.weights.recognition import Shapes, recognise
 from test_backbones_keys import edgeface_shapes, ir_shapes, mbf_shapes, vit_shapes
 from test_networks import UNITS, iresnet_shapes
-from utils.checkpoints import CheckpointError
+from utils.checkpoints import CheckpointError, Progress, save_backbone
 from utils.exporting.source import load_source
 
 PUBLISHED: dict[str, Shapes] = {
@@ -127,6 +127,7 @@ def optimizer() -> dict[str, Any]:
     return {"state": {i: {"momentum_buffer": torch.zeros(1)} for i in range(300)}, "param_groups": [{"lr": 0.1}]}
 
 
+@pytest.mark.filterwarnings("ignore:.*taken for RGB")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_wrappers(tmp_path: Path, wrapper: str, legacy: bool) -> None:
@@ -218,16 +219,44 @@ def test_the_order_of_evolve_and_treb1en_is_doubted(tmp_path: Path) -> None:
         UserWarning, match=r"model\.pth is face\.evoLVe's.*taken for RGB; say --model\.colour rgb or bgr"
     ):
         np.testing.assert_allclose(features(tmp_path / "model.pth"), expected(network), rtol=1e-3, atol=1e-4)
+    other = copy.deepcopy(network)
     with pytest.warns(UserWarning, match="nothing in it says which"):
-        load_weights(copy.deepcopy(network), tmp_path / "model.pth", "evolve_ir50")
+        load_weights(other, tmp_path / "model.pth", "evolve_ir50")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = features(tmp_path / "model.pth", colour="bgr")
-        torch.save(small_ir().state_dict(), tmp_path / "tface.pth")
-        features(tmp_path / "tface.pth")
+        load_weights(other, tmp_path / "model.pth", "evolve_ir50", colour="bgr")
     np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(expected(other), expected(network, "bgr"), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_ir_weights_without_notes_are_doubted(tmp_path: Path, prefix: str) -> None:
+    """AdaFace's network saved alone has the names of TFace's, and takes BGR: not taken for RGB in silence."""
+    network = small_ir()
+    torch.save(prefixed(network.state_dict(), prefix), tmp_path / "model.pth")
+    with pytest.warns(UserWarning, match=r"model\.pth is TFace's.*or AdaFace's.*say --model\.colour rgb or bgr"):
+        np.testing.assert_allclose(features(tmp_path / "model.pth"), expected(network), rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = features(tmp_path / "model.pth", colour="bgr")
+        torch.save(create_network("r18", 32, 32).state_dict(), tmp_path / "insightface.pth")
+        features(tmp_path / "insightface.pth")
+    np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-4, atol=1e-5)
+
+
+def test_bgr_is_turned_around_under_a_networks_own_prefix(tmp_path: Path) -> None:
+    """EdgeFace's own names begin with `model.`: the first convolution is found all the same in a file of ours."""
+    torch.manual_seed(0)
+    network = create_network("edgeface_xxs", 32, 32).eval()
+    settings = '{"model": {"network": "edgeface_xxs", "embedding_size": 32}, "data": {"image_size": 32}}'
+    save_backbone(tmp_path / "x.safetensors", network, settings, Progress(1, 0.5))
+    found = features(tmp_path / "x.safetensors", colour="bgr")
+    np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-3, atol=1e-4)
+    assert np.abs(found - expected(network)).max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:.*taken for RGB")
 def test_safetensors_with_notes_of_others(tmp_path: Path) -> None:
     """`settings` that are no JSON, or no settings, are somebody else's: the weights load by their names."""
     network = small_ir()

@@ -27,10 +27,11 @@ from models.weights.recognition import (
     recognise,
     shapes_of,
 )
+from models.weights.tface import tface
 from utils.checkpoints import CheckpointError, load_backbone
 
 #: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
-ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, mxnet_mobilefacenet)
+ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, tface, mxnet_mobilefacenet)
 
 
 @dataclass(frozen=True)
@@ -67,28 +68,21 @@ def load_network(
         origin = read_origin(file)
         known = _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
     module = create_network(known.network, known.embedding_size, known.image_size)
-    if colour == "auto" and origin.doubt:
-        warnings.warn(origin.doubt, stacklevel=3)
-    chosen = origin.colour if colour == "auto" else colour
-    _fill(module, for_rgb(origin.state, module) if chosen == "bgr" else origin.state, file, str(known))
+    _fill(module, _state_for_rgb(origin, module, colour), file, str(known))
     inputs = InputSpec(origin.normalisation if normalisation == "auto" else normalisation)  # type: ignore[arg-type]
     return Loaded(module, known.network, known.embedding_size, known.image_size, inputs)
 
 
-def load_weights(module: nn.Module, path: Path | str, network: str) -> None:
+def load_weights(module: nn.Module, path: Path | str, network: str, colour: str = "auto") -> None:
     """Fill `module`, a network called `network`, with the weights at `path`: a run folder (its best), a `.safetensors`,
-    or a checkpoint of any kind that load_network knows. The network takes RGB afterwards.
+    or a checkpoint of any kind that load_network knows. The network takes RGB afterwards; `colour` as in load_network.
 
     Raises CheckpointError for a path that holds no such weights.
     """
+    check_choices("auto", colour)
     file = model_file(path)
-    if _is_ours(file):
-        _fill(module, load_backbone(file)[0], file, network)
-        return
-    origin = read_origin(file)
-    if origin.doubt:
-        warnings.warn(origin.doubt, stacklevel=3)
-    _fill(module, for_rgb(origin.state, module) if origin.colour == "bgr" else origin.state, file, network)
+    origin = Origin(load_backbone(file)[0]) if _is_ours(file) else read_origin(file)
+    _fill(module, _state_for_rgb(origin, module, colour), file, network)
 
 
 def read_origin(file: Path) -> Origin:
@@ -101,13 +95,23 @@ def read_origin(file: Path) -> Origin:
     return Origin(checkpoint.state)
 
 
+def _state_for_rgb(origin: Origin, module: nn.Module, colour: str) -> Mapping[str, Tensor]:
+    """The weights for `module` to take RGB, `colour` being what they were trained on, with a warning where that is
+    neither said nor known.
+    """
+    if colour == "auto" and origin.doubt:
+        warnings.warn(origin.doubt, stacklevel=4)
+    chosen = origin.colour if colour == "auto" else colour
+    return for_rgb(origin.state, module) if chosen == "bgr" else origin.state
+
+
 def for_rgb(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """The weights of a network that takes BGR for the same network, `module`, to take RGB: its first convolution sees
     the channels the other way round.
     """
     own = strip_prefixes(module.state_dict())
     first = next(name for name, value in own.items() if value.dim() == 4 and value.shape[1] == 3)
-    return {name: value.flip(1) if name == first else value for name, value in state.items()}
+    return {name: value.flip(1) if name == first else value for name, value in strip_prefixes(state).items()}
 
 
 def _is_ours(file: Path) -> bool:
