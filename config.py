@@ -644,7 +644,7 @@ class ExportConfig:
     """Writing a model for other programs."""
 
     # Run folder, or weights of any kind that test.model takes. Empty: the newest run's best.
-    model: tuple[str, ...] = field(default=(), metadata={"positional": True})
+    model: tuple[str, ...] = field(default=(), metadata={"positional": True, "aliases": ("--model",)})
     # onnx and torchscript hold the network and its weights; safetensors the weights and the settings; hub is a folder
     # to upload: safetensors, config.json and a model card.
     format: Literal["onnx", "safetensors", "torchscript", "hub"] = "onnx"

@@ -291,6 +291,20 @@ def test_what_cannot_be_exported_says_so(
         export(source, tmp_path / "y.onnx", options())
 
 
+def test_how_a_model_is_named(tested_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its place or by --model, as messages say; what another script tests is not what is exported, nor ignored."""
+    output = tmp_path / "x.safetensors"
+    script.main(["--model", str(tested_run), "--format", "safetensors", "--output", str(output), *FLAGS])
+    assert f"model: {tested_run}: demo" in capsys.readouterr().out
+    assert output.exists()
+    with pytest.raises(
+        SystemExit, match=r"test\.model is what all_pair_test\.py tests: to export it, --model elsewhere"
+    ):
+        script.main(["--test.model", "elsewhere", "--format", "safetensors", *FLAGS])
+    with pytest.raises(SystemExit, match="or give --model$"):
+        script.main(["--common.runs", str(tmp_path), *FLAGS])
+
+
 def test_default_outputs(tested_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the run's folder; for weights from elsewhere in a folder of their own. Names tell the variants apart."""
     runs = Path("runs")

@@ -209,6 +209,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with readable_errors("export", "nothing was written"):
         config = parse_settings(Config, PRESETS, ("export", "common"), __doc__, argv)
         options = config.export
+        if config.test.model and not options.model:
+            raise ExportError(
+                f"test.model is what all_pair_test.py tests: to export it, --model {config.test.model[0]}"
+            )
         print(describe(config, ("export",)))
         path = Path(options.model[0]) if options.model else newest_run(Path(config.common.runs))
         source = load_source(
