@@ -301,7 +301,7 @@ def test_how_a_model_is_named(tested_run: Path, tmp_path: Path, capsys: pytest.C
         SystemExit, match=r"test\.model is what all_pair_test\.py tests: to export it, --model elsewhere"
     ):
         script.main(["--test.model", "elsewhere", "--format", "safetensors", *FLAGS])
-    with pytest.raises(SystemExit, match="or give --model$"):
+    with pytest.raises(SystemExit, match=r"or give --model$"):
         script.main(["--common.runs", str(tmp_path), *FLAGS])
 
 

@@ -158,9 +158,14 @@ def test_torch_hub_networks(tiny_run: Path, tmp_path: Path) -> None:
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
     other = create_network("demo", 16, 32)
     torch.save(other.state_dict(), tmp_path / "backbone.pth")
-    loaded = hub("demo", weights=tmp_path / "backbone.pth", embedding_size=16, image_size=32)
-    for name, value in other.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
+    for sizes in ({}, {"embedding_size": 16, "image_size": 32}):
+        loaded = hub("demo", weights=tmp_path / "backbone.pth", **sizes)
+        for name, value in other.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+    first = next(name for name, value in other.state_dict().items() if value.dim() == 4)
+    turned = hub("demo", weights=tmp_path / "backbone.pth", colour="bgr")
+    assert torch.equal(turned.state_dict()[first], other.state_dict()[first].flip(1))
+    assert hub("demo", weights=tiny_run)(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
 
 
 def test_torch_hub_says_what_hides_our_packages(monkeypatch: pytest.MonkeyPatch) -> None:

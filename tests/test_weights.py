@@ -296,9 +296,24 @@ def test_first_weights_of_another_network_are_named(tmp_path: Path) -> None:
     with torch.device("meta"):
         module = create_network("r18", 32, 32)
     with pytest.raises(
-        CheckpointError, match=r"not hold the weights of r18; it looks like ir18, 32-d, .* ir18\. missi"
+        CheckpointError, match=r"not hold the weights of r18, 32-d, .*; it looks like ir18, 32-d, .* ir18\. missi"
     ):
         load_weights(module, tmp_path / "x.pth", "r18")
+
+
+@pytest.mark.parametrize(
+    ("dimension", "size", "flags"),
+    [
+        (512, 112, "--model.embedding-size 32 --data.image-size 48"),
+        (32, 112, "--data.image-size 48"),
+        (512, 48, "--model.embedding-size 32"),
+    ],
+)
+def test_first_weights_of_another_size_are_told_by_it(tmp_path: Path, dimension: int, size: int, flags: str) -> None:
+    """The network's name was right: the settings that differ are named, and no others."""
+    torch.save(create_network("demo", 32, 48).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"it looks like demo, 32-d, for faces of 48x48: say {flags}\. "):
+        load_weights(create_network("demo", dimension, size), tmp_path / "x.pth", "demo")
 
 
 def test_weights_of_nothing_known(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def load_network(
         origin = read_origin(file)
         known = _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
     module = create_network(known.network, known.embedding_size, known.image_size)
-    _fill(module, _state_for_rgb(origin, module, colour), file, str(known))
+    _fill(module, _state_for_rgb(origin, module, colour), file, known.network)
     inputs = InputSpec(origin.normalisation if normalisation == "auto" else normalisation)  # type: ignore[arg-type]
     return Loaded(module, known.network, known.embedding_size, known.image_size, inputs)
 
@@ -83,6 +83,13 @@ def load_weights(module: nn.Module, path: Path | str, network: str, colour: str 
     file = model_file(path)
     origin = Origin(load_backbone(file)[0]) if _is_ours(file) else read_origin(file)
     _fill(module, _state_for_rgb(origin, module, colour), file, network)
+
+
+def recognise_weights(path: Path | str, network: str) -> Recognised | None:
+    """What the network called `network` is created with for the weights at `path`; None where they are not its."""
+    file = model_file(path)
+    state = load_backbone(file)[0] if _is_ours(file) else read_origin(file).state
+    return recognise(shapes_of(state), (network,), 112)
 
 
 def read_origin(file: Path) -> Origin:
@@ -154,7 +161,18 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, network: s
     state = {**counters, **{stripped.get(name, name): value for name, value in strip_prefixes(state).items()}}
     expected, found = shapes_of(own), shapes_of(state)
     if expected != found:
-        known = recognise(found, NETWORKS, 112)
-        looks = f"; it looks like {known}: say --model.network {known.network}" if known else ""
-        raise CheckpointError(f"{file} does not hold the weights of {network}{looks}. {differences(found, expected)}")
+        known, wanted = recognise(found, NETWORKS, 112), recognise(expected, (network,), 112)
+        looks = f"; it looks like {known}: say {_flags(known, wanted)}" if known else ""
+        raise CheckpointError(
+            f"{file} does not hold the weights of {wanted or network}{looks}. {differences(found, expected)}"
+        )
     module.load_state_dict(state)
+
+
+def _flags(known: Recognised, wanted: Recognised | None) -> str:
+    """The settings in which `known`, what a file holds, differs from `wanted`, what was made for it."""
+    settings = {"network": "model.network", "embedding_size": "model.embedding-size", "image_size": "data.image-size"}
+    given = asdict(wanted) if wanted else {}
+    return " ".join(
+        f"--{settings[field]} {value}" for field, value in asdict(known).items() if value != given.get(field)
+    )
