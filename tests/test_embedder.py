@@ -17,8 +17,9 @@ from models import create_network
 from models.backbones.mobilefacenet_original import OriginalMobileFaceNet
 from models.embedders import InputSpec, NetworkEmbedder, OnnxEmbedder, TorchScriptEmbedder, load_embedder
 from models.embedders.onnx_file import INPUTS_KEY
-from models.embedders.torchscript import EXTRA_FILE, is_torchscript
+from models.embedders.torchscript import EXTRA_FILE
 from models.weights import load_network
+from models.weights.reading import is_torchscript
 from utils.checkpoints import CheckpointError, Progress, save_backbone
 
 CPU = torch.device("cpu")

@@ -316,6 +316,19 @@ def test_first_weights_of_another_size_are_told_by_it(tmp_path: Path, dimension:
         load_weights(create_network("demo", dimension, size), tmp_path / "x.pth", "demo")
 
 
+def test_programs_are_no_first_weights(tmp_path: Path) -> None:
+    """ONNX and TorchScript files embed, but start no training: said as that, with no advice to unpickle them."""
+    (tmp_path / "x.onnx").write_bytes(b"weights of a kind")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, kind in (("x.onnx", "an ONNX file"), ("x.pt", "a TorchScript file")):
+            with pytest.raises(CheckpointError, match=rf"{name} is {kind}, a finished program.*name the weights"):
+                load_weights(small_ir(), tmp_path / name, "ir18")
+
+
 def test_weights_of_nothing_known(tmp_path: Path) -> None:
     """They say how they begin."""
     torch.save({f"strange.{i}": torch.zeros(1) for i in range(9)}, tmp_path / "x.pth")

@@ -5,6 +5,7 @@ comes from DataParallel, a compiler, or a training module. What is left here is 
 """
 
 import pickle
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,22 @@ def model_file(path: Path | str) -> Path:
     return file
 
 
+def is_torchscript(path: Path) -> bool:
+    """Whether the file holds a program: an archive of torch.jit.save has code and constants, a state dict has none."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.split("/")[1:] == ["constants.pkl"] for name in archive.namelist())
+
+
 def read_checkpoint(file: Path) -> Checkpoint:
     """The weights in `file`. Raises CheckpointError unless it holds tensors by name, and nothing that needs code."""
+    if file.suffix == ".onnx" or is_torchscript(file):
+        kind = "an ONNX file" if file.suffix == ".onnx" else "a TorchScript file"
+        raise CheckpointError(
+            f"{file} is {kind}, a finished program: it can be tested and merged with, but its weights fill no network "
+            "here; name the weights that it was made from"
+        )
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     names = unwrap(content, file)
     return Checkpoint(file, content, names, strip_prefixes(names))

@@ -12,9 +12,9 @@ from torch import nn
 
 from models.embedders import NetworkEmbedder
 from models.embedders.network import PRECISIONS
-from models.embedders.torchscript import is_torchscript
 from models.inputs import Normalisation
 from models.weights import load_network, model_file
+from models.weights.reading import is_torchscript
 from utils.checkpoints import BEST, HUB_WEIGHTS
 from utils.exporting.exportable import ExportError
 from utils.exporting.facts import ModelFacts, publishable
