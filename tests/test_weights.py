@@ -346,6 +346,37 @@ class Evil:
         return Path.touch, (self.mark,)
 
 
+@pytest.mark.parametrize("legacy", [False, True])
+def test_harmless_notes_are_passed_over(tmp_path: Path, legacy: bool) -> None:
+    """Accuracies as numpy's numbers and arrays, paths among the options: nothing of them is needed, or made."""
+    network = create_network("demo", 16, 32)
+    notes = {"acc": np.float64(0.5), "all": np.zeros((3, 2)), "names": np.array(["a", None]), "from": Path("a") / "b"}
+    content = {"state_dict": network.state_dict(), **notes}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    loaded = load_network(tmp_path / "x.pth", image_size=32)
+    for name, value in network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"x\.pth is no file of torch\.save: it is empty$"),
+        (b"<!doctype html>", r"x\.pth is no file of torch\.save: it begins with b'<!doctype html>'$"),
+        (b"hello world, this is text", r"is no file of torch\.save: it begins with b'hello"),
+        (b"PK\x03\x04 cut off", r"x\.pth is damaged: it was not loaded\. torch said: PytorchStreamReader"),
+        (b"\x80\x02", r"x\.pth is damaged: it was not loaded"),
+        (pickle.dumps({"a": Path}, 2), r"x\.pth holds more than tensors \(pathlib\.Path\): it was not loaded"),
+    ],
+)
+def test_refusals_say_why(tmp_path: Path, content: bytes, message: str) -> None:
+    """What is wrong with the file, without torch's page of advice and its codes for terminals."""
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_network(tmp_path / "x.pth")
+    assert "\x1b" not in str(caught.value)
+
+
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "network"])
 def test_nothing_in_a_file_is_run(tmp_path: Path, kind: str) -> None:
     """Whatever pickles more than tensors is refused, with what to do; Lightning's notes make no exception of code."""
