@@ -390,7 +390,8 @@ class TestConfig:
     hardest: int = 24
     # Seed of all samples and draws.
     seed: int = 0
-    # Folder for report and pictures. Empty: `test` in the run's folder, or `runs/test-NAME` for foreign models.
+    # Folder for report and pictures. Empty: `test` in the run's folder, or `runs/test-NAME` for foreign models and for
+    # folders that are to be uploaded.
     output: str = ""
 
     def __post_init__(self) -> None:

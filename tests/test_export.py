@@ -17,6 +17,7 @@ import torch
 from onnx import helper
 from torch import nn
 
+import all_pair_test
 from config import Config
 from data.face_sets import FaceSetError
 from models import create_network, load_embedder
@@ -316,6 +317,20 @@ def test_default_outputs(tested_run: Path, tmp_path: Path, monkeypatch: pytest.M
         assert script.default_output(tested_run, "tiny", options(**settings), runs) == tested_run / "export" / name
     elsewhere = script.default_output(tmp_path / "backbone.pth", "backbone", options(format="torchscript"), runs)
     assert elsewhere == runs / "export-backbone" / "backbone.pt"
+
+
+def test_nothing_is_written_into_a_folder_to_upload(tmp_path: Path) -> None:
+    """Following its model card, whoever tests it would upload pictures of faces with it."""
+    folder, runs = tmp_path / "face-model", Path("runs")
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).touch()
+    for model in (folder, folder / "model.safetensors"):
+        assert all_pair_test.default_output(model, runs) == runs / "test-face-model"
+        assert script.default_output(model, "face-model", options(), runs) == runs / "export-face-model/face-model.onnx"
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    for model in (folder, folder / "best.safetensors"):
+        assert all_pair_test.default_output(model, runs) == folder / "test"
 
 
 def test_settings_of_a_hub_folder_are_settings(tested_run: Path, faces: torch.Tensor, tmp_path: Path) -> None:

@@ -67,6 +67,14 @@ def newest_run(runs: Path) -> Path:
     return found[-1].parent
 
 
+def run_of(model: Path) -> Path | None:
+    """The folder of the run that `model`, its folder or a file in it, comes from; None for a model from elsewhere, and
+    for a folder that is to be uploaded, to which nothing is added.
+    """
+    folder = model if model.is_dir() else model.parent
+    return folder if (folder / CONFIG).exists() and not (folder / HUB_WEIGHTS).exists() else None
+
+
 def settings_beside(model: Path) -> Settings:
     """The settings of the run that `model`, its folder or a file in it, comes from; none for a model from elsewhere."""
     file = (model if model.is_dir() else model.parent) / CONFIG
