@@ -258,9 +258,12 @@ def test_bgr_is_turned_around_under_a_networks_own_prefix(tmp_path: Path) -> Non
 
 @pytest.mark.filterwarnings("ignore:.*taken for RGB")
 def test_safetensors_with_notes_of_others(tmp_path: Path) -> None:
-    """`settings` that are no JSON, or no settings, are somebody else's: the weights load by their names."""
+    """`settings` that are no JSON, or lack what a network is made with, are somebody else's: the weights load by their
+    names.
+    """
     network = small_ir()
-    for text in ("lr=0.1", "[1]"):
+    ours = '{"model": {"network": "ir18", "embedding_size": "32"}, "data": {"image_size": 32}}'
+    for text in ("lr=0.1", "[1]", "{}", '{"model": {}}', '{"model": {"network": "ir18"}, "data": []}', ours):
         save_file(network.state_dict(), tmp_path / "x.safetensors", {"settings": text})
         np.testing.assert_allclose(features(tmp_path / "x.safetensors"), expected(network), rtol=1e-4, atol=1e-5)
         assert load_source(tmp_path / "x.safetensors", "auto", "ir18", 32, 32, "").facts.settings == {}

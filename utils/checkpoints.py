@@ -59,6 +59,19 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["settings"])
 
 
+def run_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings by section and field in what a `.safetensors` says of itself; {} where there are none from which a
+    network can be made: the metadata are somebody else's then.
+    """
+    try:
+        settings = json.loads(metadata.get("settings", "null"))
+        model, size = settings["model"], settings["data"]["image_size"]
+        known = [(model["network"], str), (model["embedding_size"], int), (size, int)]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return settings if all(isinstance(value, kind) for value, kind in known) else {}
+
+
 def newest_run(runs: Path) -> Path:
     """The run folder with the newest best model. Raises CheckpointError when there is none."""
     found = sorted(runs.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)

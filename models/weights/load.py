@@ -1,11 +1,9 @@
 """Networks filled with weights from files."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -28,7 +26,7 @@ from models.weights.recognition import (
     shapes_of,
 )
 from models.weights.tface import tface
-from utils.checkpoints import CheckpointError, load_backbone
+from utils.checkpoints import CheckpointError, load_backbone, run_settings
 
 #: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
 ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, tface, mxnet_mobilefacenet)
@@ -127,13 +125,10 @@ def _is_ours(file: Path) -> bool:
         return False
     try:
         with safe_open(file, "pt") as tensors:
-            metadata: dict[str, Any] = tensors.metadata() or {}
+            metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
-    try:
-        return isinstance(json.loads(metadata.get("settings", "null")), dict)
-    except ValueError:  # somebody else's metadata
-        return False
+    return bool(run_settings(metadata))
 
 
 def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, image_size: int) -> Recognised:
