@@ -20,7 +20,7 @@ from models import create_network, load_embedder
 from models.backbones import NETWORKS
 from models.weights import load_network, load_weights
 from models.weights.reading import strip_prefixes
-from models.weights.recognition import Shapes, recognise
+from models.weights.recognition import Recognised, Shapes, expected_shapes, recognise
 from test_backbones_keys import edgeface_shapes, ir_shapes, mbf_shapes, vit_shapes
 from test_networks import UNITS, iresnet_shapes
 from utils.checkpoints import CheckpointError, Progress, save_backbone
@@ -92,11 +92,36 @@ def test_published_files_load_unchanged(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(value, state[key].to(value.dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("size", "dimension"), [(112, 512), (112, 128), (224, 512), (96, 256)])
-def test_sizes_are_told_from_the_shapes(size: int, dimension: int) -> None:
-    """The size of the faces and of the embeddings, whatever is hinted."""
-    known = recognise(iresnet_shapes(UNITS["r18"], dimension, size // 16), NETWORKS, 112)
-    assert (known.network, known.embedding_size, known.image_size) == ("r18", dimension, size)  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    ("name", "size", "dimension"),
+    [
+        ("r18", 112, 512),
+        ("r18", 112, 128),
+        ("r18", 224, 512),
+        ("r18", 96, 256),
+        ("r18", 288, 512),
+        ("ir18", 16, 8),
+        ("mbf", 320, 32),
+        ("mobilefacenet_xiaoccer", 224, 128),
+        ("vit_t", 54, 512),
+        ("vit_t", 224, 512),
+        ("vit_t", 400, 16),
+    ],
+)
+def test_sizes_are_told_from_the_shapes(name: str, size: int, dimension: int) -> None:
+    """The size of the faces and of the embeddings, whatever is hinted; old files, without counters, too."""
+    shapes = expected_shapes(name, dimension, size)
+    old = {key: shape for key, shape in shapes.items() if not key.endswith("num_batches_tracked")}
+    for found in (shapes, old):
+        for hint in (112, 64):
+            assert recognise(found, NETWORKS, hint) == Recognised(name, dimension, size)
+
+
+def test_a_size_among_several_with_the_same_weights(tmp_path: Path) -> None:
+    """What a vision transformer sees are whole patches: the size that is said holds where it fits."""
+    shapes = expected_shapes("vit_t", 512, 54)
+    assert recognise(shapes, ("vit_t",), 60) == Recognised("vit_t", 512, 60)
+    assert recognise(shapes, ("vit_t",), 63) == Recognised("vit_t", 512, 54)
 
 
 WRAPPERS: dict[str, Any] = {
