@@ -86,7 +86,7 @@ def used_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
     used = {section: dict(fields) for section, fields in settings.items()}
     if "loss" in used:
         loss = used["loss"]
-        of_the_head = {name: loss[name] for name in ("sub_centers", "sample_rate") if name in loss}
+        of_the_head: dict[str, Any] = {name: loss[name] for name in ("sub_centers", "sample_rate") if name in loss}
         used["loss"] = {"name": loss["name"], **own_loss_settings(loss), **of_the_head}
     train = used.get("train", {})
     if train.get("lr") == 0:
