@@ -122,7 +122,8 @@ def _refusal(file: Path, error: Exception) -> str:
     if not first.startswith((_ARCHIVE, _PICKLE)):
         return f"{file} is no file of torch.save: " + (f"it begins with {first!r}" if first else "it is empty")
     if not isinstance(error, pickle.UnpicklingError):
-        return f"{file} is damaged: it was not loaded. torch said: {shorten(str(error), 1)}"
+        said = f"{type(error).__name__} {shorten(str(error), 1)}".strip()
+        return f"{file} is damaged: it was not loaded. torch said: {said}"
     named = _UNSUPPORTED.search(str(error))
     what = f" ({named[1]})" if named else ", or was not written by torch.save"
     return (
