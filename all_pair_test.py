@@ -28,7 +28,7 @@ from data.face_sets import FaceSetError
 from data.verification_bin import find_bins
 from models.embedders import Embedder, load_embedder
 from models.embedders.network import Precision
-from utils.checkpoints import BEST, CONFIG, newest_run, settings_beside
+from utils.checkpoints import BEST, HUB_WEIGHTS, newest_run, run_of, settings_beside
 from utils.devices import pick_device
 from utils.evaluation.board import write_board
 from utils.evaluation.breakdown import Groups, group_by, read_columns
@@ -85,8 +85,9 @@ def chosen_sets(config: Config) -> list[Path]:
 
 def default_output(model: Path, runs: Path) -> Path:
     """`test` inside a run's folder; a folder of its own for a model from elsewhere."""
-    run = model if model.is_dir() else model.parent
-    return run / "test" if (run / CONFIG).exists() else runs / f"test-{model.stem}"
+    run = run_of(model)
+    name = model.parent.resolve().name if model.name == HUB_WEIGHTS else model.stem
+    return run / "test" if run else runs / f"test-{name}"
 
 
 def model_names(paths: Sequence[Path]) -> list[str]:
@@ -255,7 +256,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
             tested.append(one)
             write_reports(test, tested)
     if ranks.first:
-        if (paths[0] / CONFIG).exists():
+        if run_of(paths[0]) == paths[0]:
             write_board(output, test.names[0], tested)
         print(table(tested))
         for note in test.notes:

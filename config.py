@@ -390,7 +390,8 @@ class TestConfig:
     hardest: int = 24
     # Seed of all samples and draws.
     seed: int = 0
-    # Folder for report and pictures. Empty: `test` in the run's folder, or `runs/test-NAME` for foreign models.
+    # Folder for report and pictures. Empty: `test` in the run's folder, or `runs/test-NAME` for foreign models and for
+    # folders that are to be uploaded.
     output: str = ""
 
     def __post_init__(self) -> None:
@@ -644,7 +645,7 @@ class ExportConfig:
     """Writing a model for other programs."""
 
     # Run folder, or weights of any kind that test.model takes. Empty: the newest run's best.
-    model: tuple[str, ...] = field(default=(), metadata={"positional": True})
+    model: tuple[str, ...] = field(default=(), metadata={"positional": True, "aliases": ("--model",)})
     # onnx and torchscript hold the network and its weights; safetensors the weights and the settings; hub is a folder
     # to upload: safetensors, config.json and a model card.
     format: Literal["onnx", "safetensors", "torchscript", "hub"] = "onnx"

@@ -28,6 +28,7 @@ for _package in ("data", "models", "utils"):
 from models.backbones import NETWORKS, create_network  # noqa: E402
 from models.embedders import load_embedder as _load_embedder  # noqa: E402
 from models.weights import load_weights as _load_weights  # noqa: E402
+from models.weights import recognise_weights as _recognise_weights  # noqa: E402
 
 #: Packages that torch.hub looks for first.
 dependencies = ["torch", "numpy", "safetensors", "tqdm"]
@@ -43,16 +44,22 @@ def embedder(weights: str | Path, device: str = "auto", **options: Any) -> Any:
 
 
 def _entry(name: str) -> Callable[..., nn.Module]:
-    def create(weights: str | Path = "", embedding_size: int = 512, image_size: int = 112, **options: Any) -> nn.Module:
+    def create(
+        weights: str | Path = "", embedding_size: int = 0, image_size: int = 0, colour: str = "auto", **options: Any
+    ) -> nn.Module:
+        known = _recognise_weights(weights, name) if weights else None
+        embedding_size = embedding_size or (known.embedding_size if known else 512)
+        image_size = image_size or (known.image_size if known else 112)
         network = create_network(name, embedding_size, image_size, **options)
         if weights:
-            _load_weights(network, weights, name)
+            _load_weights(network, weights, name, colour)
         return network.eval()
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = (
         f"The network {name}, in eval mode: float32 [B, 3, image_size, image_size], RGB in [-1, 1], to "
-        "[B, embedding_size].\n\n`weights`: a run folder or a file; empty: random ones. `options`: see create_network."
+        "[B, embedding_size].\n\n`weights`: a run folder or a file, which says both sizes; empty: random ones, of 512 "
+        "and 112. `colour`: of weights that do not say it, rgb or bgr. `options`: see create_network."
     )
     return create
 

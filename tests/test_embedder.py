@@ -16,9 +16,10 @@ from PIL import Image
 from models import create_network
 from models.backbones.mobilefacenet_original import OriginalMobileFaceNet
 from models.embedders import InputSpec, NetworkEmbedder, OnnxEmbedder, TorchScriptEmbedder, load_embedder
-from models.embedders.onnx_file import INPUTS_KEY, normalises_itself
-from models.embedders.torchscript import EXTRA_FILE, is_torchscript
+from models.embedders.onnx_file import INPUTS_KEY
+from models.embedders.torchscript import EXTRA_FILE
 from models.weights import load_network
+from models.weights.reading import is_torchscript
 from utils.checkpoints import CheckpointError, Progress, save_backbone
 
 CPU = torch.device("cpu")
@@ -53,21 +54,6 @@ def expected(path: Path, inputs: np.ndarray) -> np.ndarray:
 @pytest.fixture
 def faces() -> torch.Tensor:
     return torch.randint(0, 256, (7, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-
-
-@pytest.mark.parametrize(
-    ("operations", "own"),
-    [
-        (["Sub", "Mul", "Conv"], True),
-        (["Transpose", "Div", "Conv"], True),
-        (["Conv", "Mul", "Sub"], False),
-        (["BatchNormalization", "Conv"], False),
-        ([], False),
-    ],
-)
-def test_own_normalisation_is_found_by_operation_types(operations: list[str], own: bool) -> None:
-    """Arithmetic before the first convolution means that the net normalises; names and later nodes do not matter."""
-    assert normalises_itself(operations) is own
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import copy
 import json
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from onnx import helper
 from torch import nn
 
+import all_pair_test
 from config import Config
 from data.face_sets import FaceSetError
 from models import create_network, load_embedder
@@ -194,6 +196,11 @@ def test_torchscript(tested_run: Path, faces: torch.Tensor, tmp_path: Path, flag
     torch.testing.assert_close(load_embedder(path, CPU).embed(faces, mirror=False), expected, atol=atol, rtol=0)
     stated = json.loads(extra["metadata.json"])
     assert stated["normalisation"].endswith("inside this file" if folded else "to be done by the caller")
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    assert not [name for name in records if name.endswith(".debug_pkl")]
+    for folder in (Path(__file__).parents[1], Path(torch.__file__).parent, tested_run):
+        assert not [name for name, data in records.items() if str(folder).encode() in data]
 
 
 def test_safetensors(tested_run: Path, source: Source, faces: torch.Tensor, tmp_path: Path) -> None:
@@ -285,6 +292,20 @@ def test_what_cannot_be_exported_says_so(
         export(source, tmp_path / "y.onnx", options())
 
 
+def test_how_a_model_is_named(tested_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By its place or by --model, as messages say; what another script tests is not what is exported, nor ignored."""
+    output = tmp_path / "x.safetensors"
+    script.main(["--model", str(tested_run), "--format", "safetensors", "--output", str(output), *FLAGS])
+    assert f"model: {tested_run}: demo" in capsys.readouterr().out
+    assert output.exists()
+    with pytest.raises(
+        SystemExit, match=r"test\.model is what all_pair_test\.py tests: to export it, --model elsewhere"
+    ):
+        script.main(["--test.model", "elsewhere", "--format", "safetensors", *FLAGS])
+    with pytest.raises(SystemExit, match=r"or give --model$"):
+        script.main(["--common.runs", str(tmp_path), *FLAGS])
+
+
 def test_default_outputs(tested_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the run's folder; for weights from elsewhere in a folder of their own. Names tell the variants apart."""
     runs = Path("runs")
@@ -296,6 +317,20 @@ def test_default_outputs(tested_run: Path, tmp_path: Path, monkeypatch: pytest.M
         assert script.default_output(tested_run, "tiny", options(**settings), runs) == tested_run / "export" / name
     elsewhere = script.default_output(tmp_path / "backbone.pth", "backbone", options(format="torchscript"), runs)
     assert elsewhere == runs / "export-backbone" / "backbone.pt"
+
+
+def test_nothing_is_written_into_a_folder_to_upload(tmp_path: Path) -> None:
+    """Following its model card, whoever tests it would upload pictures of faces with it."""
+    folder, runs = tmp_path / "face-model", Path("runs")
+    folder.mkdir()
+    for name in ("model.safetensors", "config.json"):
+        (folder / name).touch()
+    for model in (folder, folder / "model.safetensors"):
+        assert all_pair_test.default_output(model, runs) == runs / "test-face-model"
+        assert script.default_output(model, "face-model", options(), runs) == runs / "export-face-model/face-model.onnx"
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    for model in (folder, folder / "best.safetensors"):
+        assert all_pair_test.default_output(model, runs) == folder / "test"
 
 
 def test_settings_of_a_hub_folder_are_settings(tested_run: Path, faces: torch.Tensor, tmp_path: Path) -> None:

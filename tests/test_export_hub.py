@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from config import Config
 from models import NETWORKS, create_network, load_embedder
+from models.losses import LOSSES
 from utils.exporting.facts import ModelFacts, publishable, set_name
 from utils.model_card import model_card
+from utils.settings import build, to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -97,6 +100,42 @@ def test_published_settings_name_no_folders() -> None:
     assert [set_name(path) for path in ("sets/v1.5", "a/b.rec", "a/b/")] == ["v1.5", "b", "b"]
 
 
+@pytest.mark.parametrize(
+    ("settings", "loss", "rows"),
+    [
+        ({}, "arcface (margin 0.5, scale 64)", ("loss.margin` | 0.5", "loss.scale` | 64.0", "train.lr` | 0.02")),
+        ({"loss.name": "combined", "train.batch_size": 1024}, "combined (m1 1, m2 0.3, m3 0.2, scale 64)",
+         ("loss.m1` | 1.0", "loss.m3` | 0.2", "train.lr` | 0.1")),
+        ({"loss.name": "elastic_arc", "loss.plus": True, "train.optimizer": "adamw", "train.batch_size": 256},
+         "elastic_arc (margin 0.5, std 0.0175, scale 64, plus 1)", ("loss.std` | 0.0175", "train.lr` | 0.0005")),
+        ({"loss.name": "softmax", "train.lr": 0.3}, "softmax", ("train.lr` | 0.3",)),
+        ({"loss.name": "cosface", "loss.margin": 0.4, "loss.scale": 32.0, "loss.filter_above": 0.4,
+          "train.precision": "bf16"},
+         "cosface (margin 0.4, scale 32, filter_above 0.4)", ("loss.margin` | 0.4", "train.precision` | bf16")),
+    ],
+)  # fmt: skip
+def test_the_card_has_the_numbers_that_were_used(settings: dict[str, Any], loss: str, rows: tuple[str, ...]) -> None:
+    """0 means "as published" in the settings: a reader wants the number, and only what the loss has."""
+    run = publishable(json.loads(to_json(build(Config, settings))))
+    known = facts(settings=run)
+    card = model_card(known, "w", "fp32")
+    assert known.metadata(False, "fp32")["loss"] == loss
+    for row in rows:
+        assert f"| `{row} |" in card
+    shown = {line.split("`")[1].removeprefix("loss.") for line in card.splitlines() if line.startswith("| `loss.")}
+    others = {"name", "sub_centers", "sample_rate"}
+    assert shown - others == {word.split()[0] for word in loss.partition("(")[2].split(",") if word}
+    assert "| auto |" not in card
+    assert known.settings == run  # what config.json has is what a run can be started from
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_can_be_described(name: str) -> None:
+    """None has a setting under another name than that of its attribute."""
+    run = json.loads(to_json(build(Config, {"loss.name": name})))
+    assert facts(settings=run).loss.startswith(name)
+
+
 def hub(entry: str, *arguments: Any, **options: Any) -> Any:
     return torch.hub.load(str(ROOT), entry, *arguments, source="local", **options)
 
@@ -119,9 +158,14 @@ def test_torch_hub_networks(tiny_run: Path, tmp_path: Path) -> None:
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
     other = create_network("demo", 16, 32)
     torch.save(other.state_dict(), tmp_path / "backbone.pth")
-    loaded = hub("demo", weights=tmp_path / "backbone.pth", embedding_size=16, image_size=32)
-    for name, value in other.state_dict().items():
-        assert torch.equal(loaded.state_dict()[name], value), name
+    for sizes in ({}, {"embedding_size": 16, "image_size": 32}):
+        loaded = hub("demo", weights=tmp_path / "backbone.pth", **sizes)
+        for name, value in other.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+    first = next(name for name, value in other.state_dict().items() if value.dim() == 4)
+    turned = hub("demo", weights=tmp_path / "backbone.pth", colour="bgr")
+    assert torch.equal(turned.state_dict()[first], other.state_dict()[first].flip(1))
+    assert hub("demo", weights=tiny_run)(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
 
 
 def test_torch_hub_says_what_hides_our_packages(monkeypatch: pytest.MonkeyPatch) -> None:

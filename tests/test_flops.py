@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from models import create_network
 from utils.flops import forward_flops, matmul_flops_per_s
 
 
@@ -16,12 +15,6 @@ def test_operations_are_those_of_a_count_by_hand() -> None:
     )  # fmt: skip
     by_hand = 8 * 8 * 8 * (3 * 9) + 6 * 6 * 8 * (2 * 9) + 8 * 6 * 6 * 5
     assert forward_flops(network, 16) == 2 * by_hand
-
-
-@pytest.mark.parametrize(("name", "billions"), [("r50", 6.33), ("mbf", 0.45)])
-def test_published_networks_have_their_published_operations(name: str, billions: float) -> None:
-    """Multiply-adds of the model zoos, at 112x112: a wrong stride or width would show."""
-    assert forward_flops(create_network(name, 512, 112), 112) / 2e9 == pytest.approx(billions, rel=0.03)
 
 
 @pytest.mark.parametrize("training", [True, False])

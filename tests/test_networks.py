@@ -103,7 +103,10 @@ def test_mobilefacenet_has_the_keys_of_insightface() -> None:
 # original code makes: arcface_torch/backbones of insightface, net.py of AdaFace, model_irse.py of face.evoLVe,
 # core/model.py of Xiaoccer.
 # Multiply-adds: insightface's (arcface_torch/README.md, tables 1 and 3), EdgeFace's (half the MFLOPs of the table),
-# MobileFaceNet's (its paper; also arXiv:1908.09124, abstract).
+# MobileFaceNet's (its paper; also arXiv:1908.09124, abstract), of mbf vinhtq115/arcface_repvgg's.
+# What others published by other ways of counting is in test_published_figures.py. r152, ir34, ir50, ir152, ir200,
+# ir_se*, evolve_ir152, evolve_ir_se50, mbf_large, vit_h and mobilefacenet_xiaoccer have no independent count
+# there; the code of members of their families that have one makes them.
 PUBLISHED: dict[str, tuple[float, float | None]] = {
     "r18": (24.03, 2600),
     "r34": (34.14, None),
@@ -127,7 +130,7 @@ PUBLISHED: dict[str, tuple[float, float | None]] = {
     "evolve_ir_se50": (43.80, None),
     "evolve_ir_se101": (65.50, None),
     "evolve_ir_se152": (71.15, None),
-    "mbf": (2.06, 450),
+    "mbf": (2.06, 437.55),
     "mbf_large": (6.31, None),
     "mobilefacenet": (1.00, 221),
     "mobilefacenet_y1": (1.00, 221),
@@ -158,8 +161,7 @@ def test_parameters_and_operations_are_the_published_ones(name: str) -> None:
         counted = forward_flops(network, 112) / 2e6
     assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(parameters, abs=0.0051)
     if operations is not None:
-        # insightface's 450 counts norms and slopes too, which are 3 % of so small a network.
-        assert counted == pytest.approx(operations, rel=0.035 if name == "mbf" else 0.01)
+        assert counted == pytest.approx(operations, rel=0.01)
 
 
 # --- the same function ------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tiny_runs
 from config import Config
+from models import create_network
 from models.backbones.iresnet import IBasicBlock
 from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
 from models.recompute import recompute_blocks
@@ -109,6 +110,17 @@ def test_a_run_can_start_from_another(tiny_set: Path, tmp_path: Path, plain: Pat
     first = next(line["verify/tiny"] for line in read_metrics(run) if "verify/tiny" in line)
     last = [line["verify/tiny"] for line in read_metrics(plain) if "verify/tiny" in line]
     assert first in last
+
+
+def test_first_weights_that_were_trained_on_bgr(tiny_set: Path, tmp_path: Path) -> None:
+    """`model.colour` holds for `train.init` too, which the warning of a file that cannot tell it asks for."""
+    state = create_network("demo", 16, 32).state_dict()
+    torch.save(state, tmp_path / "x.pth")
+    network = build_network(
+        configure(tiny_set, tmp_path, train__init=str(tmp_path / "x.pth"), model__colour="bgr"), CPU
+    )
+    first = next(name for name, value in state.items() if value.dim() == 4)
+    assert torch.equal(network.state_dict()[first], state[first].flip(1))
 
 
 def test_frozen_parts_do_not_learn(tiny_set: Path, tmp_path: Path, plain: Path) -> None:

@@ -20,10 +20,10 @@ from models import create_network, load_embedder
 from models.backbones import NETWORKS
 from models.weights import load_network, load_weights
 from models.weights.reading import strip_prefixes
-from models.weights.recognition import Shapes, recognise
+from models.weights.recognition import Recognised, Shapes, expected_shapes, recognise
 from test_backbones_keys import edgeface_shapes, ir_shapes, mbf_shapes, vit_shapes
 from test_networks import UNITS, iresnet_shapes
-from utils.checkpoints import CheckpointError
+from utils.checkpoints import CheckpointError, Progress, save_backbone
 from utils.exporting.source import load_source
 
 PUBLISHED: dict[str, Shapes] = {
@@ -92,11 +92,36 @@ def test_published_files_load_unchanged(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(value, state[key].to(value.dtype), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("size", "dimension"), [(112, 512), (112, 128), (224, 512), (96, 256)])
-def test_sizes_are_told_from_the_shapes(size: int, dimension: int) -> None:
-    """The size of the faces and of the embeddings, whatever is hinted."""
-    known = recognise(iresnet_shapes(UNITS["r18"], dimension, size // 16), NETWORKS, 112)
-    assert (known.network, known.embedding_size, known.image_size) == ("r18", dimension, size)  # type: ignore[union-attr]
+@pytest.mark.parametrize(
+    ("name", "size", "dimension"),
+    [
+        ("r18", 112, 512),
+        ("r18", 112, 128),
+        ("r18", 224, 512),
+        ("r18", 96, 256),
+        ("r18", 288, 512),
+        ("ir18", 16, 8),
+        ("mbf", 320, 32),
+        ("mobilefacenet_xiaoccer", 224, 128),
+        ("vit_t", 54, 512),
+        ("vit_t", 224, 512),
+        ("vit_t", 400, 16),
+    ],
+)
+def test_sizes_are_told_from_the_shapes(name: str, size: int, dimension: int) -> None:
+    """The size of the faces and of the embeddings, whatever is hinted; old files, without counters, too."""
+    shapes = expected_shapes(name, dimension, size)
+    old = {key: shape for key, shape in shapes.items() if not key.endswith("num_batches_tracked")}
+    for found in (shapes, old):
+        for hint in (112, 64):
+            assert recognise(found, NETWORKS, hint) == Recognised(name, dimension, size)
+
+
+def test_a_size_among_several_with_the_same_weights(tmp_path: Path) -> None:
+    """What a vision transformer sees are whole patches: the size that is said holds where it fits."""
+    shapes = expected_shapes("vit_t", 512, 54)
+    assert recognise(shapes, ("vit_t",), 60) == Recognised("vit_t", 512, 60)
+    assert recognise(shapes, ("vit_t",), 63) == Recognised("vit_t", 512, 54)
 
 
 WRAPPERS: dict[str, Any] = {
@@ -127,6 +152,7 @@ def optimizer() -> dict[str, Any]:
     return {"state": {i: {"momentum_buffer": torch.zeros(1)} for i in range(300)}, "param_groups": [{"lr": 0.1}]}
 
 
+@pytest.mark.filterwarnings("ignore:.*taken for RGB")
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 @pytest.mark.parametrize("legacy", [False, True])
 def test_wrappers(tmp_path: Path, wrapper: str, legacy: bool) -> None:
@@ -218,20 +244,51 @@ def test_the_order_of_evolve_and_treb1en_is_doubted(tmp_path: Path) -> None:
         UserWarning, match=r"model\.pth is face\.evoLVe's.*taken for RGB; say --model\.colour rgb or bgr"
     ):
         np.testing.assert_allclose(features(tmp_path / "model.pth"), expected(network), rtol=1e-3, atol=1e-4)
+    other = copy.deepcopy(network)
     with pytest.warns(UserWarning, match="nothing in it says which"):
-        load_weights(copy.deepcopy(network), tmp_path / "model.pth", "evolve_ir50")
+        load_weights(other, tmp_path / "model.pth", "evolve_ir50")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = features(tmp_path / "model.pth", colour="bgr")
-        torch.save(small_ir().state_dict(), tmp_path / "tface.pth")
-        features(tmp_path / "tface.pth")
+        load_weights(other, tmp_path / "model.pth", "evolve_ir50", colour="bgr")
     np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(expected(other), expected(network, "bgr"), rtol=1e-3, atol=1e-4)
 
 
-def test_safetensors_with_notes_of_others(tmp_path: Path) -> None:
-    """`settings` that are no JSON, or no settings, are somebody else's: the weights load by their names."""
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_ir_weights_without_notes_are_doubted(tmp_path: Path, prefix: str) -> None:
+    """AdaFace's network saved alone has the names of TFace's, and takes BGR: not taken for RGB in silence."""
     network = small_ir()
-    for text in ("lr=0.1", "[1]"):
+    torch.save(prefixed(network.state_dict(), prefix), tmp_path / "model.pth")
+    with pytest.warns(UserWarning, match=r"model\.pth is TFace's.*or AdaFace's.*say --model\.colour rgb or bgr"):
+        np.testing.assert_allclose(features(tmp_path / "model.pth"), expected(network), rtol=1e-4, atol=1e-5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = features(tmp_path / "model.pth", colour="bgr")
+        torch.save(create_network("r18", 32, 32).state_dict(), tmp_path / "insightface.pth")
+        features(tmp_path / "insightface.pth")
+    np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-4, atol=1e-5)
+
+
+def test_bgr_is_turned_around_under_a_networks_own_prefix(tmp_path: Path) -> None:
+    """EdgeFace's own names begin with `model.`: the first convolution is found all the same in a file of ours."""
+    torch.manual_seed(0)
+    network = create_network("edgeface_xxs", 32, 32).eval()
+    settings = '{"model": {"network": "edgeface_xxs", "embedding_size": 32}, "data": {"image_size": 32}}'
+    save_backbone(tmp_path / "x.safetensors", network, settings, Progress(1, 0.5))
+    found = features(tmp_path / "x.safetensors", colour="bgr")
+    np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-3, atol=1e-4)
+    assert np.abs(found - expected(network)).max() > 1e-2
+
+
+@pytest.mark.filterwarnings("ignore:.*taken for RGB")
+def test_safetensors_with_notes_of_others(tmp_path: Path) -> None:
+    """`settings` that are no JSON, or lack what a network is made with, are somebody else's: the weights load by their
+    names.
+    """
+    network = small_ir()
+    ours = '{"model": {"network": "ir18", "embedding_size": "32"}, "data": {"image_size": 32}}'
+    for text in ("lr=0.1", "[1]", "{}", '{"model": {}}', '{"model": {"network": "ir18"}, "data": []}', ours):
         save_file(network.state_dict(), tmp_path / "x.safetensors", {"settings": text})
         np.testing.assert_allclose(features(tmp_path / "x.safetensors"), expected(network), rtol=1e-4, atol=1e-5)
         assert load_source(tmp_path / "x.safetensors", "auto", "ir18", 32, 32, "").facts.settings == {}
@@ -267,9 +324,37 @@ def test_first_weights_of_another_network_are_named(tmp_path: Path) -> None:
     with torch.device("meta"):
         module = create_network("r18", 32, 32)
     with pytest.raises(
-        CheckpointError, match=r"not hold the weights of r18; it looks like ir18, 32-d, .* ir18\. missi"
+        CheckpointError, match=r"not hold the weights of r18, 32-d, .*; it looks like ir18, 32-d, .* ir18\. missi"
     ):
         load_weights(module, tmp_path / "x.pth", "r18")
+
+
+@pytest.mark.parametrize(
+    ("dimension", "size", "flags"),
+    [
+        (512, 112, "--model.embedding-size 32 --data.image-size 48"),
+        (32, 112, "--data.image-size 48"),
+        (512, 48, "--model.embedding-size 32"),
+    ],
+)
+def test_first_weights_of_another_size_are_told_by_it(tmp_path: Path, dimension: int, size: int, flags: str) -> None:
+    """The network's name was right: the settings that differ are named, and no others."""
+    torch.save(create_network("demo", 32, 48).state_dict(), tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"it looks like demo, 32-d, for faces of 48x48: say {flags}\. "):
+        load_weights(create_network("demo", dimension, size), tmp_path / "x.pth", "demo")
+
+
+def test_programs_are_no_first_weights(tmp_path: Path) -> None:
+    """ONNX and TorchScript files embed, but start no training: said as that, with no advice to unpickle them."""
+    (tmp_path / "x.onnx").write_bytes(b"weights of a kind")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "x.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, kind in (("x.onnx", "an ONNX file"), ("x.pt", "a TorchScript file")):
+            with pytest.raises(CheckpointError, match=rf"{name} is {kind}, a finished program.*name the weights"):
+                load_weights(small_ir(), tmp_path / name, "ir18")
 
 
 def test_weights_of_nothing_known(tmp_path: Path) -> None:
@@ -287,6 +372,37 @@ class Evil:
 
     def __reduce__(self) -> tuple[object, tuple[Path]]:
         return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_harmless_notes_are_passed_over(tmp_path: Path, legacy: bool) -> None:
+    """Accuracies as numpy's numbers and arrays, paths among the options: nothing of them is needed, or made."""
+    network = create_network("demo", 16, 32)
+    notes = {"acc": np.float64(0.5), "all": np.zeros((3, 2)), "names": np.array(["a", None]), "from": Path("a") / "b"}
+    content = {"state_dict": network.state_dict(), **notes}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    loaded = load_network(tmp_path / "x.pth", image_size=32)
+    for name, value in network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"x\.pth is no file of torch\.save: it is empty$"),
+        (b"<!doctype html>", r"x\.pth is no file of torch\.save: it begins with b'<!doctype html>'$"),
+        (b"hello world, this is text", r"is no file of torch\.save: it begins with b'hello"),
+        (b"PK\x03\x04 cut off", r"x\.pth is damaged: it was not loaded\. torch said: RuntimeError PytorchStreamReader"),
+        (b"\x80\x02", r"x\.pth is damaged: it was not loaded\. torch said: \w+Error"),
+        (pickle.dumps({"a": Path}, 2), r"x\.pth holds more than tensors \(pathlib\.Path\): it was not loaded"),
+    ],
+)
+def test_refusals_say_why(tmp_path: Path, content: bytes, message: str) -> None:
+    """What is wrong with the file, without torch's page of advice and its codes for terminals."""
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_network(tmp_path / "x.pth")
+    assert "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "network"])

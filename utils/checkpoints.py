@@ -59,12 +59,33 @@ def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["settings"])
 
 
+def run_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The settings by section and field in what a `.safetensors` says of itself; {} where there are none from which a
+    network can be made: the metadata are somebody else's then.
+    """
+    try:
+        settings = json.loads(metadata.get("settings", "null"))
+        model, size = settings["model"], settings["data"]["image_size"]
+        known = [(model["network"], str), (model["embedding_size"], int), (size, int)]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return settings if all(isinstance(value, kind) for value, kind in known) else {}
+
+
 def newest_run(runs: Path) -> Path:
     """The run folder with the newest best model. Raises CheckpointError when there is none."""
     found = sorted(runs.glob(f"*/{BEST}"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise CheckpointError(f"no model is named, and {runs} has no trained one: train one, or give --model")
     return found[-1].parent
+
+
+def run_of(model: Path) -> Path | None:
+    """The folder of the run that `model`, its folder or a file in it, comes from; None for a model from elsewhere, and
+    for a folder that is to be uploaded, to which nothing is added.
+    """
+    folder = model if model.is_dir() else model.parent
+    return folder if (folder / CONFIG).exists() and not (folder / HUB_WEIGHTS).exists() else None
 
 
 def settings_beside(model: Path) -> Settings:

@@ -26,7 +26,7 @@ from models.embedders import Embedder, NetworkEmbedder, load_embedder
 from models.embedders.onnx_file import INPUTS_KEY
 from models.embedding import verify
 from models.inputs import InputSpec, Normalisation
-from utils.checkpoints import CONFIG, HUB_WEIGHTS, newest_run
+from utils.checkpoints import CONFIG, HUB_WEIGHTS, newest_run, run_of
 from utils.exporting.comparison import (
     LIMITS,
     Deviation,
@@ -175,8 +175,8 @@ def _write_hub(source: Source, folder: Path, options: ExportConfig) -> None:
 
 def default_output(model: Path, name: str, options: ExportConfig, runs: Path) -> Path:
     """In `export` in a run's folder; for a model from elsewhere in a folder of its own."""
-    run = model if model.is_dir() else model.parent
-    folder = run / "export" if (run / CONFIG).exists() else runs / f"export-{name}"
+    run = run_of(model)
+    folder = run / "export" if run else runs / f"export-{name}"
     precision = "" if options.precision == "fp32" else f"-{options.precision}"
     folded = "-rgb255" if options.fold_normalisation else ""
     return folder / f"{name}{precision}{folded}{_SUFFIXES[options.format]}"
@@ -209,6 +209,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     with readable_errors("export", "nothing was written"):
         config = parse_settings(Config, PRESETS, ("export", "common"), __doc__, argv)
         options = config.export
+        if config.test.model and not options.model:
+            raise ExportError(
+                f"test.model is what all_pair_test.py tests: to export it, --model {config.test.model[0]}"
+            )
         print(describe(config, ("export",)))
         path = Path(options.model[0]) if options.model else newest_run(Path(config.common.runs))
         source = load_source(

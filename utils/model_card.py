@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils.exporting.facts import ModelFacts
+from utils.exporting.facts import ModelFacts, used_settings
 
-# Shown in this order where a run has them; the rest is in config.json.
+# Shown in this order where a run has them, and all that its loss has; the rest is in config.json.
 _SHOWN = {
     "data": ("root", "min_images", "image_size"),
     "model": ("network", "embedding_size"),
-    "loss": ("name", "margin", "scale", "m1", "m2", "m3", "sub_centers", "sample_rate"),
+    "loss": (),
     "train": (
         "epochs",
         "batch_size",
@@ -112,16 +112,17 @@ def _accuracy(facts: ModelFacts) -> str:
 
 
 def _training(facts: ModelFacts) -> str:
+    used = used_settings(facts.settings)
     rows = [
-        (f"`{section}.{field}`", _as_text(facts.settings[section][field]))
+        (f"`{section}.{field}`", _as_text(used[section][field]))
         for section, fields in _SHOWN.items()
-        for field in fields
-        if field in facts.settings.get(section, {})
+        for field in fields or used.get(section, {})
+        if field in used.get(section, {})
     ]
     if not rows:
         return "The weights come from elsewhere; how they were trained is not known here."
     steps = f"\n\nThese are the weights after {facts.step:,} steps." if facts.step is not None else ""
-    return f"{_table(('setting', 'value'), rows)}{steps} All settings are in `config.json`."
+    return f"{_table(('setting', 'value'), rows)}{steps} All settings are in `config.json`, as they were given."
 
 
 def _usage(facts: ModelFacts) -> str:

@@ -206,7 +206,7 @@ def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: 
     text = f"{comment} [{_as_text(field.default)}]".replace("%", "%%")
     if own and field.metadata.get("positional"):
         group.add_argument(dest, nargs="*", metavar=flag.upper(), help=text, default=argparse.SUPPRESS)
-        names = [full_name]
+        names = [full_name, *field.metadata.get("aliases", ())]
     if hint is bool:
         group.add_argument(
             *names, dest=dest, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS

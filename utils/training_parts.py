@@ -30,7 +30,7 @@ def build_network(config: Config, device: torch.device, with_init: bool = True) 
         options["pretrained"] = True
     network = create_network(model.network, model.embedding_size, config.data.image_size, **options)
     if settings.init and with_init:
-        load_weights(network, settings.init, model.network)
+        load_weights(network, settings.init, model.network, model.colour)
     freeze(network, settings.frozen)
     if settings.activation_checkpointing:
         recompute_blocks(network)

@@ -7,9 +7,10 @@ import torch
 from models.embedders.interface import Embedder
 from models.embedders.network import PRECISIONS, NetworkEmbedder, Precision
 from models.embedders.onnx_file import OnnxEmbedder
-from models.embedders.torchscript import TorchScriptEmbedder, is_torchscript
+from models.embedders.torchscript import TorchScriptEmbedder
 from models.inputs import check_choices
 from models.weights import load_network, model_file
+from models.weights.reading import is_torchscript
 from utils.checkpoints import CheckpointError
 from utils.devices import pick_device
 

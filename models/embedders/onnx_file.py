@@ -2,9 +2,10 @@
 
 import json
 import math
+import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ from torch import Tensor
 
 from models.embedders.interface import FaceEmbedder, digest
 from models.inputs import InputSpec
-from utils.checkpoints import CheckpointError
+from utils.checkpoints import CheckpointError, shorten
+
+if TYPE_CHECKING:
+    import onnx
 
 #: Key of an ONNX file's metadata under which exports of this project keep the InputSpec as JSON.
 INPUTS_KEY = "face_inputs"
@@ -20,15 +24,26 @@ INPUTS_KEY = "face_inputs"
 #: Of nets for faces of 112 high and 96 wide (SphereFace's crop): the columns of a 112x112 face that they see.
 NARROW_COLUMNS = (8, 104)
 
+# What becomes of the faces before a network computes with them: their pixels in another shape, order or type; a value
+# that is not of pixels; arithmetic; and where the network begins.
+_CARRY = {
+    "Cast", "Clip", "Concat", "DequantizeLinear", "Flatten", "Gather", "Identity", "Pad", "QuantizeLinear", "Reshape",
+    "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
+}  # fmt: skip
+_ABOUT_SHAPES = {"Shape", "Size"}
+_ARITHMETIC = {"Add", "Div", "Mul", "Sub"}
+_BEGIN = {"Conv", "Einsum", "Gemm", "MatMul", "QLinearConv"}
+
 
 class OnnxEmbedder(FaceEmbedder):
     """An ONNX file, on CUDA where onnxruntime has it and `device` says so.
 
     `normalisation` says what the net expects of RGB 0..255: `none`, `127.5` ((x - 127.5) / 127.5), `128`
-    ((x - 127.5) / 128), or `auto`: what the file's metadata say; without any, nothing when the graph subtracts,
-    multiplies or divides before its first convolution, else `127.5`. `colour`: `rgb`, `bgr`, or `auto`: what the
-    metadata say, else RGB. Inputs [N, 3, H, W] and [N, H, W, 3], 112 x 96 as well (the columns 8..103 of a face of
-    112 x 112); `image_size` is that of a file that takes any.
+    ((x - 127.5) / 128), or `auto`: what the file's metadata say; without any, nothing when the graph adds constants to
+    the faces, or multiplies or divides by some, before its first layer, else `127.5`. `colour`: `rgb`, `bgr`, or
+    `auto`: what the metadata say, else RGB. Inputs [N, 3, H, W] and [N, H, W, 3], 112 x 96 as well (the columns 8..103
+    of a face of 112 x 112); `image_size` is that of a file that takes any. A file that says that it takes any number of
+    faces, and fails on several, gets one at a time.
     """
 
     def __init__(
@@ -60,19 +75,22 @@ class OnnxEmbedder(FaceEmbedder):
             self._session = onnxruntime.InferenceSession(str(path), providers=providers)
         except Exception as error:  # onnxruntime's own exception types have no common base
             raise CheckpointError(f"onnxruntime cannot run {path}: {error}") from None
-        entry, *others = self._session.get_inputs()
-        if others or entry.type not in ("tensor(float)", "tensor(float16)"):
-            found = ", ".join(f"{one.name}: {one.type}" for one in (entry, *others))
+        entries = self._session.get_inputs()
+        if [entry.type for entry in entries] not in (["tensor(float)"], ["tensor(float16)"]):
+            found = ", ".join(f"{entry.name}: {entry.type}" for entry in entries) or "nothing"
             raise CheckpointError(f"{path} takes {found}: expected one input of float32 or float16, the faces")
+        (entry,) = entries
         self._entry, self._dtype = entry.name, np.float16 if entry.type == "tensor(float16)" else np.float32
         height, width, self._channels_last = _input_size(path, entry.shape, image_size)
         self.image_size = height
         self._fixed_batch = entry.shape[0] if isinstance(entry.shape[0], int) else None
+        self._quiet = onnxruntime.RunOptions()  # what fails is raised, and need not be on the screen as well
+        self._quiet.log_severity_level = 4
         metadata = {entry.key: entry.value for entry in model.metadata_props}
-        self.inputs = _input_spec(path, metadata, [node.op_type for node in model.graph.node], normalisation, colour)
+        self.inputs = _input_spec(path, metadata, model.graph, self._entry, normalisation, colour)
         if width < height:
             self.inputs = replace(self.inputs, columns=NARROW_COLUMNS)
-        self.device, self.name = device, path.stem
+        self.device, self.name, self._path = device, path.stem, path
         self.runs_on = f"onnxruntime {self._session.get_providers()[0].removesuffix('ExecutionProvider')}"
         self._fingerprint = digest(path.read_bytes(), *files, self.inputs.as_json(), self.image_size)
 
@@ -96,22 +114,43 @@ class OnnxEmbedder(FaceEmbedder):
         return [inputs[i : i + self._fixed_batch] for i in range(0, len(inputs), self._fixed_batch)]
 
     def _run(self, inputs: np.ndarray) -> np.ndarray:
+        try:
+            return self._run_batch(inputs)
+        except CheckpointError as error:
+            if self._fixed_batch is not None:
+                raise
+            self._fixed_batch = 1
+            try:
+                rows = np.concatenate([self._run_batch(part) for part in self._batches(inputs)])
+            except CheckpointError:
+                self._fixed_batch = None
+                raise error from None
+            warnings.warn(f"{error}. It gets one face at a time, which works, slowly", stacklevel=2)
+            return rows
+
+    def _run_batch(self, inputs: np.ndarray) -> np.ndarray:
         count = len(inputs)
         if self._fixed_batch is not None and count < self._fixed_batch:
             filler = np.zeros((self._fixed_batch - count, *inputs.shape[1:]), inputs.dtype)
             inputs = np.concatenate([inputs, filler])
-        output: Any = self._session.run(None, {self._entry: inputs})[0]
-        if len(output) != len(inputs):
+        try:
+            output: Any = self._session.run(None, {self._entry: inputs}, self._quiet)[0]
+        except Exception as error:  # onnxruntime's own exception types have no common base
             raise CheckpointError(
-                f"{self.name}: its output for {len(inputs)} faces is {list(output.shape)}, not an embedding of each: "
-                "is it a detector?"
+                f"{self._path}: onnxruntime fails on {len(inputs)} faces, input {list(inputs.shape)}: "
+                + " ".join(shorten(str(error), 3).split())
+            ) from None
+        if np.shape(output)[:1] != (len(inputs),):
+            raise CheckpointError(
+                f"{self._path}: its output for {len(inputs)} faces is {list(np.shape(output))}, not an embedding of "
+                "each: is it a detector?"
             )
         return output[:count]
 
 
 def _input_size(path: Path, shape: list[Any], image_size: int) -> tuple[int, int, bool]:
     """(height, width, whether channels come last) of what a net takes, given its input's shape."""
-    if len(shape) == 4 and 3 in (shape[1], shape[3]):
+    if len(shape) == 4 and 3 in (shape[1], shape[3]) and shape[0] != 0:
         channels_last = shape[1] != 3
         sides = shape[1:3] if channels_last else shape[2:4]
         height, width = (side if isinstance(side, int) and side > 0 else image_size for side in sides)
@@ -121,20 +160,46 @@ def _input_size(path: Path, shape: list[Any], image_size: int) -> tuple[int, int
 
 
 def _input_spec(
-    path: Path, metadata: dict[str, str], operations: list[str], normalisation: str, colour: str
+    path: Path, metadata: dict[str, str], graph: "onnx.GraphProto", entry: str, normalisation: str, colour: str
 ) -> InputSpec:
     try:
         stated: dict[str, Any] = json.loads(metadata.get(INPUTS_KEY, "{}"))
-        own = "none" if normalises_itself(operations) else "127.5"
+        if normalisation == "auto":
+            normalisation = stated.get("normalisation") or _found_normalisation(path, graph, entry)
         return InputSpec(
-            stated.get("normalisation", own) if normalisation == "auto" else normalisation,  # type: ignore[arg-type]
+            normalisation,  # type: ignore[arg-type]
             stated.get("colour", "rgb") if colour == "auto" else colour,  # type: ignore[arg-type]
         )
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata {INPUTS_KEY!r} cannot be used: {error}") from None
 
 
-def normalises_itself(operations: list[str]) -> bool:
-    """Whether a graph with these operation types, in order, normalises its input before its first convolution."""
-    before = operations[: operations.index("Conv")] if "Conv" in operations else []
-    return any(operation in ("Sub", "Mul", "Div") for operation in before)
+def _found_normalisation(path: Path, graph: "onnx.GraphProto", entry: str) -> str:
+    own = normalises_itself(graph, entry)
+    if own is None:
+        warnings.warn(
+            f"{path}: its first nodes do not show whether it normalises its input itself: taken for a net that wants "
+            "(x - 127.5) / 127.5; say --model.normalisation none, 127.5 or 128",
+            stacklevel=4,
+        )
+    return "none" if own else "127.5"
+
+
+def normalises_itself(graph: "onnx.GraphProto", entry: str) -> bool | None:
+    """Whether the graph does arithmetic with constants on its input `entry` before its first layer; None: unclear.
+
+    Arithmetic on shapes and on weights is none.
+    """
+    constants, faces = {tensor.name for tensor in graph.initializer}, {entry}
+    for node in graph.node:  # in an order in which each comes after those that it needs
+        others = [name for name in node.input if name and name not in faces]
+        if faces.isdisjoint(node.input):
+            if constants.issuperset(others):
+                constants.update(node.output)
+        elif node.op_type in _ARITHMETIC:
+            return True if others and constants.issuperset(others) else None
+        elif node.op_type in _CARRY:
+            faces.update(node.output)
+        elif node.op_type not in _ABOUT_SHAPES:
+            return False if node.op_type in _BEGIN else None
+    return False

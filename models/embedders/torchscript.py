@@ -6,7 +6,6 @@ files only from whom you trust.
 
 import json
 import warnings
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,6 @@ from utils.checkpoints import CheckpointError
 
 #: Extra file of a TorchScript archive in which exports of this project keep {"image_size": ..., "inputs": InputSpec}.
 EXTRA_FILE = "face_embedder.json"
-
-
-def is_torchscript(path: Path) -> bool:
-    """Whether the file holds a program: an archive of torch.jit.save has code and constants, a state dict has none."""
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:] == ["constants.pkl"] for name in archive.namelist())
 
 
 class TorchScriptEmbedder(NetworkEmbedder):

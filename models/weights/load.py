@@ -1,11 +1,9 @@
 """Networks filled with weights from files."""
 
-import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -27,10 +25,11 @@ from models.weights.recognition import (
     recognise,
     shapes_of,
 )
-from utils.checkpoints import CheckpointError, load_backbone
+from models.weights.tface import tface
+from utils.checkpoints import CheckpointError, load_backbone, run_settings
 
 #: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
-ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, mxnet_mobilefacenet)
+ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, tface, mxnet_mobilefacenet)
 
 
 @dataclass(frozen=True)
@@ -67,28 +66,28 @@ def load_network(
         origin = read_origin(file)
         known = _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
     module = create_network(known.network, known.embedding_size, known.image_size)
-    if colour == "auto" and origin.doubt:
-        warnings.warn(origin.doubt, stacklevel=3)
-    chosen = origin.colour if colour == "auto" else colour
-    _fill(module, for_rgb(origin.state, module) if chosen == "bgr" else origin.state, file, str(known))
+    _fill(module, _state_for_rgb(origin, module, colour), file, known.network)
     inputs = InputSpec(origin.normalisation if normalisation == "auto" else normalisation)  # type: ignore[arg-type]
     return Loaded(module, known.network, known.embedding_size, known.image_size, inputs)
 
 
-def load_weights(module: nn.Module, path: Path | str, network: str) -> None:
+def load_weights(module: nn.Module, path: Path | str, network: str, colour: str = "auto") -> None:
     """Fill `module`, a network called `network`, with the weights at `path`: a run folder (its best), a `.safetensors`,
-    or a checkpoint of any kind that load_network knows. The network takes RGB afterwards.
+    or a checkpoint of any kind that load_network knows. The network takes RGB afterwards; `colour` as in load_network.
 
     Raises CheckpointError for a path that holds no such weights.
     """
+    check_choices("auto", colour)
     file = model_file(path)
-    if _is_ours(file):
-        _fill(module, load_backbone(file)[0], file, network)
-        return
-    origin = read_origin(file)
-    if origin.doubt:
-        warnings.warn(origin.doubt, stacklevel=3)
-    _fill(module, for_rgb(origin.state, module) if origin.colour == "bgr" else origin.state, file, network)
+    origin = Origin(load_backbone(file)[0]) if _is_ours(file) else read_origin(file)
+    _fill(module, _state_for_rgb(origin, module, colour), file, network)
+
+
+def recognise_weights(path: Path | str, network: str) -> Recognised | None:
+    """What the network called `network` is created with for the weights at `path`; None where they are not its."""
+    file = model_file(path)
+    state = load_backbone(file)[0] if _is_ours(file) else read_origin(file).state
+    return recognise(shapes_of(state), (network,), 112)
 
 
 def read_origin(file: Path) -> Origin:
@@ -101,13 +100,23 @@ def read_origin(file: Path) -> Origin:
     return Origin(checkpoint.state)
 
 
+def _state_for_rgb(origin: Origin, module: nn.Module, colour: str) -> Mapping[str, Tensor]:
+    """The weights for `module` to take RGB, `colour` being what they were trained on, with a warning where that is
+    neither said nor known.
+    """
+    if colour == "auto" and origin.doubt:
+        warnings.warn(origin.doubt, stacklevel=4)
+    chosen = origin.colour if colour == "auto" else colour
+    return for_rgb(origin.state, module) if chosen == "bgr" else origin.state
+
+
 def for_rgb(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
     """The weights of a network that takes BGR for the same network, `module`, to take RGB: its first convolution sees
     the channels the other way round.
     """
     own = strip_prefixes(module.state_dict())
     first = next(name for name, value in own.items() if value.dim() == 4 and value.shape[1] == 3)
-    return {name: value.flip(1) if name == first else value for name, value in state.items()}
+    return {name: value.flip(1) if name == first else value for name, value in strip_prefixes(state).items()}
 
 
 def _is_ours(file: Path) -> bool:
@@ -116,13 +125,10 @@ def _is_ours(file: Path) -> bool:
         return False
     try:
         with safe_open(file, "pt") as tensors:
-            metadata: dict[str, Any] = tensors.metadata() or {}
+            metadata = tensors.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file} cannot be read: {error}") from None
-    try:
-        return isinstance(json.loads(metadata.get("settings", "null")), dict)
-    except ValueError:  # somebody else's metadata
-        return False
+    return bool(run_settings(metadata))
 
 
 def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, image_size: int) -> Recognised:
@@ -150,7 +156,18 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, network: s
     state = {**counters, **{stripped.get(name, name): value for name, value in strip_prefixes(state).items()}}
     expected, found = shapes_of(own), shapes_of(state)
     if expected != found:
-        known = recognise(found, NETWORKS, 112)
-        looks = f"; it looks like {known}: say --model.network {known.network}" if known else ""
-        raise CheckpointError(f"{file} does not hold the weights of {network}{looks}. {differences(found, expected)}")
+        known, wanted = recognise(found, NETWORKS, 112), recognise(expected, (network,), 112)
+        looks = f"; it looks like {known}: say {_flags(known, wanted)}" if known else ""
+        raise CheckpointError(
+            f"{file} does not hold the weights of {wanted or network}{looks}. {differences(found, expected)}"
+        )
     module.load_state_dict(state)
+
+
+def _flags(known: Recognised, wanted: Recognised | None) -> str:
+    """The settings in which `known`, what a file holds, differs from `wanted`, what was made for it."""
+    settings = {"network": "model.network", "embedding_size": "model.embedding-size", "image_size": "data.image-size"}
+    given = asdict(wanted) if wanted else {}
+    return " ".join(
+        f"--{settings[field]} {value}" for field, value in asdict(known).items() if value != given.get(field)
+    )

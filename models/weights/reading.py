@@ -5,6 +5,8 @@ comes from DataParallel, a compiler, or a training module. What is left here is 
 """
 
 import pickle
+import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +34,24 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.",
 # What a training module has beside its network: its head, losses and statistics.
 _OTHERS = ("head.", "loss.", "criterion.", "classifier.", "arcface.", "margin.", "teacher.")
 
-# What else the notes of Lightning's checkpoints have in them. Nothing is imported: a class without content stands in.
-_NOTES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "argparse.Namespace")
+# What else checkpoints have in their notes: Lightning's callback, options, accuracies as numbers and arrays of numpy.
+# Nothing is imported: a class without content stands in.
+_NOTES = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "argparse.Namespace", "pathlib.PosixPath",
+    "pathlib.WindowsPath", "numpy.dtype", "numpy.ndarray", "numpy._core.multiarray.scalar",
+    "numpy._core.multiarray._reconstruct", "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+)  # fmt: skip
+
+_UNSUPPORTED = re.compile(r"Unsupported global: GLOBAL (\S+)")
+_ARCHIVE, _PICKLE = b"PK", b"\x80"  # how files of torch.save begin, now and before 1.6
 
 
 class _Note:
-    """In place of an object that has nothing to do with the weights."""
+    """In place of an object that has nothing to do with the weights; whatever it is made of is dropped."""
+
+    def __init__(self, *parts: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -65,8 +79,22 @@ def model_file(path: Path | str) -> Path:
     return file
 
 
+def is_torchscript(path: Path) -> bool:
+    """Whether the file holds a program: an archive of torch.jit.save has code and constants, a state dict has none."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(name.split("/")[1:] == ["constants.pkl"] for name in archive.namelist())
+
+
 def read_checkpoint(file: Path) -> Checkpoint:
     """The weights in `file`. Raises CheckpointError unless it holds tensors by name, and nothing that needs code."""
+    if file.suffix == ".onnx" or is_torchscript(file):
+        kind = "an ONNX file" if file.suffix == ".onnx" else "a TorchScript file"
+        raise CheckpointError(
+            f"{file} is {kind}, a finished program: it can be tested and merged with, but its weights fill no network "
+            "here; name the weights that it was made from"
+        )
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
     names = unwrap(content, file)
     return Checkpoint(file, content, names, strip_prefixes(names))
@@ -84,12 +112,24 @@ def _read_pickle(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals([(_Note, name) for name in _NOTES]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} holds more than tensors, or is damaged: it was not loaded. If you trust its author, save the "
-            "weights alone, torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), or of a whole network "
-            f"its .state_dict(). torch said: {shorten(str(error), 1)}"
-        ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(_refusal(file, error)) from None
+
+
+def _refusal(file: Path, error: Exception) -> str:
+    with file.open("rb") as opened:
+        first = opened.read(16)
+    if not first.startswith((_ARCHIVE, _PICKLE)):
+        return f"{file} is no file of torch.save: " + (f"it begins with {first!r}" if first else "it is empty")
+    if not isinstance(error, pickle.UnpicklingError):
+        said = f"{type(error).__name__} {shorten(str(error), 1)}".strip()
+        return f"{file} is damaged: it was not loaded. torch said: {said}"
+    named = _UNSUPPORTED.search(str(error))
+    what = f" ({named[1]})" if named else ", or was not written by torch.save"
+    return (
+        f"{file} holds more than tensors{what}: it was not loaded. If you trust its author, save the weights alone, "
+        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), or of a whole network its .state_dict()"
+    )
 
 
 def unwrap(content: Any, file: Path) -> dict[str, Tensor]:

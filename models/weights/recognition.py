@@ -1,5 +1,6 @@
 """Which network weights are of, told from their names and shapes."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 # Names in a message about weights that do not fit.
 SHOWN = 6
-_SIZES = (112, *range(32, 257, 16))
+_LARGEST = 1024  # height and width of the faces
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,17 @@ def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
 
 
 def recognise(found: Shapes, networks: Iterable[str], image_size: int) -> Recognised | None:
-    """The first of `networks` that has weights of these names and shapes; `image_size` is tried before others."""
+    """The first of `networks` that has weights of these names and shapes; `image_size` is tried before others, and of
+    several sizes with the same weights (`vit_*` see whole patches) one of the usual, else the smallest is taken.
+    """
     found = strip_prefixes(found)
     for network in networks:
         likely = expected_shapes(network, 512, 112)
         if _named(likely) != _named(found):
             continue
         embedding_size = found[_last(likely)][0]
-        for size in dict.fromkeys((image_size, *_SIZES)):
+        at_112 = expected_shapes(network, embedding_size, 112)
+        for size in dict.fromkeys((image_size, 112, *_likely_sizes(found, at_112))):
             try:
                 expected = expected_shapes(network, embedding_size, size)
             except ValueError:
@@ -62,6 +66,18 @@ def recognise(found: Shapes, networks: Iterable[str], image_size: int) -> Recogn
             if _same(expected, found):
                 return Recognised(network, embedding_size, size)
     return None
+
+
+def _likely_sizes(found: Shapes, at_112: Shapes) -> list[int]:
+    """Sizes of faces that weights may be for, which have these shapes and at 112 those: the last layer, or the patches'
+    places, grow with the area. Multiples of 16 come first.
+    """
+    other = next((name for name in at_112 if name in found and found[name] != at_112[name]), None)
+    if other is None:
+        return []
+    near = round(112 * math.sqrt(math.prod(found[other]) / math.prod(at_112[other])))
+    least = near * 108 // 112 - 1  # of 112 pixels, patches of 9 cover 108
+    return sorted(range(max(1, least), min(near + 10, _LARGEST + 1)), key=lambda size: (size % 16 > 0, size))
 
 
 def most_similar(found: Shapes, networks: Iterable[str], image_size: int) -> Recognised | None:

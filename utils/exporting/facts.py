@@ -1,6 +1,7 @@
 """What is known of a model, for the metadata of its exports and for its model card."""
 
 import importlib.metadata
+import inspect
 import json
 import tomllib
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from models.inputs import Normalisation
+from models.losses import LOSSES, create_loss
+from utils.schedules import peak_lr
 
 #: Sections of a run's settings that a model's users need; the others name folders of the machine that trained it.
 PUBLISHED_SECTIONS = ("data", "model", "loss", "train")
@@ -42,11 +45,11 @@ class ModelFacts:
 
     @property
     def loss(self) -> str:
-        """The loss with its margin and scale; empty when it is not known."""
+        """The loss with the numbers it was trained with; empty when it is not known."""
         loss = self.settings.get("loss", {})
         if not loss:
             return ""
-        numbers = [f"{key} {loss[key]:g}" for key in ("margin", "scale") if loss.get(key)]
+        numbers = [f"{key} {value:g}" for key, value in own_loss_settings(loss).items()]
         return f"{loss['name']} ({', '.join(numbers)})" if numbers else str(loss["name"])
 
     def accuracies(self) -> dict[str, float]:
@@ -74,6 +77,34 @@ class ModelFacts:
             "versions": json.dumps(versions()),
             **{key: repr(value) for key, value in own.items() if value is not None},
         }
+
+
+def used_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`settings` with the numbers that were used where they say "as published" or "by rule", for people to read; of the
+    loss only what it has.
+    """
+    used = {section: dict(fields) for section, fields in settings.items()}
+    if "loss" in used:
+        loss = used["loss"]
+        of_the_head: dict[str, Any] = {name: loss[name] for name in ("sub_centers", "sample_rate") if name in loss}
+        used["loss"] = {"name": loss["name"], **own_loss_settings(loss), **of_the_head}
+    train = used.get("train", {})
+    if train.get("lr") == 0:
+        train["lr"] = round(peak_lr(0, train["optimizer"], train["batch_size"]), 6)
+    if train.get("precision") == "auto":
+        train["precision"] = "bf16 or fp16 where the device has it, else fp32"
+    return used
+
+
+def own_loss_settings(loss: Mapping[str, Any]) -> dict[str, Any]:
+    """The numbers in the section `loss` that the loss has, 0 for margin, scale and deviation being what is published;
+    without what is off.
+    """
+    if loss["name"] not in LOSSES:  # of a later version
+        return {}
+    made = create_loss(**{**loss, "margin": loss.get("margin") or None, "scale": loss.get("scale") or None})
+    own = [name for name in inspect.signature(LOSSES[loss["name"]]).parameters if name in loss]
+    return {name: getattr(made, name) for name in own if getattr(made, name) or name not in ("plus", "filter_above")}
 
 
 def publishable(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

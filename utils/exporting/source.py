@@ -12,10 +12,10 @@ from torch import nn
 
 from models.embedders import NetworkEmbedder
 from models.embedders.network import PRECISIONS
-from models.embedders.torchscript import is_torchscript
 from models.inputs import Normalisation
 from models.weights import load_network, model_file
-from utils.checkpoints import BEST, HUB_WEIGHTS
+from models.weights.reading import is_torchscript
+from utils.checkpoints import BEST, HUB_WEIGHTS, run_settings
 from utils.exporting.exportable import ExportError
 from utils.exporting.facts import ModelFacts, publishable
 
@@ -63,7 +63,7 @@ def load_source(
     name = path.resolve().name if path.is_dir() else path.stem
     embedder = NetworkEmbedder(loaded.network.eval(), loaded.image_size, CPU, name, inputs=loaded.inputs)
     saved = _saved_metadata(file)
-    settings = _settings(saved)
+    settings = run_settings(saved)
     run = file.parent if settings else None
     tested = _tested(run / "test", embedder) if run else {}
     facts = ModelFacts(
@@ -101,15 +101,6 @@ def _tested(folder: Path, model: NetworkEmbedder) -> dict[str, Any]:
         )
         return {}
     return found
-
-
-def _settings(saved: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Those of a run of this project; {} where the metadata are somebody else's."""
-    try:
-        settings = json.loads(saved.get("settings", "{}"))
-    except ValueError:
-        return {}
-    return settings if isinstance(settings, dict) else {}
 
 
 def _saved_metadata(file: Path) -> dict[str, str]:

@@ -1,0 +1,103 @@
+"""ONNX files of others: what they expect is seen from their graphs, and what they do wrong is said."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from models.embedders import load_embedder
+from models.embedders.onnx_file import normalises_itself
+from test_embedder import CPU, SIZE, reshaped, with_metadata, write_onnx
+from utils.checkpoints import CheckpointError
+
+FACES = torch.randint(0, 256, (7, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+Nodes = list[tuple[str, list[str], str]]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "own"),
+    [
+        ([("Sub", ["x", "two"], "a"), ("Mul", ["a", "two"], "b"), ("Conv", ["b", "kernel"], "y")], True),
+        ([("Transpose", ["x"], "a"), ("Div", ["a", "two"], "b"), ("Conv", ["b", "kernel"], "y")], True),
+        ([("Constant", [], "c"), ("Neg", ["c"], "d"), ("Add", ["x", "d"], "a"), ("Conv", ["a", "kernel"], "y")], True),
+        ([("Conv", ["x", "kernel"], "a"), ("Mul", ["a", "two"], "b"), ("Sub", ["b", "two"], "y")], False),
+        # Padding to a multiple of what the first layer takes: arithmetic on the shape.
+        ([("Shape", ["x"], "s"), ("Mod", ["s", "two"], "m"), ("Sub", ["two", "m"], "p"), ("Pad", ["x", "p"], "a"),
+          ("Conv", ["a", "kernel"], "y")], False),
+        # Standardised weights: arithmetic on the kernel.
+        ([("Sub", ["kernel", "two"], "k"), ("Mul", ["k", "two"], "w"), ("Conv", ["x", "w"], "y")], False),
+        ([("Reshape", ["x", "two"], "a"), ("MatMul", ["a", "kernel"], "y")], False),
+        ([], False),
+        ([("BatchNormalization", ["x", "two", "two", "two", "two"], "a"), ("Conv", ["a", "kernel"], "y")], None),
+        ([("Sub", ["x", "x"], "a"), ("Conv", ["a", "kernel"], "y")], None),
+    ],
+)  # fmt: skip
+def test_own_normalisation_is_arithmetic_with_constants_on_the_faces(nodes: Nodes, own: bool | None) -> None:
+    """Before the first layer, and of the faces themselves: raw pixels in a net that wants [-1, 1] raise no error."""
+    made = [helper.make_node(operation, inputs, [output]) for operation, inputs, output in nodes]
+    constants = [helper.make_tensor(name, TensorProto.FLOAT, [1], [2.0]) for name in ("two", "kernel")]
+    assert normalises_itself(helper.make_graph(made, "net", [], [], constants), "x") is own
+
+
+def test_unclear_normalisation_is_warned_of(tmp_path: Path) -> None:
+    """Nobody can know it then: it is said what is taken and what to say; whoever has said it hears nothing."""
+    path = write_onnx(tmp_path / "net.onnx", ("Max",))
+    with pytest.warns(UserWarning, match=r"net\.onnx: its first nodes do not show.* say --model\.normalisation none"):
+        assert load_embedder(path, CPU).inputs.normalisation == "127.5"  # type: ignore[attr-defined]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_embedder(path, CPU, normalisation="none")
+        load_embedder(with_metadata(path, '{"normalisation": "128"}'), CPU)
+
+
+def ending(path: Path, *nodes: Any, shape: list[int] | None = None) -> Path:
+    """The net of `path` with `nodes` in place of its last one, which turns `maps` into `y`; `shape`: a constant."""
+    model = onnx.load(path)
+    del model.graph.node[-1]
+    model.graph.node.extend(nodes)
+    if shape is not None:
+        model.graph.initializer.append(numpy_helper.from_array(np.array(shape), "shape"))
+    model.graph.output[0].CopyFrom(helper.make_tensor_value_info("y", TensorProto.FLOAT, None))
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [[1, 5], [1, -1]])
+def test_onnx_files_that_take_one_face_whatever_they_say(tmp_path: Path, shape: list[int]) -> None:
+    """Exporters name the batch N and leave a reshape to 1 in the graph: such a file gets one face at a time, said."""
+    reshape = helper.make_node("Reshape", ["maps", "shape"], ["y"])
+    path = ending(write_onnx(tmp_path / "one.onnx"), reshape, shape=shape)
+    embedder = load_embedder(path, CPU)
+    with pytest.warns(UserWarning, match=r"one\.onnx: .* 7 faces.*It gets one face at a time"):
+        found = embedder.embed(FACES)
+    torch.testing.assert_close(found, load_embedder(write_onnx(tmp_path / "a.onnx"), CPU).embed(FACES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.testing.assert_close(embedder.embed(FACES), found)  # known from then on
+
+
+def test_onnx_files_that_run_wrong(tmp_path: Path) -> None:
+    """What onnxruntime raises, a scalar, no input: an error that names the file, which scripts show in a line."""
+    wrong_size = reshaped(write_onnx(tmp_path / "size.onnx", size=24), ["N", 3, SIZE, SIZE])
+    scalar = ending(write_onnx(tmp_path / "scalar.onnx"), helper.make_node("ReduceMean", ["maps"], ["y"], keepdims=0))
+    for path, message in (
+        (wrong_size, r"size\.onnx: onnxruntime fails on 7 faces, input \[7, 3, 16, 16\]: .*"),
+        (scalar, r"scalar\.onnx: its output for 7 faces is \[\], not an embedding of each"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            load_embedder(path, CPU).embed(FACES)
+    with pytest.raises(CheckpointError, match=r"takes inputs of shape \[0, 3, 16, 16\]"):
+        load_embedder(reshaped(write_onnx(tmp_path / "empty.onnx"), [0, 3, SIZE, SIZE]), CPU)
+    model = onnx.load(write_onnx(tmp_path / "plain.onnx"))
+    model.graph.node[0].input[0] = "faces"
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros((1, 3, SIZE, SIZE), np.float32), "faces"))
+    del model.graph.input[:]
+    onnx.save(model, tmp_path / "closed.onnx")
+    with pytest.raises(CheckpointError, match=r"closed\.onnx takes nothing: expected one input"):
+        load_embedder(tmp_path / "closed.onnx", CPU)
