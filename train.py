@@ -18,7 +18,6 @@ import time
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ from data.prefetch import on_device
 from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
-from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone, settings_beside
+from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
 from utils.devices import describe_device, pick_device, pick_precision
 from utils.ema import WeightAverage
 from utils.files import write_csv_atomic, write_text_atomic
@@ -47,24 +46,24 @@ from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.ranks import Ranks, join_ranks
+from utils.run_folders import CHECKPOINTS, TrainingError, check_images, images_note, run_folder, saved_settings
 from utils.saved_checkpoints import checkpoint_folders
 from utils.schedules import learning_rates, peak_lr
 from utils.scripts import readable_errors
-from utils.settings import Settings, describe, flatten, from_json, parse_settings, to_json
+from utils.settings import describe, flatten, from_json, parse_settings, to_json
 from utils.training_log import (
     SECONDS_VERIFYING,
     VERIFIED,
     VERIFIED_AVERAGE,
     Meter,
     TrainingLog,
+    import_wandb,
     step_profiler,
 )
 from utils.training_parts import build_head, build_network, compile_network, spread
 from utils.training_state import TrainingState
 from utils.training_step import TrainingStep
 from utils.training_summary import summarise
-
-CHECKPOINTS = "checkpoints"
 
 #: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
 MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
@@ -77,10 +76,6 @@ MOST_OVERFLOWS = 20
 
 #: Settings that decide which faces a step shows, and what a saved state is of.
 FIXED = ("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers")
-
-
-class TrainingError(ValueError):
-    """The run cannot start or go on; the message says why and what to do."""
 
 
 class ExplodedError(TrainingError):
@@ -98,6 +93,8 @@ class Trainer:
         """Raises TrainingError, FaceSetError and the errors of the parts, before anything is written."""
         settings = config.train
         self.config, self.run, self.device, self.ranks = config, run, device, ranks
+        if settings.wandb and ranks.first:
+            import_wandb()
         self.precision = pick_precision(settings.precision, device)
         self.workers = worker_count(config.common.workers)
 
@@ -115,6 +112,7 @@ class Trainer:
             config.test.mirror,
             ranks,
         )
+        self.images = images_note(self.faces.labels)
         order = create_order(config.data.order, self.faces.labels, settings.seed)
         self.batches = EpochBatches(order, len(self.faces), settings.batch_size, ranks.rank, ranks.size)
         if self.batches.batches == 0:
@@ -157,18 +155,16 @@ class Trainer:
         Raises TrainingError when it cannot go on, Stopped once a signal was heeded and the state is saved.
         """
         settings, ranks = self.config.train, self.ranks
+        self.describe()
+        self.training_step = self.build_step()  # before anything is written: it may find that the run cannot be
         with ExitStack() as stack:
             self.store = stack.enter_context(
                 CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
             )
             self.restore_newest()
-            if ranks.first:
-                write_text_atomic(self.run / CONFIG, to_json(self.config))
-                write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
-            self.describe()
-            self.training_step = self.build_step()
+            self.say_where()
             self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
-            self.log = stack.enter_context(TrainingLog(self.run, self.step, settings.wandb, write=ranks.first))
+            self.log = stack.enter_context(self.open_record())
             self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
             self.interrupt = stack.enter_context(catch_interrupt())
             self.bar = stack.enter_context(
@@ -311,6 +307,7 @@ class Trainer:
             "scaler": self.scaler.state_dict(),
             "skipped": sorted(self.skipped),
             "identities": checksum(self.faces.identities),
+            **self.images,
             "torch": torch.__version__,
         }
         about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
@@ -348,6 +345,7 @@ class Trainer:
                 "data.min_images): its class centres would be other people's. Start a new run, from its weights if you "
                 "like (train.init)"
             )
+        check_images(notes, self.images, str(self.faces.path), self.run)
 
     def roll_back(self, error: ExplodedError) -> None:
         """Go back to the last checkpoint and leave out the batches that led astray; or raise TrainingError."""
@@ -441,9 +439,24 @@ class Trainer:
             f"verified on: {tests or 'nothing (no .bin found): the last model is kept'}",
             f"{on}, {str(self.precision).removeprefix('torch.')}, {self.workers} workers, {self.steps:,} steps",
             f"learning rate {self.peak:.4g} at its peak",
-            f"run: {self.run}" + (f", from step {self.step:,}" if self.step else ""),
         ):
             self.say(line)
+
+    def say_where(self) -> None:
+        """Say where the run stands."""
+        where = f"run: {self.run}" + (f", from step {self.step:,}" if self.step else "")
+        if not self.step and (self.run / CONFIG).exists():
+            where += ", which has no checkpoint yet: from the start"
+        self.say(where)
+        if self.step >= self.steps:
+            self.say(f"nothing is left to train: {self.steps:,} steps are all (train.epochs)")
+
+    def open_record(self) -> TrainingLog:
+        """Write what the run is, and open its log."""
+        if self.ranks.first:
+            write_text_atomic(self.run / CONFIG, to_json(self.config))
+            write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
+        return TrainingLog(self.run, self.step, self.config.train.wandb, write=self.ranks.first)
 
     def say(self, line: str) -> None:
         """A line on the screen, from the first rank."""
@@ -464,23 +477,6 @@ def train(config: Config) -> Path:
     return run
 
 
-def run_folder(config: Config) -> Path:
-    """The folder of a new run, which must not exist yet, or of the one to go on with."""
-    settings = config.train
-    if settings.resume not in ("", "auto"):
-        run = Path(settings.resume)
-        if not (run / CHECKPOINTS).is_dir():
-            raise TrainingError(f"train.resume: {run} has no {CHECKPOINTS} to go on from")
-        return run
-    if settings.resume == "auto" and not settings.name:
-        raise TrainingError("train.resume: auto goes on with the run called train.name: name it with --name")
-    run = Path(config.common.runs) / (settings.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
-    if run.exists() and settings.resume != "auto":
-        go_on = f", go on with --resume {run}" if (run / CHECKPOINTS).exists() else ""
-        raise TrainingError(f"{run} exists: name another with --name{go_on}, or remove it")
-    return run
-
-
 def checksum(identities: Sequence[str]) -> int:
     """Of the identities behind the classes, in their order."""
     return zlib.crc32("\n".join(identities).encode("utf-8", "surrogateescape"))
@@ -497,15 +493,6 @@ def verification_sets(data: DataConfig) -> list[VerificationPairs]:
     if len(set(names)) < len(names):
         raise TrainingError(f"data.verification: two sets have the same name ({', '.join(names)}): rename one")
     return tests
-
-
-def saved_settings(settings: Settings) -> Settings:
-    """The settings of the run to resume, if there is one."""
-    resume = settings["train.resume"]
-    run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
-    named = resume and (resume != "auto" or settings["train.name"])
-    saved = settings_beside(run) if named else {}
-    return {**saved, "train.resume": resume} if saved else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

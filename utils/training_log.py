@@ -34,6 +34,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return lines
 
 
+def import_wandb() -> Any:
+    """The package of Weights & Biases. Raises ValueError, which names the setting, when it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError("train.wandb: it needs one more package: pip install wandb") from None
+
+
 class Noted(NamedTuple):
     """What the steps since the last reading came to.
 
@@ -129,12 +137,9 @@ class TrainingLog:
         if not write:
             return
         if wandb:
-            try:
-                self._elsewhere = importlib.import_module("wandb").init(
-                    project=wandb, name=folder.name, id=folder.name, resume="allow", dir=str(folder)
-                )
-            except ImportError:
-                raise ValueError("train.wandb: it needs one more package: pip install wandb") from None
+            self._elsewhere = import_wandb().init(
+                project=wandb, name=folder.name, id=folder.name, resume="allow", dir=str(folder)
+            )
             self._open.callback(self._elsewhere.finish)
         self.forget_after(step)
 
