@@ -193,7 +193,6 @@ class Trainer:
                         self.train_on(batch)
                 except ExplodedError as error:
                     self.roll_back(error)
-            self.log.draw()
         if ranks.first:
             self.say(summarise(self.run))
 
@@ -278,7 +277,7 @@ class Trainer:
         networks = {VERIFIED: self.network}
         if self.average is not None:
             networks[VERIFIED_AVERAGE] = self.average.network
-        best, began = None, time.perf_counter()
+        best, accuracy, began = None, self.best_accuracy, time.perf_counter()
         for tag, network in networks.items():
             try:
                 results = self.verifier(network)
@@ -286,18 +285,31 @@ class Trainer:
                 raise TrainingError(f"step {self.step:,}: {error}; if the network diverged, lower train.lr") from None
             kind = " (average)" if tag == VERIFIED_AVERAGE else ""
             for name, result in results.items():
-                accuracy, std = 100 * result.accuracy, 100 * result.std
-                self.say(f"step {self.step:>7,}  {name}{kind}: {accuracy:.3f} % +- {std:.3f}")
+                percent, std = 100 * result.accuracy, 100 * result.std
+                self.say(f"step {self.step:>7,}  {name}{kind}: {percent:.3f} % +- {std:.3f}")
             if results:
                 self.log.scalars(self.step, {tag + name: result.accuracy for name, result in results.items()})
             mean = math.fsum(result.accuracy for result in results.values()) / max(1, len(results))
-            if mean > self.best_accuracy or not results:
-                self.best_accuracy, best = mean, network
+            if mean > accuracy or not results:
+                accuracy, best = mean, network
         if self.verifier.sets:
             self.log.scalars(self.step, {SECONDS_VERIFYING: time.perf_counter() - began})
-        if best is not None and self.ranks.first:
-            save_backbone(self.run / BEST, best, to_json(self.config), Progress(self.step, self.best_accuracy))
+        if best is not None:
+            self.keep_best(best, accuracy)
+        self.log.draw_now_and_then()
         train_mode(self.network, self.config.train.frozen)
+
+    def keep_best(self, network: nn.Module, accuracy: float) -> None:
+        """Write `network`, the best so far. On a full disk that is left to a later one that is better."""
+        try:
+            if self.ranks.first:
+                save_backbone(self.run / BEST, network, to_json(self.config), Progress(self.step, accuracy))
+        except OSError as error:
+            if self.step >= self.steps:
+                raise
+            self.say(f"the best network so far could not be written ({error}): the next verification tries again")
+            return
+        self.best_accuracy = accuracy
 
     def save(self, wait: bool) -> None:
         """Save all that the next step depends on."""
@@ -456,7 +468,8 @@ class Trainer:
         if self.ranks.first:
             write_text_atomic(self.run / CONFIG, to_json(self.config))
             write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
-        return TrainingLog(self.run, self.step, self.config.train.wandb, write=self.ranks.first)
+        again = self.step == 0  # what is there of a first try, which left no checkpoint
+        return TrainingLog(self.run, self.step, self.config.train.wandb, self.ranks.first, self.say, again)
 
     def say(self, line: str) -> None:
         """A line on the screen, from the first rank."""

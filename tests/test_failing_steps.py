@@ -91,6 +91,7 @@ def test_an_explosion_stops_the_run(
     its = np.random.default_rng([0, 1]).permutation(48)[8:16]
     listed = (run / "exploded-step-7.txt").read_text().splitlines()
     assert listed == [faces.describe(int(i)) for i in its]
+    assert (run / "loss.png").exists()
     assert Saved(checkpoint_folders(run / CHECKPOINTS)[-1]).step == 4
     assert all(value.isfinite().all() for value in newest(run).values())
 
