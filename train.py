@@ -15,24 +15,22 @@ import json
 import math
 import os
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import PRESETS, Config, DataConfig
+from config import PRESETS, Config
 from data.augment import Chances, augment
 from data.face_sets import FaceSet, FaceSetError, open_training_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
-from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
@@ -46,9 +44,17 @@ from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.ranks import Ranks, join_ranks
-from utils.run_folders import CHECKPOINTS, TrainingError, check_images, images_note, run_folder, saved_settings
+from utils.run_folders import (
+    CHECKPOINTS,
+    TrainingError,
+    check_images,
+    checksum,
+    images_note,
+    run_folder,
+    saved_settings,
+)
+from utils.run_requests import RunRequests, SignalledError
 from utils.saved_checkpoints import checkpoint_folders
-from utils.schedules import learning_rates, peak_lr
 from utils.scripts import readable_errors
 from utils.settings import describe, flatten, from_json, parse_settings, to_json
 from utils.training_log import (
@@ -60,16 +66,20 @@ from utils.training_log import (
     import_wandb,
     step_profiler,
 )
-from utils.training_parts import build_head, build_network, compile_network, spread
+from utils.training_parts import (
+    build_head,
+    build_network,
+    build_schedule,
+    compile_network,
+    spread,
+    verification_sets,
+)
 from utils.training_state import TrainingState
 from utils.training_step import TrainingStep
 from utils.training_summary import summarise
 
 #: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
 MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
-
-#: Steps between two at which several ranks agree whether a signal came.
-AGREE_EVERY = 10
 
 #: Steps in a row that may overflow in float16 while the gradient scaler lowers its scale.
 MOST_OVERFLOWS = 20
@@ -120,19 +130,7 @@ class Trainer:
                 f"train.batch_size is {settings.batch_size}, but {self.faces.path} has only {len(self.faces)} images"
             )
         self.steps = settings.epochs * self.batches.batches
-        self.peak = peak_lr(settings.lr, settings.optimizer, settings.batch_size)
-        self.learning_rates = learning_rates(
-            settings.schedule,
-            self.steps,
-            self.batches.batches,
-            self.peak,
-            warmup_epochs=settings.warmup_epochs,
-            power=settings.schedule_power,
-            milestones=settings.milestones,
-            milestone_factor=settings.milestone_factor,
-            decay_epochs=settings.decay_epochs,
-            final=settings.final_lr,
-        )
+        self.peak, self.learning_rates = build_schedule(settings, self.batches.batches)
 
         begun = bool(checkpoint_folders(run / CHECKPOINTS))
         self.network = build_network(config, device, with_init=not begun)
@@ -145,6 +143,7 @@ class Trainer:
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
         self.step, self.best_accuracy = 0, 0.0
+        self.verify_due = False  # whether the weights of this step are still to be verified
         self.bad_in_a_row = 0
         self.skipped: set[int] = set()
         self.broken: set[str] = set()
@@ -166,7 +165,7 @@ class Trainer:
             self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
             self.log = stack.enter_context(self.open_record())
             self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
-            self.interrupt = stack.enter_context(catch_interrupt())
+            self.requests = RunRequests(stack.enter_context(catch_interrupt()), ranks, settings.checkpoint_minutes)
             self.bar = stack.enter_context(
                 progress_bar(
                     self.steps * settings.batch_size,
@@ -177,8 +176,8 @@ class Trainer:
                 )
             )
             self.meter = Meter(self.device)
-            if self.step == 0 and settings.verify_at_start:
-                self.verify()
+            if self.verify_due or (self.step == 0 and settings.verify_at_start):
+                self.verify_or_stop(saved=self.verify_due)
             decoded = DecodedFaces(
                 self.faces, self.faces.labels, self.config.data.image_size, self.config.data.resize, tolerant=True
             )
@@ -213,32 +212,48 @@ class Trainer:
             self.profiler.step()
         self.step = step = step + 1
         self.bar.update(settings.batch_size)
+        self.after_step()
 
+    def after_step(self) -> None:
+        """What is due: a line of the log, a checkpoint, a verification, an end that was asked for."""
+        settings, step = self.config.train, self.step
         last, an_epoch = step == self.steps, self.batches.batches
         verify_now = last or step % (settings.verify_every or an_epoch) == 0
         save_now = last or step % (settings.checkpoint_every or an_epoch) == 0
         note_now = step % settings.log_every == 0 or verify_now or save_now
-        if note_now:
+        # A signal from here on is for the verification or the next step to see.
+        asked = self.requests.read(step, always=note_now)
+        if note_now or asked.signal:
             self.note()
+        self.verify_due = verify_now
+        save_now = save_now or (note_now and asked.overdue)
+        if save_now or asked.signal:
+            self.save(wait=asked.signal > 0)
+        if asked.signal:
+            self.stop(asked.signal)
         if verify_now:
+            self.verify_or_stop(saved=save_now)
+
+    def stop(self, signal: int) -> NoReturn:
+        """End the run, whose state is saved, as `signal` asked for."""
+        self.store.wait()
+        go_on = f"go on with: python train.py --resume {self.run}"
+        raise Stopped(f"stopped and saved at step {self.step:,} of {self.steps:,}; {go_on}", 128 + signal)
+
+    def verify_or_stop(self, saved: bool) -> None:
+        """Verify. Neither a signal meanwhile nor an error costs the steps, which may be `saved` already."""
+        try:
             with self.meter.paused():
-                try:
-                    self.verify()
-                except (RuntimeError, OSError):  # out of memory, a full disk: the steps are not lost
-                    if self.ranks.size == 1:  # the others may not know, and a save needs them all
-                        self.save(wait=True)
-                    raise
-        # A signal from here on is for the next step to see. Several ranks have to agree, which waits for all of them.
-        stopping = self.interrupt.number
-        if self.ranks.size > 1:
-            stopping = self.ranks.most(stopping) if note_now or step % AGREE_EVERY == 0 else 0
-        if stopping and not note_now:
-            self.note()
-        if save_now or stopping:
-            self.save(wait=last or stopping > 0)
-        if stopping:
-            go_on = f"go on with: python train.py --resume {self.run}"
-            raise Stopped(f"stopped and saved at step {step:,} of {self.steps:,}; {go_on}", 128 + stopping)
+                self.verify()
+        except SignalledError as error:
+            if not saved:
+                self.save(wait=True)
+            self.stop(error.signal)
+        except (RuntimeError, OSError):  # out of memory, say
+            if not saved and self.ranks.size == 1:  # the others may not know, and a save needs them all
+                self.save(wait=True)
+            raise
+        self.verify_due = False
 
     def prepare(self, faces: torch.Tensor) -> torch.Tensor:
         """What the network gets of decoded faces: augmented, mirrored, normalised."""
@@ -280,7 +295,7 @@ class Trainer:
         best, accuracy, began = None, self.best_accuracy, time.perf_counter()
         for tag, network in networks.items():
             try:
-                results = self.verifier(network)
+                results = self.verifier(network, self.requests.heed)
             except ValueError as error:
                 raise TrainingError(f"step {self.step:,}: {error}; if the network diverged, lower train.lr") from None
             kind = " (average)" if tag == VERIFIED_AVERAGE else ""
@@ -320,12 +335,14 @@ class Trainer:
             "skipped": sorted(self.skipped),
             "identities": checksum(self.faces.identities),
             **self.images,
+            "verify_due": self.verify_due,
             "torch": torch.__version__,
         }
         about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
         with self.meter.paused():
             state = self.state
             self.store.save(self.step, state.whole(), state.rows(), notes, wait, state.backbone(), about)
+        self.requests.saved()
 
     def restore_newest(self) -> bool:
         """Go to where the newest whole checkpoint stands, if there is one."""
@@ -338,6 +355,7 @@ class Trainer:
         self.state.restore(saved)
         self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
         self.skipped |= set(saved.notes["skipped"])
+        self.verify_due = saved.notes.get("verify_due", False)
         if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(saved.notes["scaler"])
         return True
@@ -373,9 +391,11 @@ class Trainer:
         self.meter = Meter(self.device)
         self.bar.reset()
         self.bar.update(self.step * self.config.train.batch_size)
-        self.log.forget_after(self.step)
+        self.log.forget_after(self.step, self.verify_due)
         self.say(f"{error}\nback at step {self.step:,}, and on without steps {error.step - 1:,} and {error.step:,}")
         self.save(wait=True)
+        if self.verify_due:
+            self.verify_or_stop(saved=True)
 
     def explode(self, step: int, loss: float, norm: float) -> None:
         """Raise ExplodedError, with what there is to know of `step`."""
@@ -468,7 +488,7 @@ class Trainer:
         if self.ranks.first:
             write_text_atomic(self.run / CONFIG, to_json(self.config))
             write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
-        again = self.step == 0  # what is there of a first try, which left no checkpoint
+        again = self.verify_due or self.step == 0  # what a first try left, which had no checkpoint
         return TrainingLog(self.run, self.step, self.config.train.wandb, self.ranks.first, self.say, again)
 
     def say(self, line: str) -> None:
@@ -488,24 +508,6 @@ def train(config: Config) -> Path:
         run = Path(ranks.agree(str(run_folder(config)) if ranks.first else ""))
         Trainer(config, run, device, ranks).train()
     return run
-
-
-def checksum(identities: Sequence[str]) -> int:
-    """Of the identities behind the classes, in their order."""
-    return zlib.crc32("\n".join(identities).encode("utf-8", "surrogateescape"))
-
-
-def verification_sets(data: DataConfig) -> list[VerificationPairs]:
-    """The sets of `data.verification`, or every `.bin` beside the training set."""
-    beside = [path for root in data.root for path in find_bins(root)]
-    try:
-        tests = [read_bin(path) for path in data.verification or beside]
-    except (ValueError, OSError) as error:
-        raise TrainingError(f"data.verification: {error}") from None
-    names = [test.name for test in tests]
-    if len(set(names)) < len(names):
-        raise TrainingError(f"data.verification: two sets have the same name ({', '.join(names)}): rename one")
-    return tests
 
 
 def main(argv: Sequence[str] | None = None) -> None:

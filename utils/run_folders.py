@@ -1,7 +1,7 @@
 """The folder of a run: a new one, or one to go on with; and whether it is the same run that goes on."""
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,11 @@ def saved_settings(settings: Settings) -> Settings:
     named = resume and (resume != "auto" or settings["train.name"])
     saved = settings_beside(run) if named else {}
     return {**saved, "train.resume": resume} if saved else {}
+
+
+def checksum(identities: Sequence[str]) -> int:
+    """Of the identities behind the classes, in their order."""
+    return zlib.crc32("\n".join(identities).encode("utf-8", "surrogateescape"))
 
 
 def images_note(labels: np.ndarray) -> dict[str, int]:
