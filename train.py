@@ -39,7 +39,7 @@ from utils.ema import WeightAverage
 from utils.files import write_csv_atomic, write_text_atomic
 from utils.flops import forward_flops, quick_matmul_flops_per_s
 from utils.interrupts import Stopped, catch_interrupt
-from utils.micro_batch import largest_that_fits, trial_pass
+from utils.micro_batch import bytes_beside, largest_that_fits, trial_pass
 from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -430,7 +430,9 @@ class Trainer:
         most = whole if settings.micro_batch == "auto" else min(whole, int(settings.micro_batch))
         on_card = self.device.type == "cuda"
         states = 0 if self.optimizer.state else 2  # what the first step of AdamW and its like makes
-        trial = partial(trial_pass, image_size=self.config.data.image_size, precision=self.precision, states=states)
+        size, ranks = self.config.data.image_size, self.ranks.size
+        beside = partial(bytes_beside, whole=whole, image_size=size, network=self.network, head=self.head, ranks=ranks)
+        trial = partial(trial_pass, image_size=size, precision=self.precision, states=states, beside=beside)
         if settings.micro_batch == "auto" and on_card:
             most = self.ranks.least(largest_that_fits(trial(self.network), whole))
             torch.cuda.reset_peak_memory_stats(self.device)  # the log's is that of the steps
@@ -519,8 +521,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run = train(config)
         except torch.OutOfMemoryError as error:
-            message = str(error).split(". ")[0]
-            raise TrainingError(f"{message}. Lower train.micro_batch, or train.batch_size") from None
+            (advice,) = getattr(error, "__notes__", ["Lower train.micro_batch, or train.batch_size"])[:1]
+            raise TrainingError(f"{str(error).split('. ')[0]}. {advice}") from None
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {run}")
 
