@@ -36,6 +36,7 @@ from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
 from utils.devices import describe_device, pick_device, pick_precision
 from utils.ema import WeightAverage
+from utils.explosions import ExplodedError
 from utils.files import write_csv_atomic, write_text_atomic
 from utils.flops import forward_flops, quick_matmul_flops_per_s
 from utils.interrupts import Stopped, catch_interrupt
@@ -86,14 +87,6 @@ MOST_OVERFLOWS = 20
 
 #: Settings that decide which faces a step shows, and what a saved state is of.
 FIXED = ("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers")
-
-
-class ExplodedError(TrainingError):
-    """The loss of `step` is not a number, or above its limit."""
-
-    def __init__(self, step: int, message: str) -> None:
-        super().__init__(message)
-        self.step = step
 
 
 class Trainer:
@@ -163,7 +156,7 @@ class Trainer:
             self.restore_newest()
             self.say_where()
             self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
-            self.log = stack.enter_context(self.open_record())
+            self.log = stack.enter_context(ranks.together(self.open_record))
             self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
             self.requests = RunRequests(stack.enter_context(catch_interrupt()), ranks, settings.checkpoint_minutes)
             self.bar = stack.enter_context(
@@ -222,7 +215,9 @@ class Trainer:
         save_now = last or step % (settings.checkpoint_every or an_epoch) == 0
         note_now = step % settings.log_every == 0 or verify_now or save_now
         # A signal from here on is for the verification or the next step to see.
-        asked = self.requests.read(step, always=note_now)
+        asked = self.requests.read(step, note_now, failing=len(self.broken) > self.config.data.broken_limit)
+        if asked.failing:
+            self.refuse_broken()
         if note_now or asked.signal:
             self.note()
         self.verify_due = verify_now
@@ -405,23 +400,20 @@ class Trainer:
         listed = self.run / f"exploded-step-{step}.txt"
         if self.ranks.first:
             write_text_atomic(listed, "".join(f"{self.faces.describe(int(i))}\n" for i in positions))
-        raise ExplodedError(
-            step,
-            f"the loss became {loss} at step {step:,} (learning rate {self.learning_rates[step]:.3g}, gradient norm "
-            f"{norm:.3g}; its images are listed in {listed}); what {self.run} holds of earlier steps is kept. Lower "
-            "train.lr, raise train.warmup_epochs, or lower loss.scale"
-            + (", or leave such batches out: --on-explosion skip" if self.config.train.on_explosion == "stop" else ""),
-        )
+        advise_skipping = self.config.train.on_explosion == "stop"
+        raise ExplodedError(step, loss, norm, float(self.learning_rates[step]), listed, advise_skipping)
 
     def note_broken(self, found: Sequence[str]) -> None:
-        """Say which images are broken, each once; TrainingError when they are more than `data.broken_limit`."""
+        """Say which images are broken, each once."""
         for message in set(found) - self.broken:
             tqdm.write(f"left out: {message}")
         self.broken.update(found)
-        limit = self.config.data.broken_limit
-        if len(self.broken) > limit:
-            listed = "\n  ".join(sorted(self.broken))
-            raise TrainingError(f"{len(self.broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
+
+    def refuse_broken(self) -> NoReturn:
+        """End the run for its broken images, those that any rank saw."""
+        broken = {message for part in self.ranks.texts(json.dumps(list(self.broken))) for message in json.loads(part)}
+        listed, limit = "\n  ".join(sorted(broken)), self.config.data.broken_limit
+        raise TrainingError(f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
 
     def build_step(self) -> TrainingStep:
         """The step, with as many faces in a pass as set, or as the card holds, the same on all ranks."""
@@ -434,7 +426,7 @@ class Trainer:
         beside = partial(bytes_beside, whole=whole, image_size=size, network=self.network, head=self.head, ranks=ranks)
         trial = partial(trial_pass, image_size=size, precision=self.precision, states=states, beside=beside)
         if settings.micro_batch == "auto" and on_card:
-            most = self.ranks.least(largest_that_fits(trial(self.network), whole))
+            most = self.ranks.least(self.ranks.together(lambda: largest_that_fits(trial(self.network), whole)))
             torch.cuda.reset_peak_memory_stats(self.device)  # the log's is that of the steps
         if whole // -(-whole // most) < 2:
             raise TrainingError(
@@ -507,8 +499,8 @@ def train(config: Config) -> Path:
     """
     device = pick_device(config.common.device)
     with join_ranks(device) as ranks:
-        run = Path(ranks.agree(str(run_folder(config)) if ranks.first else ""))
-        Trainer(config, run, device, ranks).train()
+        run = Path(ranks.agree(ranks.together(lambda: str(run_folder(config)) if ranks.first else "")))
+        ranks.together(lambda: Trainer(config, run, device, ranks)).train()
     return run
 
 

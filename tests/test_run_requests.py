@@ -16,7 +16,7 @@ from tiny_runs import configure
 from train import Trainer, train
 from utils.checkpoints import BEST
 from utils.interrupts import Interrupt
-from utils.ranks import Ranks
+from utils.ranks import OtherRankError, Ranks
 from utils.run_folders import CHECKPOINTS
 from utils.run_requests import RunRequests, SignalledError
 from utils.saved_checkpoints import BACKBONE, checkpoint_folders, step_of
@@ -113,16 +113,13 @@ def test_the_clock_asks_for_checkpoints(tiny_set: Path, tmp_path: Path, minutes:
     assert saved_steps(train(config)) == steps
 
 
-def ask_on_ranks() -> list[list[int]]:
-    """What this rank hears of the others' signals and clocks."""
-    ranks = Ranks(dist.group.WORLD)
-    first = ranks.first
+def ask(ranks: Ranks) -> list[list[int]]:
+    """What this rank hears of signals, clocks and failures of the second one."""
     heard = []
     for number, minutes, failing in ((0, 0.0, False), (15, 0.0, False), (0, 1e-9, False), (0, 0.0, True)):
-        # What is asked is known to the second rank alone.
-        requests = RunRequests(Interrupt(0 if first else number), ranks, 0.0 if first else minutes)
+        requests = RunRequests(Interrupt(0 if ranks.first else number), ranks, 0.0 if ranks.first else minutes)
         time.sleep(0.001)
-        heard.append([*requests.read(7, always=False), *requests.read(10, False, failing and not first)])
+        heard.append([*requests.read(7, always=False), *requests.read(10, False, failing and not ranks.first)])
         try:
             requests.heed()
         except SignalledError as error:
@@ -130,8 +127,35 @@ def ask_on_ranks() -> list[list[int]]:
     return [[int(value) for value in one] for one in heard]
 
 
-def test_ranks_hear_the_same() -> None:
-    """A signal, a clock or a failure of one rank is known to all, at the same steps."""
+def fail(ranks: Ranks) -> list[str]:
+    """What is raised here when the first rank fails, the second, none; and what all then say."""
+
+    def fail_on(rank: int) -> int:
+        if ranks.rank == rank:
+            raise KeyError(f"of rank {rank}")
+        return ranks.rank
+
+    heard = []
+    for rank in (0, 1, 2):
+        try:
+            heard.append(str(ranks.together(lambda rank=rank: fail_on(rank))))  # type: ignore[misc]
+        except (KeyError, OtherRankError) as error:
+            heard.append(f"{type(error).__name__} {error}")
+    return [*heard, *ranks.texts(f"text {ranks.rank}")]
+
+
+def ask_and_fail() -> tuple[list[list[int]], list[str]]:
+    ranks = Ranks(dist.group.WORLD)
+    return ask(ranks), fail(ranks)
+
+
+def test_ranks_hear_the_same_and_fail_together() -> None:
+    """A signal, a clock or a failure of one rank is known to all, at the same steps; an error of one ends the others
+    too, in its words, instead of leaving them waiting."""
     nothing = [0, 0, 0]
-    expected = [nothing + nothing, [*nothing, 15, 0, 0, 15], [*nothing, 0, 1, 0], [*nothing, 0, 0, 1]]
-    assert run_on_ranks(2, ask_on_ranks) == [expected, expected]
+    asked = [nothing + nothing, [*nothing, 15, 0, 0, 15], [*nothing, 0, 1, 0], [*nothing, 0, 0, 1]]
+    failures = (
+        ["KeyError 'of rank 0'", "OtherRankError 'of rank 1'", "0", "text 0", "text 1"],
+        ["OtherRankError 'of rank 0'", "KeyError 'of rank 1'", "1", "text 0", "text 1"],
+    )
+    assert run_on_ranks(2, ask_and_fail) == [(asked, failures[0]), (asked, failures[1])]
