@@ -326,11 +326,11 @@ class Trainer:
         notes = {
             "settings": json.loads(to_json(self.config)),
             "best_accuracy": self.best_accuracy,
+            "verify_due": self.verify_due,
+            **self.images,
             "scaler": self.scaler.state_dict(),
             "skipped": sorted(self.skipped),
             "identities": checksum(self.faces.identities),
-            **self.images,
-            "verify_due": self.verify_due,
             "torch": torch.__version__,
         }
         about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
