@@ -289,6 +289,8 @@ class TrainConfig:
     verify_at_start: bool = False
     # Steps between two checkpoints to resume from. 0: at the end of each epoch.
     checkpoint_every: int = 0
+    # Minutes after which a checkpoint is saved in any case, at the next line of the log. 0: never.
+    checkpoint_minutes: float = 10.0
     # Checkpoints to keep, the newest ones; the best network is kept besides.
     checkpoints_kept: int = 2
     # A loss above this has exploded, as one that is not a number has.
@@ -309,6 +311,7 @@ class TrainConfig:
         for name in (
             "verify_every",
             "checkpoint_every",
+            "checkpoint_minutes",
             "lr",
             "warmup_epochs",
             "decay_epochs",

@@ -15,81 +15,79 @@ import json
 import math
 import os
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import PRESETS, Config, DataConfig
+from config import PRESETS, Config
 from data.augment import Chances, augment
 from data.face_sets import FaceSet, FaceSetError, identity_keys, open_training_set
 from data.image_sizes import require_size
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
-from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
-from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone, settings_beside
+from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
 from utils.devices import describe_device, pick_device, pick_precision
 from utils.ema import WeightAverage
+from utils.explosions import ExplodedError
 from utils.files import write_csv_atomic, write_text_atomic
 from utils.flops import forward_flops, quick_matmul_flops_per_s
 from utils.interrupts import Stopped, catch_interrupt
-from utils.micro_batch import largest_that_fits, trial_pass
+from utils.micro_batch import bytes_beside, largest_that_fits, trial_pass
 from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.ranks import Ranks, join_ranks
+from utils.run_folders import (
+    CHECKPOINTS,
+    TrainingError,
+    check_images,
+    checksum,
+    images_note,
+    run_folder,
+    saved_settings,
+)
+from utils.run_requests import RunRequests, SignalledError
 from utils.saved_checkpoints import checkpoint_folders
-from utils.schedules import learning_rates, peak_lr
 from utils.scripts import readable_errors
-from utils.settings import Settings, describe, flatten, from_json, parse_settings, to_json
+from utils.settings import describe, flatten, from_json, parse_settings, to_json
 from utils.training_log import (
     SECONDS_VERIFYING,
     VERIFIED,
     VERIFIED_AVERAGE,
     Meter,
     TrainingLog,
+    import_wandb,
     step_profiler,
 )
-from utils.training_parts import build_head, build_network, compile_network, spread
+from utils.training_parts import (
+    build_head,
+    build_network,
+    build_schedule,
+    compile_network,
+    spread,
+    verification_sets,
+)
 from utils.training_state import TrainingState
 from utils.training_step import TrainingStep
 from utils.training_summary import summarise
 
-CHECKPOINTS = "checkpoints"
-
 #: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
 MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
-
-#: Steps between two at which several ranks agree whether a signal came.
-AGREE_EVERY = 10
 
 #: Steps in a row that may overflow in float16 while the gradient scaler lowers its scale.
 MOST_OVERFLOWS = 20
 
 #: Settings that decide which faces a step shows, and what a saved state is of.
 FIXED = ("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers")
-
-
-class TrainingError(ValueError):
-    """The run cannot start or go on; the message says why and what to do."""
-
-
-class ExplodedError(TrainingError):
-    """The loss of `step` is not a number, or above its limit."""
-
-    def __init__(self, step: int, message: str) -> None:
-        super().__init__(message)
-        self.step = step
 
 
 class Trainer:
@@ -99,6 +97,8 @@ class Trainer:
         """Raises TrainingError, FaceSetError and the errors of the parts, before anything is written."""
         settings = config.train
         self.config, self.run, self.device, self.ranks = config, run, device, ranks
+        if settings.wandb and ranks.first:
+            import_wandb()
         self.precision = pick_precision(settings.precision, device)
         self.workers = worker_count(config.common.workers)
 
@@ -118,6 +118,7 @@ class Trainer:
             config.test.mirror,
             ranks,
         )
+        self.images = images_note(self.faces.labels)
         order = create_order(config.data.order, self.faces.labels, settings.seed)
         self.batches = EpochBatches(order, len(self.faces), settings.batch_size, ranks.rank, ranks.size)
         if self.batches.batches == 0:
@@ -125,19 +126,7 @@ class Trainer:
                 f"train.batch_size is {settings.batch_size}, but {self.faces.path} has only {len(self.faces)} images"
             )
         self.steps = settings.epochs * self.batches.batches
-        self.peak = peak_lr(settings.lr, settings.optimizer, settings.batch_size)
-        self.learning_rates = learning_rates(
-            settings.schedule,
-            self.steps,
-            self.batches.batches,
-            self.peak,
-            warmup_epochs=settings.warmup_epochs,
-            power=settings.schedule_power,
-            milestones=settings.milestones,
-            milestone_factor=settings.milestone_factor,
-            decay_epochs=settings.decay_epochs,
-            final=settings.final_lr,
-        )
+        self.peak, self.learning_rates = build_schedule(settings, self.batches.batches)
 
         begun = bool(checkpoint_folders(run / CHECKPOINTS))
         self.network = build_network(config, device, with_init=not begun)
@@ -150,6 +139,7 @@ class Trainer:
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
         self.step, self.best_accuracy = 0, 0.0
+        self.verify_due = False  # whether the weights of this step are still to be verified
         self.bad_in_a_row = 0
         self.skipped: set[int] = set()
         self.broken: set[str] = set()
@@ -160,20 +150,18 @@ class Trainer:
         Raises TrainingError when it cannot go on, Stopped once a signal was heeded and the state is saved.
         """
         settings, ranks = self.config.train, self.ranks
+        self.describe()
+        self.training_step = self.build_step()  # before anything is written: it may find that the run cannot be
         with ExitStack() as stack:
             self.store = stack.enter_context(
                 CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
             )
             self.restore_newest()
-            if ranks.first:
-                write_text_atomic(self.run / CONFIG, to_json(self.config))
-                write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
-            self.describe()
-            self.training_step = self.build_step()
+            self.say_where()
             self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
-            self.log = stack.enter_context(TrainingLog(self.run, self.step, settings.wandb, write=ranks.first))
+            self.log = stack.enter_context(ranks.together(self.open_record))
             self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
-            self.interrupt = stack.enter_context(catch_interrupt())
+            self.requests = RunRequests(stack.enter_context(catch_interrupt()), ranks, settings.checkpoint_minutes)
             self.bar = stack.enter_context(
                 progress_bar(
                     self.steps * settings.batch_size,
@@ -184,8 +172,8 @@ class Trainer:
                 )
             )
             self.meter = Meter(self.device)
-            if self.step == 0 and settings.verify_at_start:
-                self.verify()
+            if self.verify_due or (self.step == 0 and settings.verify_at_start):
+                self.verify_or_stop(saved=self.verify_due)
             decoded = DecodedFaces(
                 self.faces, self.faces.labels, self.config.data.image_size, self.config.data.resize, tolerant=True
             )
@@ -200,7 +188,6 @@ class Trainer:
                         self.train_on(batch)
                 except ExplodedError as error:
                     self.roll_back(error)
-            self.log.draw()
         if ranks.first:
             self.say(summarise(self.run))
 
@@ -221,32 +208,50 @@ class Trainer:
             self.profiler.step()
         self.step = step = step + 1
         self.bar.update(settings.batch_size)
+        self.after_step()
 
+    def after_step(self) -> None:
+        """What is due: a line of the log, a checkpoint, a verification, an end that was asked for."""
+        settings, step = self.config.train, self.step
         last, an_epoch = step == self.steps, self.batches.batches
         verify_now = last or step % (settings.verify_every or an_epoch) == 0
         save_now = last or step % (settings.checkpoint_every or an_epoch) == 0
         note_now = step % settings.log_every == 0 or verify_now or save_now
-        if note_now:
+        # A signal from here on is for the verification or the next step to see.
+        asked = self.requests.read(step, note_now, failing=len(self.broken) > self.config.data.broken_limit)
+        if asked.failing:
+            self.refuse_broken()
+        if note_now or asked.signal:
             self.note()
+        self.verify_due = verify_now
+        save_now = save_now or (note_now and asked.overdue)
+        if save_now or asked.signal:
+            self.save(wait=asked.signal > 0)
+        if asked.signal:
+            self.stop(asked.signal)
         if verify_now:
+            self.verify_or_stop(saved=save_now)
+
+    def stop(self, signal: int) -> NoReturn:
+        """End the run, whose state is saved, as `signal` asked for."""
+        self.store.wait()
+        go_on = f"go on with: python train.py --resume {self.run}"
+        raise Stopped(f"stopped and saved at step {self.step:,} of {self.steps:,}; {go_on}", 128 + signal)
+
+    def verify_or_stop(self, saved: bool) -> None:
+        """Verify. Neither a signal meanwhile nor an error costs the steps, which may be `saved` already."""
+        try:
             with self.meter.paused():
-                try:
-                    self.verify()
-                except (RuntimeError, OSError):  # out of memory, a full disk: the steps are not lost
-                    if self.ranks.size == 1:  # the others may not know, and a save needs them all
-                        self.save(wait=True)
-                    raise
-        # A signal from here on is for the next step to see. Several ranks have to agree, which waits for all of them.
-        stopping = self.interrupt.number
-        if self.ranks.size > 1:
-            stopping = self.ranks.most(stopping) if note_now or step % AGREE_EVERY == 0 else 0
-        if stopping and not note_now:
-            self.note()
-        if save_now or stopping:
-            self.save(wait=last or stopping > 0)
-        if stopping:
-            go_on = f"go on with: python train.py --resume {self.run}"
-            raise Stopped(f"stopped and saved at step {step:,} of {self.steps:,}; {go_on}", 128 + stopping)
+                self.verify()
+        except SignalledError as error:
+            if not saved:
+                self.save(wait=True)
+            self.stop(error.signal)
+        except (RuntimeError, OSError):  # out of memory, say
+            if not saved and self.ranks.size == 1:  # the others may not know, and a save needs them all
+                self.save(wait=True)
+            raise
+        self.verify_due = False
 
     def prepare(self, faces: torch.Tensor) -> torch.Tensor:
         """What the network gets of decoded faces: augmented, mirrored, normalised."""
@@ -285,32 +290,47 @@ class Trainer:
         networks = {VERIFIED: self.network}
         if self.average is not None:
             networks[VERIFIED_AVERAGE] = self.average.network
-        best, began = None, time.perf_counter()
+        best, accuracy, began = None, self.best_accuracy, time.perf_counter()
         for tag, network in networks.items():
             try:
-                results = self.verifier(network)
+                results = self.verifier(network, self.requests.heed)
             except ValueError as error:
                 raise TrainingError(f"step {self.step:,}: {error}; if the network diverged, lower train.lr") from None
             kind = " (average)" if tag == VERIFIED_AVERAGE else ""
             for name, result in results.items():
-                accuracy, std = 100 * result.accuracy, 100 * result.std
-                self.say(f"step {self.step:>7,}  {name}{kind}: {accuracy:.3f} % +- {std:.3f}")
+                percent, std = 100 * result.accuracy, 100 * result.std
+                self.say(f"step {self.step:>7,}  {name}{kind}: {percent:.3f} % +- {std:.3f}")
             if results:
                 self.log.scalars(self.step, {tag + name: result.accuracy for name, result in results.items()})
             mean = math.fsum(result.accuracy for result in results.values()) / max(1, len(results))
-            if mean > self.best_accuracy or not results:
-                self.best_accuracy, best = mean, network
+            if mean > accuracy or not results:
+                accuracy, best = mean, network
         if self.verifier.sets:
             self.log.scalars(self.step, {SECONDS_VERIFYING: time.perf_counter() - began})
-        if best is not None and self.ranks.first:
-            save_backbone(self.run / BEST, best, to_json(self.config), Progress(self.step, self.best_accuracy))
+        if best is not None:
+            self.keep_best(best, accuracy)
+        self.log.draw_now_and_then()
         train_mode(self.network, self.config.train.frozen)
+
+    def keep_best(self, network: nn.Module, accuracy: float) -> None:
+        """Write `network`, the best so far. On a full disk that is left to a later one that is better."""
+        try:
+            if self.ranks.first:
+                save_backbone(self.run / BEST, network, to_json(self.config), Progress(self.step, accuracy))
+        except OSError as error:
+            if self.step >= self.steps:
+                raise
+            self.say(f"the best network so far could not be written ({error}): the next verification tries again")
+            return
+        self.best_accuracy = accuracy
 
     def save(self, wait: bool) -> None:
         """Save all that the next step depends on."""
         notes = {
             "settings": json.loads(to_json(self.config)),
             "best_accuracy": self.best_accuracy,
+            "verify_due": self.verify_due,
+            **self.images,
             "scaler": self.scaler.state_dict(),
             "skipped": sorted(self.skipped),
             "identities": checksum(identity_keys(self.faces)),
@@ -320,6 +340,7 @@ class Trainer:
         with self.meter.paused():
             state = self.state
             self.store.save(self.step, state.whole(), state.rows(), notes, wait, state.backbone(), about)
+        self.requests.saved()
 
     def restore_newest(self) -> bool:
         """Go to where the newest whole checkpoint stands, if there is one."""
@@ -332,6 +353,7 @@ class Trainer:
         self.state.restore(saved)
         self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
         self.skipped |= set(saved.notes["skipped"])
+        self.verify_due = saved.notes.get("verify_due", False)
         if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(saved.notes["scaler"])
         return True
@@ -352,6 +374,7 @@ class Trainer:
                 "data.min_images): its class centres would be other people's. Start a new run, from its weights if you "
                 "like (train.init)"
             )
+        check_images(notes, self.images, str(self.faces.path), self.run)
 
     def roll_back(self, error: ExplodedError) -> None:
         """Go back to the last checkpoint and leave out the batches that led astray; or raise TrainingError."""
@@ -367,9 +390,11 @@ class Trainer:
         self.meter = Meter(self.device)
         self.bar.reset()
         self.bar.update(self.step * self.config.train.batch_size)
-        self.log.forget_after(self.step)
+        self.log.forget_after(self.step, self.verify_due)
         self.say(f"{error}\nback at step {self.step:,}, and on without steps {error.step - 1:,} and {error.step:,}")
         self.save(wait=True)
+        if self.verify_due:
+            self.verify_or_stop(saved=True)
 
     def explode(self, step: int, loss: float, norm: float) -> None:
         """Raise ExplodedError, with what there is to know of `step`."""
@@ -379,23 +404,20 @@ class Trainer:
         listed = self.run / f"exploded-step-{step}.txt"
         if self.ranks.first:
             write_text_atomic(listed, "".join(f"{self.faces.describe(int(i))}\n" for i in positions))
-        raise ExplodedError(
-            step,
-            f"the loss became {loss} at step {step:,} (learning rate {self.learning_rates[step]:.3g}, gradient norm "
-            f"{norm:.3g}; its images are listed in {listed}); what {self.run} holds of earlier steps is kept. Lower "
-            "train.lr, raise train.warmup_epochs, or lower loss.scale"
-            + (", or leave such batches out: --on-explosion skip" if self.config.train.on_explosion == "stop" else ""),
-        )
+        advise_skipping = self.config.train.on_explosion == "stop"
+        raise ExplodedError(step, loss, norm, float(self.learning_rates[step]), listed, advise_skipping)
 
     def note_broken(self, found: Sequence[str]) -> None:
-        """Say which images are broken, each once; TrainingError when they are more than `data.broken_limit`."""
+        """Say which images are broken, each once."""
         for message in set(found) - self.broken:
             tqdm.write(f"left out: {message}")
         self.broken.update(found)
-        limit = self.config.data.broken_limit
-        if len(self.broken) > limit:
-            listed = "\n  ".join(sorted(self.broken))
-            raise TrainingError(f"{len(self.broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
+
+    def refuse_broken(self) -> NoReturn:
+        """End the run for its broken images, those that any rank saw."""
+        broken = {message for part in self.ranks.texts(json.dumps(list(self.broken))) for message in json.loads(part)}
+        listed, limit = "\n  ".join(sorted(broken)), self.config.data.broken_limit
+        raise TrainingError(f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
 
     def build_step(self) -> TrainingStep:
         """The step, with as many faces in a pass as set, or as the card holds, the same on all ranks."""
@@ -404,9 +426,11 @@ class Trainer:
         most = whole if settings.micro_batch == "auto" else min(whole, int(settings.micro_batch))
         on_card = self.device.type == "cuda"
         states = 0 if self.optimizer.state else 2  # what the first step of AdamW and its like makes
-        trial = partial(trial_pass, image_size=self.config.data.image_size, precision=self.precision, states=states)
+        size, ranks = self.config.data.image_size, self.ranks.size
+        beside = partial(bytes_beside, whole=whole, image_size=size, network=self.network, head=self.head, ranks=ranks)
+        trial = partial(trial_pass, image_size=size, precision=self.precision, states=states, beside=beside)
         if settings.micro_batch == "auto" and on_card:
-            most = self.ranks.least(largest_that_fits(trial(self.network), whole))
+            most = self.ranks.least(self.ranks.together(lambda: largest_that_fits(trial(self.network), whole)))
             torch.cuda.reset_peak_memory_stats(self.device)  # the log's is that of the steps
         if whole // -(-whole // most) < 2:
             raise TrainingError(
@@ -445,9 +469,25 @@ class Trainer:
             f"verified on: {tests or 'nothing (no .bin found): the last model is kept'}",
             f"{on}, {str(self.precision).removeprefix('torch.')}, {self.workers} workers, {self.steps:,} steps",
             f"learning rate {self.peak:.4g} at its peak",
-            f"run: {self.run}" + (f", from step {self.step:,}" if self.step else ""),
         ):
             self.say(line)
+
+    def say_where(self) -> None:
+        """Say where the run stands."""
+        where = f"run: {self.run}" + (f", from step {self.step:,}" if self.step else "")
+        if not self.step and (self.run / CONFIG).exists():
+            where += ", which has no checkpoint yet: from the start"
+        self.say(where)
+        if self.step >= self.steps:
+            self.say(f"nothing is left to train: {self.steps:,} steps are all (train.epochs)")
+
+    def open_record(self) -> TrainingLog:
+        """Write what the run is, and open its log."""
+        if self.ranks.first:
+            write_text_atomic(self.run / CONFIG, to_json(self.config))
+            write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
+        again = self.verify_due or self.step == 0  # what a first try left, which had no checkpoint
+        return TrainingLog(self.run, self.step, self.config.train.wandb, self.ranks.first, self.say, again)
 
     def say(self, line: str) -> None:
         """A line on the screen, from the first rank."""
@@ -463,53 +503,9 @@ def train(config: Config) -> Path:
     """
     device = pick_device(config.common.device)
     with join_ranks(device) as ranks:
-        run = Path(ranks.agree(str(run_folder(config)) if ranks.first else ""))
-        Trainer(config, run, device, ranks).train()
+        run = Path(ranks.agree(ranks.together(lambda: str(run_folder(config)) if ranks.first else "")))
+        ranks.together(lambda: Trainer(config, run, device, ranks)).train()
     return run
-
-
-def run_folder(config: Config) -> Path:
-    """The folder of a new run, which must not exist yet, or of the one to go on with."""
-    settings = config.train
-    if settings.resume not in ("", "auto"):
-        run = Path(settings.resume)
-        if not (run / CHECKPOINTS).is_dir():
-            raise TrainingError(f"train.resume: {run} has no {CHECKPOINTS} to go on from")
-        return run
-    if settings.resume == "auto" and not settings.name:
-        raise TrainingError("train.resume: auto goes on with the run called train.name: name it with --name")
-    run = Path(config.common.runs) / (settings.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
-    if run.exists() and settings.resume != "auto":
-        go_on = f", go on with --resume {run}" if (run / CHECKPOINTS).exists() else ""
-        raise TrainingError(f"{run} exists: name another with --name{go_on}, or remove it")
-    return run
-
-
-def checksum(identities: Sequence[str]) -> int:
-    """Of the identities behind the classes, in their order."""
-    return zlib.crc32("\n".join(identities).encode("utf-8", "surrogateescape"))
-
-
-def verification_sets(data: DataConfig) -> list[VerificationPairs]:
-    """The sets of `data.verification`, or every `.bin` beside the training set."""
-    beside = [path for root in data.root for path in find_bins(root)]
-    try:
-        tests = [read_bin(path) for path in data.verification or beside]
-    except (ValueError, OSError) as error:
-        raise TrainingError(f"data.verification: {error}") from None
-    names = [test.name for test in tests]
-    if len(set(names)) < len(names):
-        raise TrainingError(f"data.verification: two sets have the same name ({', '.join(names)}): rename one")
-    return tests
-
-
-def saved_settings(settings: Settings) -> Settings:
-    """The settings of the run to resume, if there is one."""
-    resume = settings["train.resume"]
-    run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
-    named = resume and (resume != "auto" or settings["train.name"])
-    saved = settings_beside(run) if named else {}
-    return {**saved, "train.resume": resume} if saved else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -521,8 +517,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run = train(config)
         except torch.OutOfMemoryError as error:
-            message = str(error).split(". ")[0]
-            raise TrainingError(f"{message}. Lower train.micro_batch, or train.batch_size") from None
+            (advice,) = getattr(error, "__notes__", ["Lower train.micro_batch, or train.batch_size"])[:1]
+            raise TrainingError(f"{str(error).split('. ')[0]}. {advice}") from None
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {run}")
 

@@ -1,6 +1,7 @@
 """Embeddings of whole sets, and the accuracy on verification sets that follows from them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ def embed_images(
     ranks: Ranks | None = None,
     cache: Path | None = None,
     normalised: bool = True,
+    poll: Callable[[], None] | None = None,
 ) -> np.ndarray:
     """Embeddings float32 [images, D], in order, with a progress bar called `title`: unit vectors, or, not `normalised`,
     of the lengths that the model gives.
@@ -38,6 +40,7 @@ def embed_images(
     Several `ranks` share the work, and all get the result. Memory: 4 bytes x D an image, and the decoded batches in
     flight. With `cache`, a folder, features are kept there for the next call with this model and these images, and a
     call that was killed is gone on with (models/feature_cache.py); not `normalised`, large ones are mapped into memory.
+    `poll`, without `cache`, is called before every batch, equally often on all ranks; what it raises ends the work.
     Raises ImageError, naming the image, for one that is broken.
     """
     ranks = ranks or Ranks()
@@ -53,12 +56,19 @@ def embed_images(
 
         features = kept_features(cache, ranks.agree(key), len(images), embed, ranks)
     else:
-        features = _embed_share(embedder, images, batch_size, workers, mirror, title, ranks)
+        features = _embed_share(embedder, images, batch_size, workers, mirror, title, ranks, poll)
     return _unit(features) if normalised else features
 
 
 def _embed_share(
-    embedder: Embedder, images: EncodedImages, batch_size: int, workers: int, mirror: bool, title: str, ranks: Ranks
+    embedder: Embedder,
+    images: EncodedImages,
+    batch_size: int,
+    workers: int,
+    mirror: bool,
+    title: str,
+    ranks: Ranks,
+    poll: Callable[[], None] | None,
 ) -> np.ndarray:
     """The features of all images, of which this rank embeds its share."""
     share = share_of(len(images), ranks.rank, ranks.size)
@@ -66,11 +76,18 @@ def _embed_share(
     positions = share or range(1)
     features: np.ndarray | None = None
     start = 0
-    for part in _embed(embedder, images, positions, batch_size, workers, mirror, title, ranks.first):
-        if features is None:
-            features = np.empty((len(positions), part.shape[1]), np.float32)
-        features[start : start + len(part)] = part
-        start += len(part)
+    largest_share = -(-len(images) // ranks.size)
+    with closing(_embed(embedder, images, positions, batch_size, workers, mirror, title, ranks.first)) as parts:
+        for _ in range(0, largest_share, batch_size):
+            if poll is not None:
+                poll()
+            part = next(parts, None)
+            if part is None:  # a rank may have one batch less than another
+                break
+            if features is None:
+                features = np.empty((len(positions), part.shape[1]), np.float32)
+            features[start : start + len(part)] = part
+            start += len(part)
     assert features is not None
     if ranks.size == 1:
         return features
@@ -86,7 +103,7 @@ def _embed(
     mirror: bool,
     title: str,
     shown: bool,
-) -> Iterator[np.ndarray]:
+) -> Generator[np.ndarray, None, None]:
     """The features of the images at `positions`, batch after batch, float32 [B, D]."""
     faces = DecodedFaces(images, np.zeros(len(images), np.int64), embedder.image_size, tolerant=True)
     loader = sequential_loader(faces, batch_size, workers, embedder.device, positions)
@@ -114,9 +131,13 @@ def verify(
     workers: int,
     mirror: bool,
     ranks: Ranks | None = None,
+    poll: Callable[[], None] | None = None,
 ) -> FoldResult:
-    """The 10-fold protocol on a verification set; every distinct image is embedded once, by one of the `ranks`."""
-    embeddings = embed_images(embedder, PairImages(pairs), batch_size, workers, mirror, pairs.name, ranks)
+    """The 10-fold protocol on a verification set; every distinct image is embedded once, by one of the `ranks`.
+
+    `poll`: as for `embed_images`.
+    """
+    embeddings = embed_images(embedder, PairImages(pairs), batch_size, workers, mirror, pairs.name, ranks, poll=poll)
     try:
         return ten_fold(embeddings[pairs.index.reshape(-1)], pairs.same)
     except ValueError as error:

@@ -1,6 +1,6 @@
 """Accuracy on verification sets during training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -35,9 +35,10 @@ class Verifier:
         self.sets, self._image_size, self._device, self._precision = sets, image_size, device, precision
         self._batch_size, self._workers, self._mirror, self._ranks = batch_size, workers, mirror, ranks
 
-    def __call__(self, network: nn.Module) -> dict[str, FoldResult]:
+    def __call__(self, network: nn.Module, poll: Callable[[], None] | None = None) -> dict[str, FoldResult]:
         """What `network`, put into eval mode, reaches on each set; the same on all ranks.
 
+        `poll` is called before every batch, equally often on all ranks; an error of it ends the verification.
         The first rank's statistics of norms hold for all. Raises ValueError, naming the set, for embeddings that are
         not finite.
         """
@@ -45,5 +46,5 @@ class Verifier:
         for buffer in network.buffers():
             self._ranks.broadcast(buffer)
         embedder = NetworkEmbedder(network, self._image_size, self._device, "training", self._precision)
-        options = (self._batch_size, self._workers, self._mirror, self._ranks)
+        options = (self._batch_size, self._workers, self._mirror, self._ranks, poll)
         return {pairs.name: verify(embedder, pairs, *options) for pairs in self.sets}

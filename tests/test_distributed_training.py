@@ -1,6 +1,7 @@
 """Training on several processes, as torchrun starts them, here over gloo on the CPU."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from data.face_sets import write_face_set
 from models import create_network
+from tiny_faces import tiny_face
 from train import CHECKPOINTS
 from utils.checkpoints import BEST
 from utils.saved_checkpoints import checkpoint_folders
@@ -154,3 +157,32 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tiny_set: Path, tmp_path: Pa
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert "train.batch_size: must be a multiple of the 2 ranks, got 13" in errors
+
+
+def test_all_processes_refuse_what_the_first_one_refuses(tiny_set: Path, tmp_path: Path) -> None:
+    """A folder that exists is for the first process to see: the others end by it, and not by a broken connection."""
+    (tmp_path / "there").mkdir()
+    process = start(2, flags(tiny_set, tmp_path, "there"))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"train: {tmp_path / 'there'} exists: name another with --name, or remove it" in errors
+    assert_clean(errors)
+
+
+def test_broken_images_of_one_process_end_all(tmp_path: Path) -> None:
+    """More than the limit, in what one of the processes decodes: all end by it."""
+    with write_face_set(tmp_path / "set", 32) as out:
+        for identity in range(6):
+            out.add_identity(b"broken" if shot == identity == 3 else tiny_face(identity, shot) for shot in range(8))
+    process = start(2, flags(tmp_path / "set", tmp_path, "broken", data__broken_limit=0))
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "train: 1 images are broken, data.broken_limit allows 0" in errors
+    assert_clean(errors)
+
+
+def assert_clean(errors: str) -> None:
+    """No traceback and no warning before torchrun's report, which has a traceback of its own."""
+    said = re.split("torch[./]distributed[./]elastic", errors)[0]
+    for word in ("Traceback", "Connection", "Warning"):
+        assert word not in said, errors

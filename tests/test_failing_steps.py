@@ -15,6 +15,7 @@ import train as training
 from config import Config
 from data.face_sets import open_training_set
 from models.backbones.demonet import DemoNet
+from models.heads.blockwise import BlockwiseHead
 from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
 from utils.saved_checkpoints import Saved, checkpoint_folders
@@ -91,6 +92,7 @@ def test_an_explosion_stops_the_run(
     its = np.random.default_rng([0, 1]).permutation(48)[8:16]
     listed = (run / "exploded-step-7.txt").read_text().splitlines()
     assert listed == [faces.describe(int(i)) for i in its]
+    assert (run / "loss.png").exists()
     assert Saved(checkpoint_folders(run / CHECKPOINTS)[-1]).step == 4
     assert all(value.isfinite().all() for value in newest(run).values())
 
@@ -209,4 +211,18 @@ def test_out_of_memory_says_what_to_lower(
     with pytest.raises(
         SystemExit, match=r"^train: CUDA out of memory\. Lower train\.micro_batch, or train\.batch_size$"
     ):
+        main(as_flags(flatten(config)))
+
+
+def test_out_of_memory_in_the_head_says_what_helps(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a batch of several passes keeps is the gradient of all centres: smaller passes would make no room for it."""
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.54 GiB")
+
+    monkeypatch.setattr(BlockwiseHead, "take_gradient", full)
+    config = configure(tiny_set, tmp_path, train__micro_batch="4", loss__engine="blockwise")
+    with pytest.raises(SystemExit, match=r"^train: CUDA out of memory\. A batch of several passes .*activation_"):
         main(as_flags(flatten(config)))

@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from utils.micro_batch import largest_that_fits, trial_pass
+from models.heads import RowSGD, create_head
+from models.losses import ArcFace
+from utils.micro_batch import bytes_beside, largest_that_fits, trial_pass
 
 
 class Card:
@@ -95,3 +97,33 @@ def test_a_trial_leaves_nothing_behind(fails: bool, precision: torch.dtype) -> N
     assert dtypes == [precision]
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert all(weight.grad is None for weight in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("faces", "ranks", "floats"),
+    [
+        (8, 1, 8 * 3 * 16 + 4 * 8 * 50),
+        (4, 1, 8 * 3 * 16 + 4 * 4 * 50 + 500),
+        (8, 2, 8 * 3 * 16 + 4 * 16 * 50 + 84),
+    ],
+)
+def test_what_a_step_keeps_beside_a_pass(faces: int, ranks: int, floats: int) -> None:
+    """A pass alone may fit where the step does not: the inputs, the head's work, the centres' gradient
+    when there are several passes, and what ranks exchange."""
+    network = nn.Conv2d(3, 3, 3)
+    head = create_head(ArcFace(0.5, 16.0), 50, 10, RowSGD(), 8, device=torch.device("cpu"), engine="dense")
+    assert bytes_beside(faces, 8, 4, network, head, ranks) == 4 * floats
+
+
+def test_a_trial_keeps_in_memory_what_the_step_keeps() -> None:
+    """It asks for the pass that it tries, and does not fit where that does not."""
+    asked: list[int] = []
+
+    def too_much(faces: int) -> int:
+        asked.append(faces)
+        return 1 << 60
+
+    attempt = trial_pass(nn.Conv2d(3, 1, 3), 4, torch.float32, states=0, beside=too_much)
+    with pytest.raises(RuntimeError, match="memory"):
+        attempt(6)
+    assert asked == [6]

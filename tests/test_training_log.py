@@ -93,6 +93,23 @@ def test_distributions(tmp_path: Path) -> None:
     assert (histogram.histogram_value.num, histogram.histogram_value.max) == (10, 9)
 
 
+def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever looks at a run that goes on sees curves, and after one that failed; drawing takes little time."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    picture = tmp_path / "loss.png"
+    log = TrainingLog(tmp_path, 0)
+    log.scalars(1, {"train/loss": 1.0})
+    for seconds, drawn in ((59, False), (61, True), (120, False), (122, True)):
+        now[0] = seconds
+        log.draw_now_and_then()
+        assert picture.exists() == drawn, seconds
+        picture.unlink(missing_ok=True)
+    with pytest.raises(RuntimeError, match="made up"), log:
+        raise RuntimeError("made up")
+    assert picture.exists()
+
+
 def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the others note leaves no file, and wandb is not even looked for."""
     monkeypatch.setitem(sys.modules, "wandb", None)

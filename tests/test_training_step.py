@@ -1,7 +1,9 @@
 """One step of training: parts of a batch, loss scaling, clipping, running out of memory, and no waiting in between."""
 
 import copy
+import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -274,20 +276,81 @@ def test_out_of_memory_ends_the_step(head: str, options: dict[str, Any], most: i
     assert_same(before, parts.state())
 
 
-@pytest.mark.parametrize(("loss", "micro_batch"), [("arcface", FACES), ("adaface", 4)])
-def test_what_the_head_took_in_is_not_tried_again(loss: str, micro_batch: int) -> None:
-    """Out of memory in the network's backward pass, or a later part: by then the centres have their update, or the loss
-    its statistics, which must not be had twice."""
-    said: list[str] = []
-    parts = Parts("blockwise", micro_batch, loss=loss, shrinking=said.append)
-    passes = []
+def fail_once(parts: Parts, attempt: int) -> None:
+    """Let memory run out in the middle of the network's so-many-th backward pass, counted from 1."""
+    passes = itertools.count(1)
 
     def fail(*_: object) -> None:
-        passes.append(1)
-        if len(passes) == (1 if micro_batch == FACES else 2):
+        if next(passes) == attempt:
             raise torch.OutOfMemoryError("made up")
 
-    parts.network[4].register_full_backward_hook(fail)
-    with pytest.raises(torch.OutOfMemoryError):
+    parts.network[1].register_full_backward_hook(fail)
+
+
+TRIED_AGAIN = [
+    ("dense", "arcface", {}),
+    ("dense", "curricularface", {}),
+    ("blockwise", "adaface", {}),
+    ("sub-centers", "magface", {"sample_rate": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("head", "loss", "options"), TRIED_AGAIN)
+def test_out_of_memory_on_the_way_back(head: str, loss: str, options: dict[str, Any]) -> None:
+    """The head has done its part, and may have updated the centres: the network alone is tried again, in halves, and
+    all ends as if it had fitted."""
+    said: list[str] = []
+    whole, retried = (Parts(head, loss=loss, shrinking=said.append, **options) for _ in range(2))
+    fail_once(retried, 1)
+    expected, reached = whole.train(1)[0], retried.train(1)[0]
+    assert said == ["out of memory with 11 faces in a pass: on with 6 (train.micro_batch)"]
+    assert_same(whole.head.state_dict(), retried.head.state_dict())
+    assert_same(whole.state(), retried.state(), rtol=1e-4, atol=1e-6)
+    for name, value in expected._asdict().items():
+        torch.testing.assert_close(getattr(reached, name), value, equal_nan=True, msg=name)
+    assert retried.train(2)[1].loss.isfinite()
+
+
+@pytest.mark.parametrize("attempt", [1, 2])
+@pytest.mark.parametrize(("head", "loss", "options"), TRIED_AGAIN)
+def test_out_of_memory_on_the_way_back_of_a_part(head: str, loss: str, options: dict[str, Any], attempt: int) -> None:
+    """The first or a later part of several: all of them are tried again in smaller ones, and neither gradients nor the
+    loss's statistics of the first try are left, to the bit."""
+    said: list[str] = []
+    small = Parts(head, micro_batch=3, loss=loss, **options)
+    retried = Parts(head, micro_batch=6, loss=loss, shrinking=said.append, **options)
+    fail_once(retried, attempt)
+    small.train(2)
+    retried.train(2)
+    assert said == ["out of memory with 6 faces in a pass: on with 3 (train.micro_batch)"]
+    assert_same(small.state(), retried.state())
+
+
+def test_out_of_memory_twice_on_the_way_back() -> None:
+    """Halves that do not fit either are halved again."""
+    said: list[str] = []
+    whole, retried = Parts("blockwise"), Parts("blockwise", shrinking=said.append)
+    for attempt in (1, 2):
+        fail_once(retried, attempt)
+    whole.train(1)
+    retried.train(1)
+    assert [line.split(":")[0] for line in said] == [f"out of memory with {n} faces in a pass" for n in (11, 6)]
+    assert_same(whole.state(), retried.state(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("block", "recovers"), [(1, True), (2, False)])
+def test_centres_are_not_updated_twice(block: int, recovers: bool) -> None:
+    """Out of memory in the head's own backward pass: tried again only as long as no block of centres has its update."""
+    said: list[str] = []
+    parts = Parts("blockwise", shrinking=said.append)
+    real, blocks = parts.head.block_backward, itertools.count(1)  # type: ignore[operator]
+
+    def fail(*arguments: Any) -> Any:
+        if next(blocks) == block:
+            raise torch.OutOfMemoryError("made up")
+        return real(*arguments)
+
+    parts.head.block_backward = fail  # type: ignore[assignment]
+    with nullcontext() if recovers else pytest.raises(torch.OutOfMemoryError):
         parts.train(1)
-    assert not said
+    assert len(said) == recovers

@@ -151,9 +151,13 @@ class CheckpointStore:
         )
         self._writer.start()
         if wait:
-            self._join()
-            if self._error:
-                raise self._error
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the last save. Raises what made it fail."""
+        self._join()
+        if self._error:
+            raise self._error
 
     def finish(self) -> None:
         """Wait for the last save and let go of the folder. Raises what made that save fail."""

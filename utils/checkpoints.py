@@ -37,7 +37,7 @@ class Progress:
 
 
 def save_backbone(path: Path, network: nn.Module, settings: str, progress: Progress) -> None:
-    """Write the state dict of `network`; `settings` is the run's configuration as JSON."""
+    """Write the state dict of `network`; `settings` is the run's configuration as JSON. Raises OSError."""
     _save(path, network.state_dict(), backbone_metadata(settings, progress))
 
 
@@ -103,7 +103,10 @@ def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -
     with atomic_path(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # save_file makes the file its owner's alone
-        save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+        try:
+            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{path} cannot be written: {error}") from None
         temporary.chmod(mode)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.heads import Head
+
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
     """The first of `most`, its half, its quarter ... for which `attempt` does not run out of memory.
@@ -23,8 +25,26 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
         torch.cuda.empty_cache()
 
 
-def trial_pass(network: nn.Module, image_size: int, precision: torch.dtype, states: int) -> Callable[[int], None]:
-    """A forward and backward pass of a number of black faces, with `states` tensors in memory for every weight.
+def bytes_beside(faces: int, whole: int, image_size: int, network: nn.Module, head: Head, ranks: int) -> int:
+    """What a step takes in memory beside the network's pass of `faces`, of a batch of `whole` on each of `ranks`.
+
+    The batch's inputs; a head's matrices of all faces by the classes that it computes at a time, about four; the
+    gradient of the centres, if there are several passes; the network's once more, if ranks exchange it.
+    """
+    columns = getattr(head, "block", head.classes) * head.sub_centers
+    floats = whole * 3 * image_size**2 + 4 * faces * ranks * columns
+    if faces < whole:
+        floats += head.weight.numel()
+    if ranks > 1:
+        floats += sum(parameter.numel() for parameter in network.parameters())
+    return 4 * floats
+
+
+def trial_pass(
+    network: nn.Module, image_size: int, precision: torch.dtype, states: int, beside: Callable[[int], int] = lambda _: 0
+) -> Callable[[int], None]:
+    """A forward and backward pass of a number of black faces, with `states` tensors in memory for every weight, and as
+    many bytes as `beside` says of that number.
 
     It leaves neither gradients nor statistics of norms behind.
     """
@@ -34,6 +54,7 @@ def trial_pass(network: nn.Module, image_size: int, precision: torch.dtype, stat
     def attempt(faces: int) -> None:
         buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in network.buffers()]
         reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(states)]
+        reserved.append(torch.empty(beside(faces), dtype=torch.uint8, device=device))
         try:
             inputs = torch.zeros(faces, 3, image_size, image_size, device=device)
             inputs = inputs.contiguous(memory_format=torch.channels_last)

@@ -1,12 +1,23 @@
 """The processes that train together: one on each card, or one alone, which needs no process group."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Their names since torch 2.14, which warns of the older ones.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_Result = TypeVar("_Result")
+
+
+class OtherRankError(ValueError):
+    """Another rank cannot go on, so that this one cannot either; the message is the other's."""
 
 
 def share_of(total: int, rank: int, ranks: int) -> range:
@@ -35,7 +46,7 @@ class Ranks:
         if self.size == 1:
             return part
         whole = part.new_empty(self.size * len(part), *part.shape[1:])
-        dist.all_gather_into_tensor(whole, part.contiguous(), group=self.group)
+        _all_gather(whole, part.contiguous(), group=self.group)
         return whole
 
     def join(self, share: Tensor, total: int) -> Tensor:
@@ -53,7 +64,7 @@ class Ranks:
         if self.size == 1:
             return whole
         part = whole.new_empty(len(whole) // self.size, *whole.shape[1:])
-        dist.reduce_scatter_tensor(part, whole.contiguous(), group=self.group)
+        _reduce_scatter(part, whole.contiguous(), group=self.group)
         return part
 
     def sum(self, values: Tensor) -> Tensor:
@@ -87,6 +98,35 @@ class Ranks:
         texts = [text]
         dist.broadcast_object_list(texts, group_src=0, group=self.group)
         return texts[0]
+
+    def texts(self, text: str) -> list[str]:
+        """Every rank's text, on all ranks. Waits."""
+        if self.size == 1:
+            return [text]
+        texts = [""] * self.size
+        dist.all_gather_object(texts, text, group=self.group)
+        return texts
+
+    def together(self, function: Callable[[], _Result]) -> _Result:
+        """What `function`, called on every rank, gives here. It must not wait for other ranks. Waits.
+
+        If it fails on some rank, all fail: with their own error, or else with an OtherRankError. Without this a rank
+        that is alone in failing would leave the others waiting for it.
+        """
+        if self.size == 1:
+            return function()
+        failure: Exception | None = None
+        try:
+            result = function()
+        except Exception as error:
+            failure = error
+        failures = self.texts("" if failure is None else str(failure) or type(failure).__name__)
+        if failure is not None:
+            raise failure
+        for text in failures:
+            if text:
+                raise OtherRankError(text)
+        return result
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on some rank. Waits."""

@@ -3,7 +3,7 @@
 import importlib
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,11 +14,15 @@ import torch
 from torch import Tensor
 
 from data.loading import Batch
+from utils.appended_file import AppendedFile
+from utils.board import Board
 from utils.files import write_text_atomic
 from utils.plots import draw_contact_sheet, draw_curves
 from utils.training_step import StepOutput
 
 METRICS = "metrics.jsonl"
+#: Curves are drawn no more often than this, and in the end.
+SECONDS_BETWEEN_DRAWINGS = 60.0
 #: What accuracies, of the network and of its moving average, and the time spent on them are called.
 VERIFIED, VERIFIED_AVERAGE, SECONDS_VERIFYING = "verify/", "verify_average/", "verification/seconds"
 
@@ -32,6 +36,14 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return lines
+
+
+def import_wandb() -> Any:
+    """The package of Weights & Biases. Raises ValueError, which names the setting, when it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError("train.wandb: it needs one more package: pip install wandb") from None
 
 
 class Noted(NamedTuple):
@@ -119,37 +131,44 @@ class TrainingLog:
     """Writes the record into `folder`; one that goes on from `step` first drops what was noted after it.
 
     `wandb`: project at Weights & Biases to log to as well; empty: none. Without `write` it does nothing, on ranks but
-    the first. Raises ValueError for a `wandb` that is not installed.
+    the first. A full disk stops it from nothing but drawing: what cannot be written is kept until it can, and `say` is
+    given a line for people. `verify_again`: the verification of `step` itself is dropped, too. Raises ValueError for a
+    `wandb` that is not installed.
     """
 
-    def __init__(self, folder: Path, step: int, wandb: str = "", write: bool = True) -> None:
-        self.folder, self._write = folder, write
+    def __init__(
+        self,
+        folder: Path,
+        step: int,
+        wandb: str = "",
+        write: bool = True,
+        say: Callable[[str], object] = print,
+        verify_again: bool = False,
+    ) -> None:
+        self.folder, self._write, self._say = folder, write, say
         self._open: ExitStack = ExitStack()
         self._elsewhere: Any = None
+        self._drawn = time.monotonic()
         if not write:
             return
         if wandb:
-            try:
-                self._elsewhere = importlib.import_module("wandb").init(
-                    project=wandb, name=folder.name, id=folder.name, resume="allow", dir=str(folder)
-                )
-            except ImportError:
-                raise ValueError("train.wandb: it needs one more package: pip install wandb") from None
+            self._elsewhere = import_wandb().init(
+                project=wandb, name=folder.name, id=folder.name, resume="allow", dir=str(folder)
+            )
             self._open.callback(self._elsewhere.finish)
-        self.forget_after(step)
+        self.forget_after(step, verify_again)
 
-    def forget_after(self, step: int) -> None:
-        """Drop what was noted after `step`, and go on from there."""
+    def forget_after(self, step: int, verify_again: bool = False) -> None:
+        """Drop what was noted after `step`, and with `verify_again` its verification; and go on from there."""
         if not self._write:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self._close_files()
         if (self.folder / METRICS).exists():
-            kept = [line for line in read_metrics(self.folder) if line["step"] <= step]
+            lines = [line for line in read_metrics(self.folder) if line["step"] <= step]
+            kept = [line for line in lines if not (verify_again and line["step"] == step and _is_verification(line))]
             write_text_atomic(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = (self.folder / METRICS).open("a")
-        self._board = SummaryWriter(str(self.folder), purge_step=step + 1 if step else None)
+        self._metrics = AppendedFile(self.folder / METRICS, self._say)
+        self._board = Board(self.folder, step + 1 if step else 0, self._say)
 
     def _close_files(self) -> None:
         for name in ("_metrics", "_board"):
@@ -163,16 +182,16 @@ class TrainingLog:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._close_files()
+        self.draw()
         self._open.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Note `values`, e.g. {"train/loss": 12.3}, as of `step`."""
         if not self._write:
             return
-        self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-        self._metrics.flush()
+        self._metrics.write((json.dumps({"step": step, **values}) + "\n").encode())
         for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+            self._board.scalar(name, value, step)
         if self._elsewhere is not None:
             self._elsewhere.log(values, step=step)
 
@@ -180,7 +199,7 @@ class TrainingLog:
         """Note histograms of `values`, arrays that are left out when they are empty or not finite."""
         for name, array in values.items():
             if self._write and array.size and np.isfinite(array).all():
-                self._board.add_histogram(name, array, step)
+                self._board.histogram(name, array, step)
 
     def inputs(self, faces: Tensor, step: int) -> None:
         """Show faces as the network sees them: float [N, 3, H, W], RGB in [-1, 1]."""
@@ -189,8 +208,15 @@ class TrainingLog:
         from torchvision.utils import make_grid
 
         pixels = ((faces.cpu() + 1) * 127.5).round().byte()
-        self._board.add_image("train/inputs", make_grid(pixels, nrow=8), step)
-        draw_contact_sheet(self.folder / "inputs.png", pixels.permute(0, 2, 3, 1).numpy(), columns=8)
+        self._board.image("train/inputs", make_grid(pixels, nrow=8).numpy(), step)
+        with self._drawing():
+            draw_contact_sheet(self.folder / "inputs.png", pixels.permute(0, 2, 3, 1).numpy(), columns=8)
+
+    def draw_now_and_then(self) -> None:
+        """`draw`, if the last drawing is long ago."""
+        if time.monotonic() - self._drawn > SECONDS_BETWEEN_DRAWINGS:
+            self.draw()
+            self._drawn = time.monotonic()
 
     def draw(self) -> None:
         """Draw the curves so far: `loss.png`, and `accuracy.png` once there was a verification."""
@@ -205,7 +231,21 @@ class TrainingLog:
                 steps, values = np.array(points, float).T
                 curves[name.split("/", 1)[1]] = (steps, 100 * values if prefix == VERIFIED else values)
             if curves:
-                draw_curves(self.folder / file, curves, "step", label, self.folder.name)
+                with self._drawing():
+                    draw_curves(self.folder / file, curves, "step", label, self.folder.name)
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Pictures are made of what is kept elsewhere: one that cannot be written is said, and that is all."""
+        try:
+            yield
+        except OSError as error:
+            self._say(f"a picture of {self.folder} could not be drawn: {error}")
+
+
+def _is_verification(line: dict[str, Any]) -> bool:
+    """Whether a line of metrics is of a verification, not of steps."""
+    return not any(name.startswith("train/") for name in line)
 
 
 @contextmanager

@@ -1,15 +1,17 @@
-"""The network and the head of a run, made as its settings say."""
+"""The network, the head and what else a run has, made as its settings say."""
 
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from config import Config
+from config import Config, DataConfig, TrainConfig
+from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models import create_network
 from models.heads import Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
@@ -17,6 +19,8 @@ from models.recompute import recompute_blocks
 from models.weights import load_weights
 from utils.optimizers import freeze
 from utils.ranks import Ranks
+from utils.run_folders import TrainingError
+from utils.schedules import learning_rates, peak_lr
 
 
 def build_network(config: Config, device: torch.device, with_init: bool = True) -> nn.Module:
@@ -62,6 +66,36 @@ def build_head(config: Config, classes: int, device: torch.device, precision: to
         matmul=torch.bfloat16 if half else None,
         compiled=settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"),
     )
+
+
+def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> tuple[float, np.ndarray]:
+    """(the peak learning rate, the learning rate of each step of the run)."""
+    peak = peak_lr(settings.lr, settings.optimizer, settings.batch_size)
+    return peak, learning_rates(
+        settings.schedule,
+        settings.epochs * steps_an_epoch,
+        steps_an_epoch,
+        peak,
+        warmup_epochs=settings.warmup_epochs,
+        power=settings.schedule_power,
+        milestones=settings.milestones,
+        milestone_factor=settings.milestone_factor,
+        decay_epochs=settings.decay_epochs,
+        final=settings.final_lr,
+    )
+
+
+def verification_sets(data: DataConfig) -> list[VerificationPairs]:
+    """The sets of `data.verification`, or every `.bin` beside the training set. Raises TrainingError."""
+    beside = [path for root in data.root for path in find_bins(root)]
+    try:
+        tests = [read_bin(path) for path in data.verification or beside]
+    except (ValueError, OSError) as error:
+        raise TrainingError(f"data.verification: {error}") from None
+    names = [test.name for test in tests]
+    if len(set(names)) < len(names):
+        raise TrainingError(f"data.verification: two sets have the same name ({', '.join(names)}): rename one")
+    return tests
 
 
 def compile_network(

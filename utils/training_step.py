@@ -9,9 +9,15 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from models.heads import Head
+from models.heads import Head, HeadOutput
 from utils.optimizers import set_learning_rate
 from utils.ranks import Ranks
+
+#: What to do when memory runs out in the head. Smaller passes would not help.
+_LET_IT_TAKE_ONE = (
+    "A batch of several passes keeps the gradient of the class centres, {:.2g} GiB: let it take one "
+    "(train.activation_checkpointing, a lower train.batch_size), or spread the centres over more cards"
+)
 
 
 class StepOutput(NamedTuple):
@@ -37,8 +43,8 @@ class TrainingStep:
     network's gradient; the head's is left alone, as published. `micro_batch`: faces of this rank in a forward pass at
     most; a batch of more goes through in parts as equal as can be, whose gradients add up to those of the whole batch
     (batch norm sees the parts; random margins and sampled classes are each part's own), and ranks, which have equally
-    many faces, exchange gradients once. `shrinking`: what to tell (a line for people) when memory
-    runs out and `micro_batch` is halved for the batch to be tried again; None: that is an error.
+    many faces, exchange gradients once. `shrinking`: what to tell (a line for people) when memory runs out, be it in a
+    backward pass, and `micro_batch` is halved for the batch to be tried again; None: that is an error.
     """
 
     def __init__(
@@ -61,7 +67,8 @@ class TrainingStep:
         """`inputs`: float [B, 3, H, W], this rank's; `labels`: int64 [B], -1 for faces that do not count; `lr`: the
         learning rate of this step.
 
-        Raises torch.OutOfMemoryError, after which the weights may be those of half a step.
+        Raises torch.OutOfMemoryError, after which the weights may be those of half a step; its note says what to do
+        where that is special.
         """
         self.head.lr = lr
         set_learning_rate(self.optimizer, lr)
@@ -81,33 +88,46 @@ class TrainingStep:
         )
 
     def _passes(self, inputs: Tensor, labels: Tensor, step: int) -> list[StepOutput]:
-        """Forward and backward of all parts; again, in smaller ones, if memory runs out while that is without harm.
+        """Forward and backward of all parts; again, in smaller ones, if memory runs out.
 
-        It is as long as the head has changed in nothing. Statistics of the network's norms may then have seen faces
-        twice. Several ranks do not try: they would have to agree.
+        That is without harm as long as no centre has its update. Statistics of the network's norms may then have seen
+        faces twice. Several ranks do not try: the others would wait for the gradients of the one that does.
         """
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             parts = self._parts(inputs, labels)
             self.head.fused = len(parts) == 1
-            before = self._head_versions()
+            centres = self._centre_versions()
+            statistics = {name: value.clone() for name, value in self.head.loss.named_buffers()}
             try:
                 return [self._pass(*part, step, number, len(parts)) for number, part in enumerate(parts)]
             except torch.OutOfMemoryError:
                 largest = len(parts[0][1])
-                smaller = -(-largest // 2)
-                harmless = self.head.weight.grad is None and self._head_versions() == before
-                enough = len(labels) >= 2 * -(-len(labels) // smaller)  # batch norm needs two faces to train
-                if self.shrinking is None or self.ranks.size > 1 or not (harmless and enough):
+                if self._centre_versions() != centres or not self._can_shrink(len(labels), largest):
                     raise
             # Outside of the handler, which keeps the failed pass alive.
-            self.micro_batch = smaller
-            torch.cuda.empty_cache()
-            self.shrinking(f"out of memory with {largest:,} faces in a pass: on with {smaller:,} (train.micro_batch)")
+            self.head.forget_gradient()
+            for name, value in self.head.loss.named_buffers():
+                value.copy_(statistics[name])
+            self._shrink(largest)
 
-    def _head_versions(self) -> list[int]:
-        """How often each tensor of the head's state was written to."""
-        return [tensor._version for tensor in self.head.state_dict().values()]
+    def _can_shrink(self, faces: int, largest: int) -> bool:
+        """Whether `faces`, in passes of `largest`, may go in passes half as large: batch norm needs two to train."""
+        passes = -(-faces // -(-largest // 2))
+        return self.shrinking is not None and self.ranks.size == 1 and faces >= 2 * passes
+
+    def _shrink(self, largest: int) -> None:
+        """Halve the passes, of which the largest did not fit, and say so."""
+        assert self.shrinking is not None  # by `_can_shrink`
+        self.micro_batch = -(-largest // 2)
+        torch.cuda.empty_cache()
+        self.shrinking(
+            f"out of memory with {largest:,} faces in a pass: on with {self.micro_batch:,} (train.micro_batch)"
+        )
+
+    def _centre_versions(self) -> list[int]:
+        """How often the centres and each tensor of their optimizer were written to."""
+        return [tensor._version for tensor in (self.head.weight, *self.head.optimizer_states())]
 
     def _parts(self, inputs: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Inputs, labels, and share of the batch's faces that count: of each part."""
@@ -124,12 +144,55 @@ class TrainingStep:
         self.head.batch_size = len(labels)  # as on every other rank
         self.head.loss.part, self.head.loss.parts = number, parts
         with self.network.no_sync() if gather_later else nullcontext():  # type: ignore[operator]
-            with torch.autocast(inputs.device.type, self.precision, enabled=self.precision != torch.float32):
-                embeddings = self.network(inputs).float()
+            embeddings = self._embed(inputs)
+            output, gradient = self._head_pass(embeddings.detach(), labels, share, step)
             # The head needs no loss scaling: the scale is put on what the network gets back from it. Ranks average the
             # network's gradients, which have to be summed.
-            embeddings.register_hook(lambda gradient: self.scaler.scale(gradient * self.ranks.size))
+            gradient = self.scaler.scale(gradient * self.ranks.size)
+            norms = torch.linalg.vector_norm(embeddings.detach(), dim=1)
+            try:
+                embeddings.backward(gradient)
+                fits = True
+            except torch.OutOfMemoryError:
+                fits = False
+                if parts > 1 or not self._can_shrink(len(labels), len(labels)):
+                    raise
+        del embeddings
+        if not fits:
+            self._network_in_parts(inputs, gradient)
+        return StepOutput(output.loss.detach() * share, output.correct * share, share, norms, output.own)
+
+    def _head_pass(self, embeddings: Tensor, labels: Tensor, share: Tensor, step: int) -> tuple[HeadOutput, Tensor]:
+        """The head's forward and backward pass: (its output, the gradient of the embeddings)."""
+        embeddings.requires_grad_()
+        try:
             output = self.head(embeddings, labels, step)
             (output.loss * share).backward()
-        norms = torch.linalg.vector_norm(embeddings.detach(), dim=1)
-        return StepOutput(output.loss.detach() * share, output.correct * share, share, norms, output.own)
+        except torch.OutOfMemoryError as error:
+            if not self.head.fused:
+                error.add_note(_LET_IT_TAKE_ONE.format(self.head.weight.nbytes / 2**30))
+            raise
+        assert embeddings.grad is not None
+        return output, embeddings.grad
+
+    def _embed(self, inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, self.precision, enabled=self.precision != torch.float32):
+            return self.network(inputs).float()
+
+    def _network_in_parts(self, inputs: Tensor, gradient: Tensor) -> None:
+        """The network's gradient from that of the embeddings, in smaller passes, after its backward pass of the whole
+        did not fit. The head, whose centres may have their update by then, has done its part."""
+        largest = len(inputs)
+        while True:
+            self._shrink(largest)
+            number = -(-len(inputs) // self.micro_batch)
+            parts = list(zip(inputs.tensor_split(number), gradient.tensor_split(number), strict=True))
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                for part, its_gradient in parts:
+                    self._embed(part).backward(its_gradient)
+                return
+            except torch.OutOfMemoryError:
+                largest = len(parts[0][0])
+                if not self._can_shrink(len(inputs), largest):
+                    raise

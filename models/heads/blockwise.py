@@ -109,6 +109,10 @@ class BlockwiseHead(Head):
                 for part, old in zip(parts, before, strict=True):
                     part.copy_(torch.where(touched[rows, None], part, old))
 
+    def forget_gradient(self) -> None:
+        super().forget_gradient()
+        self._touched = None
+
     def take_gradient(self, rows: slice | Tensor, centres: Tensor, gradient: Tensor, step: int) -> None:
         """Update the centres, `rows` of the weight, now, or add their gradient to what `update` will apply."""
         if self.fused:

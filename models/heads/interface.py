@@ -65,6 +65,10 @@ class Head(nn.Module):
         """Apply the gradients that `backward` left to the centres, at the rate `lr`, and forget them."""
         raise NotImplementedError
 
+    def forget_gradient(self) -> None:
+        """Drop what `update` would apply."""
+        self.weight.grad = None
+
 
 class _Silence(torch.autograd.Function):
     """Zeros in place of rows that are not finite; the gradient of such a row is NaN."""

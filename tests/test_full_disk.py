@@ -1,0 +1,114 @@
+"""A disk that is full for a while: the run goes on, and its record has nothing missing in the end."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from tiny_runs import configure
+from train import train
+from utils import training_log
+from utils.appended_file import AppendedFile
+from utils.checkpoints import BEST
+from utils.run_folders import CHECKPOINTS
+from utils.saved_checkpoints import checkpoint_folders, step_of
+from utils.training_log import read_metrics
+from utils.training_step import StepOutput, TrainingStep
+
+BEFORE = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails for this process, as it does on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, BEFORE[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, BEFORE)
+
+
+def test_what_does_not_fit_is_written_later(tmp_path: Path) -> None:
+    """Cut off in the middle of a line: the rest follows where it belongs, and begin and end are said once."""
+    said: list[str] = []
+    path = tmp_path / "lines"
+    path.write_bytes(b"before\n")
+    file = AppendedFile(path, said.append)
+    with files_up_to(12):
+        for line in (b"first line\n", b"second line\n"):
+            file.write(line)
+        assert path.read_bytes() == b"before\nfirst"
+    file.write(b"third line\n")
+    assert path.read_bytes() == b"before\nfirst line\nsecond line\nthird line\n"
+    assert said == [
+        f"{path} cannot be written (File too large): it is kept in memory and tried again",
+        f"{path} is written again, and has all that was kept",
+    ]
+    with files_up_to(40):
+        file.write(b"fourth line\n")
+        file.close()
+    assert said[2:] == [said[0], f"{path}: the last 12 bytes could not be written"]
+
+
+def fill(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
+    """Make the disk full from before the step `first`, counted from 0, until after the step `last`."""
+    step_itself = TrainingStep.__call__
+
+    def step_on_a_full_disk(self: TrainingStep, inputs: Tensor, labels: Tensor, step: int, lr: float) -> StepOutput:
+        full = first <= step <= last
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, BEFORE[1]) if full else BEFORE)
+        return step_itself(self, inputs, labels, step, lr)
+
+    monkeypatch.setattr(TrainingStep, "__call__", step_on_a_full_disk)
+
+
+@pytest.fixture(autouse=True)
+def room_afterwards() -> Iterator[None]:
+    """Whatever a test left."""
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, BEFORE)
+
+
+def test_a_full_disk_does_not_end_the_training(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Full from the third step on, over two verifications and checkpoints: said, and the run ends as if nothing had
+    been, with every line of metrics and every point in TensorBoard."""
+    settings: dict[str, object] = {"train__checkpoint_every": 3, "train__verify_every": 3}
+    whole = train(configure(tiny_set, tmp_path, **settings))
+    fill(monkeypatch, 2, 7)
+    monkeypatch.setattr(training_log, "SECONDS_BETWEEN_DRAWINGS", 0.0)
+    run = train(configure(tiny_set, tmp_path, train__name="full", **settings))
+    said = capsys.readouterr().out
+    for part in (
+        "the best network so far could not",
+        "metrics.jsonl cannot be",
+        "a picture of",
+        "checkpoint of step 3",
+    ):
+        assert part in said, part
+    lines = [[(line["step"], line["train/loss"]) for line in read_metrics(folder) if "train/loss" in line]
+             for folder in (whole, run)]  # fmt: skip
+    assert lines[0] == lines[1]
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0})
+    board.Reload()
+    assert [point.step for point in board.Scalars("train/loss")] == [step for step, _ in lines[0]]
+    assert [step_of(folder) for folder in checkpoint_folders(run / CHECKPOINTS)] == [9, 12]
+    assert (run / BEST).exists()
+    assert (run / "loss.png").exists()
+
+
+def test_a_disk_that_stays_full_is_an_error_in_the_end(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best network or the last checkpoint of the run could not be written: it must not end well."""
+    fill(monkeypatch, 7, 99)
+    with pytest.raises(OSError, match=r"File too large"):
+        train(configure(tiny_set, tmp_path))
+    assert [step_of(folder) for folder in checkpoint_folders(tmp_path / "a" / CHECKPOINTS)] == [6]
+    assert load_file(tmp_path / "a" / BEST)

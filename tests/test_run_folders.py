@@ -1,0 +1,152 @@
+"""The folder of a run: what may be started, started again or gone on with, and whether it is still the same run."""
+
+import shutil
+import struct
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train as training
+from config import Config
+from data.prepare_data import prepare
+from tiny_runs import configure
+from train import Trainer, TrainingError, main, train
+from utils.checkpoints import BEST
+from utils.run_folders import CHECKPOINTS, images_note, run_folder
+from utils.saved_checkpoints import checkpoint_folders
+from utils.settings import as_flags, flatten
+from utils.training_log import read_metrics
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_set` as folders of images."""
+    folder = tmp_path_factory.mktemp("folders") / "set"
+    prepare(tiny_set / "train.rec", folder, 0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def begun(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one epoch on them."""
+    return train(configure(folders, tmp_path_factory.mktemp("begun"), train__epochs=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("fewer", r"has 24 images, .*a began with 48"),
+        ("moved", r"does not have as many images of each identity as .*a began with"),
+    ],
+)
+def test_a_run_does_not_go_on_with_other_images(
+    folders: Path, begun: Path, tmp_path: Path, change: str, message: str
+) -> None:
+    """The same identities with other images are another order of faces, and perhaps no step left: refused, where the
+    run said "done" before without training anything."""
+    changed = tmp_path / "set"
+    shutil.copytree(folders, changed)
+    images = sorted(changed.glob("*/*"))
+    if change == "fewer":
+        for image in images[::2]:
+            image.unlink()
+    else:
+        images[0].rename(images[-1].parent / f"more-{images[0].name}")
+    with pytest.raises(TrainingError, match=message):
+        train(configure(changed, begun.parent, train__resume=str(begun), train__epochs=2))
+
+
+def test_checkpoints_without_notes_of_the_images_go_on(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were written before there were such notes."""
+    with monkeypatch.context() as older:
+        older.setattr(training, "images_note", lambda labels: {})
+        run = train(configure(folders, tmp_path, train__epochs=1))
+    train(configure(folders, tmp_path, train__resume=str(run), train__epochs=2))
+    assert read_metrics(run)[-1]["step"] == 12
+
+
+def test_the_note_of_the_images_is_that_of_any_machine() -> None:
+    """Whatever the integers and the byte order of the labels: a run may move."""
+    notes = [images_note(np.array([0, 1, 1, 300], dtype)) for dtype in ("<i8", ">i8", "<i4")]
+    assert notes == [{"images": 4, "labels": zlib.crc32(struct.pack("<4q", 0, 1, 1, 300))}] * 3
+
+
+def test_a_run_with_nothing_left_says_so(folders: Path, begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Going on with a finished run ends well, but not without a word."""
+    train(configure(folders, begun.parent, train__resume=str(begun), train__epochs=1))
+    assert "nothing is left to train: 6 steps are all (train.epochs)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"train__wandb": "faces"}, r"train\.wandb: it needs one more package"),
+        ({"train__micro_batch": "2", "train__batch_size": 3}, "some pass has a single one"),
+    ],
+)
+def test_a_run_that_cannot_be_leaves_no_folder(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, object], message: str
+) -> None:
+    """Settings at fault are found before anything is written, so that the mended command just works."""
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=message):
+        train(configure(tiny_set, tmp_path, **settings))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_a_checkpoint_starts_again(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ended in its first epoch: `--resume` says how to start it again, which works, with nothing of the first try in
+    its record; once it has a checkpoint, the same command is refused, and says how to go on."""
+    config = configure(tiny_set, tmp_path, train__verify_at_start=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "note", lambda self: (_ for _ in ()).throw(TrainingError("made up")))
+        with pytest.raises(TrainingError, match="made up"):
+            train(config)
+    run = tmp_path / "a"
+    assert (run / "config.json").exists()
+    with pytest.raises(TrainingError, match=rf"{run} has no checkpoints to go on from; start it again with --name a"):
+        run_folder(configure(tiny_set, tmp_path, train__resume=str(run)))
+    train(config)
+    assert f"run: {run}, which has no checkpoint yet: from the start" in capsys.readouterr().out
+    assert [line["step"] for line in read_metrics(run) if "verify/tiny" in line] == [0, 6, 12]
+    with pytest.raises(TrainingError, match=rf"{run} exists: .* go on with --resume {run}, or remove it"):
+        train(config)
+
+
+@pytest.mark.parametrize("content", ["nothing", "other things", "damaged checkpoints", BEST])
+def test_other_folders_are_left_alone(tiny_set: Path, tmp_path: Path, content: str) -> None:
+    """What is not a run, or has something that could be gone on with, is not written over."""
+    run = tmp_path / "a"
+    places = {
+        "nothing": run, "other things": run / "photos", "damaged checkpoints": run / CHECKPOINTS / "damaged-step-1",
+        BEST: run / BEST,
+    }  # fmt: skip
+    places[content].mkdir(parents=True)
+    with pytest.raises(TrainingError, match="exists: name another with --name"):
+        train(configure(tiny_set, tmp_path))
+
+
+def test_resuming_damaged_checkpoints_only(begun: Path, folders: Path, tmp_path: Path) -> None:
+    """They are named one by one; the run does not start from its beginning in their place."""
+    run = tmp_path / "damaged"
+    shutil.copytree(begun, run)
+    for checkpoint in checkpoint_folders(run / CHECKPOINTS):
+        (checkpoint / "manifest.json").write_text("{}")
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="has no whole checkpoint to go on from"):
+            train(configure(folders, tmp_path, train__resume=str(run), train__epochs=2))
+
+
+def test_the_command_says_what_to_do(tiny_set: Path, tmp_path: Path) -> None:
+    """One line, no traceback."""
+    config: Config = configure(tiny_set, tmp_path)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(SystemExit, match=r"^train: .*a exists: name another with --name, or remove it$"):
+        main(as_flags(flatten(config)))

@@ -1,0 +1,87 @@
+"""The folder of a run: a new one, or one to go on with; and whether it is the same run that goes on."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from config import Config
+from utils.checkpoints import CONFIG, settings_beside
+from utils.settings import Settings
+
+CHECKPOINTS = "checkpoints"
+
+
+class TrainingError(ValueError):
+    """The run cannot start or go on; the message says why and what to do."""
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of a new run, or of the one to go on with. A run that has no checkpoint yet may be started again."""
+    settings = config.train
+    if settings.resume not in ("", "auto"):
+        run = Path(settings.resume)
+        if not has_checkpoints(run):
+            again = f"; start it again with --name {run.name}" if _begun(run) else ""
+            raise TrainingError(f"train.resume: {run} has no {CHECKPOINTS} to go on from{again}")
+        return run
+    if settings.resume == "auto" and not settings.name:
+        raise TrainingError("train.resume: auto goes on with the run called train.name: name it with --name")
+    run = Path(config.common.runs) / (settings.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
+    if settings.resume == "auto" or not run.exists():
+        return run
+    if has_checkpoints(run):
+        raise TrainingError(f"{run} exists: name another with --name, go on with --resume {run}, or remove it")
+    if not _begun(run):
+        raise TrainingError(f"{run} exists: name another with --name, or remove it")
+    return run
+
+
+def has_checkpoints(run: Path) -> bool:
+    """Whether a run has something to go on from, be it damaged."""
+    folder = run / CHECKPOINTS
+    return any(path for kind in ("step-*", "damaged-*") for path in folder.glob(kind))
+
+
+def _begun(run: Path) -> bool:
+    """Whether a training made the folder."""
+    return (run / CONFIG).exists() or (run / CHECKPOINTS).is_dir()
+
+
+def saved_settings(settings: Settings) -> Settings:
+    """The settings of the run to resume, if there is one."""
+    resume = settings["train.resume"]
+    run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
+    named = resume and (resume != "auto" or settings["train.name"])
+    saved = settings_beside(run) if named else {}
+    return {**saved, "train.resume": resume} if saved else {}
+
+
+def checksum(identities: Sequence[str]) -> int:
+    """Of the identities behind the classes, in their order."""
+    return zlib.crc32("\n".join(identities).encode("utf-8", "surrogateescape"))
+
+
+def images_note(labels: np.ndarray) -> dict[str, int]:
+    """What a checkpoint notes of the training images: how many there are, and a checksum of their classes in order."""
+    return {"images": len(labels), "labels": zlib.crc32(labels.astype("<i8").data)}
+
+
+def check_images(notes: Mapping[str, Any], now: Mapping[str, int], root: str, run: Path) -> None:
+    """Raise TrainingError when a checkpoint with `notes` is of other images than those that `images_note` describes.
+
+    Checkpoints of older versions have no such notes and are believed.
+    """
+    if notes.get("images", now["images"]) != now["images"]:
+        found = f"has {now['images']:,} images, {run} began with {notes['images']:,} (see also data.min_images)"
+    elif notes.get("labels", now["labels"]) != now["labels"]:
+        found = f"does not have as many images of each identity as {run} began with"
+    else:
+        return
+    raise TrainingError(
+        f"data.root: {root} {found}: its steps would show other faces. Bring back the set of then, or start a new run, "
+        "from its weights if you like (train.init)"
+    )
