@@ -380,8 +380,7 @@ def test_blocks_can_be_compiled(name: str, sub_centers: int) -> None:
     """What is computed of a block is traced whole by the compiler and gives the same numbers, the last, shorter block's
     too."""
     plain, traced = blockwise(name, sub_centers), blockwise(name, sub_centers)
-    traced.block_forward = Compiled(traced.block_forward, backend="aot_eager")
-    traced.block_backward = Compiled(traced.block_backward, backend="aot_eager")
+    traced.compile_blocks("aot_eager")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*runs uncompiled")
         expected, ours = train(plain, steps=3), train(traced, steps=3)

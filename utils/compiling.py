@@ -5,24 +5,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 class Compiled:
-    """`function`, compiled at its first call. If that fails a warning says why, and the function runs as it is.
+    """`function`, compiled at its first call with tensors of some shapes. If that fails a warning says why, and the
+    function runs as it is from there on.
 
-    `function` must not change what it is given: after a failure it is called again.
+    After a failure it is called again, so one that changes what it is given (`in_place`) is tried on copies first.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> None:
-        self._function = function
-        self._chosen: Callable[..., Any] = torch.compile(function, dynamic=False, backend=backend)
-        self._worked = False
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        backend: str | Callable[..., Any] = "inductor",
+        in_place: bool = False,
+    ) -> None:
+        self._function, self._in_place = function, in_place
+        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, backend=backend)
+        self._worked: set[tuple[Any, ...]] = set()
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._worked:
-            return self._chosen(*arguments)
+        if self._compiled is None:
+            return self._function(*arguments)
+        shapes = tuple(getattr(argument, "shape", None) for argument in arguments)
+        if shapes in self._worked:
+            return self._compiled(*arguments)
         try:
-            result = self._chosen(*arguments)
+            result = self._compiled(*(_copy(arguments) if self._in_place else arguments))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail in many ways
@@ -30,7 +40,14 @@ class Compiled:
             warnings.warn(
                 f"{self._function.__qualname__} runs uncompiled: torch.compile failed ({reason})", stacklevel=2
             )
-            self._chosen = self._function
-            result = self._function(*arguments)
-        self._worked = True
-        return result
+            self._compiled = None
+            return self._function(*arguments)
+        self._worked.add(shapes)
+        return self._compiled(*arguments) if self._in_place else result
+
+
+def _copy(value: Any) -> Any:
+    """`value`, a tensor or lists and tuples of them, with tensors of its own."""
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(each) for each in value)
+    return value.clone() if isinstance(value, Tensor) else value

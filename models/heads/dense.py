@@ -46,4 +46,4 @@ class DenseHead(Head):
     def update(self, step: int) -> None:
         gradient, self.weight.grad = self.weight.grad, None
         if gradient is not None:
-            self.optimizer.step(self.weight, self.optimizer_states(), gradient, self.lr, step + 1)
+            self.optimizer.step(self.weight, self.optimizer_states(), gradient, self.optimizer_factors(step))
