@@ -51,7 +51,7 @@ from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_in
 from data.prefetch import on_device
 from models import create_network
 from utils.devices import pick_device, pick_precision
-from utils.flops import forward_flops, matmul_flops_per_s
+from utils.flops import copy_bytes_per_s, forward_flops, matmul_flops_per_s
 from utils.micro_batch import largest_that_fits, trial_pass
 from utils.optimizers import create_optimizer, parameter_groups
 from utils.processes import worker_count
@@ -269,20 +269,6 @@ def moved_bytes(name: str, precision: torch.dtype) -> int:
     with torch.no_grad():
         network(torch.zeros(2, 3, SIZE, SIZE))  # batch norm wants two
     return total // 2
-
-
-def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written a second when a large tensor is copied; the best of several."""
-    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = source.clone()
-    best = float("inf")
-    for _ in range(5):
-        _synchronise(device)
-        began = time.perf_counter()
-        target.copy_(source)
-        _synchronise(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * len(source) / best
 
 
 def row(cases: tuple[Case, Case], rounds: int, device: torch.device) -> str:

@@ -44,7 +44,8 @@ class BlockwiseHead(Head):
     batch always among them. `batch_size`: faces of one rank and step at most; on several ranks smaller batches are
     filled up to it. `fused`: update the centres during `backward`, at the rate `lr`; otherwise gradients add up until
     `update`. `matmul`: None multiplies in the weight's own float32; bfloat16 multiplies copies of that kind and sums in
-    float32. `compiled`: what is computed of a block goes through torch.compile.
+    float32. `compiled`: what is computed of a block goes through torch.compile. `centres`: the first ones; None: drawn
+    from `seed`.
 
     The loss is the mean over all ranks' faces, the same number on each. The embeddings' gradients are those of this
     loss: the ranks' gradients of the network have to be summed, not averaged.
@@ -65,10 +66,12 @@ class BlockwiseHead(Head):
         fused: bool = True,
         matmul: torch.dtype | None = None,
         compiled: bool = False,
+        centres: Tensor | None = None,
     ) -> None:
         ranks = ranks or Ranks()
         held = share_of(classes, ranks.rank, ranks.size)
-        centres = initial_centres(held, sub_centers, embedding_size, seed)
+        if centres is None:
+            centres = initial_centres(held, sub_centers, embedding_size, seed)
         super().__init__(loss, classes, held, centres, optimizer, sub_centers)
         self.batch_size, self.block, self.ranks, self.seed = batch_size, block, ranks, seed
         self.sample_rate, self.fused = sample_rate, fused

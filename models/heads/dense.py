@@ -21,8 +21,10 @@ class DenseHead(Head):
         optimizer: RowOptimizer,
         sub_centers: int = 1,
         seed: int = 0,
+        centres: Tensor | None = None,
     ) -> None:
-        centres = initial_centres(range(classes), sub_centers, embedding_size, seed)
+        if centres is None:
+            centres = initial_centres(range(classes), sub_centers, embedding_size, seed)
         super().__init__(loss, classes, range(classes), centres, optimizer, sub_centers)
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
