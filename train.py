@@ -59,7 +59,7 @@ from utils.training_log import (
     TrainingLog,
     step_profiler,
 )
-from utils.training_parts import build_head, build_network, compile_network, spread
+from utils.training_parts import build_head, build_network, compile_network, part_sizes, spread
 from utils.training_state import TrainingState
 from utils.training_step import TrainingStep
 from utils.training_summary import summarise
@@ -413,10 +413,16 @@ class Trainer:
             if not on_card:
                 raise TrainingError("train.sync_bn: torch has it for CUDA only")
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # after the trial, in which ranks are on their own
-        network = self.network
         if settings.compile == "on" or (settings.compile == "auto" and on_card):
-            network = compile_network(network, lambda compiled: trial(compiled)(most), self.say)
-        network = spread(network, self.ranks, self.device)
+
+            def attempt(compiled: nn.Module) -> None:
+                for faces in part_sizes(whole, most):
+                    trial(compiled)(faces)
+
+            train_mode(self.network, settings.frozen)  # compiled is what trains
+            network = compile_network(self.network, self.ranks, self.device, attempt, self.say)
+        else:
+            network = spread(self.network, self.ranks, self.device)
         return TrainingStep(
             network,
             self.head,

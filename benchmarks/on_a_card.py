@@ -39,12 +39,14 @@ def jobs(output: Path, faces: Path | None) -> list[Job]:
     draw = ["data/make_demo_set.py", "--output", str(drawn), "--more", str(output / "more"), "--test-people", "2"]
     return [
         *([] if faces else [Job("faces.txt", 40, [*draw, "--more-people", "2"])]),
-        Job("tests.txt", 150, ["-m", "pytest", "-q", "-k", "card or cuda", *(f"tests/test_{name}.py" for name in tests)]),
-        Job("train_step_r50.md", 110, [*step, "r50"]),
-        Job("heads_10m.md", 140, [*head, "10000000", "--engines", "blockwise", "--blocks", "32768,8192,16384,65536"]),
-        Job("demo.txt", 80, ["utils/demo.py", "--folder", str(output / "demo")]),
-        Job("train_step.md", 140, [*step, "r100,mbf,r18"]),
-        Job("heads_1m.md", 60, [*head, "1000000", "--engines", "dense,blockwise,peer,blockwise 0.1,peer 0.1"]),
+        Job(
+            "tests.txt", 150, ["-m", "pytest", "-q", "-k", "card or cuda", *(f"tests/test_{name}.py" for name in tests)]
+        ),
+        Job("train_step_r50.md", 170, [*step, "r50"]),
+        Job("heads_10m.md", 130, [*head, "10000000", "--engines", "blockwise", "--blocks", "32768,8192,16384,65536"]),
+        Job("demo.txt", 70, ["utils/demo.py", "--folder", str(output / "demo")]),
+        Job("train_step.md", 120, [*step, "mbf,r18,r100"]),
+        Job("heads_1m.md", 40, [*head, "1000000", "--engines", "dense,blockwise,peer,blockwise 0.1,peer 0.1"]),
     ]
 
 

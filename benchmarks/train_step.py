@@ -100,7 +100,7 @@ class OurLoop:
         if device.type == "cuda":
             trial = partial(trial_pass, image_size=SIZE, precision=precision, states=1)
             most = largest_that_fits(trial(network), most)
-            network = compile_network(network, lambda compiled: trial(compiled)(most), print)
+            network = compile_network(network, ranks, device, lambda compiled: trial(compiled)(most), print)
         self._step = TrainingStep(network, head, optimizer, scaler, precision, settings.gradient_clip, most, ranks)
         self._device, self._steps = device, 0
 

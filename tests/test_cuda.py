@@ -19,13 +19,13 @@ from models.heads import RowAdamW, RowOptimizer, RowSGD, create_head
 from models.losses import LOSSES, create_loss
 from train import train
 from utils.checkpoints import BEST
+from utils.compiling import CompiledNetwork
 from utils.ema import WeightAverage
 from utils.host_copy import HostCopy, wait_for_copies
 from utils.optimizers import create_optimizer, parameter_groups
 from utils.ranks import Ranks
 from utils.schedules import OptimizerName
 from utils.training_log import read_metrics
-from utils.training_parts import compile_network
 from utils.training_step import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
@@ -48,7 +48,9 @@ def fresh_compiler() -> Iterator[None]:
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name].cpu(), value.cpu(), **tolerance, msg=lambda text, at=name: f"{at}: {text}")
+        torch.testing.assert_close(
+            found[name].cpu(), value.cpu(), **tolerance, msg=lambda text, at=name: f"{at}: {text}"
+        )
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -202,8 +204,7 @@ def test_one_rank_over_nccl(tmp_path: Path) -> None:
         said: list[str] = []
 
         def wrap(network: nn.Module) -> nn.Module:
-            spread = nn.parallel.DistributedDataParallel(network, [0], broadcast_buffers=False)
-            return compile_network(spread, lambda module: None, said.append)
+            return nn.parallel.DistributedDataParallel(CompiledNetwork(network, said.append), [0])
 
         torch.testing.assert_close(Step(precision=torch.float32, wrap=wrap).train(4), alone, rtol=1e-3, atol=1e-3)
         assert not said

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class Compiled:
@@ -44,6 +44,53 @@ class Compiled:
             return self._function(*arguments)
         self._worked.add(shapes)
         return self._compiled(*arguments) if self._in_place else result
+
+
+class CompiledNetwork(nn.Module):
+    """`network`, compiled at its first call with inputs of a shape, and as it is once that failed, which is said.
+
+    What fails in a backward pass fails: have the shapes of training tried before it begins (`give_up`).
+    """
+
+    def __init__(
+        self, network: nn.Module, say: Callable[[str], object], backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
+        super().__init__()
+        self.network, self._say = network, say
+        # Each shape by itself: what is compiled for any number of faces is slower.
+        compiled = torch.compile(network, backend=backend, dynamic=False)
+        # Not the module itself, which would be registered, and its weights with it.
+        self._compiled: Callable[[Tensor], Tensor] | None = lambda inputs: compiled(inputs)
+        self._worked: set[torch.Size] = set()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._compiled is None:
+            return self.network(inputs)
+        if inputs.shape in self._worked:
+            return self._compiled(inputs)
+        try:
+            embeddings = self._compiled(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers fail in many ways
+            self.give_up(error)
+            return self.network(inputs)
+        self._worked.add(inputs.shape)
+        return embeddings
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether it runs uncompiled."""
+        return self._compiled is None
+
+    def give_up(self, error: Exception | None) -> None:
+        """Run uncompiled from here on, because of `error`; None: another process had one."""
+        if self._compiled is None:
+            return
+        self._compiled = None
+        lines = [line.strip() for line in str(error or "on another rank").splitlines() if line.strip()]
+        reason = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
+        self._say(f"the network runs uncompiled: torch.compile failed ({reason}); train.compile=off says nothing")
 
 
 def _copy(value: Any) -> Any:
