@@ -16,7 +16,7 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from datetime import datetime
 from functools import partial
@@ -37,7 +37,8 @@ from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone, settings_beside
-from utils.devices import describe_device, pick_device, pick_precision
+from utils.compiling import Compiled
+from utils.devices import describe_device, describe_precision, pick_device, pick_precision, set_float32_products
 from utils.ema import WeightAverage
 from utils.files import write_csv_atomic, write_text_atomic
 from utils.flops import forward_flops, quick_matmul_flops_per_s
@@ -99,6 +100,7 @@ class Trainer:
         settings = config.train
         self.config, self.run, self.device, self.ranks = config, run, device, ranks
         self.precision = pick_precision(settings.precision, device)
+        set_float32_products(settings.precision, device)
         self.workers = worker_count(config.common.workers)
 
         try:
@@ -144,6 +146,7 @@ class Trainer:
         self.optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.average = WeightAverage(self.network, settings.ema) if settings.ema else None
+        self.to_input: Callable[..., torch.Tensor] = to_network_input
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
         self.step, self.best_accuracy = 0, 0.0
@@ -252,7 +255,7 @@ class Trainer:
         chances = Chances(*(getattr(self.config.data, f"augment_{name}") for name in Chances._fields))
         mirror = flips(seed, epoch, batch, self.config.train.batch_size, rank, ranks)
         faces = augment(faces, chances, seed, epoch, batch, rank, ranks)
-        return to_network_input(faces, mirror.to(self.device, non_blocking=True))
+        return self.to_input(faces, mirror.to(self.device, non_blocking=True))
 
     def note(self) -> None:
         """Log what the steps since the last note came to; ExplodedError, before anything is saved, if they diverged."""
@@ -399,6 +402,7 @@ class Trainer:
         whole = settings.batch_size // self.ranks.size
         most = whole if settings.micro_batch == "auto" else min(whole, int(settings.micro_batch))
         on_card = self.device.type == "cuda"
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: it finds the fastest convolution for each once
         states = 0 if self.optimizer.state else 2  # what the first step of AdamW and its like makes
         trial = partial(trial_pass, image_size=self.config.data.image_size, precision=self.precision, states=states)
         if settings.micro_batch == "auto" and on_card:
@@ -421,6 +425,7 @@ class Trainer:
 
             train_mode(self.network, settings.frozen)  # compiled is what trains
             network = compile_network(self.network, self.ranks, self.device, attempt, self.say)
+            self.to_input = Compiled(to_network_input)  # one kernel instead of five
         else:
             network = spread(self.network, self.ranks, self.device)
         return TrainingStep(
@@ -445,7 +450,7 @@ class Trainer:
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
             f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
             f"verified on: {tests or 'nothing (no .bin found): the last model is kept'}",
-            f"{on}, {str(self.precision).removeprefix('torch.')}, {self.workers} workers, {self.steps:,} steps",
+            f"{on}, {describe_precision(self.precision, self.device)}, {self.workers} workers, {self.steps:,} steps",
             f"learning rate {self.peak:.4g} at its peak",
             f"run: {self.run}" + (f", from step {self.step:,}" if self.step else ""),
         ):

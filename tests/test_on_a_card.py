@@ -11,7 +11,7 @@ def job(file: str, seconds: float, code: str) -> Job:
 
 
 def test_each_job_ends_in_its_time(tmp_path: Path) -> None:
-    """One that hangs, with a process of its own, is stopped and what it wrote is kept; one that fails is told; the others
+    """One that hangs, with a process of its own, is stopped and what it wrote is kept; one that fails is told; others
     are done, until the time for all is up."""
     hang = "import subprocess, sys; print('a table', flush=True); subprocess.run([sys.executable, '-c', 'while 1: 1'])"
     todo = [

@@ -62,11 +62,11 @@ def test_a_step_waits_for_nothing(loss: str, head: str) -> None:
     faces = torch.empty(FACES, 5, 5, 3, dtype=torch.uint8, device=META)
     labels = torch.empty(FACES, dtype=torch.int64, device=META)
     with unwaiting() as copies:
-        for number in range(2):
+        for number in range(2 if head == "blockwise" else 1):  # the second finds state of the first
             inputs = to_network_input(faces, torch.zeros(FACES, dtype=torch.bool).to(META, non_blocking=True))
             meter.add(number, step(inputs, labels, number, 0.1), FACES)
             average.update(step.network, number)
-    assert copies.operations > 200
+    assert copies.operations > 100
 
 
 WAITING = {

@@ -74,8 +74,8 @@ def compile_network(
     say: Callable[[str], object],
     backend: str | Callable[..., Any] = "inductor",
 ) -> nn.Module:
-    """`network`, in the mode that it trains in, compiled and spread over `ranks`; or, where `attempt`, passes forward and
-    backward without an exchange of gradients, shows that the compiler cannot, said and uncompiled, on all ranks.
+    """`network`, in the mode that it trains in, compiled and spread over `ranks`; or, where `attempt` shows that the
+    compiler cannot, said and uncompiled, on all ranks. It makes passes forward and backward; no gradients are exchanged.
 
     It is compiled when it is called by what spreads it: torch then cuts it where the exchange of gradients can begin
     while others are still computed. What it cannot cut (blocks that are computed anew) is compiled whole.
