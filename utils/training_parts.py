@@ -75,7 +75,7 @@ def compile_network(
     backend: str | Callable[..., Any] = "inductor",
 ) -> nn.Module:
     """`network`, in the mode that it trains in, compiled and spread over `ranks`; or, where `attempt` shows that the
-    compiler cannot, said and uncompiled, on all ranks. It makes passes forward and backward; no gradients are exchanged.
+    compiler cannot, said and uncompiled, on all ranks. It makes passes both ways, without an exchange of gradients.
 
     It is compiled when it is called by what spreads it: torch then cuts it where the exchange of gradients can begin
     while others are still computed. What it cannot cut (blocks that are computed anew) is compiled whole.
