@@ -7,7 +7,7 @@ INSIGHTFACE_VENV := .venv-insightface
 # mxnet 1.9.1 needs a numpy that installs on Python 3.11 and not on later ones.
 MXNET_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 
-.PHONY: setup demo lint test test-long conformance clean
+.PHONY: setup demo lint test test-long gpu conformance clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,11 @@ test: lint
 test-long: setup
 	$(RUN) -m pytest -m long
 
+# What wants a card, in twelve minutes. Installs nothing: without the environment it takes the system's PyTorch.
+GPU_RESULTS ?= gpu
+gpu:
+	$(if $(wildcard $(VENV)/.installed),$(RUN),$(PYTHON)) benchmarks/on_a_card.py --output $(GPU_RESULTS)
+
 # Our record files against those of the real mxnet, and our exports in the real insightface package: each has an
 # environment of its own.
 conformance: setup $(MXNET_VENV)/.installed $(INSIGHTFACE_VENV)/.installed
@@ -52,4 +57,4 @@ $(INSIGHTFACE_VENV)/.installed: tests/conformance/requirements-insightface.txt
 	touch $@
 
 clean:
-	rm -rf demo $(VENV) $(MXNET_VENV) $(INSIGHTFACE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf demo gpu $(VENV) $(MXNET_VENV) $(INSIGHTFACE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -277,8 +277,9 @@ class TrainConfig:
     sync_bn: bool = False
     # Largest norm of the network's gradient; longer ones are scaled down to it. 5 as published.
     gradient_clip: float = 5.0
-    # auto: bfloat16 on CUDA cards that have it, float16 with loss scaling on older ones, float32 on the CPU.
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # auto: bfloat16 on CUDA cards that have it, float16 with loss scaling on older ones, float32 on the CPU. fp32 is
+    # IEEE's; tf32 rounds the factors of float32 products, the head's too, to 10 bits (Ampere and later).
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     # Seed of everything random: initial weights, image order, flips, augmentations. Same seed, same run.
     seed: int = 0
     # Steps between two lines of the log (screen, TensorBoard, metrics.jsonl).

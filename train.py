@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,8 @@ from data.prefetch import on_device
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
-from utils.devices import describe_device, pick_device, pick_precision
+from utils.compiling import Compiled
+from utils.devices import describe_device, describe_precision, pick_device, pick_precision, set_float32_products
 from utils.ema import WeightAverage
 from utils.explosions import ExplodedError
 from utils.files import write_csv_atomic, write_text_atomic
@@ -73,6 +74,7 @@ from utils.training_parts import (
     build_network,
     build_schedule,
     compile_network,
+    part_sizes,
     spread,
     verification_sets,
 )
@@ -100,6 +102,7 @@ class Trainer:
         if settings.wandb and ranks.first:
             import_wandb()
         self.precision = pick_precision(settings.precision, device)
+        set_float32_products(settings.precision, device)
         self.workers = worker_count(config.common.workers)
 
         try:
@@ -136,6 +139,7 @@ class Trainer:
         self.optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.average = WeightAverage(self.network, settings.ema) if settings.ema else None
+        self.to_input: Callable[..., torch.Tensor] = to_network_input
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
         self.step, self.best_accuracy = 0, 0.0
@@ -260,7 +264,7 @@ class Trainer:
         chances = Chances(*(getattr(self.config.data, f"augment_{name}") for name in Chances._fields))
         mirror = flips(seed, epoch, batch, self.config.train.batch_size, rank, ranks)
         faces = augment(faces, chances, seed, epoch, batch, rank, ranks)
-        return to_network_input(faces, mirror.to(self.device, non_blocking=True))
+        return self.to_input(faces, mirror.to(self.device, non_blocking=True))
 
     def note(self) -> None:
         """Log what the steps since the last note came to; ExplodedError, before anything is saved, if they diverged."""
@@ -425,6 +429,7 @@ class Trainer:
         whole = settings.batch_size // self.ranks.size
         most = whole if settings.micro_batch == "auto" else min(whole, int(settings.micro_batch))
         on_card = self.device.type == "cuda"
+        torch.backends.cudnn.benchmark = True  # shapes stay the same: it finds the fastest convolution for each once
         states = 0 if self.optimizer.state else 2  # what the first step of AdamW and its like makes
         size, ranks = self.config.data.image_size, self.ranks.size
         beside = partial(bytes_beside, whole=whole, image_size=size, network=self.network, head=self.head, ranks=ranks)
@@ -441,10 +446,17 @@ class Trainer:
             if not on_card:
                 raise TrainingError("train.sync_bn: torch has it for CUDA only")
             nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # after the trial, in which ranks are on their own
-        network = self.network
         if settings.compile == "on" or (settings.compile == "auto" and on_card):
-            network = compile_network(network, lambda compiled: trial(compiled)(most), self.say)
-        network = spread(network, self.ranks, self.device)
+
+            def attempt(compiled: nn.Module) -> None:
+                for faces in part_sizes(whole, most):
+                    trial(compiled)(faces)
+
+            train_mode(self.network, settings.frozen)  # compiled is what trains
+            network = compile_network(self.network, self.ranks, self.device, attempt, self.say)
+            self.to_input = Compiled(to_network_input)  # one kernel instead of five
+        else:
+            network = spread(self.network, self.ranks, self.device)
         return TrainingStep(
             network,
             self.head,
@@ -467,7 +479,7 @@ class Trainer:
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
             f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
             f"verified on: {tests or 'nothing (no .bin found): the last model is kept'}",
-            f"{on}, {str(self.precision).removeprefix('torch.')}, {self.workers} workers, {self.steps:,} steps",
+            f"{on}, {describe_precision(self.precision, self.device)}, {self.workers} workers, {self.steps:,} steps",
             f"learning rate {self.peak:.4g} at its peak",
         ):
             self.say(line)

@@ -2,15 +2,20 @@
 """Time and memory of a head's step (forward, backward, update) by the number of classes and the engine.
 
     python benchmarks/heads.py --classes 10000,100000,1000000
-    python benchmarks/heads.py --classes 1000000,10000000 --batch-size 512 --matmul bf16      # on a GPU
+    python benchmarks/heads.py --classes 1000000,10000000 --batch-size 512 --matmul bf16 --blocks 8192,32768   # a GPU
 
 The peer is PartialFC as other trainers have it, written plainly: normalise all sampled centres, all logits in memory,
 gradients by autograd, torch.optim.SGD. Each engine runs in a process of its own, so that one's memory is not another's;
-ratios are of the best of several steps. Memory is what a step needs at its peak beyond the centres and their momentum:
-allocated bytes on a GPU, growth of the process on the CPU.
+ratios are of the best of several steps. Ours are made as training makes them: compiled on a GPU. Memory is what a step
+needs at its peak beyond the centres and their momentum: allocated bytes on a GPU, growth of the process on the CPU.
+
+Bound: what all classes cannot be done without, four products (three for `dense`) at the speed of a product of large
+matrices, and five passes over float32 rows (centres read twice and written, momentum read and written) at that of a
+large copy, both measured in the same run; and the share of it that the step reaches.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import platform
 import resource
@@ -27,6 +32,7 @@ from torch import Tensor
 
 from models.heads import RowSGD, automatic_block, create_head
 from models.losses import create_loss
+from utils.flops import copy_bytes_per_s, matmul_flops_per_s
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,17 @@ class Case:
     matmul: str
     device: str
     steps: int
+
+    @property
+    def rate(self) -> float:
+        """Share of the classes that take part."""
+        return 0.1 if "0.1" in self.engine else 1.0
+
+    def bound(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """Seconds that a step takes at least."""
+        numbers = self.rate * self.classes * self.embedding_size
+        products = 4 if self.engine.startswith("blockwise") else 3
+        return products * 2 * self.batch_size * numbers / flops_per_s + 5 * 4 * numbers / bytes_per_s
 
 
 class PlainPartialFC:
@@ -77,9 +94,8 @@ def measure(case: Case) -> tuple[float, float]:
     on_gpu = case.device == "cuda"
     faces = torch.randn(case.batch_size, case.embedding_size, device=case.device)
     labels = torch.randint(0, case.classes, (case.batch_size,), device=case.device)
-    rate = 0.1 if "0.1" in case.engine else 1.0
     if case.engine.startswith("peer"):
-        peer = PlainPartialFC(case.classes, case.embedding_size, rate, case.device)
+        peer = PlainPartialFC(case.classes, case.embedding_size, case.rate, case.device)
     else:
         head = create_head(
             create_loss("arcface"),
@@ -90,8 +106,11 @@ def measure(case: Case) -> tuple[float, float]:
             device=torch.device(case.device),
             engine="blockwise" if "blockwise" in case.engine else "dense",
             block=case.block,
-            sample_rate=rate,
+            sample_rate=case.rate,
             matmul=torch.bfloat16 if case.matmul == "bf16" else None,
+            compiled=on_gpu,
+            # Drawing millions of them as training does takes a minute.
+            centres=torch.empty(case.classes, case.embedding_size, device=case.device).normal_(0, 0.01),
         )
         head.fused = True
         head.lr = 0.1
@@ -108,6 +127,8 @@ def measure(case: Case) -> tuple[float, float]:
             head(embeddings, labels, step).loss.backward()
             head.update(step)
         times.append(_now(on_gpu) - began)
+        if on_gpu and step == 0:
+            torch.cuda.reset_peak_memory_stats()  # a compiler tries its kernels on copies
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return min(times), peak - before
 
@@ -134,7 +155,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--embedding-size", type=int, default=512)
-    parser.add_argument("--block", type=int, default=0, help="classes computed at a time; 0: automatic")
+    parser.add_argument("--blocks", default="0", help="classes computed at a time by blockwise; 0: automatic")
     parser.add_argument("--matmul", choices=("fp32", "bf16"), default="fp32", help="of our engines")
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
@@ -143,28 +164,37 @@ def main() -> None:
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     print(f"{name}, torch {torch.__version__}; batch {arguments.batch_size}, {arguments.embedding_size} dimensions,")
-    block = arguments.block or automatic_block(arguments.batch_size, torch.device(device))
-    print(f"blocks of {block:,} classes, products in {arguments.matmul}\n")
-    print("| classes | engine | ms a step | of dense | images/s | MiB beyond centres and momentum |")
-    print("|---|---|---|---|---|---|")
+    flops_per_s = matmul_flops_per_s(
+        torch.device(device), torch.bfloat16 if arguments.matmul == "bf16" else torch.float32
+    )
+    bytes_per_s = copy_bytes_per_s(torch.device(device))
+    automatic = automatic_block(arguments.batch_size, torch.device(device))
+    print(f"automatic blocks of {automatic:,} classes; products in {arguments.matmul} at {flops_per_s / 1e12:,.1f}")
+    print(f"TFLOP/s, copies at {bytes_per_s / 1e9:,.0f} GB/s\n")
+    print("| classes | engine | block | ms a step | of dense | images/s | MiB beyond centres and momentum | bound |")
+    print("|---|---|---|---|---|---|---|---|")
     for classes in map(int, arguments.classes.split(",")):
         reference = None
-        for engine in arguments.engines.split(","):
+        for engine, block in itertools.product(arguments.engines.split(","), map(int, arguments.blocks.split(","))):
+            if block != int(arguments.blocks.split(",")[0]) and not engine.startswith("blockwise"):
+                continue
             case = Case(
-                engine, classes, arguments.batch_size, arguments.embedding_size, arguments.block, arguments.matmul,
-                device, arguments.steps,
+                engine, classes, arguments.batch_size, arguments.embedding_size, block, arguments.matmul, device,
+                arguments.steps,
             )  # fmt: skip
+            named = f"{block or automatic:,}" if engine.startswith("blockwise") else ""
             with multiprocessing.get_context("spawn").Pool(1) as alone:
                 try:
                     seconds, extra = alone.apply(measure, (case,))
                 except torch.OutOfMemoryError:
-                    print(f"| {classes:,} | {engine} | does not fit | | | |", flush=True)
+                    print(f"| {classes:,} | {engine} | {named} | does not fit | | | | |", flush=True)
                     continue
             reference = seconds if engine == "dense" else reference
             ratio = f"{seconds / reference:.2f}" if reference else ""
-            rate = arguments.batch_size / seconds
+            rate, bound = arguments.batch_size / seconds, case.bound(flops_per_s, bytes_per_s) / seconds
             print(
-                f"| {classes:,} | {engine} | {1000 * seconds:,.0f} | {ratio} | {rate:,.0f} | {extra / 2**20:,.0f} |",
+                f"| {classes:,} | {engine} | {named} | {1000 * seconds:,.1f} | {ratio} | {rate:,.0f} "
+                f"| {extra / 2**20:,.0f} | {bound:.2f} |",
                 flush=True,
             )
 

@@ -50,8 +50,9 @@ from data.face_sets import open_face_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.prefetch import on_device
 from models import create_network
-from utils.devices import pick_device, pick_precision
-from utils.flops import forward_flops, matmul_flops_per_s
+from utils.compiling import Compiled
+from utils.devices import pick_device, pick_precision, set_float32_products
+from utils.flops import copy_bytes_per_s, forward_flops, matmul_flops_per_s
 from utils.micro_batch import largest_that_fits, trial_pass
 from utils.optimizers import create_optimizer, parameter_groups
 from utils.processes import worker_count
@@ -92,22 +93,25 @@ class OurLoop:
     def __init__(self, case: Case, device: torch.device) -> None:
         config = Config(model=ModelConfig(network=case.network), train=TrainConfig(batch_size=case.batch_size))
         settings, precision, ranks = config.train, pick_precision("auto", device), Ranks()
+        set_float32_products(settings.precision, device)
         network = build_network(config, device).train()
         head = build_head(config, case.classes, device, precision, ranks)
         optimizer = create_optimizer("sgd", parameter_groups(network, settings.weight_decay), settings.momentum)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        most = case.batch_size
+        most, self._to_input = case.batch_size, to_network_input
         if device.type == "cuda":
             trial = partial(trial_pass, image_size=SIZE, precision=precision, states=1)
             most = largest_that_fits(trial(network), most)
-            network = compile_network(network, lambda compiled: trial(compiled)(most), print)
+            torch.backends.cudnn.benchmark = True
+            self._to_input = Compiled(to_network_input)
+            network = compile_network(network, ranks, device, lambda compiled: trial(compiled)(most), print)
         self._step = TrainingStep(network, head, optimizer, scaler, precision, settings.gradient_clip, most, ranks)
         self._device, self._steps = device, 0
 
     def __call__(self, batch: Batch) -> None:
         step, faces = self._steps, batch.faces
         mirror = flips(0, 0, step, len(faces))
-        inputs = to_network_input(faces, mirror.to(self._device, non_blocking=True))
+        inputs = self._to_input(faces, mirror.to(self._device, non_blocking=True))
         torch.manual_seed(step)
         self._step(inputs, batch.labels, step, LR)
         self._steps += 1
@@ -269,20 +273,6 @@ def moved_bytes(name: str, precision: torch.dtype) -> int:
     with torch.no_grad():
         network(torch.zeros(2, 3, SIZE, SIZE))  # batch norm wants two
     return total // 2
-
-
-def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written a second when a large tensor is copied; the best of several."""
-    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = source.clone()
-    best = float("inf")
-    for _ in range(5):
-        _synchronise(device)
-        began = time.perf_counter()
-        target.copy_(source)
-        _synchronise(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * len(source) / best
 
 
 def row(cases: tuple[Case, Case], rounds: int, device: torch.device) -> str:

@@ -27,6 +27,11 @@ def recompute_blocks(network: nn.Module) -> int:
     return len(blocks)
 
 
+def recomputes(network: nn.Module) -> bool:
+    """Whether `recompute_blocks` has been at work in `network`."""
+    return any(isinstance(vars(module).get("forward"), partial) for module in network.modules())
+
+
 def _forward(block: nn.Module, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*inputs, **options)

@@ -49,8 +49,8 @@ def train(head: Head, steps: int = STEPS, lr: float = LR["sgd"], faces: slice = 
     and all that the head saves."""
     losses, hits, gradients = [], [], []
     for step in range(steps):
-        embeddings, labels = batch(step)
-        embeddings, labels = embeddings[faces].requires_grad_(), labels[faces]
+        embeddings, labels = (part[faces].to(head.weight.device) for part in batch(step))
+        embeddings.requires_grad_()
         head.lr = lr
         output = head(embeddings, labels, step)
         output.loss.backward()

@@ -1,9 +1,12 @@
 """Device and precision: found without a setting, refused with a reason."""
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
-from utils.devices import full_precision, pick_device, pick_precision
+from utils.devices import describe_precision, full_precision, pick_device, pick_precision, set_float32_products
 
 
 def test_auto_takes_cuda_when_there_is_a_card() -> None:
@@ -37,6 +40,41 @@ def test_precision_is_what_the_card_is_good_at(
     assert pick_precision("auto", torch.device("cuda")) == dtype
     assert pick_precision("auto", torch.device("cpu")) == torch.float32
     assert pick_precision("fp32", torch.device("cuda")) == torch.float32
+    assert pick_precision("tf32", torch.device("cuda")) == torch.float32
+
+
+@pytest.fixture
+def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
+    """Where torch keeps how a card multiplies float32, and a made-up card of Ampere's kind."""
+    found = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [backend.fp32_precision for backend in found]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    yield found
+    for backend, precision in zip(found, before, strict=True):
+        backend.fp32_precision = precision
+
+
+def test_float32_on_a_card_is_what_was_asked_for(backends: tuple[Any, ...]) -> None:
+    """Convolutions and matrix products alike, and said: IEEE unless tf32 is asked for, whatever torch's default."""
+    card = torch.device("cuda")
+    for name, kept, words in (("tf32", "tf32", "TF32"), ("fp32", "ieee", "IEEE"), ("auto", "ieee", "IEEE")):
+        backends[1].fp32_precision = "tf32"
+        set_float32_products(name, card)
+        assert [backend.fp32_precision for backend in backends] == [kept, kept]
+        assert describe_precision(torch.float32, card) == f"float32 ({words} products)"
+    assert describe_precision(torch.bfloat16, card) == "bfloat16"
+    assert describe_precision(torch.float32, torch.device("cpu")) == "float32"
+
+
+@pytest.mark.usefixtures("backends")
+def test_tf32_is_for_cards_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting that would do nothing is refused."""
+    with pytest.raises(ValueError, match=r"train\.precision: cpu .* has no tf32"):
+        set_float32_products("tf32", torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with pytest.raises(ValueError, match=r"train\.precision: a card .* has no tf32"):
+        set_float32_products("tf32", torch.device("cuda"))
 
 
 def test_full_precision_restores_what_was_set() -> None:

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -612,3 +614,21 @@ def test_mirroring() -> None:
     assert torch.equal(to_network_input(faces, True), mirrored)
     some = to_network_input(faces, torch.tensor([True, False, False, True]))
     assert torch.equal(some, torch.stack([mirrored[0], plain[1], plain[2], mirrored[3]]))
+
+
+def test_network_input_in_one_kernel() -> None:
+    """As a compiler sees it: one graph, the same numbers, the same layout, on which what follows was compiled."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return graph
+
+    faces = torch.randint(0, 256, (4, 6, 6, 3), dtype=torch.uint8)
+    mirror = torch.tensor([True, False, False, True])
+    found = torch.compile(to_network_input, backend=count)(faces, mirror)
+    expected = to_network_input(faces, mirror)
+    assert torch.equal(found, expected)
+    assert found.stride() == expected.stride()
+    assert len(graphs) == 1
+    torch.compiler.reset()

@@ -7,21 +7,26 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny_runs
 from config import Config
+from data.loading import to_network_input
 from models import create_network
 from models.backbones.iresnet import IBasicBlock
 from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
 from models.recompute import recompute_blocks
+from ranks import run_on_ranks
 from train import train
 from utils.checkpoints import BEST
+from utils.compiling import CompiledNetwork
 from utils.micro_batch import trial_pass
+from utils.optimizers import train_mode
 from utils.ranks import Ranks
 from utils.training_log import read_metrics
-from utils.training_parts import build_head, build_network, compile_network
+from utils.training_parts import build_head, build_network, compile_network, part_sizes
 
 CPU = torch.device("cpu")
 
@@ -192,9 +197,9 @@ def test_a_compiled_network_trains_the_same(recompute: bool) -> None:
     if recompute:
         recompute_blocks(network)
     said: list[str] = []
-    compiled = compile_network(network, attempt, said.append, "aot_eager")
-    assert compiled is not network, said
-    assert not said
+    compiled = compile_network(network, Ranks(), CPU, attempt, said.append, "aot_eager")
+    assert isinstance(compiled, CompiledNetwork)
+    assert not compiled.gave_up, said
     for _ in range(2):
         torch.testing.assert_close(a_pass(compiled), a_pass(eager), rtol=1e-4, atol=1e-5)
     for key, value in eager.state_dict().items():
@@ -213,7 +218,9 @@ def failing_backend(graph: object, inputs: object) -> Callable[..., object]:
 def test_a_compiler_that_fails_is_said_once() -> None:
     """The network as it was, and one line with the reason and the setting; out of memory is another matter."""
     network, said = units(), list[str]()
-    assert compile_network(network, attempt, said.append, failing_backend) is network  # type: ignore[arg-type]
+    compiled = compile_network(network, Ranks(), CPU, attempt, said.append, failing_backend)
+    torch.testing.assert_close(a_pass(compiled), a_pass(units()))
+    network.zero_grad(set_to_none=True)
     assert len(said) == 1
     assert "no such instruction" in said[0]
     assert "\n" not in said[0]
@@ -224,6 +231,95 @@ def test_a_compiler_that_fails_is_said_once() -> None:
         raise torch.OutOfMemoryError("made up")
 
     with pytest.raises(torch.OutOfMemoryError):
-        compile_network(network, exhaust, said.append, "aot_eager")
+        compile_network(network, Ranks(), CPU, exhaust, said.append, "aot_eager")
     assert len(said) == 1
     torch._dynamo.reset()
+
+
+class Counting:
+    """A backend that notes how many faces each graph is compiled for, and fails from graph number `most` on."""
+
+    def __init__(self, most: int = 100) -> None:
+        self.most = most
+        self.faces: list[int] = []
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        if len(self.faces) >= self.most:
+            raise RuntimeError("too large a graph")
+        self.faces.extend(x.shape[0] for x in inputs if x.dim() == 4 and x.shape[1:] == (3, 8, 8))
+        return graph
+
+
+def test_what_is_compiled_is_what_trains() -> None:
+    """A batch of 7 in passes of at most 3, part of the network frozen: one graph for each size that occurs, made in the
+    trial, and none afterwards."""
+    assert part_sizes(7, 3) == [3, 2]
+    network, backend = units(), Counting()
+    train_mode(network, ("0",))
+
+    def try_sizes(module: nn.Module) -> None:
+        for faces in part_sizes(7, 3):
+            trial_pass(module, 8, torch.float32, 0)(faces)
+
+    compiled = compile_network(network, Ranks(), CPU, try_sizes, print, backend)
+    assert backend.faces == [3, 2]
+    train_mode(network, ("0",))
+    for faces in (3, 2, 2):
+        compiled(to_network_input(torch.zeros(faces, 8, 8, 3, dtype=torch.uint8))).sum().backward()
+    assert backend.faces == [3, 2]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("faces", "most"), [(128, 128), (128, 50), (128, 64), (7, 3), (9, 2)])
+def test_part_sizes_are_those_of_a_step(faces: int, most: int) -> None:
+    """As TrainingStep splits a batch."""
+    parts = torch.arange(faces).tensor_split(-(-faces // most))
+    assert part_sizes(faces, most) == sorted({len(part) for part in parts}, reverse=True)
+
+
+def test_a_compiler_that_fails_later_is_done_without() -> None:
+    """Smaller passes, after running out of memory, need another graph: where that fails training goes on uncompiled."""
+    network, said = units(), list[str]()
+    compiled = compile_network(network, Ranks(), CPU, attempt, said.append, Counting(most=1))
+    expected = network(torch.ones(3, 3, 8, 8))
+    assert not said
+    torch.testing.assert_close(compiled(torch.ones(3, 3, 8, 8)), expected)
+    assert len(said) == 1
+    assert "too large a graph" in said[0]
+    torch._dynamo.reset()
+
+
+def test_a_spread_network_is_compiled_in_parts() -> None:
+    """On two ranks the graph is cut where a bucket of gradients is full, so that their exchange can begin early; the
+    weights after a step are those of the network alone."""
+    found = run_on_ranks(2, compile_on_a_rank)
+    assert [graphs for graphs, _ in found] == [2, 2]
+    alone = torch.nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 1000))
+    for weight in alone.parameters():
+        nn.init.constant_(weight, 1e-3)
+    alone(torch.ones(2, 1000)).sum().backward()
+    for _, gradients in found:
+        for gradient, weight in zip(gradients, alone.parameters(), strict=True):
+            torch.testing.assert_close(gradient, weight.grad)
+
+
+def compile_on_a_rank() -> tuple[int, list[Tensor]]:
+    """(graphs that the compiler was given, gradients averaged over the ranks)."""
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        graphs.append(graph)
+        return graph
+
+    assert dist.group.WORLD is not None
+    network = nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 1000))
+    for weight in network.parameters():
+        nn.init.constant_(weight, 1e-3)
+
+    def attempt_it(module: nn.Module) -> None:
+        module(torch.ones(2, 1000)).sum().backward()
+        network.zero_grad(set_to_none=True)
+
+    spread_network = compile_network(network, Ranks(dist.group.WORLD), CPU, attempt_it, print, count)
+    spread_network(torch.ones(2, 1000)).sum().backward()
+    return len(graphs), [weight.grad for weight in network.parameters() if weight.grad is not None]

@@ -1,4 +1,4 @@
-"""One step of training: parts of a batch, loss scaling, clipping, running out of memory, and no waiting in between."""
+"""One step of training: parts of a batch, loss scaling, clipping, and running out of memory."""
 
 import copy
 import itertools
@@ -9,16 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from models.heads import RowAdamW, RowOptimizer, RowSGD, create_head
 from models.losses import create_loss
-from utils.ema import WeightAverage
 from utils.optimizers import create_optimizer, parameter_groups
 from utils.ranks import Ranks
 from utils.schedules import OptimizerName
-from utils.training_log import Meter
 from utils.training_step import StepOutput, TrainingStep
 
 CLASSES, SIZE, FACES, LR, DECAY = 9, 6, 11, 0.05, 1e-2
@@ -193,55 +189,6 @@ def test_a_scale_too_large_costs_the_network_a_step(head: str) -> None:
     assert parts.head.weight.isfinite().all()
     assert not torch.equal(parts.head.weight, centres)
     assert parts.scaler.get_scale() == 2.0**59
-
-
-class Unwaiting(TorchDispatchMode):
-    """Refuses what makes the host wait for a CUDA device. `on_host`: tensors that are on the CPU in any case."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount")
-
-    def __init__(self, on_host: Callable[[], list[Tensor]]) -> None:
-        super().__init__()
-        self.on_host = on_host
-        self.operations = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.operations += 1
-        name = func.overloadpacket.__name__
-        known = {tensor.data_ptr() for tensor in self.on_host()}
-        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        if name in self.WAITING and not any(tensor.data_ptr() in known for tensor in tensors):
-            raise AssertionError(f"{name} waits for the device")
-        if name in ("index", "index_put", "index_put_") and any(tensor.dtype == torch.bool for tensor in tensors[1:]):
-            raise AssertionError(f"{name} by a mask waits for the device")
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
-@pytest.mark.parametrize(
-    ("head", "loss", "options"),
-    [
-        ("dense", "adaface", {}),
-        ("blockwise", "curricularface", {}),
-        ("blockwise", "elastic_arc", {"sample_rate": 0.5}),
-        ("sub-centers", "magface", {}),
-    ],
-)
-def test_a_step_waits_for_nothing(optimizer: OptimizerName, head: str, loss: str, options: dict[str, Any]) -> None:
-    """Neither the step, in one pass or several, nor the average and the meter after it ask the device for a number."""
-    for micro_batch in (FACES, 4):
-        parts = Parts(head, micro_batch, clip=5.0, optimizer=optimizer, loss=loss, **options)
-        state = parts.optimizer.state
-        average, meter = WeightAverage(parts.network, 0.9), Meter(torch.device("cpu"))
-        inputs, labels = batch(0)
-
-        with Unwaiting(lambda state=state: [s["step"] for s in state.values() if "step" in s]) as mode:  # type: ignore[misc]
-            for step in range(2):
-                meter.add(step, parts.step(inputs, labels, step, LR), FACES)
-                average.update(parts.network, step)
-        assert mode.operations > 100
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -5,24 +5,34 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 
 class Compiled:
-    """`function`, compiled at its first call. If that fails a warning says why, and the function runs as it is.
+    """`function`, compiled at its first call with tensors of some shapes. If that fails a warning says why, and the
+    function runs as it is from there on.
 
-    `function` must not change what it is given: after a failure it is called again.
+    After a failure it is called again, so one that changes what it is given (`in_place`) is tried on copies first.
     """
 
-    def __init__(self, function: Callable[..., Any], backend: str | Callable[..., Any] = "inductor") -> None:
-        self._function = function
-        self._chosen: Callable[..., Any] = torch.compile(function, dynamic=False, backend=backend)
-        self._worked = False
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        backend: str | Callable[..., Any] = "inductor",
+        in_place: bool = False,
+    ) -> None:
+        self._function, self._in_place = function, in_place
+        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, backend=backend)
+        self._worked: set[tuple[Any, ...]] = set()
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._worked:
-            return self._chosen(*arguments)
+        if self._compiled is None:
+            return self._function(*arguments)
+        shapes = tuple(getattr(argument, "shape", None) for argument in arguments)
+        if shapes in self._worked:
+            return self._compiled(*arguments)
         try:
-            result = self._chosen(*arguments)
+            result = self._compiled(*(_copy(arguments) if self._in_place else arguments))
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail in many ways
@@ -30,7 +40,61 @@ class Compiled:
             warnings.warn(
                 f"{self._function.__qualname__} runs uncompiled: torch.compile failed ({reason})", stacklevel=2
             )
-            self._chosen = self._function
-            result = self._function(*arguments)
-        self._worked = True
-        return result
+            self._compiled = None
+            return self._function(*arguments)
+        self._worked.add(shapes)
+        return self._compiled(*arguments) if self._in_place else result
+
+
+class CompiledNetwork(nn.Module):
+    """`network`, compiled at its first call with inputs of a shape, and as it is once that failed, which is said.
+
+    What fails in a backward pass fails: have the shapes of training tried before it begins (`give_up`).
+    """
+
+    def __init__(
+        self, network: nn.Module, say: Callable[[str], object], backend: str | Callable[..., Any] = "inductor"
+    ) -> None:
+        super().__init__()
+        self.network, self._say = network, say
+        # Each shape by itself: what is compiled for any number of faces is slower.
+        compiled = torch.compile(network, backend=backend, dynamic=False)
+        # Not the module itself, which would be registered, and its weights with it.
+        self._compiled: Callable[[Tensor], Tensor] | None = lambda inputs: compiled(inputs)
+        self._worked: set[torch.Size] = set()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self._compiled is None:
+            return self.network(inputs)
+        if inputs.shape in self._worked:
+            return self._compiled(inputs)
+        try:
+            embeddings = self._compiled(inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # compilers fail in many ways
+            self.give_up(error)
+            return self.network(inputs)
+        self._worked.add(inputs.shape)
+        return embeddings
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether it runs uncompiled."""
+        return self._compiled is None
+
+    def give_up(self, error: Exception | None) -> None:
+        """Run uncompiled from here on, because of `error`; None: another process had one."""
+        if self._compiled is None:
+            return
+        self._compiled = None
+        lines = [line.strip() for line in str(error or "on another rank").splitlines() if line.strip()]
+        reason = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
+        self._say(f"the network runs uncompiled: torch.compile failed ({reason}); train.compile=off says nothing")
+
+
+def _copy(value: Any) -> Any:
+    """`value`, a tensor or lists and tuples of them, with tensors of its own."""
+    if isinstance(value, list | tuple):
+        return type(value)(_copy(each) for each in value)
+    return value.clone() if isinstance(value, Tensor) else value

@@ -44,12 +44,40 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     """The dtype to autocast to, from the setting `train.precision`; float32 means no autocast.
 
     `auto`: bfloat16 on CUDA cards that compute in it (Ampere and later), float16 on older ones, float32 on the CPU.
+    `tf32` is float32 too, see `set_float32_products`.
     """
     if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+        return {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+
+
+def set_float32_products(name: str, device: torch.device) -> None:
+    """How `device` multiplies float32 numbers from here on, convolutions and matrix products alike, by the setting
+    `train.precision`: `tf32` rounds factors to 10 bits, all others do not. Without this torch rounds those of
+    convolutions alone. A CPU is left as it is.
+
+    Raises ValueError for `tf32` where there is none: before Ampere, and on the CPU.
+    """
+    if name == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
+        raise ValueError(f"train.precision: {describe_device(device)} has no tf32; take fp32")
+    if device.type != "cuda":
+        return
+    for backend in _cuda_backends():
+        backend.fp32_precision = "tf32" if name == "tf32" else "ieee"
+
+
+def describe_precision(dtype: torch.dtype, device: torch.device) -> str:
+    """What the network computes in, in words; for float32 on a card, how products round."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype != torch.float32 or device.type != "cuda":
+        return name
+    return name + (" (TF32 products)" if _cuda_backends()[0].fp32_precision == "tf32" else " (IEEE products)")
+
+
+def _cuda_backends() -> tuple[Any, ...]:
+    return (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
 
 
 def describe_device(device: torch.device) -> str:
@@ -62,9 +90,8 @@ def describe_device(device: torch.device) -> str:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute in float32 on `device`: no TF32 on CUDA, no bfloat16 products on the CPU, no autocast."""
-    cuda: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     cpu: tuple[Any, ...] = (torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv)  # type: ignore[attr-defined]
-    backends = (*cuda, *cpu)
+    backends = (*_cuda_backends(), *cpu)
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:

@@ -33,9 +33,9 @@ class WeightAverage:
         own, new = _tensors(self.network), _tensors(network)
         averaged = [i for i, tensor in enumerate(new) if tensor.is_floating_point()]
         torch._foreach_lerp_([own[i] for i in averaged], [new[i] for i in averaged], 1 - decay)
-        for mine, theirs in zip(own, new, strict=True):
-            if not theirs.is_floating_point():
-                mine.copy_(theirs)
+        copied = [i for i, tensor in enumerate(new) if not tensor.is_floating_point()]
+        if copied:  # a network may have no norms that count batches
+            torch._foreach_copy_([own[i] for i in copied], [new[i] for i in copied])
 
 
 def _tensors(network: nn.Module) -> list[Tensor]:

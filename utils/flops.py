@@ -41,6 +41,20 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int = 409
     return 2 * size**3 * repeats / best
 
 
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Bytes read and written a second when a large tensor is copied; the best of several."""
+    source = torch.zeros(2**28 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
+    target = source.clone()
+    best = float("inf")
+    for _ in range(5):
+        _wait(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        _wait(device)
+        best = min(best, time.perf_counter() - began)
+    return 2 * len(source) / best
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

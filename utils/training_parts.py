@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models import create_network
 from models.heads import Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
-from models.recompute import recompute_blocks
+from models.recompute import recompute_blocks, recomputes
 from models.weights import load_weights
+from utils.compiling import CompiledNetwork
 from utils.optimizers import freeze
 from utils.ranks import Ranks
 from utils.run_folders import TrainingError
@@ -99,20 +101,40 @@ def verification_sets(data: DataConfig) -> list[VerificationPairs]:
 
 
 def compile_network(
-    network: nn.Module, attempt: Callable[[nn.Module], None], say: Callable[[str], object], backend: str = "inductor"
+    network: nn.Module,
+    ranks: Ranks,
+    device: torch.device,
+    attempt: Callable[[nn.Module], None],
+    say: Callable[[str], object],
+    backend: str | Callable[..., Any] = "inductor",
 ) -> nn.Module:
-    """`network` compiled, or, where `attempt` shows that the compiler cannot, said and as it is."""
-    compiled = cast(nn.Module, torch.compile(network, backend=backend))
+    """`network`, in the mode that it trains in, compiled and spread over `ranks`; or, where `attempt` shows that the
+    compiler cannot, said and uncompiled, on all ranks. It makes passes both ways, without an exchange of gradients.
+
+    It is compiled when it is called by what spreads it: torch then cuts it where the exchange of gradients can begin
+    while others are still computed. What it cannot cut (blocks that are computed anew) is compiled whole.
+    """
+    compiled = CompiledNetwork(network, say, backend)
+    whole = spread(compiled, ranks, device)
+    if recomputes(network):
+        torch._dynamo.config.optimize_ddp = False
+    failure: Exception | None = None
     try:
-        attempt(compiled)
+        with whole.no_sync() if isinstance(whole, DistributedDataParallel) else nullcontext():
+            attempt(whole)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # compilers fail in many ways
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
-        say(f"the network runs uncompiled: torch.compile failed ({reason}); train.compile=off says nothing")
-        return network
-    return compiled
+        failure = error
+    if ranks.any(failure is not None or compiled.gave_up):
+        compiled.give_up(failure)
+    return whole
+
+
+def part_sizes(faces: int, most: int) -> list[int]:
+    """How many faces the passes of a batch have, at most `most` each: the different numbers, the largest first."""
+    parts = -(-faces // most)
+    return [faces // parts + 1, faces // parts] if faces % parts else [faces // parts]
 
 
 def spread(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:

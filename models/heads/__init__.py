@@ -41,17 +41,19 @@ def create_head(
     fused: bool = True,
     matmul: torch.dtype | None = None,
     compiled: bool = False,
+    centres: torch.Tensor | None = None,
 ) -> Head:
     """The head that the config asks for (`loss.engine` and its kin; see BlockwiseHead for the rest), on `device`.
 
     `dense` keeps the logits of all classes of a rank in memory; on several ranks, or with sampling, it is a blockwise
-    head with a single block. `auto` is dense where a single block is enough. `block` 0 is `automatic_block`.
+    head with a single block. `auto` is dense where a single block is enough. `block` 0 is `automatic_block`. `centres`:
+    float32 [classes held * sub_centers, embedding_size], those to start from; None: as `seed` draws them.
     """
     ranks = ranks or Ranks()
     block = block or automatic_block(batch_size * ranks.size, device)
     if engine == "dense" or (engine == "auto" and classes <= block):
         if ranks.size == 1 and sample_rate == 1:
-            return DenseHead(loss, classes, embedding_size, optimizer, sub_centers, seed).to(device)
+            return DenseHead(loss, classes, embedding_size, optimizer, sub_centers, seed, centres).to(device)
         block = classes
     return BlockwiseHead(
         loss,
@@ -67,4 +69,5 @@ def create_head(
         fused=fused,
         matmul=matmul,
         compiled=compiled,
+        centres=centres,
     ).to(device)

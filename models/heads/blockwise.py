@@ -44,7 +44,8 @@ class BlockwiseHead(Head):
     batch always among them. `batch_size`: faces of one rank and step at most; on several ranks smaller batches are
     filled up to it. `fused`: update the centres during `backward`, at the rate `lr`; otherwise gradients add up until
     `update`. `matmul`: None multiplies in the weight's own float32; bfloat16 multiplies copies of that kind and sums in
-    float32. `compiled`: what is computed of a block goes through torch.compile.
+    float32. `compiled`: what is computed of a block goes through torch.compile. `centres`: the first ones; None: drawn
+    from `seed`.
 
     The loss is the mean over all ranks' faces, the same number on each. The embeddings' gradients are those of this
     loss: the ranks' gradients of the network have to be summed, not averaged.
@@ -65,19 +66,28 @@ class BlockwiseHead(Head):
         fused: bool = True,
         matmul: torch.dtype | None = None,
         compiled: bool = False,
+        centres: Tensor | None = None,
     ) -> None:
         ranks = ranks or Ranks()
         held = share_of(classes, ranks.rank, ranks.size)
-        centres = initial_centres(held, sub_centers, embedding_size, seed)
+        if centres is None:
+            centres = initial_centres(held, sub_centers, embedding_size, seed)
         super().__init__(loss, classes, held, centres, optimizer, sub_centers)
         self.batch_size, self.block, self.ranks, self.seed = batch_size, block, ranks, seed
         self.sample_rate, self.fused = sample_rate, fused
-        maths = BlockMaths(loss, sub_centers, matmul)
-        self.block_forward: Callable[..., Any] = maths.forward
-        self.block_backward: Callable[..., Any] = maths.backward
+        self.maths = BlockMaths(loss, sub_centers, matmul, optimizer)
+        self.block_forward: Callable[..., Any] = self.maths.forward
+        self.block_backward: Callable[..., Any] = self.maths.backward
+        self.block_update: Callable[..., Any] = self.maths.update
         if compiled:
-            self.block_forward, self.block_backward = Compiled(maths.forward), Compiled(maths.backward)
+            self.compile_blocks()
         self._touched: Tensor | None = None  # rows with a gradient, when not all have one
+
+    def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Have what is computed of a block go through torch.compile."""
+        self.block_forward = Compiled(self.maths.forward, backend)
+        self.block_backward = Compiled(self.maths.backward, backend)
+        self.block_update = Compiled(self.maths.update, backend, in_place=True)
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -99,12 +109,12 @@ class BlockwiseHead(Head):
         touched, self._touched = self._touched, None
         if gradient is None:
             return
-        rows_at_once = self.block * self.sub_centers
+        rows_at_once, factors = self.block * self.sub_centers, self.optimizer_factors(step)
         for start in range(0, len(self.weight), rows_at_once):
             rows = slice(start, start + rows_at_once)
             parts = [self.weight[rows], *(state[rows] for state in self.optimizer_states())]
             before = None if touched is None else [part.clone() for part in parts]
-            self.optimizer.step(parts[0], parts[1:], gradient[rows], self.lr, step + 1)
+            self.optimizer.step(parts[0], parts[1:], gradient[rows], factors)
             if touched is not None and before is not None:
                 for part, old in zip(parts, before, strict=True):
                     part.copy_(torch.where(touched[rows, None], part, old))
@@ -113,19 +123,22 @@ class BlockwiseHead(Head):
         super().forget_gradient()
         self._touched = None
 
-    def take_gradient(self, rows: slice | Tensor, centres: Tensor, gradient: Tensor, step: int) -> None:
-        """Update the centres, `rows` of the weight, now, or add their gradient to what `update` will apply."""
+    def take_gradient(self, rows: slice | Tensor, centres: Tensor, still: Tensor, factors: list[Tensor]) -> None:
+        """Update the centres, `rows` of the weight, now, or add their gradient to what `update` will apply.
+
+        `still`: as `BlockMaths.backward` gives it; `factors`: the optimizer's, of the step.
+        """
         if self.fused:
             states = self.optimizer_states()
             parts = [state[rows] for state in states]
-            self.optimizer.step(centres, parts, gradient, self.lr, step + 1)
+            self.block_update(still, centres, parts, factors)
             if isinstance(rows, Tensor):  # the parts are copies
                 for whole, part in zip([self.weight, *states], [centres, *parts], strict=True):
                     whole[rows] = part
             return
         if self.weight.grad is None:
             self.weight.grad = torch.zeros_like(self.weight)
-        self.weight.grad[rows] += gradient
+        self.weight.grad[rows] += self.maths.gradient(still, centres)
         if isinstance(rows, Tensor):
             if self._touched is None:
                 self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
@@ -144,16 +157,16 @@ class BlockwiseHead(Head):
 
     def blocks(self, chosen: Chosen) -> Iterator[Block]:
         """The chosen classes, `block` at a time."""
-        k = self.sub_centers
-        for start in range(0, chosen.size, self.block):
+        k, weight = self.sub_centers, self.weight.detach()
+        starts = range(0, chosen.size, self.block)
+        on_device = torch.arange(0, chosen.size, self.block, device=weight.device).unbind()
+        for start, start_on_device in zip(starts, on_device, strict=True):
             stop = min(start + self.block, chosen.size)
             rows: slice | Tensor = slice(start * k, stop * k)
             if chosen.classes is not None:
                 each = torch.arange(k, device=chosen.classes.device)
                 rows = (chosen.classes[start:stop, None] * k + each).flatten()
-            here = (chosen.place >= start) & (chosen.place < stop)
-            column = (chosen.place - start).clamp(0, stop - start - 1)
-            yield Block(rows, self.weight.detach()[rows], column[:, None], here[:, None])
+            yield Block(rows, weight[rows], start_on_device)
 
     def own_products(self, unit: Tensor, labels: Tensor) -> Tensor:
         """Products [B] of the faces with their own class's centre, from whichever rank has it; 0 without a class."""
@@ -214,17 +227,14 @@ class _MarginSoftmax(torch.autograd.Function):
         head: BlockwiseHead = ctx.head
         d_own, d_norm, d_others = (gradient * outputs[0] for gradient in ctx.gradients)
         scale, bar = ctx.scale.detach().reshape(-1, 1), ctx.bar
-        d_unit, d_scale = torch.zeros_like(unit), torch.zeros_like(d_own)
-        learns = ctx.scale.requires_grad
-        for block in head.blocks(ctx.chosen):
-            d_centres, part, scale_part = head.block_backward(
-                unit, block.centres, block.column, block.here, scale, bar, log_others, d_own, d_others, learns
+        d_unit, d_scale = torch.zeros_like(unit), torch.zeros_like(d_own) if ctx.scale.requires_grad else None
+        place, unit, factors = ctx.chosen.place, head.maths.rounded(unit), head.optimizer_factors(ctx.step)
+        for rows, centres, start in head.blocks(ctx.chosen):
+            still, d_unit, d_scale = head.block_backward(
+                unit, centres, place, start, scale, bar, log_others, d_own, d_others, d_unit, d_scale
             )
-            d_unit += part
-            if scale_part is not None:
-                d_scale += scale_part
-            head.take_gradient(block.rows, block.centres, d_centres, ctx.step)
-        if learns:
+            head.take_gradient(rows, centres, still, factors)
+        if d_scale is not None:
             (by_scale,) = torch.autograd.grad(ctx.scale, ctx.norm, head.ranks.sum(d_scale).reshape(ctx.scale.shape))
             d_norm = d_norm + by_scale
         faces = len(d_norm) // head.ranks.size
@@ -236,8 +246,7 @@ def _log_sum_exp(head: BlockwiseHead, unit: Tensor, chosen: Chosen, targets: Tar
     """Over the other classes of this rank: log sum exp of the logits, and the largest product; [B] each."""
     scale, bar = targets.scale.detach().reshape(-1, 1), targets.bar
     total = unit.new_full((len(unit),), -torch.inf)
-    best = total.clone()
-    for block in head.blocks(chosen):
-        logs, largest = head.block_forward(unit, block.centres, block.column, block.here, scale, bar)
-        total, best = torch.logaddexp(total, logs), torch.maximum(best, largest)
+    best, unit = total.clone(), head.maths.rounded(unit)
+    for _, centres, start in head.blocks(chosen):
+        total, best = head.block_forward(unit, centres, chosen.place, start, scale, bar, total, best)
     return total, best

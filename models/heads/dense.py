@@ -21,8 +21,10 @@ class DenseHead(Head):
         optimizer: RowOptimizer,
         sub_centers: int = 1,
         seed: int = 0,
+        centres: Tensor | None = None,
     ) -> None:
-        centres = initial_centres(range(classes), sub_centers, embedding_size, seed)
+        if centres is None:
+            centres = initial_centres(range(classes), sub_centers, embedding_size, seed)
         super().__init__(loss, classes, range(classes), centres, optimizer, sub_centers)
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
@@ -46,4 +48,4 @@ class DenseHead(Head):
     def update(self, step: int) -> None:
         gradient, self.weight.grad = self.weight.grad, None
         if gradient is not None:
-            self.optimizer.step(self.weight, self.optimizer_states(), gradient, self.lr, step + 1)
+            self.optimizer.step(self.weight, self.optimizer_states(), gradient, self.optimizer_factors(step))

@@ -56,6 +56,10 @@ class Head(nn.Module):
         """The tensors of the optimizer, of the weight's shape."""
         return [self.get_buffer(name) for name in self.optimizer.states]
 
+    def optimizer_factors(self, step: int) -> list[Tensor]:
+        """What the optimizer has to know of `step`, on the device: filled in there, which nothing waits for."""
+        return [self.weight.new_full((), value) for value in self.optimizer.factors(self.lr, step + 1)]
+
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
         """`embeddings`: [B, embedding_size], any length; `labels`: int64 [B], -1 for faces that do not count;
         `step`: of the run, from 0; whatever is random depends on it."""

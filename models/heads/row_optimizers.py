@@ -1,4 +1,7 @@
-"""Optimizers that update some rows of a large matrix: the class centres that took part in a step."""
+"""Optimizers that update some rows of a large matrix: the class centres that took part in a step.
+
+What changes from step to step reaches them in tensors, `factors`: a number would be compiled in.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -17,15 +20,20 @@ class RowSGD:
     #: Tensors of the weight's shape that belong to it.
     states: ClassVar[tuple[str, ...]] = ("momentum",)
 
-    def step(self, weight: Tensor, states: list[Tensor], gradient: Tensor, lr: float, steps: int) -> None:
-        """Update rows `weight` [n, D] and their `states` in place; `gradient` [n, D] is used up.
+    def factors(self, lr: float, steps: int) -> tuple[float, ...]:
+        """What `step` needs to know of a step at the rate `lr`, as scalar tensors of the weight's dtype and device.
 
         `steps`: how many the run has made with this one, for optimizers that start slowly.
         """
-        (momentum,) = states
+        del steps
+        return (lr,)
+
+    def step(self, weight: Tensor, states: list[Tensor], gradient: Tensor, factors: list[Tensor]) -> None:
+        """Update rows `weight` [n, D] and their `states` in place; `gradient` [n, D] is used up."""
+        (momentum,), (lr,) = states, factors
         gradient.add_(weight, alpha=self.weight_decay)
         momentum.mul_(self.momentum).add_(gradient)
-        weight.add_(momentum, alpha=-lr)
+        weight.addcmul_(momentum, lr, value=-1)
 
 
 @dataclass(frozen=True)
@@ -38,14 +46,21 @@ class RowAdamW:
 
     states: ClassVar[tuple[str, ...]] = ("mean", "square")
 
-    def step(self, weight: Tensor, states: list[Tensor], gradient: Tensor, lr: float, steps: int) -> None:
+    def factors(self, lr: float, steps: int) -> tuple[float, ...]:
+        """As `RowSGD.factors`."""
+        return (
+            1 - lr * self.weight_decay,
+            lr / (1 - self.betas[0] ** steps),
+            (1 - self.betas[1] ** steps) ** -0.5,
+        )
+
+    def step(self, weight: Tensor, states: list[Tensor], gradient: Tensor, factors: list[Tensor]) -> None:
         """As `RowSGD.step`."""
-        mean, square = states
+        (mean, square), (decay, lr, correction) = states, factors
         mean.lerp_(gradient, 1 - self.betas[0])
         square.mul_(self.betas[1]).addcmul_(gradient, gradient, value=1 - self.betas[1])
-        root = torch.sqrt(square).div_((1 - self.betas[1] ** steps) ** 0.5).add_(self.eps)
-        weight.mul_(1 - lr * self.weight_decay)
-        weight.addcdiv_(mean, root, value=-lr / (1 - self.betas[0] ** steps))
+        root = torch.sqrt(square).mul_(correction).add_(self.eps)
+        weight.mul_(decay).addcmul_(torch.div(mean, root), lr, value=-1)
 
 
 RowOptimizer = RowSGD | RowAdamW
