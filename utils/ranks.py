@@ -107,8 +107,8 @@ class Ranks:
 def join_ranks(device: torch.device) -> Iterator[Ranks]:
     """This process among those that torchrun started (by `WORLD_SIZE` and its kin), or alone.
 
-    About tensors on CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, about those on the host over gloo,
-    so that to agree about a number is to wait for the other processes and not for what the cards have still to do.
+    About tensors on CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, about those on the host over
+    gloo: to agree about a number is to wait for the other processes, not for what the cards have still to do.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
