@@ -207,8 +207,11 @@ def test_one_rank_over_nccl(tmp_path: Path) -> None:
     """DistributedDataParallel over nccl, compiled: the losses of the network alone."""
     alone = Step(precision=torch.float32).train(4)
     store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
     try:
+        for number in (torch.tensor(3), torch.tensor(3, device=CUDA)):  # as join_ranks has it: host over gloo
+            dist.all_reduce(number)
+            assert number.item() == 3
         said: list[str] = []
 
         def wrap(network: nn.Module) -> nn.Module:

@@ -136,8 +136,7 @@ class Ranks:
         """The largest `number` of all ranks. Waits."""
         if self.size == 1:
             return number
-        device = torch.device("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
-        return int(self.maximum(torch.tensor(number, device=device)).item())
+        return int(self.maximum(torch.tensor(number)).item())  # on the host: a card's queue goes on
 
     def least(self, number: int) -> int:
         """The smallest `number` of all ranks. Waits."""
@@ -148,7 +147,8 @@ class Ranks:
 def join_ranks(device: torch.device) -> Iterator[Ranks]:
     """This process among those that torchrun started (by `WORLD_SIZE` and its kin), or alone.
 
-    On CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, on the CPU over gloo.
+    About tensors on CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, about those on the host over
+    gloo: to agree about a number is to wait for the other processes, not for what the cards have still to do.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Ranks()
@@ -158,7 +158,11 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_cuda = device.type == "cuda"
     dist.init_process_group(
-        "nccl" if on_cuda else "gloo", store=store, rank=rank, world_size=size, device_id=device if on_cuda else None
+        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+        store=store,
+        rank=rank,
+        world_size=size,
+        device_id=device if on_cuda else None,
     )
     try:
         yield Ranks(dist.group.WORLD)

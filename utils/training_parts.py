@@ -122,11 +122,13 @@ def compile_network(
     try:
         with whole.no_sync() if isinstance(whole, DistributedDataParallel) else nullcontext():
             attempt(whole)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # compilers fail in many ways
         failure = error
-    if ranks.any(failure is not None or compiled.gave_up):
+    no_memory = isinstance(failure, torch.OutOfMemoryError)
+    worst = ranks.most(2 if no_memory else int(failure is not None or compiled.gave_up))  # no rank goes on alone
+    if worst == 2:
+        raise failure if failure is not None and no_memory else torch.OutOfMemoryError("out of memory on another rank")
+    if worst:
         compiled.give_up(failure)
     return whole
 
