@@ -21,6 +21,7 @@ from dataset_merge.exclude import HeldOutSet, Leaks, find_leaks, open_held_out
 from dataset_merge.grouping import Grouping
 from dataset_merge.joined_duplicates import COLUMNS, JoinedRows, parts_of, search
 from dataset_merge.merge_report import PICTURES, Merge, write_report
+from dataset_merge.table_sources import check_sources, write_sources
 from dataset_merge.writing import (
     as_size,
     available,
@@ -86,6 +87,7 @@ def run_merge(config: Config, embedder: Embedder | None, sets: Sequence[FaceSet]
     """
     merge, output = config.merge, Path(config.merge.output)
     image_size = face_size(sets)
+    remark = check_sources(Path(merge.decisions), merge, sets) if merge.decisions else None
     cache = Path(merge.cache) if merge.cache else output.with_name(f"{output.name}.embeddings")
     cache.mkdir(parents=True, exist_ok=True)
     workers = worker_count(config.common.workers)
@@ -135,8 +137,7 @@ def run_merge(config: Config, embedder: Embedder | None, sets: Sequence[FaceSet]
         applied=merge.clean == "apply",
         dry_run=merge.dry_run,
     )
-    if done.leaks is not None and done.leaks.warning:
-        done.notes.append(done.leaks.warning)
+    done.notes.extend(note for note in (remark, done.leaks.warning if done.leaks else None) if note)
     return _finish(merge, done, embeddings, embedder, cache)
 
 
@@ -234,13 +235,13 @@ def _finish(
         folder.mkdir(parents=True, exist_ok=True)
         for name in (*PICTURES, DUPLICATES_CSV, CLEANING_CSV):  # of a dry run with other settings
             (folder / name).unlink(missing_ok=True)
-        _write_tables(folder, done)
+        _write_tables(folder, merge, done)
         return done
     require_space(output, done.size)
     try:
         with resumable_folder(output, made_from(done.sets, choice), merge.restart) as work:
             taken_over = write_images(work, everything, choice, done.image_size)
-            _write_tables(work.path, done)
+            _write_tables(work.path, merge, done)
     except JournalError as error:
         raise JournalError(
             f"{error}: go on with the settings and sets of that merge, or discard what it wrote with --restart"
@@ -255,8 +256,9 @@ def dry_run_folder(output: Path) -> Path:
     return output.with_name(f"{output.name}.dry_run")
 
 
-def _write_tables(folder: Path, done: Merge) -> None:
+def _write_tables(folder: Path, merge: MergeConfig, done: Merge) -> None:
     write_decisions(folder / MERGE_CSV, done.decisions)
+    write_sources(folder, merge, done.original)
     if done.findings:
         rows = cleaning.table(done.original, done.findings, done.applied)
         write_csv_atomic(folder / CLEANING_CSV, cleaning.COLUMNS, rows)

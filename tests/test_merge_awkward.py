@@ -120,3 +120,48 @@ def test_a_table_with_odd_matches_is_written(tmp_path: Path, tiny_run: Path) -> 
     (tmp_path / "edited.csv").write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n")
     merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
     assert images(tmp_path / "b") == images(tmp_path / "a")
+
+
+def strangers(folder: Path) -> list[Path]:
+    """Two sets with the same names and numbers of images, in another order of the people."""
+    for name, people, shot in (("one", (0, 1, 2), 0), ("two", (1, 2, 3), 1)):
+        with write_face_set(folder / name, 32) as out:
+            for person in people:
+                out.add_identity([tiny_face(person, shot)])
+    return [folder / "one", folder / "two"]
+
+
+def test_a_table_is_of_its_sets_in_their_order(tmp_path: Path, tiny_run: Path) -> None:
+    """Names and numbers of images agree in any order; applied to swapped sets the table would join strangers."""
+    one, two = strangers(tmp_path)
+    rows = merge([one, two], tmp_path / "a", tiny_run)
+    assert [row["decision"] for row in rows] == ["added"] * 3 + ["joined"] * 2 + ["added"]
+    table = ("--decisions", str(tmp_path / "a" / "merge.csv"), "--duplicates", "bytes")
+    with pytest.raises(SystemExit, match=f"in another order: give --merge {one},{two}"):
+        merge([two, one], tmp_path / "b", tiny_run, *table)
+    with pytest.raises(SystemExit, match=r"made with uncleaned sets .*, not with --clean apply --clean-outlier 0\.2 "):
+        merge([one, two], tmp_path / "b", tiny_run, *table, "--clean", "apply", "--clean-outlier", "0.2")
+    with write_face_set(tmp_path / "three", 32) as out:
+        for person in (4, 5, 6):
+            out.add_identity([tiny_face(person, 1)])
+    with pytest.raises(SystemExit, match=r"made of other images than those of set 1 \(.*three"):
+        merge([one, tmp_path / "three"], tmp_path / "b", tiny_run, *table)
+    with pytest.raises(SystemExit, match=r"made of 2 sets, .*: give these to --merge"):
+        merge([one], tmp_path / "b", tiny_run, *table)
+    assert not (tmp_path / "b").exists()
+    assert merge([one, two], tmp_path / "b", tiny_run, *table) == rows
+
+
+def test_a_table_of_unknown_sets_is_applied_with_a_remark(
+    tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One that was saved elsewhere, without what lies beside it."""
+    sets = strangers(tmp_path)
+    rows = merge(sets, tmp_path / "a", tiny_run)
+    (tmp_path / "edited.csv").write_bytes((tmp_path / "a" / "merge.csv").read_bytes())
+    assert merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "edited.csv")) == rows
+    assert "merge.sets.json is not there" in capsys.readouterr().out
+    assert "merge.sets.json is not there" in (tmp_path / "b" / "report.html").read_text()
+    (tmp_path / "merge.sets.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"merge\.sets\.json is damaged"):
+        merge(sets, tmp_path / "c", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
