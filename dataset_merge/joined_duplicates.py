@@ -30,9 +30,10 @@ class Parts:
 
     def without(self, duplicates: Sequence[Duplicate]) -> list[np.ndarray]:
         """The positions under each label, int64, less the duplicates."""
-        dropped = np.array(sorted(duplicate.image for duplicate in duplicates), np.int64)
-        whole = (np.concatenate(parts) for parts in self.of_label)
-        return [images[~np.isin(images, dropped)] if len(dropped) else images for images in whole]
+        whole = [np.concatenate(parts) for parts in self.of_label]
+        dropped = np.zeros(1 + max((int(images.max(initial=0)) for images in whole), default=0), bool)
+        dropped[[duplicate.image for duplicate in duplicates]] = True
+        return [images[~dropped[images]] for images in whole]
 
 
 class JoinedRows:
