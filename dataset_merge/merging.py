@@ -16,7 +16,8 @@ from dataset_merge.calibration import Calibration
 from dataset_merge.centres import identity_centres
 from dataset_merge.cleaning import CleanedFaceSet, Findings, find_wrong
 from dataset_merge.deciding import MatchSettings, decide
-from dataset_merge.decisions import Decision, Identities, Match, decide_groups, read_decisions, write_decisions
+from dataset_merge.decisions import Decision, Identities, Match, decide_groups
+from dataset_merge.decisions_table import read_decisions, write_decisions
 from dataset_merge.exclude import HeldOutSet, Leaks, find_leaks, open_held_out
 from dataset_merge.grouping import Grouping
 from dataset_merge.joined_duplicates import COLUMNS, JoinedRows, parts_of, search
