@@ -1,9 +1,10 @@
 """The same picture twice under one label: by bytes, or encoded anew, resized, cropped a little.
 
 Near-duplicates are found in two steps. Embeddings choose the candidates: copies of a picture have cosines from 0.8 on
-unless they are very poor, and so have few of a person's other pictures. Pixels decide: the middle of one face, grey,
-is looked for in the other at several sizes and all places within reach, and the highest normalised cross-correlation
-counts. docs/merging.md has the figures on real faces.
+unless they are very poor, and so have few of a person's other pictures. Pixels decide: the middle of one face is looked
+for in the other at several sizes and all places within reach, and the highest normalised cross-correlation counts. It
+is that of the finer features alone: light and shade of the whole face are alike in other shots of one event, too.
+docs/merging.md has the figures on real faces.
 """
 
 import hashlib
@@ -19,9 +20,12 @@ from data.images import decode_rgb
 # Cosine of the embeddings from which two pictures are compared by their pixels.
 CANDIDATE_COSINE = 0.8
 # Correlation from which two pictures are one.
-SAME_CORRELATION = 0.96
+SAME_CORRELATION = 0.945
 
 _SIDE = 56  # pixels that faces are compared at
+# Widths in pixels of the features compared: finer ones depend on where between two pixels a crop begins.
+_FINE, _COARSE = 0.7, 3.0
+_PLAIN = 0.5  # standard deviation of a surface without features, in grey levels
 _MARGIN = 8  # around the middle that is looked for: how far it may have moved
 _SCALES = (0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.14)
 _ROWS = 1024  # of cosines at a time
@@ -43,14 +47,15 @@ class Rows(Protocol):
 
 
 def thumbnail(face: np.ndarray) -> np.ndarray:
-    """A face, uint8 [H, W, 3] RGB, as pictures are compared: float32 [56, 56], grey, 0..255."""
+    """A face, uint8 [H, W, 3] RGB, as pictures are compared: float32 [56, 56], the finer features of its grey."""
     grey = cv2.cvtColor(face, cv2.COLOR_RGB2GRAY)
-    return cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    small = cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
+    return cv2.GaussianBlur(small, (0, 0), _FINE) - cv2.GaussianBlur(small, (0, 0), _COARSE)
 
 
 def correlation(one: np.ndarray, other: np.ndarray) -> float:
     """How much two thumbnails are one picture: -1..1, the same whichever comes first, 0 for a plain surface."""
-    if min(float(one.std()), float(other.std())) < 1:
+    if min(float(one.std()), float(other.std())) < _PLAIN:
         return 0.0
     return max(_best_place(one, other), _best_place(other, one))
 
@@ -63,7 +68,7 @@ def _best_place(one: np.ndarray, other: np.ndarray) -> float:
         scaled = one if side == _SIDE else cv2.resize(one, (side, side), interpolation=cv2.INTER_LINEAR)
         margin = max(_MARGIN, (side - _SIDE) // 2 + _MARGIN)
         middle = scaled[margin : side - margin, margin : side - margin]
-        if middle.std() >= 1:
+        if middle.std() >= _PLAIN:
             best = max(best, float(cv2.matchTemplate(other, middle, cv2.TM_CCOEFF_NORMED).max()))
     return best
 

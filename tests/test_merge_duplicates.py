@@ -70,6 +70,45 @@ def test_other_pictures_of_a_person_are_no_copies(people: list[list[np.ndarray]]
     assert max(alike) < SAME_CORRELATION
 
 
+# Shots of one event, by hand: alike in light, background and pose, other in expression.
+SHOTS = (
+    ("Jacques_Rogge", 3, 5),
+    ("Donald_Rumsfeld", 18, 19),
+    ("Ariel_Sharon", 73, 75),
+    ("Romano_Prodi", 4, 5),
+    ("Paul_Burrell", 4, 10),
+    ("Colin_Powell", 94, 190),
+    ("Hu_Jintao", 4, 8),
+    ("Lleyton_Hewitt", 22, 24),
+)
+# One picture that LFW has twice, in other crops or colours.
+PICTURES = (
+    ("George_W_Bush", 109, 461),
+    ("Serena_Williams", 2, 16),
+    ("Julianne_Moore", 13, 15),
+    ("Julie_Gerberding", 4, 6),
+    ("Ari_Fleischer", 6, 11),
+)
+
+
+def lfw_correlation(face_data: Path, name: str, *numbers: int) -> float:
+    """How alike two pictures of a person of LFW are."""
+    files = (face_data / "lfw" / "images" / name / f"{name}_{number:04d}.jpg" for number in numbers)
+    return correlation(*(thumbnail(decode_rgb(file.read_bytes(), file)) for file in files))
+
+
+@pytest.mark.parametrize("shots", SHOTS)
+def test_other_shots_of_one_event_are_no_copies(face_data: Path, shots: tuple[str, int, int]) -> None:
+    """The hardest pairs of all of LFW: the light and shade of the whole face would take them for one picture."""
+    assert lfw_correlation(face_data, *shots) < SAME_CORRELATION
+
+
+@pytest.mark.parametrize("pictures", PICTURES)
+def test_one_picture_in_other_crops_is_known(face_data: Path, pictures: tuple[str, int, int]) -> None:
+    """Copies that nobody made for a test."""
+    assert lfw_correlation(face_data, *pictures) >= SAME_CORRELATION
+
+
 def test_embeddings_of_copies_reach_the_pixels(people: list[list[np.ndarray]], face_data: Path) -> None:
     """The first step lets nearly all copies through; it is there to spare the pixels of unlike faces."""
     embedder = load_embedder(face_data / "models" / "mobilefacenet_y1_128d.onnx", torch.device("cpu"))
