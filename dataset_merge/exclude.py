@@ -17,6 +17,7 @@ from data.verification_bin import read_bin
 from dataset_merge.centres import identity_centres
 from dataset_merge.decisions import Match
 from dataset_merge.matching import top_matches
+from dataset_merge.unit_rows import Rows
 from utils.ranks import Ranks
 
 # A share of identities left out above which it is said that many of them may be strangers.
@@ -35,13 +36,12 @@ class HeldOutSet:
         """What its person or image number `position` is called."""
         return self.faces.identities[position] if self.faces else self.images.describe(position)
 
-    def people(self, embeddings: np.ndarray, device: torch.device) -> Tensor:
+    def people(self, embeddings: Rows, device: torch.device) -> Tensor:
         """Unit vectors float32 [people, D], on `device`, from those of the images, float32 [images, D]."""
-        whole = torch.from_numpy(np.asarray(embeddings))
         if self.faces is None:
-            return whole.to(device)
+            return embeddings[:].to(device)
         labels = torch.from_numpy(self.faces.labels).to(device)
-        return identity_centres(whole, labels, len(self.faces.identities)).vectors
+        return identity_centres(embeddings, labels, len(self.faces.identities)).vectors
 
 
 def open_held_out(path: str) -> HeldOutSet:
@@ -86,9 +86,7 @@ class Leaks:
         )
 
 
-def find_leaks(
-    centres: Tensor, sets: Sequence[tuple[HeldOutSet, np.ndarray]], t: float, ranks: Ranks | None = None
-) -> Leaks:
+def find_leaks(centres: Tensor, sets: Sequence[tuple[HeldOutSet, Rows]], t: float, ranks: Ranks | None = None) -> Leaks:
     """Compare centres, unit float32 [identities, D], with the people of test sets, given with their embeddings."""
     best = torch.full((len(centres),), -torch.inf)
     where, who = torch.zeros(len(centres), dtype=torch.int64), torch.zeros(len(centres), dtype=torch.int64)

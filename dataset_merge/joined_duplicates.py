@@ -12,6 +12,7 @@ import numpy as np
 from data.face_sets import FaceSet, JoinedFaceSet, images_by_identity
 from dataset_merge.decisions import Decision, Identities, members
 from dataset_merge.duplicates import CANDIDATE_COSINE, SAME_CORRELATION, Duplicate, Rows, find_duplicates
+from dataset_merge.unit_rows import UnitRows
 from dataset_merge.writing import describe_choice, made_from
 from utils.files import csv_line
 from utils.progress import progress_bar
@@ -37,9 +38,9 @@ class Parts:
 
 
 class JoinedRows:
-    """The embeddings of several sets as those of one, taken a few at a time: they may lie in mapped files."""
+    """The embeddings of several sets as those of one, taken a few at a time."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[UnitRows]) -> None:
         self._parts = parts
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
@@ -47,7 +48,7 @@ class JoinedRows:
         rows = np.empty((len(positions), self._parts[0].shape[1]), np.float32)
         for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
             own = (positions >= start) & (positions < end)
-            rows[own] = part[positions[own] - start]
+            rows[own] = part[positions[own] - start].numpy()
         return rows
 
 
