@@ -71,7 +71,7 @@ class Leaks:
 
     @property
     def warning(self) -> str | None:
-        """What to say when so many are left out that most of them must be strangers; None: nothing."""
+        """What to ask when so many are left out that many of them may be strangers; None: nothing."""
         scores = self.scores
         share = float((scores >= self.t).mean()) if len(scores) else 0.0
         if share <= _MANY:
@@ -80,9 +80,10 @@ class Leaks:
         counts = ", ".join(f"{int((scores >= t).sum()):,} reach {t:g}" for t in higher)
         return (
             f"{int((scores >= self.t).sum()):,} of {len(scores):,} identities ({share:.0%}) reach --exclude-t "
-            f"{self.t:g}{f', {counts}' if counts else ''}: so many are hardly all people of the test sets. The less "
-            "well a model tells people apart, and the more images a test set has, the more strangers reach it: look at "
-            "the faces in the report, and raise --exclude-t if they are other people."
+            f"{self.t:g}{f', {counts}' if counts else ''}: are they all people of the test sets? Of sets of one "
+            "source they may be. Else they are strangers, of which more reach it the less well a model tells people "
+            "apart, and the more images a test set has: look at the faces in the report, and raise --exclude-t if they "
+            "are other people."
         )
 
 

@@ -65,6 +65,7 @@ def test_many_left_out_is_warned_of() -> None:
     assert few.warning is None
     assert many.warning is not None
     assert "10 of 100 identities (10%) reach --exclude-t 0.4, 0 reach 0.45" in many.warning
+    assert "are they all people of the test sets?" in many.warning  # sets of one source may well share so many
 
 
 def test_what_is_no_test_set_is_refused(tmp_path: Path) -> None:
