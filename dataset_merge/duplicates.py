@@ -27,6 +27,10 @@ _SIDE = 56  # pixels that faces are compared at
 _FINE, _COARSE = 0.7, 3.0
 _PLAIN = 0.5  # standard deviation of a surface without features, in grey levels
 _MARGIN = 8  # around the middle that is looked for: how far it may have moved
+# Two pictures that are less alike at half the size and three scales are not compared closer, which takes most of the
+# time. Those that are one by the close look have 0.78 or more (1,050 copies and other pairs of LFW and faces_glint24).
+_HINT = 0.7
+_HINT_SCALES = (0.92, 1.0, 1.08)
 _SCALES = (0.88, 0.91, 0.94, 0.97, 1.0, 1.03, 1.06, 1.1, 1.14)
 _ROWS = 1024  # of cosines at a time
 
@@ -60,13 +64,21 @@ def correlation(one: np.ndarray, other: np.ndarray) -> float:
     return max(_best_place(one, other), _best_place(other, one))
 
 
-def _best_place(one: np.ndarray, other: np.ndarray) -> float:
+def may_be_same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether a quick look at two thumbnails leaves it open that they are one picture."""
+    half = _SIDE // 2
+    small, there = (cv2.resize(face, (half, half), interpolation=cv2.INTER_AREA) for face in (one, other))
+    return _best_place(small, there, _HINT_SCALES) >= _HINT
+
+
+def _best_place(one: np.ndarray, other: np.ndarray, scales: Sequence[float] = _SCALES) -> float:
     """The highest normalised cross-correlation of the middle of `one`, at all scales, with places of `other`."""
-    best = -1.0
-    for scale in _SCALES:
-        side = round(_SIDE * scale)
-        scaled = one if side == _SIDE else cv2.resize(one, (side, side), interpolation=cv2.INTER_LINEAR)
-        margin = max(_MARGIN, (side - _SIDE) // 2 + _MARGIN)
+    best, full = -1.0, len(one)
+    least = _MARGIN * full // _SIDE
+    for scale in scales:
+        side = round(full * scale)
+        scaled = one if side == full else cv2.resize(one, (side, side), interpolation=cv2.INTER_LINEAR)
+        margin = max(least, (side - full) // 2 + least)
         middle = scaled[margin : side - margin, margin : side - margin]
         if middle.std() >= _PLAIN:
             best = max(best, float(cv2.matchTemplate(other, middle, cv2.TM_CCOEFF_NORMED).max()))
@@ -116,7 +128,7 @@ def _nearest(image: int, known: np.ndarray, cosines: np.ndarray, seen: Callable[
     """The first of the candidates, by falling cosine, that is the same picture as `image`."""
     candidates = np.flatnonzero(cosines >= CANDIDATE_COSINE)
     for candidate in candidates[np.argsort(-cosines[candidates], kind="stable")].tolist():
-        alike = correlation(seen(image), seen(int(known[candidate])))
-        if alike >= SAME_CORRELATION:
+        pair = seen(image), seen(int(known[candidate]))
+        if may_be_same(*pair) and (alike := correlation(*pair)) >= SAME_CORRELATION:
             return Duplicate(image, int(known[candidate]), "near", alike)
     return None

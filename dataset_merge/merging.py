@@ -107,7 +107,7 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
         dry_run=merge.dry_run,
     )
     done.notes.extend(note for note in (remark, done.leaks.warning if done.leaks else None) if note)
-    return _finish(merge, done, embeddings, embedder, cache)
+    return _finish(merge, done, embeddings, embedder, cache, workers)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,12 @@ def _decisions(merge: MergeConfig, sets: Sequence[FaceSet], compared: _Compared)
 
 
 def _finish(
-    merge: MergeConfig, done: Merge, embeddings: Sequence[UnitRows], embedder: Embedder | None, cache: Path
+    merge: MergeConfig,
+    done: Merge,
+    embeddings: Sequence[UnitRows],
+    embedder: Embedder | None,
+    cache: Path,
+    workers: int,
 ) -> Merge:
     """Find duplicates, and write all that was decided."""
     everything = JoinedFaceSet(done.sets)
@@ -168,7 +173,8 @@ def _finish(
     if merge.duplicates != "keep":
         rows = JoinedRows(embeddings) if merge.duplicates == "near" else None
         model = embedder.fingerprint if embedder and rows else ""
-        done = replace(done, duplicates=search(cache, done.sets, everything, parts, rows, model), everything=everything)
+        found = search(cache, done.sets, everything, parts, rows, model, workers)
+        done = replace(done, duplicates=found, everything=everything)
     choice = parts.without(done.duplicates)
     sizes = np.concatenate([stored_sizes(faces) for faces in done.sets])
     done = replace(done, size=needed(sizes[np.concatenate(choice)], len(choice)))
