@@ -17,6 +17,7 @@ from dataset_merge.centres import Centres, identity_centres
 from dataset_merge.grouping import Pairs, Rule, mutual_best
 from dataset_merge.matching import top_matches
 from dataset_merge.scores import score_pairs
+from dataset_merge.unit_rows import Rows
 from utils.ranks import Ranks
 
 # Identities of a set that are compared with each other, at most; more are sampled.
@@ -126,7 +127,7 @@ def impostor_scores(
     )
 
 
-def half_scores(embeddings: Tensor, labels: Tensor, centres: Centres, impostors: Impostors, seed: int) -> Halves:
+def half_scores(embeddings: Rows, labels: Tensor, centres: Centres, impostors: Impostors, seed: int) -> Halves:
     """Cut each identity with two images or more in two at random, and compare the halves."""
     device = labels.device
     generator = torch.Generator().manual_seed(seed)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dataset_merge.unit_rows import Rows
+
 Method = Literal["mean", "trimmed", "medoid"]
 
 # Images with less than this share of the median cosine of their identity are left out of a trimmed mean.
@@ -46,14 +48,14 @@ def join_centres(parts: Sequence[Centres]) -> Centres:
     return Centres(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Centres)))
 
 
-def identity_centres(embeddings: Tensor, labels: Tensor, identities: int, method: Method = "mean") -> Centres:
+def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: Method = "mean") -> Centres:
     """Centres from unit embeddings float32 [images, D] and labels int64 [images], 0..identities-1, on labels' device.
 
     mean: normalise(mean of the unit embeddings). medoid: the image with the highest mean cosine to the identity's
     others. trimmed: from the medoid on, three times over, the normalised mean of the images whose cosine with the
     vector before is at least 0.6 of the identity's median cosine with it.
 
-    `embeddings` may lie elsewhere (a memory-mapped file) and go to the device in chunks. Memory there: 4 x D bytes an
+    `embeddings` may lie elsewhere (see unit_rows.py) and go to the device in chunks. Memory there: 4 x D bytes an
     identity, twice, and 30 bytes an image. Raises ValueError for labels that do not fit.
     """
     if len(embeddings) != len(labels):
@@ -86,13 +88,13 @@ def identity_centres(embeddings: Tensor, labels: Tensor, identities: int, method
     return Centres(vectors, images, used, spread)
 
 
-def _chunks(embeddings: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _chunks(embeddings: Rows, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for start in range(0, len(labels), _CHUNK):
         part = slice(start, start + _CHUNK)
         yield part, embeddings[part].to(labels.device, torch.float32)
 
 
-def _sums(embeddings: Tensor, labels: Tensor, identities: int, keep: Tensor | None = None) -> Tensor:
+def _sums(embeddings: Rows, labels: Tensor, identities: int, keep: Tensor | None = None) -> Tensor:
     sums = torch.zeros(identities, embeddings.shape[1], device=labels.device)
     for part, rows in _chunks(embeddings, labels):
         own = labels[part]
@@ -102,7 +104,7 @@ def _sums(embeddings: Tensor, labels: Tensor, identities: int, keep: Tensor | No
     return sums
 
 
-def _cosines(embeddings: Tensor, labels: Tensor, vectors: Tensor) -> Tensor:
+def _cosines(embeddings: Rows, labels: Tensor, vectors: Tensor) -> Tensor:
     """The product of each image with the vector of its identity: float32 [images]."""
     cosines = torch.empty(len(labels), device=labels.device)
     for part, rows in _chunks(embeddings, labels):

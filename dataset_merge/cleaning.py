@@ -18,6 +18,7 @@ import torch
 from data.face_sets import FaceSet
 from data.images_fingerprint import images_fingerprint, joined_digest
 from dataset_merge.centres import identity_centres
+from dataset_merge.unit_rows import Rows
 
 MIN_IMAGES = 4
 # Images that the smaller of two people in one identity has at least.
@@ -51,16 +52,16 @@ class Findings:
     found: list[Finding]
 
 
-def find_wrong(embeddings: np.ndarray, labels: np.ndarray, identities: int, outlier: float, mixed: float) -> Findings:
-    """Judge a set by its embeddings, unit float32 [images, D], and labels, int64 [images]."""
-    labels, whole = labels.copy(), torch.from_numpy(np.asarray(embeddings))
+def find_wrong(embeddings: Rows, labels: np.ndarray, identities: int, outlier: float, mixed: float) -> Findings:
+    """Judge a set by its embeddings, unit float32 [images, D] on the CPU, and labels, int64 [images]."""
+    labels = labels.copy()
     found: list[Finding] = []
     seconds: list[int] = []
-    cosines = _centre_cosines(whole, labels, identities)
+    cosines = _centre_cosines(embeddings, labels, identities)
     doubtful = np.bincount(labels[cosines < mixed + _SUSPICION], minlength=identities)
     many = np.bincount(labels, minlength=identities) >= max(MIN_IMAGES, 2 * MIN_CLUSTER)
     for identity, images in _of(labels, np.flatnonzero((doubtful >= MIN_CLUSTER) & many)):
-        unit = np.asarray(embeddings[images])
+        unit = embeddings[torch.from_numpy(images)].numpy()
         second, between = _second_person(unit, outlier, mixed)
         if between < mixed and second.sum() >= MIN_CLUSTER and _mean_pair(unit[second]) >= outlier:
             labels[images[second]] = identities + len(seconds)
@@ -68,7 +69,7 @@ def find_wrong(embeddings: np.ndarray, labels: np.ndarray, identities: int, outl
             found += [Finding(int(image), "mixed", between) for image in images[second]]
     total = identities + len(seconds)
     if seconds:
-        cosines = _centre_cosines(whole, labels, total)
+        cosines = _centre_cosines(embeddings, labels, total)
     images_of = np.bincount(labels, minlength=total)
     far = (cosines < outlier) & (images_of[labels] >= MIN_IMAGES)
     scattered = 2 * np.bincount(labels[far], minlength=total) >= images_of
@@ -79,7 +80,7 @@ def find_wrong(embeddings: np.ndarray, labels: np.ndarray, identities: int, outl
     return Findings(labels, seconds, found)
 
 
-def _centre_cosines(embeddings: torch.Tensor, labels: np.ndarray, identities: int) -> np.ndarray:
+def _centre_cosines(embeddings: Rows, labels: np.ndarray, identities: int) -> np.ndarray:
     """The cosine of every image with the trimmed mean of its identity, float32 [images]."""
     vectors = identity_centres(embeddings, torch.from_numpy(labels), identities, "trimmed").vectors
     cosines = np.empty(len(labels), np.float32)

@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import PRESETS, Config
 from dataset_merge.decisions import decision_counts
 from dataset_merge.merge_report import Merge
-from dataset_merge.merging import dry_run_folder, needs_embeddings, open_sets, run_merge, tell_size
-from dataset_merge.writing import as_size, stored_sizes
+from dataset_merge.merging import dry_run_folder, needs_embeddings, run_merge
+from dataset_merge.opening import open_sets, tell_size
+from dataset_merge.writing import as_size
 from models.embedders import Embedder, load_embedder
 from utils.checkpoints import newest_run
 from utils.devices import pick_device
@@ -72,12 +73,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         with join_ranks(pick_device(config.common.device)) as ranks:
             if ranks.first:
                 print(describe(config, ("merge", "common")))
-            sets = open_sets(config.merge)
-            room = tell_size(config.merge, sets, [stored_sizes(faces) for faces in sets])
+            opened = open_sets(config.merge)
             embedder = load_model(config) if needs_embeddings(config.merge) else None
+            room = tell_size(config.merge, opened, embedder)
             if ranks.first:
                 print(room)
-            done = run_merge(config, embedder, sets, ranks)
+            done = run_merge(config, embedder, opened, ranks)
     if done is None:
         return
     output = Path(config.merge.output)

@@ -14,6 +14,7 @@ from dataset_merge.centres import Centres, Method, identity_centres, join_centre
 from dataset_merge.grouping import Grouping, Pairs, Rule, group_identities
 from dataset_merge.matching import top_matches
 from dataset_merge.scores import RIVAL_WEIGHT, score_pairs
+from dataset_merge.unit_rows import Rows, UnitRows
 from utils.ranks import Ranks
 
 # Pairs this far below a fixed threshold are kept, to be looked at.
@@ -51,7 +52,7 @@ class Decided:
 
 
 def decide(
-    embeddings: Sequence[Tensor | NDArray[np.float32]],
+    embeddings: Sequence[UnitRows | Tensor | NDArray[np.float32]],
     labels: Sequence[Tensor | NDArray[np.int64]],
     identities: Sequence[int],
     settings: MatchSettings,
@@ -64,7 +65,7 @@ def decide(
     For each set unit embeddings float32 [images, D], labels int64 [images] and the number of `identities`; `names` of
     the sets for messages. Raises CalibrationError where the sets cannot tell their threshold.
     """
-    rows = [_as_tensor(part) for part in embeddings]
+    rows: list[Rows] = [part if isinstance(part, UnitRows) else _as_tensor(part) for part in embeddings]
     classes = [_as_tensor(part).to(device) for part in labels]
     centres = [
         identity_centres(part, own, count, settings.method)

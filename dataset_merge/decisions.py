@@ -1,19 +1,16 @@
-"""What becomes of every identity of every set: the rows of `merge.csv`, made from groups of people or read back.
+"""What becomes of every identity of every set, from groups of people: the rows of `merge.csv`.
 
 Decisions are: `added`, an identity of the merged set; `joined`, its images come under the label of another one that was
 added; `dropped`, its images are not taken because another set has the person; `excluded`, a person of a test set.
 """
 
-import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from data.face_sets import FaceSet
-from utils.files import write_csv_atomic
 
 OnMatch = Literal["join", "drop", "keep-larger"]
 KEPT, LEFT = ("added", "joined"), ("dropped", "excluded")
@@ -131,202 +128,6 @@ def _kept_sources(people: Identities, group: np.ndarray, on_match: OnMatch) -> n
         better = images > most
         kept[better], most[better] = source, images[better]
     return kept
-
-
-def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
-    """Write the rows as `merge.csv`."""
-    write_csv_atomic(path, COLUMNS, (astuple(decision) for decision in decisions))
-
-
-class _Row(NamedTuple):
-    """`left_label`: the new_label that stands in a row which is left out."""
-
-    line: int
-    identity: int
-    decision: Decision
-    left_label: str
-
-
-def read_decisions(path: Path, sets: Sequence[FaceSet]) -> list[Decision]:
-    """The decisions in a table that `write_decisions` wrote and people may have edited, for every identity in order.
-
-    Rows may stand in any order. Those with one new_label become one identity; a `joined` one without a new_label joins
-    its match. One that has its new_label to itself is an identity by itself where a row that is left out has that
-    new_label; else it is refused, as nobody can tell whom it is to join. New labels are numbered without holes, in
-    their order; kept rows without one come last. Raises DecisionsError with the line.
-    """
-    people = Identities(sets)
-    rows = sorted(_read_rows(path, people, sets), key=lambda row: row.identity)
-    if len(rows) < len(people):
-        given = np.zeros(len(people), bool)
-        given[[row.identity for row in rows]] = True
-        missing = np.flatnonzero(~given)
-        source = int(people.source[missing[0]])
-        raise DecisionsError(
-            f"{path}: no row for identity {people.name(int(missing[0]))!r} of set {source} ({sets[source].path}), "
-            f"{len(missing):,} such: leave identities out with the decision dropped, not by removing rows"
-        )
-    return _relabelled(path, rows, people, sets)
-
-
-def _read_rows(path: Path, people: Identities, sets: Sequence[FaceSet]) -> Iterator[_Row]:
-    names = [{name: number for number, name in enumerate(faces.identities)} for faces in sets]
-    lines: dict[int, int] = {}
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        table = csv.reader(file)
-        try:
-            header = next(table, [])
-            if tuple(header) != COLUMNS:
-                raise ValueError(f"the first line must be {','.join(COLUMNS)}, it is {','.join(header)!r}")
-            for cells in table:
-                if not cells:
-                    continue
-                decision = _parse(cells, sets)
-                identity = names[decision.source].get(decision.label)
-                where = f"set {decision.source} ({sets[decision.source].path})"
-                if identity is None:
-                    raise ValueError(
-                        f"{where} has no identity {decision.label!r}: give the sets, and the flags of cleaning, "
-                        "with which the table was made"
-                    )
-                number = int(people.firsts[decision.source]) + identity
-                if number in lines:
-                    raise ValueError(
-                        f"identity {decision.label!r} of {where} has a row in line {lines[number]} already"
-                    )
-                if decision.images != people.images[number]:
-                    raise ValueError(
-                        f"identity {decision.label!r} of {where} has {people.images[number]:,} images, not "
-                        f"{decision.images:,}: the table was made of another set"
-                    )
-                lines[number] = table.line_num
-                left_label = "" if decision.decision in KEPT else cells[COLUMNS.index("new_label")]
-                yield _Row(table.line_num, number, decision, _without_point(left_label))
-        except (ValueError, csv.Error) as error:
-            raise DecisionsError(f"{path}, line {max(1, table.line_num)}: {error}") from None
-
-
-def _parse(cells: Sequence[str], sets: Sequence[FaceSet]) -> Decision:
-    if len(cells) != len(COLUMNS):
-        raise ValueError(f"{len(cells)} fields, expected {len(COLUMNS)}")
-    row = dict(zip(COLUMNS, cells, strict=True))
-    decision = row["decision"].strip()
-    if decision not in KEPT + LEFT:
-        raise ValueError(f"decision must be one of {', '.join(KEPT + LEFT)}, found {decision!r}")
-    source = _whole(row["source"], "source")
-    if source >= len(sets):
-        raise ValueError(f"source must be a set's number, 0 to {len(sets) - 1}, found {source}")
-    new_label = row["new_label"].strip()
-    try:
-        score = float(row["score"]) if row["score"].strip() else None
-    except ValueError:
-        raise ValueError(f"score must be a number or empty, found {row['score']!r}") from None
-    match_source: int | str | None = row["match_source"] or None
-    if decision != "excluded" and _without_point(row["match_source"]).isdecimal():
-        match_source = int(_without_point(row["match_source"]))
-    return Decision(
-        source,
-        row["label"],
-        _whole(row["images"], "images"),
-        _whole(new_label, "new_label") if new_label and decision in KEPT else None,
-        match_source,
-        row["match_label"] or None,
-        score,
-        decision,
-    )
-
-
-def _without_point(text: str) -> str:
-    """A number as it was before a table program made it `3.0`, as those do where a column has empty cells."""
-    return text.strip().removesuffix(".0")
-
-
-def _whole(text: str, name: str) -> int:
-    text = _without_point(text)
-    if not (text.isascii() and text.isdecimal()):
-        raise ValueError(f"{name} must be a whole number from 0, found {text!r}")
-    return int(text)
-
-
-def _relabelled(path: Path, rows: Sequence[_Row], people: Identities, sets: Sequence[FaceSet]) -> list[Decision]:
-    """The decisions with labels that go together and have no holes; `rows` are all identities in order."""
-    kept = [row.decision.decision in KEPT for row in rows]
-    parent = list(range(len(rows)))
-
-    def find(identity: int) -> int:
-        while parent[identity] != identity:
-            parent[identity] = parent[parent[identity]]
-            identity = parent[identity]
-        return identity
-
-    by_label: dict[int, list[int]] = {}
-    for row in rows:
-        if row.decision.new_label is not None:
-            by_label.setdefault(row.decision.new_label, []).append(row.identity)
-    for same in by_label.values():
-        for other in same[1:]:
-            parent[find(other)] = find(same[0])
-    left_labels = {row.left_label for row in rows}
-    for row in rows:
-        label = row.decision.new_label
-        if row.decision.decision != "joined":
-            continue
-        if label is None:
-            parent[find(row.identity)] = find(_match_of(path, row, people, sets, kept))
-        elif len(by_label[label]) == 1 and str(label) not in left_labels:
-            raise DecisionsError(
-                f"{path}, line {row.line}: it is joined, but no other row has its new_label ({label}): leave that "
-                "empty to join its match, give the new_label of another identity, or say added to keep it apart"
-            )
-    added: dict[int, _Row] = {}
-    orders: dict[int, tuple[float, int]] = {}
-    for row in rows:
-        root = find(row.identity)
-        own = row.decision.new_label
-        place = (float("inf") if own is None else own, row.identity)
-        if row.decision.decision == "added":
-            if root in added:
-                lines = sorted((added[root].line, row.line))
-                raise DecisionsError(
-                    f"{path}, lines {lines[0]} and {lines[1]}: both are added under one new_label ({own}): say joined "
-                    "in one of them to join them, or leave its new_label empty to keep them apart"
-                )
-            added[root], orders[root] = row, place
-        elif kept[row.identity] and root not in added:
-            orders[root] = min(orders.get(root, place), place)
-    new_labels = {root: label for label, root in enumerate(sorted(orders, key=orders.__getitem__))}
-    if not new_labels:
-        raise DecisionsError(f"{path}: every identity is dropped or excluded: nothing is left to write")
-    seen: set[int] = set()
-    decisions = []
-    for row in rows:
-        root, decision = find(row.identity), row.decision
-        if kept[row.identity]:
-            name = "joined" if root in added and decision.decision == "joined" else "added"
-            if root not in added:
-                name = "joined" if root in seen else "added"
-            seen.add(root)
-            decision = replace(decision, new_label=new_labels[root], decision=name)
-        decisions.append(decision)
-    return decisions
-
-
-def _match_of(path: Path, row: _Row, people: Identities, sets: Sequence[FaceSet], kept: Sequence[bool]) -> int:
-    """The number of the identity that a row's match columns name."""
-    source, label = row.decision.match_source, row.decision.match_label
-    match = row.identity
-    if isinstance(source, int) and source < len(sets) and label in (names := sets[source].identities):
-        match = int(people.firsts[source]) + names.index(label)
-    if match == row.identity:
-        wrong = "match_source and match_label name no other identity"
-    elif not kept[match]:
-        wrong = f"its match, identity {label!r} of set {source}, is left out"
-    else:
-        return match
-    raise DecisionsError(
-        f"{path}, line {row.line}: it is joined and has no new_label, but {wrong}: give the new_label of the identity "
-        "that it joins"
-    )
 
 
 def members(decisions: Sequence[Decision]) -> list[list[int]]:

@@ -17,6 +17,7 @@ from data.verification_bin import read_bin
 from dataset_merge.centres import identity_centres
 from dataset_merge.decisions import Match
 from dataset_merge.matching import top_matches
+from dataset_merge.unit_rows import Rows
 from utils.ranks import Ranks
 
 # A share of identities left out above which it is said that many of them may be strangers.
@@ -35,13 +36,12 @@ class HeldOutSet:
         """What its person or image number `position` is called."""
         return self.faces.identities[position] if self.faces else self.images.describe(position)
 
-    def people(self, embeddings: np.ndarray, device: torch.device) -> Tensor:
+    def people(self, embeddings: Rows, device: torch.device) -> Tensor:
         """Unit vectors float32 [people, D], on `device`, from those of the images, float32 [images, D]."""
-        whole = torch.from_numpy(np.asarray(embeddings))
         if self.faces is None:
-            return whole.to(device)
+            return embeddings[:].to(device)
         labels = torch.from_numpy(self.faces.labels).to(device)
-        return identity_centres(whole, labels, len(self.faces.identities)).vectors
+        return identity_centres(embeddings, labels, len(self.faces.identities)).vectors
 
 
 def open_held_out(path: str) -> HeldOutSet:
@@ -71,7 +71,7 @@ class Leaks:
 
     @property
     def warning(self) -> str | None:
-        """What to say when so many are left out that most of them must be strangers; None: nothing."""
+        """What to ask when so many are left out that many of them may be strangers; None: nothing."""
         scores = self.scores
         share = float((scores >= self.t).mean()) if len(scores) else 0.0
         if share <= _MANY:
@@ -80,15 +80,14 @@ class Leaks:
         counts = ", ".join(f"{int((scores >= t).sum()):,} reach {t:g}" for t in higher)
         return (
             f"{int((scores >= self.t).sum()):,} of {len(scores):,} identities ({share:.0%}) reach --exclude-t "
-            f"{self.t:g}{f', {counts}' if counts else ''}: so many are hardly all people of the test sets. The less "
-            "well a model tells people apart, and the more images a test set has, the more strangers reach it: look at "
-            "the faces in the report, and raise --exclude-t if they are other people."
+            f"{self.t:g}{f', {counts}' if counts else ''}: are they all people of the test sets? Of sets of one "
+            "source they may be. Else they are strangers, of which more reach it the less well a model tells people "
+            "apart, and the more images a test set has: look at the faces in the report, and raise --exclude-t if they "
+            "are other people."
         )
 
 
-def find_leaks(
-    centres: Tensor, sets: Sequence[tuple[HeldOutSet, np.ndarray]], t: float, ranks: Ranks | None = None
-) -> Leaks:
+def find_leaks(centres: Tensor, sets: Sequence[tuple[HeldOutSet, Rows]], t: float, ranks: Ranks | None = None) -> Leaks:
     """Compare centres, unit float32 [identities, D], with the people of test sets, given with their embeddings."""
     best = torch.full((len(centres),), -torch.inf)
     where, who = torch.zeros(len(centres), dtype=torch.int64), torch.zeros(len(centres), dtype=torch.int64)

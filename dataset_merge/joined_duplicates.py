@@ -2,24 +2,33 @@
 
 import csv
 import hashlib
+import itertools
 import json
+import multiprocessing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import cv2
 import numpy as np
 
-from data.face_sets import FaceSet, JoinedFaceSet, images_by_identity
+from data.face_sets import EncodedImages, FaceSet, JoinedFaceSet, images_by_identity
 from dataset_merge.decisions import Decision, Identities, members
 from dataset_merge.duplicates import CANDIDATE_COSINE, SAME_CORRELATION, Duplicate, Rows, find_duplicates
+from dataset_merge.unit_rows import UnitRows
 from dataset_merge.writing import describe_choice, made_from
 from utils.files import csv_line
+from utils.processes import map_ordered
 from utils.progress import progress_bar
 from utils.resumable import GrowingFile, ResumableFolder, resumable_folder
 
 COLUMNS = ("image", "original", "kind", "correlation")
 _TABLE = "duplicates.csv"
 _IDENTITIES_BETWEEN_SAVES = 1000
+_IDENTITIES_AT_ONCE = 16
+# With fewer images processes would take longer to start than to look.
+_IMAGES_FOR_WORKERS = 5000
 
 
 @dataclass(frozen=True)
@@ -30,15 +39,16 @@ class Parts:
 
     def without(self, duplicates: Sequence[Duplicate]) -> list[np.ndarray]:
         """The positions under each label, int64, less the duplicates."""
-        dropped = np.array(sorted(duplicate.image for duplicate in duplicates), np.int64)
-        whole = (np.concatenate(parts) for parts in self.of_label)
-        return [images[~np.isin(images, dropped)] if len(dropped) else images for images in whole]
+        whole = [np.concatenate(parts) for parts in self.of_label]
+        dropped = np.zeros(1 + max((int(images.max(initial=0)) for images in whole), default=0), bool)
+        dropped[[duplicate.image for duplicate in duplicates]] = True
+        return [images[~dropped[images]] for images in whole]
 
 
 class JoinedRows:
-    """The embeddings of several sets as those of one, taken a few at a time: they may lie in mapped files."""
+    """The embeddings of several sets as those of one, taken a few at a time."""
 
-    def __init__(self, parts: Sequence[np.ndarray]) -> None:
+    def __init__(self, parts: Sequence[UnitRows]) -> None:
         self._parts = parts
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
 
@@ -46,7 +56,7 @@ class JoinedRows:
         rows = np.empty((len(positions), self._parts[0].shape[1]), np.float32)
         for part, start, end in zip(self._parts, self._starts, self._starts[1:], strict=False):
             own = (positions >= start) & (positions < end)
-            rows[own] = part[positions[own] - start]
+            rows[own] = part[positions[own] - start].numpy()
         return rows
 
 
@@ -67,10 +77,16 @@ def parts_of(sets: Sequence[FaceSet], decisions: Sequence[Decision]) -> Parts:
 
 
 def search(
-    cache: Path, sets: Sequence[FaceSet], everything: JoinedFaceSet, parts: Parts, embeddings: Rows | None, model: str
+    cache: Path,
+    sets: Sequence[FaceSet],
+    everything: JoinedFaceSet,
+    parts: Parts,
+    embeddings: Rows | None,
+    model: str,
+    workers: int,
 ) -> list[Duplicate]:
-    """All duplicates under the labels of several identities. `embeddings`: None to go by bytes only; `model`: what made
-    them. What is found is kept in the folder `cache`.
+    """All duplicates under the labels of several identities, looked for by `workers` processes where there are many.
+    `embeddings`: None to go by bytes only; `model`: what made them. What is found is kept in the folder `cache`.
     """
     joined = [images for images in parts.of_label if len(images) > 1]
     choice = [np.concatenate(images) for images in joined]
@@ -83,7 +99,7 @@ def search(
     folder = cache / f"duplicates-{hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]}"
     if not (folder / _TABLE).exists():
         with resumable_folder(folder, made, restart=False) as work:
-            _search(work, everything, joined, embeddings)
+            _search(work, everything, joined, embeddings, workers)
     with (folder / _TABLE).open(newline="") as table:
         rows = csv.reader(table)
         next(rows)
@@ -91,16 +107,77 @@ def search(
 
 
 def _search(
-    work: ResumableFolder, everything: JoinedFaceSet, joined: Sequence[Sequence[np.ndarray]], embeddings: Rows | None
+    work: ResumableFolder,
+    everything: JoinedFaceSet,
+    joined: Sequence[Sequence[np.ndarray]],
+    embeddings: Rows | None,
+    workers: int,
 ) -> None:
     table: GrowingFile = work.open(_TABLE)
     if not table.tell():
         table.write(csv_line(COLUMNS))
-    done = int(work.state.get("identities", 0))
+    done = saved = int(work.state.get("identities", 0))
+    few = sum(map(len, itertools.chain.from_iterable(joined[done:]))) < _IMAGES_FOR_WORKERS
+    blocks = _Blocks(joined[done:], embeddings)
     with progress_bar(len(joined), "identity", "duplicates", initial=done) as bar:
-        for number in range(done, len(joined)):
-            for duplicate in find_duplicates(everything, joined[number], embeddings):
+        for count, found in map_ordered(_search_block, blocks, 0 if few else workers, _start, everything):
+            for duplicate in found:
                 table.write(csv_line(duplicate))
-            bar.update()
-            if (number + 1) % _IDENTITIES_BETWEEN_SAVES == 0:
-                work.save({"identities": number + 1})
+            done += count
+            bar.update(count)
+            if done - saved >= _IDENTITIES_BETWEEN_SAVES:
+                work.save({"identities": done})
+                saved = done
+
+
+# The parts of an identity, and the embeddings of its images in their order.
+_Task = tuple[Sequence[np.ndarray], np.ndarray | None]
+
+
+class _Blocks(Sequence[list[_Task]]):
+    """What a process gets at a time. The embeddings are read when it does, as those of all may lie in files."""
+
+    def __init__(self, joined: Sequence[Sequence[np.ndarray]], embeddings: Rows | None) -> None:
+        self._joined, self._embeddings = joined, embeddings
+
+    def __len__(self) -> int:
+        return -(-len(self._joined) // _IDENTITIES_AT_ONCE)
+
+    def __getitem__(self, number: Any) -> Any:
+        block = self._joined[number * _IDENTITIES_AT_ONCE : (number + 1) * _IDENTITIES_AT_ONCE]
+        if not block:
+            raise IndexError(number)
+        return [
+            (parts, None if self._embeddings is None else self._embeddings[np.concatenate(parts)]) for parts in block
+        ]
+
+
+class _OwnRows:
+    """The embeddings of one identity's images, by their positions in all sets."""
+
+    def __init__(self, positions: np.ndarray, unit: np.ndarray) -> None:
+        self._order, self._positions, self._unit = np.argsort(positions), np.sort(positions), unit
+
+    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
+        return self._unit[self._order[np.searchsorted(self._positions, positions)]]
+
+
+_images: EncodedImages | None = None
+
+
+def _start(images: EncodedImages) -> None:
+    """Give this process the images; it is one of several, so OpenCV works in it alone."""
+    global _images
+    _images = images
+    if multiprocessing.parent_process() is not None:
+        cv2.setNumThreads(1)
+
+
+def _search_block(block: Sequence[_Task]) -> tuple[int, list[Duplicate]]:
+    """How many identities there were, and their duplicates."""
+    assert _images is not None
+    found: list[Duplicate] = []
+    for parts, unit in block:
+        rows = None if unit is None else _OwnRows(np.concatenate(parts), unit)
+        found.extend(find_duplicates(_images, parts, rows))
+    return len(block), found

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from data.face_sets import FaceSet, FaceSetError, FaceSetWriter, FolderFaceSet, InRecords, JoinedFaceSet
-from data.images import decode_rgb
+from data.face_sets import EncodedImages, FaceSet, FaceSetError, FaceSetWriter, FolderFaceSet, InRecords, JoinedFaceSet
+from data.image_sizes import SAMPLE
+from data.images import ImageError, decode_rgb
 from data.images_fingerprint import images_fingerprint
 from data.recordio import RecordAppender
 from utils.files import partial_folder
@@ -43,12 +44,15 @@ def needed(sizes: np.ndarray, identities: int) -> int:
 
 def available(output: Path) -> int:
     """Bytes that a set at `output` can take: what the disk has free, and what an interrupted run wrote of it."""
-    folder = output.resolve().parent
-    while not folder.exists():
-        folder = folder.parent
     written = partial_folder(output.resolve()) / output.resolve().name
     begun = sum(file.stat().st_size for file in written.iterdir() if file.is_file()) if written.is_dir() else 0
-    return shutil.disk_usage(folder).free + begun
+    return shutil.disk_usage(there_already(output.resolve().parent)).free + begun
+
+
+def there_already(folder: Path) -> Path:
+    """The folder, or the one nearest above it that is there."""
+    folder = folder.resolve()
+    return folder if folder.exists() else there_already(folder.parent)
 
 
 def as_size(number: int) -> str:
@@ -61,26 +65,60 @@ def as_size(number: int) -> str:
     return f"{value:,.0f} {unit}" if unit == "B" else f"{value:,.1f} {unit}"
 
 
-def require_space(output: Path, size: int) -> None:
-    """Raise FaceSetError unless the disk of `output` has `size` bytes for it."""
+def require_space(output: Path, size: int, embeddings: int = 0) -> None:
+    """Raise FaceSetError unless the disk of `output` has `size` bytes for it, and `embeddings` more."""
     free = available(output)
-    if size > free:
+    if size + embeddings > free:
+        beside = f" beside {as_size(embeddings)} of embeddings" if embeddings else ""
         raise FaceSetError(
-            f"{output} needs {as_size(size)}, but its disk has {as_size(free)} for it: free {as_size(size - free)}, or "
-            "name an output on another disk (embeddings are kept with --cache FOLDER)"
+            f"{output} needs {as_size(size)}{beside}, but its disk has {as_size(free)} for it: free "
+            f"{as_size(size + embeddings - free)}, or name an output on another disk (embeddings are kept with --cache "
+            "FOLDER)"
         )
 
 
 def face_size(sets: Sequence[FaceSet]) -> int:
-    """Height and width of the faces, by the first of each set. Raises FaceSetError when they differ."""
-    shapes = [decode_rgb(faces.encoded(0), faces.describe(0)).shape[:2] for faces in sets]
-    for faces, shape in zip(sets, shapes, strict=True):
-        if shape != (shapes[0][0], shapes[0][0]):
+    """Height and width of the faces of all sets. Raises FaceSetError when they differ, as far as a sample tells."""
+    height, width = _shape(sets[0], 0, sets[0].path)
+    if height != width:
+        raise FaceSetError(
+            f"{sets[0].path} has faces of {width}x{height} pixels, and a set has faces of one square size: "
+            f"{how_to_mend(sets[0].path)}"
+        )
+    for faces in sets:
+        require_faces_of(faces, faces.path, height, sets[0].path)
+    return height
+
+
+def require_faces_of(images: EncodedImages, path: Path | str, size: int, first: Path) -> None:
+    """Raise FaceSetError when of a sample of the `images` of the set at `path` one is broken, or not of the `size` of
+    the `first` set's.
+    """
+    for i in np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)).tolist():
+        height, width = _shape(images, i, path)
+        if (height, width) != (size, size):
             raise FaceSetError(
-                f"{faces.path} has faces of {shape[1]}x{shape[0]} pixels, {sets[0].path} of "
-                f"{shapes[0][1]}x{shapes[0][0]}: a set has faces of one square size; see data/pack_set.py"
+                f"{path} has faces of {width}x{height} pixels ({images.describe(i)}), {first} of {size}x{size}: all "
+                f"have to be of one size: {how_to_mend(path)}"
             )
-    return int(shapes[0][0])
+
+
+def _shape(images: EncodedImages, i: int, path: Path | str) -> tuple[int, int]:
+    try:
+        height, width, _ = decode_rgb(images.encoded(i), images.describe(i)).shape
+    except ImageError as error:
+        raise FaceSetError(f"{error}; {how_to_mend(path)}") from None
+    return height, width
+
+
+def how_to_mend(path: Path | str) -> str:
+    """What to do about faces of other sizes, and broken ones, in the set at `path`."""
+    if Path(path).suffix == ".bin":
+        return "write the pairs anew with data/pack_bin.py --other-sizes resize, or do without the set"
+    return (
+        f"write a set that can be merged with data/pack_set.py --source {path} --output NAME: --other-sizes resize "
+        "--image-size N scales its faces, --bad-images skip leaves broken ones out"
+    )
 
 
 def describe_choice(choice: Sequence[np.ndarray]) -> str:

@@ -14,7 +14,7 @@ from data.images_fingerprint import images_fingerprint
 from data.loading import DecodedFaces, sequential_loader
 from data.verification_bin import VerificationPairs
 from models.embedders import Embedder
-from models.feature_cache import features_key, kept_features
+from models.feature_cache import features_key, kept_bytes, kept_features
 from utils.evaluation.folds import FOLDS, FoldResult, ten_fold
 from utils.progress import progress_bar
 from utils.ranks import Ranks, share_of
@@ -58,6 +58,15 @@ def embed_images(
     else:
         features = _embed_share(embedder, images, batch_size, workers, mirror, title, ranks, poll)
     return _unit(features) if normalised else features
+
+
+def features_to_make(embedder: Embedder, images: EncodedImages, mirror: bool, cache: Path) -> int:
+    """Bytes that `embed_images` with this `cache` will write there."""
+    kept = kept_bytes(cache, features_key(embedder.fingerprint, images_fingerprint(images), len(images), mirror))
+    if kept is None:
+        return 0
+    face = torch.zeros(1, embedder.image_size, embedder.image_size, 3, dtype=torch.uint8, device=embedder.device)
+    return max(0, 4 * embedder.features(face, mirror).shape[1] * len(images) - kept)
 
 
 def _embed_share(

@@ -47,6 +47,15 @@ def features_key(embedder: str, images: str, count: int, mirror: bool) -> str:
     return hashlib.sha256(facts.encode()).hexdigest()[:40]
 
 
+def kept_bytes(folder: Path, key: str) -> int | None:
+    """Bytes that the features called `key` take in `folder` so far; None: all that they will."""
+    path = folder / f"{key}.features"
+    working = partial_folder(path) / _WORKING
+    if path.exists():
+        return None
+    return 512 * working.stat().st_blocks if working.exists() else 0  # blocks at its end may come before earlier ones
+
+
 def kept_features(
     folder: Path,
     key: str,

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -223,9 +224,9 @@ def test_embeddings_are_made_once(
 def test_embeddings_need_no_memory(
     tmp_path: Path, two_sets: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of large sets are in files without a name; the merge is the same, and nothing of them is left."""
+    """Those of large sets are mapped from the cache; the merge is the same, and nothing else of them is on the disk."""
     in_memory = merge(two_sets, tmp_path / "a", tiny_run)
-    monkeypatch.setattr(merging, "IN_MEMORY", 0)
+    monkeypatch.setattr("models.feature_cache.MAPPED_FROM", 0)
     cache = tmp_path / "cache"
     assert merge(two_sets, tmp_path / "b", tiny_run, "--clean", "apply", "--cache", str(cache)) == in_memory
     assert sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) < 1 << 14
@@ -266,8 +267,13 @@ def test_a_full_disk_is_told_before_the_writing(
 ) -> None:
     """Nothing is begun for which there is no room."""
     monkeypatch.setattr("dataset_merge.writing.available", lambda output: 10_000)
-    with pytest.raises(SystemExit, match=r"merged needs .* KiB, but its disk has 9\.8 KiB for it"):
+    with pytest.raises(
+        SystemExit, match=r"merged needs .* KiB beside 1\.3 KiB of embeddings, but its disk has 9\.8 KiB"
+    ):
         merge(two_sets, tmp_path / "merged", tiny_run)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit, match=r"embeddings need 1\.3 KiB in .*elsewhere, but its disk has 10 B"):
+        merge(two_sets, tmp_path / "merged", tiny_run, "--cache", str(tmp_path / "elsewhere"))
     assert not (tmp_path / "merged").exists()
     assert not list(tmp_path.glob(".*.partial"))
 
@@ -278,6 +284,9 @@ def test_a_full_disk_is_told_before_the_writing(
         (["--merge", "a"], "two sets or more"),
         (["--merge", "a,b"], "name a folder for the merged set"),
         (["--merge", "a,b", "--output", "c"], "a does not exist"),
+        (["--merge", "{sets}", "--output", "c", "--model", "/no", "--exclude", "/no.bin"], "/no.bin"),
+        (["--merge", "{sets}", "--output", "{one}/c", "--model", "/no"], "one/c lies inside the set .*one"),
+        (["--merge", "{sets}", "--output", "c", "--cache", "{one}", "--model", "/no"], "outside of it with --cache"),
         (["--merge", "{sets}", "--output", "c", "--runs", "/nowhere"], "no model is named"),
         (["--merge", "{sets}", "--output", "c", "--model", "/nowhere.onnx"], "there is no model at /nowhere.onnx"),
         (["--merge", "{sets}", "--output", "c", "--decisions", "/nowhere.csv"], "no table of decisions at /nowhere"),
@@ -287,4 +296,4 @@ def test_a_full_disk_is_told_before_the_writing(
 def test_errors_say_what_is_missing(flags: list[str], message: str, two_sets: str) -> None:
     """Each thing that a merge needs is asked for by its name."""
     with pytest.raises(SystemExit, match=f"dataset_merge: .*{message}"):
-        dataset_merge.main([flag.format(sets=two_sets) for flag in flags])
+        dataset_merge.main([flag.format(sets=two_sets, one=two_sets.split(",")[0]) for flag in flags])

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from data.face_sets import open_face_set, write_face_set
+from data.images import encode_png
+from data.verification_bin import write_bin
 from dataset_merge import dataset_merge
 from models.embedders import NetworkEmbedder
 from tiny_faces import tiny_face
@@ -98,12 +100,38 @@ def test_embeddings_that_are_no_numbers_are_refused(
 
     def broken(self: NetworkEmbedder, *arguments: object) -> object:
         rows = features(self, *arguments).clone()  # type: ignore[arg-type]
-        rows[1, 2] = float(np.nan)
+        rows[1:2, 2] = float(np.nan)
         return rows
 
     monkeypatch.setattr(NetworkEmbedder, "features", broken)
-    with pytest.raises(SystemExit, match="no finite embedding for 1 images, the first at position 1 of the set"):
+    with pytest.raises(
+        SystemExit, match=r"no finite embedding for .*one.*, record 2 at byte \d+: is the model damaged"
+    ):
         merge([tmp_path / "one"] * 2, tmp_path / "merged", tiny_run)
+
+
+def test_what_cannot_be_merged_is_told_before_it_is_embedded(tmp_path: Path, tiny_run: Path) -> None:
+    """Test sets too, and with a way round that the flags of a merge do not have."""
+    one, two = strangers(tmp_path)
+    write_bin(tmp_path / "large.bin", [encode_png(np.zeros((48, 48, 3), np.uint8))] * 2, [True])
+    with pytest.raises(SystemExit, match=r"large\.bin has faces of 48x48 pixels .*of 32x32: .*data/pack_bin\.py"):
+        merge([one, two], tmp_path / "merged", Path("/nowhere"), "--exclude", str(tmp_path / "large.bin"))
+    tree = folder_set(tmp_path / "tree", {"anna": [tiny_face(0, 0)], "bert": [tiny_face(1, 0)[:-40]]})
+    with pytest.raises(SystemExit, match=r"bert/0\.png: .*--source .*tree --output NAME: .*--bad-images skip leaves"):
+        merge([one, tree], tmp_path / "merged", Path("/nowhere"))
+
+
+def test_a_broken_image_of_many_is_told_with_a_way_round(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that no sample sees stops the embedding."""
+    monkeypatch.setattr("dataset_merge.writing.SAMPLE", 1)
+    one, _ = strangers(tmp_path)
+    tree = folder_set(
+        tmp_path / "tree", {"anna": [tiny_face(0, 0)], "bert": [encode_png(np.zeros((9, 9, 3), np.uint8))]}
+    )
+    with pytest.raises(SystemExit, match=r"bert/0\.png is 9x9 pixels, expected 32x32: .*--other-sizes resize --image"):
+        merge([one, tree], tmp_path / "merged", tiny_run)
 
 
 def test_a_table_with_odd_matches_is_written(tmp_path: Path, tiny_run: Path) -> None:
@@ -120,3 +148,48 @@ def test_a_table_with_odd_matches_is_written(tmp_path: Path, tiny_run: Path) -> 
     (tmp_path / "edited.csv").write_text("\n".join([lines[0], ",".join(cells), *lines[2:]]) + "\n")
     merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
     assert images(tmp_path / "b") == images(tmp_path / "a")
+
+
+def strangers(folder: Path) -> list[Path]:
+    """Two sets with the same names and numbers of images, in another order of the people."""
+    for name, people, shot in (("one", (0, 1, 2), 0), ("two", (1, 2, 3), 1)):
+        with write_face_set(folder / name, 32) as out:
+            for person in people:
+                out.add_identity([tiny_face(person, shot)])
+    return [folder / "one", folder / "two"]
+
+
+def test_a_table_is_of_its_sets_in_their_order(tmp_path: Path, tiny_run: Path) -> None:
+    """Names and numbers of images agree in any order; applied to swapped sets the table would join strangers."""
+    one, two = strangers(tmp_path)
+    rows = merge([one, two], tmp_path / "a", tiny_run)
+    assert [row["decision"] for row in rows] == ["added"] * 3 + ["joined"] * 2 + ["added"]
+    table = ("--decisions", str(tmp_path / "a" / "merge.csv"), "--duplicates", "bytes")
+    with pytest.raises(SystemExit, match=f"in another order: give --merge {one},{two}"):
+        merge([two, one], tmp_path / "b", tiny_run, *table)
+    with pytest.raises(SystemExit, match=r"made with uncleaned sets .*, not with --clean apply --clean-outlier 0\.2 "):
+        merge([one, two], tmp_path / "b", tiny_run, *table, "--clean", "apply", "--clean-outlier", "0.2")
+    with write_face_set(tmp_path / "three", 32) as out:
+        for person in (4, 5, 6):
+            out.add_identity([tiny_face(person, 1)])
+    with pytest.raises(SystemExit, match=r"made of other images than those of set 1 \(.*three"):
+        merge([one, tmp_path / "three"], tmp_path / "b", tiny_run, *table)
+    with pytest.raises(SystemExit, match=r"made of 2 sets, .*: give these to --merge"):
+        merge([one], tmp_path / "b", tiny_run, *table)
+    assert not (tmp_path / "b").exists()
+    assert merge([one, two], tmp_path / "b", tiny_run, *table) == rows
+
+
+def test_a_table_of_unknown_sets_is_applied_with_a_remark(
+    tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One that was saved elsewhere, without what lies beside it."""
+    sets = strangers(tmp_path)
+    rows = merge(sets, tmp_path / "a", tiny_run)
+    (tmp_path / "edited.csv").write_bytes((tmp_path / "a" / "merge.csv").read_bytes())
+    assert merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "edited.csv")) == rows
+    assert "merge.sets.json is not there" in capsys.readouterr().out
+    assert "merge.sets.json is not there" in (tmp_path / "b" / "report.html").read_text()
+    (tmp_path / "merge.sets.json").write_text("{}")
+    with pytest.raises(SystemExit, match=r"merge\.sets\.json is damaged"):
+        merge(sets, tmp_path / "c", tiny_run, "--decisions", str(tmp_path / "edited.csv"))

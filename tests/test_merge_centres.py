@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 from dataset_merge import centres as module
-from dataset_merge.centres import identity_centres, join_centres
+from dataset_merge.centres import Method, identity_centres, join_centres
+from dataset_merge.unit_rows import UnitRows
 from merge_people import draw_set
 
 
@@ -90,3 +91,22 @@ def test_labels_that_do_not_fit(labels: list[int], message: str) -> None:
     """Refused with the numbers, before anything is computed."""
     with pytest.raises(ValueError, match=message):
         identity_centres(torch.eye(3), torch.from_numpy(np.array(labels)), 2)
+
+
+@pytest.mark.parametrize("method", ["mean", "trimmed", "medoid"])
+def test_vectors_of_any_length_are_taken_as_unit_ones(method: Method) -> None:
+    """Centres need no copy of the embeddings at length 1, nor one of those that cleaning leaves."""
+    people = draw_set(torch.arange(9), torch.full((9,), 7), seed=1)
+    lengths = torch.rand(63, generator=torch.Generator().manual_seed(2)) * 30 + 0.1
+    features = (people.embeddings * lengths[:, None]).numpy()
+    left = np.flatnonzero(np.arange(63) % 5)
+    rows = UnitRows(features, str).part(left)
+    wanted = identity_centres(people.embeddings[left], people.labels[left], 9, method)
+    found = identity_centres(rows, people.labels[left], 9, method)
+    assert torch.allclose(found.vectors, wanted.vectors, atol=1e-6)
+    assert torch.equal(found.used, wanted.used)
+    assert torch.equal(rows[torch.tensor([3, 0])], torch.stack((rows[:][3], rows[:][0])))
+    features[11, 2] = np.inf
+    assert len(rows[:8]) == 8  # of the images before it
+    with pytest.raises(ValueError, match="no finite embedding for image 11: is the model damaged"):
+        identity_centres(UnitRows(features, "image {}".format).part(left), people.labels[left], 9, method)

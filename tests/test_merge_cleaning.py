@@ -24,7 +24,7 @@ def test_good_identities_are_left_alone() -> None:
     """Nothing is found where nothing is wrong, in large and small identities."""
     embeddings = np.concatenate([person(number, images) for number, images in enumerate((12, 5, 2, 1))])
     labels = np.repeat([0, 1, 2, 3], (12, 5, 2, 1))
-    findings = find_wrong(embeddings, labels, 4, OUTLIER, MIXED)
+    findings = find_wrong(torch.from_numpy(embeddings), labels, 4, OUTLIER, MIXED)
     assert findings.found == []
     assert (findings.labels == labels).all()
 
@@ -32,7 +32,7 @@ def test_good_identities_are_left_alone() -> None:
 def test_a_wrong_image_is_an_outlier() -> None:
     """One image of somebody else among eight goes; its cosine is the one to the others."""
     embeddings = np.concatenate([person(0, 8), person(1, 1)])
-    findings = find_wrong(embeddings, np.zeros(9, np.int64), 1, OUTLIER, MIXED)
+    findings = find_wrong(torch.from_numpy(embeddings), np.zeros(9, np.int64), 1, OUTLIER, MIXED)
     assert [(found.image, found.finding) for found in findings.found] == [(8, "outlier")]
     centre = embeddings[:8].mean(0)
     assert findings.found[0].cosine == pytest.approx(embeddings[8] @ centre / np.linalg.norm(centre), abs=1e-5)
@@ -43,7 +43,7 @@ def test_two_people_in_one_identity_are_parted() -> None:
     """The fewer images become the second person; the order of the images does not matter."""
     embeddings = np.concatenate([person(0, 7), person(1, 4)])
     order = np.random.default_rng(0).permutation(11)
-    findings = find_wrong(embeddings[order], np.zeros(11, np.int64), 1, OUTLIER, MIXED)
+    findings = find_wrong(torch.from_numpy(embeddings[order]), np.zeros(11, np.int64), 1, OUTLIER, MIXED)
     assert findings.seconds == [0]
     assert findings.labels[np.argsort(order)].tolist() == [0] * 7 + [1] * 4
     assert {found.finding for found in findings.found} == {"mixed"}
@@ -52,7 +52,7 @@ def test_two_people_in_one_identity_are_parted() -> None:
 def test_fewer_images_than_a_cluster_are_outliers() -> None:
     """Two strangers' images are not yet a second person."""
     embeddings = np.concatenate([person(0, 9), person(1, MIN_CLUSTER - 1)])
-    findings = find_wrong(embeddings, np.zeros(8 + MIN_CLUSTER, np.int64), 1, OUTLIER, MIXED)
+    findings = find_wrong(torch.from_numpy(embeddings), np.zeros(8 + MIN_CLUSTER, np.int64), 1, OUTLIER, MIXED)
     assert findings.seconds == []
     assert [found.finding for found in findings.found] == ["outlier"] * (MIN_CLUSTER - 1)
 
@@ -60,7 +60,7 @@ def test_fewer_images_than_a_cluster_are_outliers() -> None:
 def test_an_identity_of_strangers_is_only_listed() -> None:
     """When most images would go, nobody can tell who the identity is: all of them stay."""
     embeddings = np.concatenate([person(number, 1) for number in range(16)])
-    findings = find_wrong(embeddings, np.zeros(16, np.int64), 1, 0.5, MIXED)
+    findings = find_wrong(torch.from_numpy(embeddings), np.zeros(16, np.int64), 1, 0.5, MIXED)
     assert {found.finding for found in findings.found} == {"scattered"}
     assert (findings.labels == 0).all()
 
@@ -86,7 +86,7 @@ def test_a_cleaned_set_is_a_face_set(tmp_path: Path) -> None:
     embeddings = np.concatenate([person(0, 6), person(1, 3), person(2, 8), person(3, 1)])
     labels = [0] * 9 + [1] * 9
     faces = Lettered(tmp_path, "abcdefghijklmnopqr", labels, ["anna", "anna#2"])
-    findings = find_wrong(embeddings, faces.labels, 2, OUTLIER, MIXED)
+    findings = find_wrong(torch.from_numpy(embeddings), faces.labels, 2, OUTLIER, MIXED)
     clean = CleanedFaceSet(faces, findings)
     assert clean.identities == ["anna", "anna#2", "anna#2'"]
     by_name = dict.fromkeys(clean.identities, "")
@@ -94,7 +94,10 @@ def test_a_cleaned_set_is_a_face_set(tmp_path: Path) -> None:
         by_name[clean.identities[clean.labels[i]]] += clean.encoded(i).decode()
     assert by_name == {"anna": "abcdef", "anna#2": "jklmnopq", "anna#2'": "ghi"}
     assert clean.describe(9) == "letter 9"
-    assert clean.fingerprint() != CleanedFaceSet(faces, find_wrong(embeddings, faces.labels, 2, -1, -1)).fingerprint()
+    assert (
+        clean.fingerprint()
+        != CleanedFaceSet(faces, find_wrong(torch.from_numpy(embeddings), faces.labels, 2, -1, -1)).fingerprint()
+    )
     rows = list(table([faces], [findings], applied=True))
     assert rows[-1][:4] == (0, "anna#2", "letter 17", "outlier")
     assert {row[5] for row in rows} == {"left out", "identity of its own"}
@@ -109,10 +112,12 @@ def test_noise_among_real_people_is_found(face_data: Path) -> None:
     true = np.repeat(np.arange(len(albums)), [len(album) for album in albums])
     embedder = load_embedder(face_data / "models" / "mobilefacenet_y1_128d.onnx", torch.device("cpu"))
     embeddings = embedder.embed(torch.from_numpy(faces), False).numpy()
-    assert find_wrong(embeddings, true, len(albums), OUTLIER, MIXED).found == []
+    assert find_wrong(torch.from_numpy(embeddings), true, len(albums), OUTLIER, MIXED).found == []
     rng = np.random.default_rng(0)
     labels = np.where(rng.random(len(true)) < 0.1, rng.integers(0, len(albums), len(true)), true)
     wrong = np.flatnonzero(labels != true)
-    found = {finding.image for finding in find_wrong(embeddings, labels, len(albums), OUTLIER, MIXED).found}
+    found = {
+        finding.image for finding in find_wrong(torch.from_numpy(embeddings), labels, len(albums), OUTLIER, MIXED).found
+    }
     assert len(found & set(wrong.tolist())) >= 0.8 * len(wrong) > 5
     assert len(found - set(wrong.tolist())) <= 0.02 * len(true)

@@ -1,5 +1,7 @@
 """The table of a merge: what groups become under each rule, and edits by hand that are honoured or refused by line."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,8 @@ from dataset_merge.decisions import (
     Match,
     decide_groups,
     members,
-    read_decisions,
-    write_decisions,
 )
+from dataset_merge.decisions_table import read_decisions, write_decisions
 
 
 class Named:
@@ -144,6 +145,52 @@ def test_rows_may_stand_in_any_order(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("delimiter", "encoding", "line_end"), [(";", "utf-8-sig", "\r\n"), ("\t", "utf-16", "\n"), (",", "utf-8", "\r\n")]
+)
+def test_tables_of_spreadsheets_are_read(tmp_path: Path, delimiter: str, encoding: str, line_end: str) -> None:
+    """Semicolons or tabs, UTF-16, empty rows and columns at the end, capital letters, a comma in scores."""
+    lines = [line.split(",") for line in table(tmp_path).read_text().splitlines()]
+    for cells in lines[1:]:
+        cells[6] = cells[6].replace(".", ",") if delimiter == ";" else "high"
+        cells[7] = cells[7].capitalize()
+    rows = [*([*line, "", ""] for line in lines), [""] * 10, [""]]
+    (tmp_path / "edited.csv").write_bytes(line_end.join(map(delimiter.join, rows)).encode(encoding))
+    wanted = [replace(row, score=row.score if delimiter == ";" else None) for row in decide()]
+    assert read_decisions(tmp_path / "edited.csv", SETS) == wanted
+
+
+def test_lost_zeros_are_put_back(tmp_path: Path) -> None:
+    """A table program makes 118 of the name 000118: taken for it where one identity can be meant, else said."""
+    sets = [Named(**{"000118": 2, "000007": 3}), Named(**{"000118": 4, "0": 1})]
+    matches = [Match(1, "000118", 0.9), None, Match(0, "000118", 0.9), None]
+    rows = decide_groups(Identities(sets), np.array([0, 1, 0, 2]), matches, "join", {})
+    path = tmp_path / "merge.csv"
+    write_decisions(path, rows)
+    path.write_text(path.read_text().replace("000118", "118").replace("000007", "7.0").replace("1,0,", "1,000,"))
+    assert read_decisions(path, sets) == rows
+    path.write_text(path.read_text().replace("4,0,0,118,0.9,joined", "4,,0,118,0.9,joined"))
+    assert read_decisions(path, sets) == rows
+    sets[0].identities[1] = "0118"
+    with pytest.raises(
+        DecisionsError, match=r"line 2: the zeros in front of the name '118' are lost, and set 0 .* has"
+    ):
+        read_decisions(path, sets)
+
+
+def test_empty_labels_of_many_are_quick(tmp_path: Path) -> None:
+    """A join with the match of each row is looked up, not searched for in the list of names."""
+    sets = [Named(**{f"a{i}": 1 for i in range(20_000)}), Named(**{f"b{i}": 1 for i in range(20_000)})]
+    people = Identities(sets)
+    group = np.tile(np.arange(20_000), 2)
+    matches = [*(Match(1, f"b{i}", 0.5) for i in range(20_000)), *(Match(0, f"a{i}", 0.5) for i in range(20_000))]
+    rows = decide_groups(people, group, matches, "join", {})
+    write_decisions(tmp_path / "merge.csv", [replace(row, new_label=None) for row in rows])
+    start = time.process_time()
+    assert read_decisions(tmp_path / "merge.csv", sets) == rows
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
     ("edits", "message"),
     [
         ([(1, "decision", "merge")], "line 3: decision must be one of added, joined, dropped, excluded, found 'merge'"),
@@ -153,7 +200,7 @@ def test_rows_may_stand_in_any_order(tmp_path: Path) -> None:
         ([(4, "label", "y")], "line 6: identity 'y' of set 1 .* has a row in line 5 already"),
         ([(0, "images", "7")], "line 2: identity 'a' of set 0 .* has 2 images, not 7: the table was made of another"),
         ([(2, "decision", "added")], "lines 2 and 4: both are added under one new_label"),
-        ([(0, "score", "high")], "line 2: score must be a number or empty, found 'high'"),
+        ([(3, "decision", "")], "line 5: decision must be one of added, joined, dropped, excluded, found ''"),
         # Joined with whom? The most similar one need not be the one that it was joined with, or is parted from now.
         (
             [(3, "decision", "joined")],

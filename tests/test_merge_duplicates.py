@@ -1,6 +1,8 @@
 """Copies of a picture are known whatever was done to them, other pictures of the person are not taken for copies."""
 
-from collections.abc import Callable
+import itertools
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import cv2
@@ -8,15 +10,19 @@ import numpy as np
 import pytest
 import torch
 
+from data.face_sets import JoinedFaceSet, open_face_set
 from data.images import decode_rgb, encode_jpeg
+from dataset_merge import joined_duplicates
 from dataset_merge.duplicates import (
     CANDIDATE_COSINE,
     SAME_CORRELATION,
     Duplicate,
     correlation,
     find_duplicates,
+    may_be_same,
     thumbnail,
 )
+from dataset_merge.joined_duplicates import Parts, search
 from models.embedders import load_embedder
 
 
@@ -56,16 +62,59 @@ def test_copies_of_real_faces_are_known(people: list[list[np.ndarray]], kind: st
     """Every copy of every face: re-encoded, resized, cropped a little, brightened."""
     alike = [correlation(thumbnail(face), thumbnail(COPIES[kind](face))) for album in people for face in album[:2]]
     assert min(alike) >= SAME_CORRELATION
+    assert all(may_be_same(thumbnail(face), thumbnail(COPIES[kind](face))) for album in people for face in album[:2])
 
 
 def test_other_pictures_of_a_person_are_no_copies(people: list[list[np.ndarray]]) -> None:
     """All pairs of pictures of one person: aligned faces are alike, but not that much."""
-    alike = []
+    alike, closer = [], []
     for album in people:
         small = [thumbnail(face) for face in album]
-        alike += [correlation(one, other) for i, one in enumerate(small) for other in small[:i]]
+        pairs = [(one, other) for i, one in enumerate(small) for other in small[:i]]
+        alike += [correlation(*pair) for pair in pairs]
+        closer += [may_be_same(*pair) for pair in pairs]
     assert len(alike) > 200
     assert max(alike) < SAME_CORRELATION
+    assert np.mean(closer) < 0.1, "a quick look is enough for nearly all"
+
+
+# Shots of one event, by hand: alike in light, background and pose, other in expression.
+SHOTS = (
+    ("Jacques_Rogge", 3, 5),
+    ("Donald_Rumsfeld", 18, 19),
+    ("Ariel_Sharon", 73, 75),
+    ("Romano_Prodi", 4, 5),
+    ("Paul_Burrell", 4, 10),
+    ("Colin_Powell", 94, 190),
+    ("Hu_Jintao", 4, 8),
+    ("Lleyton_Hewitt", 22, 24),
+)
+# One picture that LFW has twice, in other crops or colours.
+PICTURES = (
+    ("George_W_Bush", 109, 461),
+    ("Serena_Williams", 2, 16),
+    ("Julianne_Moore", 13, 15),
+    ("Julie_Gerberding", 4, 6),
+    ("Ari_Fleischer", 6, 11),
+)
+
+
+def lfw_correlation(face_data: Path, name: str, *numbers: int) -> float:
+    """How alike two pictures of a person of LFW are."""
+    files = (face_data / "lfw" / "images" / name / f"{name}_{number:04d}.jpg" for number in numbers)
+    return correlation(*(thumbnail(decode_rgb(file.read_bytes(), file)) for file in files))
+
+
+@pytest.mark.parametrize("shots", SHOTS)
+def test_other_shots_of_one_event_are_no_copies(face_data: Path, shots: tuple[str, int, int]) -> None:
+    """The hardest pairs of all of LFW: the light and shade of the whole face would take them for one picture."""
+    assert lfw_correlation(face_data, *shots) < SAME_CORRELATION
+
+
+@pytest.mark.parametrize("pictures", PICTURES)
+def test_one_picture_in_other_crops_is_known(face_data: Path, pictures: tuple[str, int, int]) -> None:
+    """Copies that nobody made for a test."""
+    assert lfw_correlation(face_data, *pictures) >= SAME_CORRELATION
 
 
 def test_embeddings_of_copies_reach_the_pixels(people: list[list[np.ndarray]], face_data: Path) -> None:
@@ -122,3 +171,51 @@ def test_plain_surfaces_are_no_copies_of_each_other() -> None:
     """A correlation of nothing with nothing has no meaning."""
     black, grey = np.zeros((112, 112, 3), np.uint8), np.full((112, 112, 3), 128, np.uint8)
     assert correlation(thumbnail(black), thumbnail(grey)) == 0
+
+
+def test_dropping_many_is_quick() -> None:
+    """The time goes with the images, not with the labels times the duplicates."""
+    count = 40_000
+    labels = [[np.arange(4 * i, 4 * i + 2), np.arange(4 * i + 2, 4 * i + 4)] for i in range(count)]
+    dropped = [Duplicate(4 * i + 2, 4 * i, "bytes", 1.0) for i in range(count)]
+    start = time.process_time()
+    left = Parts(labels).without(dropped)
+    assert time.process_time() - start < 3
+    assert [images.tolist() for images in left] == [[4 * i, 4 * i + 1, 4 * i + 3] for i in range(count)]
+
+
+def test_processes_find_what_one_finds(
+    people: list[list[np.ndarray]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same order, and where an interrupted search goes on; each process gets the embeddings of its images."""
+    for name, quality in (("one", 95), ("two", 60)):
+        for number, album in enumerate(people[:20]):
+            (tmp_path / name / f"{number:02d}").mkdir(parents=True)
+            for shot, face in enumerate(album[:3]):
+                (tmp_path / name / f"{number:02d}" / f"{shot}.jpg").write_bytes(encode_jpeg(face, quality))
+    sets = [open_face_set(tmp_path / name) for name in ("one", "two")]
+    positions = np.arange(60).reshape(20, 3)
+    parts = Parts([[own, 60 + own[::-1]] for own in positions])
+    unit = np.tile(np.eye(60, dtype=np.float32), (2, 1))
+    unit[60] = unit[1]  # the first copy looks like another picture to the model
+    found = search(tmp_path / "alone", sets, JoinedFaceSet(sets), parts, unit, "model", 0)
+    assert [(d.image, d.original) for d in found] == [(60 + i, i) for own in positions for i in own[::-1] if i]
+    monkeypatch.setattr(joined_duplicates, "_IMAGES_FOR_WORKERS", 0)
+    monkeypatch.setattr(joined_duplicates, "_IDENTITIES_BETWEEN_SAVES", 1)
+    with monkeypatch.context() as broken:
+        broken.setattr(joined_duplicates, "find_duplicates", fail_at(18))
+        with pytest.raises(OSError, match="pulled out"):
+            search(tmp_path / "many", sets, JoinedFaceSet(sets), parts, unit, "model", 0)
+    assert search(tmp_path / "many", sets, JoinedFaceSet(sets), parts, unit, "model", 2) == found
+
+
+def fail_at(identity: int) -> Callable:
+    """`find_duplicates` that fails for the identity of that number, as a disk would."""
+    count = itertools.count()
+
+    def failing(*arguments: object) -> Iterator[Duplicate]:
+        if next(count) == identity:
+            raise OSError("the disk was pulled out")
+        return find_duplicates(*arguments)  # type: ignore[arg-type]
+
+    return failing

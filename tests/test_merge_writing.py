@@ -130,8 +130,11 @@ def test_faces_of_other_sizes_are_refused(everything: JoinedFaceSet, tmp_path: P
     assert face_size(everything._sets) == 32
     with write_face_set(tmp_path / "large", 64) as out:
         out.add_identity([encode_png(np.zeros((64, 64, 3), np.uint8))])
-    with pytest.raises(ValueError, match=r"large.* has faces of 64x64 pixels, .* of 32x32"):
+    with pytest.raises(ValueError, match=r"large.* has faces of 64x64 pixels .*, .* of 32x32"):
         face_size([*everything._sets, open_face_set(tmp_path / "large")])
+    (tmp_path / "tree" / "anna" / "3.png").write_bytes(encode_png(np.zeros((32, 40, 3), np.uint8)))
+    with pytest.raises(ValueError, match=r"40x32 pixels \(.*3\.png\).* --source .*tree --output NAME: --other-sizes"):
+        face_size(everything._sets)
 
 
 def test_sizes_for_people() -> None:

@@ -1,0 +1,277 @@
+"""`merge.csv` on the disk: written, and read back as people and their spreadsheets leave it."""
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, replace
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+import numpy as np
+
+from data.face_sets import FaceSet
+from dataset_merge.decisions import COLUMNS, KEPT, LEFT, Decision, DecisionsError, Identities
+from utils.files import write_csv_atomic
+
+
+def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
+    """Write the rows as `merge.csv`."""
+    write_csv_atomic(path, COLUMNS, (astuple(decision) for decision in decisions))
+
+
+class _Row(NamedTuple):
+    """`left_label`: the new_label that stands in a row which is left out."""
+
+    line: int
+    identity: int
+    decision: Decision
+    left_label: str
+
+
+class _Names:
+    """Finds identities by set and name."""
+
+    def __init__(self, people: Identities, sets: Sequence[FaceSet]) -> None:
+        self._people = people
+        self._numbers = [
+            {name: number for number, name in enumerate(faces.identities, int(first))}
+            for faces, first in zip(sets, people.firsts, strict=False)
+        ]
+        self._by_value: dict[int, dict[int, list[int]]] = {}
+
+    def find(self, source: int, label: str) -> list[int]:
+        """The numbers, among all, of the identities that can be meant: several where a table program has taken the
+        zeros from `007`, and the set has another name of that value.
+        """
+        if label in self._numbers[source]:
+            return [self._numbers[source][label]]
+        text = _without_point(label)
+        return self._of_value(source).get(int(text), []) if _is_number(text) else []
+
+    def of_match(self, decision: Decision) -> int | None:
+        """The number of the identity that the match columns name, None where they name none, or several."""
+        source, label = decision.match_source, decision.match_label
+        known = isinstance(source, int) and source < len(self._numbers) and label is not None
+        same = self.find(int(source or 0), str(label)) if known else []
+        return same[0] if len(same) == 1 else None
+
+    def _of_value(self, source: int) -> dict[int, list[int]]:
+        if source not in self._by_value:
+            values = self._by_value[source] = {}
+            for name, number in self._numbers[source].items():
+                if _is_number(name):
+                    values.setdefault(int(name), []).append(number)
+        return self._by_value[source]
+
+
+def read_decisions(path: Path, sets: Sequence[FaceSet]) -> list[Decision]:
+    """The decisions in a table that `write_decisions` wrote and people may have edited, for every identity in order.
+
+    Rows may stand in any order. Those with one new_label become one identity; a `joined` one without a new_label joins
+    its match. One that has its new_label to itself is an identity by itself where a row that is left out has that
+    new_label; else it is refused, as nobody can tell whom it is to join. New labels are numbered without holes, in
+    their order; kept rows without one come last. Raises DecisionsError with the line.
+    """
+    people = Identities(sets)
+    names = _Names(people, sets)
+    rows = sorted(_read_rows(path, people, names, sets), key=lambda row: row.identity)
+    if len(rows) < len(people):
+        given = np.zeros(len(people), bool)
+        given[[row.identity for row in rows]] = True
+        missing = np.flatnonzero(~given)
+        source = int(people.source[missing[0]])
+        raise DecisionsError(
+            f"{path}: no row for identity {people.name(int(missing[0]))!r} of set {source} ({sets[source].path}), "
+            f"{len(missing):,} such: leave identities out with the decision dropped, not by removing rows"
+        )
+    return _relabelled(path, rows, names)
+
+
+def _read_rows(path: Path, people: Identities, names: _Names, sets: Sequence[FaceSet]) -> Iterator[_Row]:
+    lines: dict[int, int] = {}
+    with path.open(encoding=_encoding(path), errors="surrogateescape", newline="") as file:
+        line = 1
+        try:
+            for line, row in _open_table(file):
+                if not any(cell.strip() for cell in row):
+                    continue
+                cells = row[: len(COLUMNS)] + _without_empty_end(row[len(COLUMNS) :])
+                decision = _parse(cells, sets)
+                where = f"set {decision.source} ({sets[decision.source].path})"
+                same = names.find(decision.source, decision.label)
+                if len(same) > 1:
+                    raise ValueError(
+                        f"the zeros in front of the name {decision.label!r} are lost, and {where} has "
+                        f"{' and '.join(map(people.name, same))}: let the table program read names as text"
+                    )
+                if not same:
+                    raise ValueError(
+                        f"{where} has no identity {decision.label!r}: give the sets, and the flags of cleaning, "
+                        "with which the table was made"
+                    )
+                number, match = same[0], names.of_match(decision)
+                match_label = decision.match_label if match is None else people.name(match)
+                decision = replace(decision, label=people.name(number), match_label=match_label)
+                if number in lines:
+                    raise ValueError(
+                        f"identity {decision.label!r} of {where} has a row in line {lines[number]} already"
+                    )
+                if decision.images != people.images[number]:
+                    raise ValueError(
+                        f"identity {decision.label!r} of {where} has {people.images[number]:,} images, not "
+                        f"{decision.images:,}: the table was made of another set"
+                    )
+                lines[number] = line
+                left_label = "" if decision.decision in KEPT else cells[COLUMNS.index("new_label")]
+                yield _Row(line, number, decision, _without_point(left_label))
+        except (ValueError, csv.Error) as error:
+            raise DecisionsError(f"{path}, line {line}: {error}") from None
+
+
+def _encoding(path: Path) -> str:
+    """UTF-16 where the file says so, as Excel's "Unicode text" does; else UTF-8."""
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def _open_table(file: TextIO) -> Iterator[tuple[int, list[str]]]:
+    """The line and the cells of each row behind the header, which tells by what the cells are parted."""
+    header = file.readline()
+    delimiter = max(",;\t", key=header.count)
+    columns = _without_empty_end(next(csv.reader([header], delimiter=delimiter), []))
+    if tuple(columns) != COLUMNS:
+        raise ValueError(f"the first line must be {','.join(COLUMNS)}, it is {','.join(columns)!r}")
+    table = csv.reader(file, delimiter=delimiter)
+    return ((1 + table.line_num, cells) for cells in table)
+
+
+def _without_empty_end(cells: list[str]) -> list[str]:
+    """The cells up to the last that has something in it."""
+    return cells[: max((place for place, cell in enumerate(cells, 1) if cell.strip()), default=0)]
+
+
+def _parse(cells: Sequence[str], sets: Sequence[FaceSet]) -> Decision:
+    if len(cells) != len(COLUMNS):
+        raise ValueError(f"{len(cells)} fields, expected {len(COLUMNS)}")
+    row = dict(zip(COLUMNS, cells, strict=True))
+    decision = row["decision"].strip().lower()
+    if decision not in KEPT + LEFT:
+        raise ValueError(f"decision must be one of {', '.join(KEPT + LEFT)}, found {decision!r}")
+    source = _whole(row["source"], "source")
+    if source >= len(sets):
+        raise ValueError(f"source must be a set's number, 0 to {len(sets) - 1}, found {source}")
+    new_label = row["new_label"].strip()
+    match_source: int | str | None = row["match_source"] or None
+    if decision != "excluded" and _without_point(row["match_source"]).isdecimal():
+        match_source = int(_without_point(row["match_source"]))
+    return Decision(
+        source,
+        row["label"],
+        _whole(row["images"], "images"),
+        _whole(new_label, "new_label") if new_label and decision in KEPT else None,
+        match_source,
+        row["match_label"] or None,
+        _score(row["score"]),
+        decision,
+    )
+
+
+def _score(text: str) -> float | None:
+    """The score, of which nothing depends; None for what is no number."""
+    try:
+        return float(text.replace(",", "."))
+    except ValueError:
+        return None
+
+
+def _without_point(text: str) -> str:
+    """A number as it was before a table program made it `3.0`, as those do where a column has empty cells."""
+    return text.strip().removesuffix(".0")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _whole(text: str, name: str) -> int:
+    text = _without_point(text)
+    if not _is_number(text):
+        raise ValueError(f"{name} must be a whole number from 0, found {text!r}")
+    return int(text)
+
+
+def _relabelled(path: Path, rows: Sequence[_Row], names: _Names) -> list[Decision]:
+    """The decisions with labels that go together and have no holes; `rows` are all identities in order."""
+    kept = [row.decision.decision in KEPT for row in rows]
+    parent = list(range(len(rows)))
+
+    def find(identity: int) -> int:
+        while parent[identity] != identity:
+            parent[identity] = parent[parent[identity]]
+            identity = parent[identity]
+        return identity
+
+    by_label: dict[int, list[int]] = {}
+    for row in rows:
+        if row.decision.new_label is not None:
+            by_label.setdefault(row.decision.new_label, []).append(row.identity)
+    for same in by_label.values():
+        for other in same[1:]:
+            parent[find(other)] = find(same[0])
+    left_labels = {row.left_label for row in rows}
+    for row in rows:
+        label = row.decision.new_label
+        if row.decision.decision != "joined":
+            continue
+        if label is None:
+            parent[find(row.identity)] = find(_match_of(path, row, names, kept))
+        elif len(by_label[label]) == 1 and str(label) not in left_labels:
+            raise DecisionsError(
+                f"{path}, line {row.line}: it is joined, but no other row has its new_label ({label}): leave that "
+                "empty to join its match, give the new_label of another identity, or say added to keep it apart"
+            )
+    added: dict[int, _Row] = {}
+    orders: dict[int, tuple[float, int]] = {}
+    for row in rows:
+        root = find(row.identity)
+        own = row.decision.new_label
+        place = (float("inf") if own is None else own, row.identity)
+        if row.decision.decision == "added":
+            if root in added:
+                lines = sorted((added[root].line, row.line))
+                raise DecisionsError(
+                    f"{path}, lines {lines[0]} and {lines[1]}: both are added under one new_label ({own}): say joined "
+                    "in one of them to join them, or leave its new_label empty to keep them apart"
+                )
+            added[root], orders[root] = row, place
+        elif kept[row.identity] and root not in added:
+            orders[root] = min(orders.get(root, place), place)
+    new_labels = {root: label for label, root in enumerate(sorted(orders, key=orders.__getitem__))}
+    if not new_labels:
+        raise DecisionsError(f"{path}: every identity is dropped or excluded: nothing is left to write")
+    seen: set[int] = set()
+    decisions = []
+    for row in rows:
+        root, decision = find(row.identity), row.decision
+        if kept[row.identity]:
+            name = "joined" if root in added and decision.decision == "joined" else "added"
+            if root not in added:
+                name = "joined" if root in seen else "added"
+            seen.add(root)
+            decision = replace(decision, new_label=new_labels[root], decision=name)
+        decisions.append(decision)
+    return decisions
+
+
+def _match_of(path: Path, row: _Row, names: _Names, kept: Sequence[bool]) -> int:
+    """The number of the identity that a row's match columns name."""
+    match = names.of_match(row.decision)
+    if match is None or match == row.identity:
+        wrong = "match_source and match_label name no other identity"
+    elif not kept[match]:
+        wrong = f"its match, identity {row.decision.match_label!r} of set {row.decision.match_source}, is left out"
+    else:
+        return match
+    raise DecisionsError(
+        f"{path}, line {row.line}: it is joined and has no new_label, but {wrong}: give the new_label of the identity "
+        "that it joins"
+    )
