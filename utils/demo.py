@@ -100,6 +100,8 @@ The four jobs ran in {time.monotonic() - began:.0f} s, on faces drawn by a progr
   report of the test          {trained / "test" / "report.html"}
   merged set                  {merged}, how it came about: {merged / "report.html"}
 
+Another demo empties {folder} first: keep elsewhere what is to stay.
+
 Next: put a set's train.rec, train.idx and its .bin files into a folder and
   . .venv/bin/activate
   python train.py --preset ms1mv3_r50 --data.root FOLDER      (python train.py --help lists all settings)
