@@ -170,12 +170,12 @@ def _genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres], seed: 
 
     Each half pair stands for its whole identity against one of any set with as many images as one drawn there has.
     """
-    generator = np.random.default_rng(seed)
-    images = np.concatenate([part.images.cpu().numpy() for part in centres])
+    # Sorted, and drawn from anew for each set: the order of the sets must not show.
+    images = np.sort(np.concatenate([part.images.cpu().numpy() for part in centres]))
     parts = []
     for part in halves:
         if len(part.cosine):
-            other = generator.choice(images[images > 0], len(part.cosine))
+            other = np.random.default_rng(seed).choice(images[images > 0], len(part.cosine))
             factor = expected_cosine(part.alike, part.whole, other) / expected_cosine(part.alike, *part.sizes.T)
             parts.append(np.minimum(part.cosine * factor, 1) - part.rival)
     return np.concatenate(parts) if parts else np.empty(0)
@@ -255,7 +255,7 @@ def calibrate(
     scores = np.sort(np.concatenate([part.scores for part in impostors]))
     compared = sum(part.compared for part in impostors)
     people = [int((part.images > 0).sum()) for part in centres]
-    largest = int(np.argmax(people))
+    largest = max(range(len(people)), key=lambda number: (people[number], impostors[number].usual_rival))
     advice = "give a threshold (--t 0.65, say), and look at the pairs next to it in the report"
     if people[largest] < _LEAST_IDENTITIES or len(scores) < _LEAST_SCORES:
         raise CalibrationError(
