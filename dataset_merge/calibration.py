@@ -32,6 +32,9 @@ _REACH = 100.0
 _BINS = 400
 # Thresholds that fewer of the sets' own pairs reach rest on the fitted tail.
 _FEW = 10.0
+# With so many times the share of wrong joins that was asked for, by the scores as they are, there is a warning. LFW with
+# its own labels has up to 2.3, with 5 % of wrong ones 2.8 and more (docs/merging_threshold.md).
+_WARNED = 2.5
 
 
 class CalibrationError(ValueError):
@@ -70,6 +73,8 @@ class Calibration:
     scores, for a picture. `expected_wrong` of `expected_joins`, with its 90 % range. `extrapolated`: the threshold lies
     beyond what the sets' own pairs reach. `equivalent_cosine`: that reaches the threshold against the usual rival.
     `expected_recall`: share of halves that would be joined, NaN without halves. `explanation`: paragraphs.
+    `counted_wrong`: wrong joins expected if all scores inside the sets are of different people, those too that look
+    like one person under two names; NaN where such people are looked for. `warning`: where it is far more; or empty.
     """
 
     threshold: float
@@ -83,6 +88,8 @@ class Calibration:
     extrapolated: bool
     equivalent_cosine: float
     expected_recall: float
+    counted_wrong: float
+    warning: str = ""
 
 
 @dataclass(frozen=True)
@@ -291,7 +298,8 @@ def calibrate(
             f"show: allow more wrong joins (--wrong-joins), or {advice}"
         )
     lowest, highest = np.percentile([float(tail.above(thresholds[at])) * share[at] for tail in tails[1:]], [5, 95])
-    rivals = np.concatenate([part.rival for part in halves])
+    above = len(scores) - int(np.searchsorted(scores, thresholds[at]))
+    within = any(one == other for one, other, _ in found)
     calibration = Calibration(
         float(thresholds[at]),
         edges := np.linspace(min(scores[0], genuine.min(initial=1.0)), thresholds[-1], _BINS + 1),
@@ -304,9 +312,29 @@ def calibrate(
         seen < _FEW,
         float(thresholds[at] + impostors[largest].usual_rival),
         float((genuine >= thresholds[at]).mean()) if len(genuine) else float("nan"),
+        float("nan") if within else above * float(share[at]),
     )
     return replace(
-        calibration, explanation=_explain(calibration, tails[0], compared, people, wrong_joins, rule, len(rivals))
+        calibration,
+        explanation=_explain(calibration, tails[0], compared, people, wrong_joins, rule, len(genuine)),
+        warning=_warning(calibration, above, seen, wrong_joins),
+    )
+
+
+def _warning(done: Calibration, above: int, seen: float, wrong_joins: float) -> str:
+    """What to say where many pairs inside the sets score as one person does; `seen`: what the tail expects of them.
+
+    The tail leaves such pairs out, as people whom a set holds twice. Wrong labels make them, too, and wrong joins with
+    them: an identity with images of someone else is joined with that one's identity in another set.
+    """
+    if above < _FEW or not done.counted_wrong > _WARNED * wrong_joins * done.expected_joins:
+        return ""
+    return (
+        f"The share of wrong joins may be far above {wrong_joins:.2%}: {above:,} pairs of identities inside the sets "
+        f"reach the threshold, {seen:,.0f} would for different people. Either the sets hold people twice, or labels are "
+        f"wrong; then {done.counted_wrong / max(done.expected_joins, 1):.1%} of the joins are expected to be wrong, "
+        "and more with --centre medoid. Look at --clean report, keep to --centre mean or trimmed, and judge the pairs "
+        "next to the threshold in the report."
     )
 
 
@@ -354,11 +382,12 @@ def _explain(
 ) -> list[str]:
     """The calibration in words."""
     low, high = done.expected_wrong_range
+    counted = "" if np.isnan(done.counted_wrong) else f", or {done.counted_wrong:.1f} with all that score so in a set"
     texts = [
         f"The threshold is {done.threshold:.3f}, a cosine of {done.equivalent_cosine:.3f} for a pair with the usual "
         f"rival. {done.expected_joins:,.0f} pairs reach it, of which {done.expected_wrong:.1f} ({low:.1f} to "
-        f"{high:.1f}, 90 % range of the fit) are expected to be different people: it is the lowest threshold that "
-        f"keeps this share at {wrong_joins:.2%}.",
+        f"{high:.1f}, 90 % range of the fit{counted}) are expected to be different people: it is the lowest threshold "
+        f"that keeps this share at {wrong_joins:.2%}.",
         f"How high different people score was seen on {compared:,.0f} pairs of identities that one set holds apart "
         f"(sets of {', '.join(f'{n:,}' for n in people)} identities). The scores above {tail.start:.3f} follow a "
         f"generalised Pareto tail with shape {tail.shape:g} and scale {tail.scale:.3f}; pairs in it that look like one "

@@ -135,6 +135,8 @@ def run_merge(config: Config, embedder: Embedder | None, sets: Sequence[FaceSet]
         applied=merge.clean == "apply",
         dry_run=merge.dry_run,
     )
+    if done.calibration is not None and done.calibration.warning:
+        done.notes.append(done.calibration.warning)
     if done.leaks is not None and done.leaks.warning:
         done.notes.append(done.leaks.warning)
     return _finish(merge, done, embeddings, embedder, cache)

@@ -163,6 +163,8 @@ def test_within_one_set() -> None:
     found = run([part], replace(AUTO, within=True))
     group = found.grouping.group
     assert (group[800:] == group[:60]).mean() > 0.9
+    assert np.isnan(calibrated(found).counted_wrong)  # those who are there twice are the right joins
+    assert not calibrated(found).warning
     assert len(np.unique(group)) >= 790
 
 
@@ -198,6 +200,25 @@ def test_an_overlap_that_wrong_labels_hide_is_refused() -> None:
     sets = [with_wrong_labels(part, 0.33, number) for number, part in enumerate(drawn_sets(spread=0.7))]
     with pytest.raises(CalibrationError, match=r"seem to be in common.*allow as many with --wrong-joins"):
         run(sets)
+
+
+def test_wrong_labels_are_warned_of() -> None:
+    """Medoids of identities of which a tenth of the images is of others: the tail takes what they score for people under
+    two names and promises 1 %, so the sets' scores as they are have to be told beside it; right labels give no warning.
+    """
+    clean = drawn_sets(each=800, common=300, spread=0.6)
+    told = calibrated(run(clean))
+    assert not told.warning
+    assert told.counted_wrong <= 0.02 * told.expected_joins
+    wrong = [with_wrong_labels(part, 0.1, number) for number, part in enumerate(clean)]
+    found = run(wrong, replace(AUTO, method="medoid"))
+    told = calibrated(found)
+    truly = wrong_share(wrong, found)[0]
+    assert told.expected_wrong_range[1] < 0.03 * told.expected_joins
+    assert truly > 0.05
+    assert truly / 2 < told.counted_wrong / told.expected_joins < 2 * truly
+    assert "pairs of identities inside the sets reach the threshold" in told.warning
+    assert f"or {told.counted_wrong:.1f} with all that score so in a set" in told.explanation[0]
 
 
 def test_tail_of_known_scores() -> None:
