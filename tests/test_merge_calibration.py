@@ -11,7 +11,6 @@ from dataset_merge.calibration import (
     Calibration,
     CalibrationError,
     expected_cosine,
-    fit_tails,
     half_scores,
     impostor_scores,
 )
@@ -19,6 +18,7 @@ from dataset_merge.centres import identity_centres
 from dataset_merge.deciding import Decided, MatchSettings, decide
 from dataset_merge.matching import TopMatches
 from dataset_merge.scores import score_pairs
+from dataset_merge.tails import fit_tails
 from merge_people import DrawnSet, draw_set
 
 AUTO = MatchSettings(t=None)
@@ -203,8 +203,9 @@ def test_an_overlap_that_wrong_labels_hide_is_refused() -> None:
 
 
 def test_wrong_labels_are_warned_of() -> None:
-    """Medoids of identities of which a tenth of the images is of others: the tail takes what they score for people under
-    two names and promises 1 %, so the sets' scores as they are have to be told beside it; right labels give no warning.
+    """Medoids of identities of which a tenth of the images is of others: the tail takes what they score for people
+    under two names and promises 1 %, so the sets' scores as they are have to be told beside it; right labels give no
+    warning.
     """
     clean = drawn_sets(each=800, common=300, spread=0.6)
     told = calibrated(run(clean))
