@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset_merge.centres import Centres, identity_centres
+from dataset_merge.centres import Centres, sums
 from dataset_merge.grouping import Pairs, Rule, mutual_best
 from dataset_merge.matching import top_matches
 from dataset_merge.scores import score_pairs
@@ -22,6 +23,8 @@ from utils.ranks import Ranks
 
 # Identities of a set that are compared with each other, at most; more are sampled.
 _SAMPLE = 200_000
+# Identities of a set that are cut in halves, at most; more are sampled.
+_HALVED = 50_000
 # Below these numbers nothing is said about a tail.
 _LEAST_IDENTITIES = 200
 _LEAST_SCORES = 50
@@ -117,7 +120,10 @@ def impostor_scores(
 
 
 def half_scores(embeddings: Tensor, labels: Tensor, centres: Centres, impostors: Impostors, seed: int) -> Halves:
-    """Cut each identity with two images or more in two at random, and compare the halves."""
+    """Cut each identity with two images or more in two at random, and compare the halves; of many a sample.
+
+    Memory: 10 x D bytes for each half, and 40 bytes an image.
+    """
     device = labels.device
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(len(labels), generator=generator).to(device).argsort()
@@ -125,10 +131,17 @@ def half_scores(embeddings: Tensor, labels: Tensor, centres: Centres, impostors:
     starts = centres.images.cumsum(0) - centres.images
     place = torch.empty_like(labels)
     place[order] = torch.arange(len(labels), device=device) - starts[labels[order]]
-    half = identity_centres(embeddings, 2 * labels + place % 2, 2 * len(centres), "mean")
-    both = centres.images >= 2
-    cosine = (half.vectors[0::2] * half.vectors[1::2]).sum(1)[both].double().cpu().numpy()
-    sizes = half.images.view(-1, 2)[both].cpu().numpy()
+    chosen = (centres.images >= 2).nonzero().flatten()
+    if len(chosen) > _HALVED:
+        sample = np.sort(np.random.default_rng(seed).permutation(len(chosen))[:_HALVED])
+        chosen = chosen[torch.from_numpy(sample).to(device)]
+    number = torch.full((len(centres),), -1, dtype=torch.int64, device=device)
+    number[chosen] = torch.arange(len(chosen), device=device)
+    half = 2 * number[labels] + place % 2
+    vectors = sums(embeddings, half, 2 * len(chosen), half >= 0).view(len(chosen), 2, embeddings.shape[1])
+    F.normalize(vectors, dim=2, out=vectors)
+    cosine = (vectors[:, 0] * vectors[:, 1]).sum(1).double().cpu().numpy()
+    sizes = torch.bincount(half[half >= 0], minlength=2 * len(chosen)).view(-1, 2).cpu().numpy()
     # Halves that are no more alike than strangers are not of one person: labels are wrong now and then.
     sure = cosine > np.median(impostors.nearest) if len(impostors.nearest) else np.ones(len(cosine), bool)
     alone = sure & (sizes.max(1, initial=0) == 1)
@@ -259,7 +272,7 @@ def _warning(done: Calibration, above: int, seen: float, wrong_joins: float) -> 
     return (
         f"The share of wrong joins may be far above {wrong_joins:.2%}: {above:,} pairs of identities inside the sets "
         f"reach the threshold, {seen:,.0f} would for different people. Either the sets hold people twice, or labels "
-        f"are wrong; then {done.counted_wrong / max(done.expected_joins, 1):.1%} of the joins are expected to be so, "
+        f"are wrong; then {done.counted_wrong / max(done.expected_joins, 1):.1%} of the joins may well be wrong, "
         "and more with --centre medoid. Look at --clean report, keep to --centre mean or trimmed, and judge the pairs "
         "next to the threshold in the report."
     )

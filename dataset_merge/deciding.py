@@ -66,10 +66,12 @@ def decide(
     """
     rows = [_as_tensor(part) for part in embeddings]
     classes = [_as_tensor(part).to(device) for part in labels]
-    centres = [
+    made = (
         identity_centres(part, own, count, settings.method)
         for part, own, count in zip(rows, classes, identities, strict=True)
-    ]
+    )
+    everyone = join_centres(made, sum(identities))
+    centres = everyone.split(identities)
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in centres])])
     source = np.repeat(np.arange(len(centres)), np.diff(offsets))
     # Without the assumption that an identity has one counterpart in a set at most, no other one speaks against it.
@@ -103,9 +105,7 @@ def decide(
     threshold = calibration.threshold if calibration else settings.t
     assert threshold is not None
     grouping = group_identities(source, pairs, threshold, settings.rule, settings.within)
-    everyone = join_centres(
-        [Centres(*(v.cpu() for v in (part.vectors, part.images, part.used, part.spread))) for part in centres]
-    )
+    everyone = Centres(*(v.cpu() for v in (everyone.vectors, everyone.images, everyone.used, everyone.spread)))
     return Decided(everyone, torch.from_numpy(source), grouping, calibration)
 
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dataset_merge import calibration as calibration_module
+from dataset_merge import centres as centres_module
+from dataset_merge import scores as scores_module
 from dataset_merge.calibration import (
     Calibration,
     CalibrationError,
@@ -19,6 +22,7 @@ from dataset_merge.deciding import Decided, MatchSettings, decide
 from dataset_merge.matching import TopMatches
 from dataset_merge.scores import score_pairs
 from dataset_merge.tails import fit_tails
+from live_memory import LiveMemory
 from merge_people import DrawnSet, draw_set
 
 AUTO = MatchSettings(t=None)
@@ -82,6 +86,49 @@ def test_the_share_of_wrong_joins_is_kept(settings: MatchSettings) -> None:
     told = calibrated(found)
     assert told.expected_wrong / told.expected_joins <= settings.wrong_joins
     assert told.expected_wrong_range[0] <= told.expected_wrong <= told.expected_wrong_range[1]
+
+
+@pytest.mark.parametrize("t", [0.65, None])
+def test_memory_beside_the_embeddings(t: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is alive at once while two sets are compared: the vectors of all, those of one set while they are made,
+    and what has a bound. Neither all halves nor a second copy of all vectors.
+    """
+    for module, name, limit in (
+        (centres_module, "_CHUNK", 64),
+        (scores_module, "_CHUNK", 64),
+        (calibration_module, "_HALVED", 100),
+    ):
+        monkeypatch.setattr(module, name, limit)
+    sets = [draw_set(torch.arange(1500) + first, torch.full((1500,), 2), first, 512) for first in (0, 1200)]
+    with LiveMemory() as memory:
+        run(sets, MatchSettings(t, block=64))
+    vectors = 3000 * 512 * 4
+    assert memory.peak < 1.75 * vectors
+
+
+def test_memory_for_scores() -> None:
+    """Cosines in float64 need 24 x D bytes for 4,096 pairs at once, not for all."""
+    people = [draw_set(torch.arange(200), torch.ones(200, dtype=torch.int64), seed=n, size=512) for n in (1, 2)]
+    first, second = (part.embeddings for part in people)
+    every = _all(first @ second.T)
+    with LiveMemory() as memory:
+        score_pairs(first, second, every, 0.5)
+    assert memory.peak < 1.1 * 4096 * 512 * 24 + 40_000 * 32
+
+
+def test_a_sample_of_the_identities_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample has whole identities, as if there were no others, and says the same about them."""
+    people = draw_set(torch.arange(900), torch.arange(900) % 4 + 1, seed=1)
+    centres = identity_centres(people.embeddings, people.labels, 900)
+    strangers = impostor_scores(centres, 0.5, "mutual", 256, 0)
+    every = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+    monkeypatch.setattr(calibration_module, "_HALVED", 300)
+    some = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+    assert len(every.cosine) == 675
+    assert len(some.cosine) == 300
+    assert np.isin(some.cosine.round(5), every.cosine.round(5)).all()
+    assert (some.sizes.sum(1) == some.whole).all()
+    assert some.alike == pytest.approx(every.alike, abs=0.03)
 
 
 def test_a_higher_share_lowers_the_threshold() -> None:

@@ -77,7 +77,7 @@ def test_joined_centres_keep_their_order() -> None:
     """Set after set, every field."""
     people = draw_set(torch.arange(5), torch.arange(5) + 1, seed=5)
     part = identity_centres(people.embeddings, people.labels, 5)
-    both = join_centres([part, part])
+    both = join_centres(iter([part, part]), 2 * len(part))
     assert len(both) == 10
     assert both.images.tolist() == 2 * part.images.tolist()
     assert torch.equal(both.spread[5:], part.spread)
