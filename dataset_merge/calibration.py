@@ -220,18 +220,33 @@ def calibrate(
     wrong = tails[0].above(thresholds) * share
     # From where the share is lowest downwards: below, all that are left to join wrongly may have joined already.
     shares = wrong / np.maximum(joined, 1)
-    surest = int(shares.argmin())
-    at = int(np.flatnonzero(np.append(True, shares[:surest] > wrong_joins))[-1])
-    seen = float(tails[0].above(thresholds[at]))  # of the scores that the sets gave, those expected above it
+    at = _lowest(shares, int(shares.argmin()), wrong_joins)
     right = np.where(shares < 1 / 3, joined - wrong, 0)
     many = right >= max(_FEW, right.max() / 2)  # where most of the people in common would be joined
+    if not joined[at] and (shares[many] <= wrong_joins).any():  # above it, next to nobody and someone wrong
+        at = _lowest(shares, int(np.where(many, shares, np.inf).argmin()), wrong_joins)
+    within = any(one == other for one, other, _ in found)
+    if within and rule == "mutual":
+        advice = f"take --rule clusters, or {advice}"
+    seen = float(tails[0].above(thresholds[at]))  # of the scores that the sets gave, those expected above it
     if not joined[at] and many.any():
         raise CalibrationError(
-            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: about {right.max():,.0f} people seem to be in "
-            f"common, but to join half of them {shares[many].min():.1%} or more of the joins would be wrong (are there "
+            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: about {right.max():,.0f} people seem to be "
+            f"{'there twice' if within else 'in common'}, but to join half of them {shares[many].min():.1%} or more of the joins would be wrong (are there "
             f"wrong labels in the sets? --clean): allow as many with --wrong-joins, or {advice}"
         )
-    if shares[at] > wrong_joins or (joined[at] and seen * _REACH < 1):
+    if shares[at] > wrong_joins:
+        reason = (
+            "a set holds too many people twice for its own pairs to show how high different people score"
+            if within
+            else "different people inside the sets score too high"
+        )
+        raise CalibrationError(
+            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: at the best threshold, {thresholds[at]:.3f}, "
+            f"{shares[at]:.2%} of {joined[at]:,} joins would be wrong; {reason}: allow as many with --wrong-joins, or "
+            f"{advice}"
+        )
+    if joined[at] and seen * _REACH < 1:
         raise CalibrationError(
             f"--t auto cannot answer: {wrong_joins:.2%} wrong among {joined[at]:,} joins needs a threshold that "
             f"{seen:.2g} of the {compared:,.0f} pairs inside the sets are expected to reach, too far beyond what they "
@@ -239,7 +254,6 @@ def calibrate(
         )
     lowest, highest = np.percentile([float(tail.above(thresholds[at])) * share[at] for tail in tails[1:]], [5, 95])
     above = len(scores) - int(np.searchsorted(scores, thresholds[at]))
-    within = any(one == other for one, other, _ in found)
     calibration = Calibration(
         float(thresholds[at]),
         edges := np.linspace(min(scores[0], genuine.min(initial=1.0)), thresholds[-1], _BINS + 1),
@@ -259,6 +273,11 @@ def calibrate(
         explanation=_explain(calibration, tails[0], compared, people, wrong_joins, rule, len(genuine)),
         warning=_warning(calibration, above, seen, wrong_joins),
     )
+
+
+def _lowest(shares: NDArray[np.float64], start: int, wrong_joins: float) -> int:
+    """From `start` downwards the last one before the share of wrong joins is too high."""
+    return int(np.flatnonzero(np.append(True, shares[:start] > wrong_joins))[-1])
 
 
 def _warning(done: Calibration, above: int, seen: float, wrong_joins: float) -> str:

@@ -47,7 +47,7 @@ class Centres:
 
 
 def join_centres(parts: Iterable[Centres], identities: int) -> Centres:
-    """The centres of all parts, of `identities` in all, one after another. Of an iterator one part is held at a time."""
+    """The centres of all parts, `identities` in all, one after another. Of an iterator one part is held at a time."""
     joined: list[Tensor] = []
     start = 0
     for part in parts:
