@@ -33,7 +33,7 @@ from data.face_sets import open_face_set
 from dataset_merge.calibration import CalibrationError
 from dataset_merge.centres import Method, identity_centres
 from dataset_merge.deciding import Decided, MatchSettings, decide
-from dataset_merge.matching import top_matches
+from dataset_merge.matching import top_matches, usual_block
 from utils.plots import draw_curves
 
 # Of the halves that the rule was found on and measured on.
@@ -317,6 +317,7 @@ def speed(first: int, second: int, size: int, block: int, device: torch.device, 
     """
     generator = torch.Generator().manual_seed(0)
     rows, columns = (F.normalize(torch.randn(n, size, generator=generator)).to(device) for n in (first, second))
+    block = block or usual_block(device)
     buffer = rows.new_empty(block * block)
 
     def now() -> float:

@@ -223,7 +223,7 @@ def calibrate(
     at = _lowest(shares, int(shares.argmin()), wrong_joins)
     right = np.where(shares < 1 / 3, joined - wrong, 0)
     many = right >= max(_FEW, right.max() / 2)  # where most of the people in common would be joined
-    if not joined[at] and (shares[many] <= wrong_joins).any():  # above it, next to nobody and someone wrong
+    if not many[at] and (shares[many] <= wrong_joins).any():  # among the few highest pairs one wrong is a high share
         at = _lowest(shares, int(np.where(many, shares, np.inf).argmin()), wrong_joins)
     within = any(one == other for one, other, _ in found)
     if within and rule == "mutual":
@@ -232,8 +232,9 @@ def calibrate(
     if not joined[at] and many.any():
         raise CalibrationError(
             f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: about {right.max():,.0f} people seem to be "
-            f"{'there twice' if within else 'in common'}, but to join half of them {shares[many].min():.1%} or more of the joins would be wrong (are there "
-            f"wrong labels in the sets? --clean): allow as many with --wrong-joins, or {advice}"
+            f"{'there twice' if within else 'in common'}, but to join half of them {shares[many].min():.1%} or more of "
+            f"the joins would be wrong (are there wrong labels in the sets? --clean): allow as many with "
+            f"--wrong-joins, or {advice}"
         )
     if shares[at] > wrong_joins:
         reason = (

@@ -220,7 +220,7 @@ def test_too_many_people_who_are_there_twice_are_refused() -> None:
     says that, not that the answer is too far out.
     """
     part = draw_set(torch.cat([torch.arange(600), torch.arange(200)]), torch.full((800,), 3), seed=0)
-    with pytest.raises(CalibrationError, match="cannot keep wrong joins at 1.00%.*take --rule clusters, or give a t"):
+    with pytest.raises(CalibrationError, match=r"cannot keep wrong joins at 1.00%.*take --rule clusters, or give a t"):
         run([part], replace(AUTO, within=True))
 
 

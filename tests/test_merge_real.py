@@ -63,7 +63,7 @@ def test_people_who_are_in_one_set_twice(lfw: People) -> None:
         assert found.precision >= 0.9
         assert found.recall >= 0.85
     part = cut_within(lfw, part_of(lfw, "held-out"), 0.15, 0)
-    with pytest.raises(CalibrationError, match="a set holds too many people twice.*take --rule clusters"):
+    with pytest.raises(CalibrationError, match=r"a set holds too many people twice.*take --rule clusters"):
         merge(lfw, [part], MatchSettings(t=None, within=True))
     found = judge([part], merge(lfw, [part], MatchSettings(t=None, within=True, rule="clusters")))
     assert found.precision >= 0.93
