@@ -114,7 +114,10 @@ def sums(embeddings: Tensor, labels: Tensor, identities: int, keep: Tensor | Non
         own = labels[part]
         if keep is not None:
             rows, own = rows[keep[part]], own[keep[part]]
-        total.index_add_(0, own, rows)
+        if total.is_cuda:  # sorts them; index_add_ adds in any order there, and centres would differ from run to run
+            total.index_put_((own,), rows, accumulate=True)
+        else:
+            total.index_add_(0, own, rows)
     return total
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,8 +59,10 @@ def decide(
     names: Sequence[str],
     device: torch.device,
     ranks: Ranks | None = None,
+    folder: Path | None = None,
 ) -> Decided:
-    """Compare all sets with each other, and decide who is who; all `ranks` get the result.
+    """Compare all sets with each other, and decide who is who; all `ranks` get the result. What takes long is kept in
+    `folder`, and the next call goes on from there.
 
     For each set unit embeddings float32 [images, D], labels int64 [images] and the number of `identities`; `names` of
     the sets for messages. Raises CalibrationError where the sets cannot tell their threshold.
@@ -82,7 +85,8 @@ def decide(
     impostors = []
     if auto:
         impostors = [
-            impostor_scores(part, weight, settings.rule, settings.block, settings.seed, ranks) for part in centres
+            impostor_scores(part, weight, settings.rule, settings.block, settings.seed, ranks, folder)
+            for part in centres
         ]
         if not weight:  # half of the identities have someone else that near
             floor = float(np.median(np.concatenate([part.nearest for part in impostors])))
@@ -90,7 +94,7 @@ def decide(
     for one in range(len(centres)):
         for other in range(one if settings.within else one + 1, len(centres)):
             first, second = centres[one].vectors, None if one == other else centres[other].vectors
-            matches = top_matches(first, second, candidates, floor, settings.block, ranks)
+            matches = top_matches(first, second, candidates, floor, settings.block, ranks, folder)
             found.append((one, other, score_pairs(first, second, matches, weight)))
     calibration = None
     if auto:

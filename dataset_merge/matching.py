@@ -1,11 +1,16 @@
 """Who is who across sets: the most similar identities of long lists, in blocks, on a device, over several ranks."""
 
+import hashlib
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from utils.devices import full_precision
+from utils.files import atomic_write
 from utils.ranks import Ranks
 
 
@@ -28,44 +33,53 @@ def top_matches(
     floor: float = -1.0,
     block: int = 0,
     ranks: Ranks | None = None,
+    folder: Path | None = None,
 ) -> tuple[TopMatches, TopMatches]:
     """The most similar of `second` [M, D] for each of `first` [N, D], and the other way round; unit vectors, float32.
 
     Of each the best one is kept, whatever its cosine, and up to k - 1 more with cosines above `floor`. Without
     `second`: within `first`, each but itself; both results are then the same. Several `ranks` share the row blocks, and
-    all get the result.
+    all get the result. What takes long is kept in `folder`, by the vectors and all else that it depends on; a later
+    call goes on from there.
 
     Memory beside the vectors: 4 x block^2 bytes for the cosines, 12 x k x (N + M) for what is kept, and up to
-    800 x k x block while a block is looked through, never N x M. Blocks are 1024 wide on the CPU, whose caches hold such
-    a one, else 8192, or as `block` says. Of 1 M x 1 M identities with k = 8 on the CPU: 4 MB, 192 MB and 7 MB. Time:
-    that of the product, 2 x N x M x D operations, and two passes over each block for the maxima of parts of its rows
-    and of its columns; only those whose maximum beats what they have are looked at closer, which a floor makes few.
+    800 x k x block while a block is looked through, never N x M. Blocks are 1024 wide on the CPU, whose caches hold
+    such a one, else 8192, or as `block` says. Of 1 M x 1 M identities with k = 8 on the CPU: 4 MB, 192 MB and 7 MB.
+    Time: that of the product, 2 x N x M x D operations, and two passes over each block for the maxima of parts of its
+    rows and of its columns; only those whose maximum beats what they have are looked at closer, which a floor makes few.
     """
+    if second is not None and len(second) > len(first):  # more rows to share
+        columns, rows = top_matches(second, first, k, floor, block, ranks, folder)
+        return rows, columns
     ranks = ranks or Ranks()
     block = block or usual_block(first.device)
     within = second is None
-    columns = first if second is None else second
-    n, m = len(first), len(columns)
+    other = first if second is None else second
+    n, m = len(first), len(other)
+    # Of several ranks none should wait long for another one's last block. Within a set both sides have the same blocks.
+    row_block = block if ranks.size == 1 else max(1, min(block, -(-n // (_BLOCKS_EACH * ranks.size))))
+    column_block = row_block if within else block
     of_rows = _Kept(n, k, floor, first.device)
     of_columns = of_rows if within else _Kept(m, k, floor, first.device)
-    buffer = first.new_empty(_padded(min(block, n)) * _padded(min(block, m)))
+    kept = [of_rows] if within else [of_rows, of_columns]
+    saved = _Saved(folder, (first, second), (k, floor, row_block, column_block, ranks.rank, ranks.size), kept)
+    buffer = first.new_empty(_padded(min(row_block, n)) * _padded(min(column_block, m)))
     with full_precision(first.device):
-        for number, i in enumerate(range(0, n, block)):
-            if number % ranks.size != ranks.rank:
-                continue
-            rows = first[i : i + block]
-            for j in range(i if within else 0, m, block):
-                part = columns[j : j + block]
-                shape = _padded(len(rows)), _padded(len(part))
+        for i in range(saved.start + ranks.rank * row_block, n, ranks.size * row_block):
+            own = first[i : i + row_block]
+            for j in range(i if within else 0, m, column_block):
+                part = other[j : j + column_block]
+                shape = _padded(len(own)), _padded(len(part))
                 cosines = buffer[: shape[0] * shape[1]].view(shape)
-                torch.mm(rows, part.T, out=cosines[: len(rows), : len(part)])
-                cosines[len(rows) :] = -torch.inf
+                torch.mm(own, part.T, out=cosines[: len(own), : len(part)])
+                cosines[len(own) :] = -torch.inf
                 cosines[:, len(part) :] = -torch.inf
                 if within and i == j:
                     cosines.fill_diagonal_(-torch.inf)
                 of_rows.offer(cosines, 1, i, j)
                 if not (within and i == j):
                     of_columns.offer(cosines, 0, j, i)
+            saved.done(i + (ranks.size - ranks.rank) * row_block)
     of_rows.share(ranks)
     if not within:
         of_columns.share(ranks)
@@ -77,6 +91,10 @@ def usual_block(device: torch.device) -> int:
     return 1024 if device.type == "cpu" else 8192
 
 
+# Row blocks for each of several ranks, at least.
+_BLOCKS_EACH = 4
+# Seconds of work after which the matches so far are saved; what takes less is not.
+_SAVED_AFTER = 60.0
 # Rows whose matches several ranks exchange at once.
 _SHARED_AT_ONCE = 1 << 17
 # Candidates in a part: of each part the highest cosine is found first, and only the best parts are looked through.
@@ -156,3 +174,49 @@ class _Kept:
     def matches(self) -> TopMatches:
         return TopMatches(self.cosine, self.index)
 
+    def restore(self, cosine: Tensor, index: Tensor) -> None:
+        """Go on from what another one had kept."""
+        self.cosine.copy_(cosine)
+        self.index.copy_(index)
+        self.bar = torch.minimum(self.cosine[:, 0], self.cosine[:, -1].clamp(min=self.floor))
+
+
+class _Saved:
+    """The matches so far in a file of `folder` (None: nowhere), named by the `vectors` and the `settings`; what is
+    there already is given to `kept`, and `start` is the row to go on with.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        vectors: tuple[Tensor, Tensor | None],
+        settings: tuple[float, ...],
+        kept: Sequence[_Kept],
+    ) -> None:
+        self.start = 0
+        self._kept = kept
+        self._file = folder and folder / f"matches-{_digest(vectors, settings)}.pt"
+        self._last = time.monotonic()
+        if self._file and self._file.exists():
+            state = torch.load(self._file, map_location="cpu", weights_only=True)
+            self.start = state["start"]
+            for own, values in zip(kept, state["kept"], strict=True):
+                own.restore(*values)
+
+    def done(self, start: int) -> None:
+        """All rows before `start` are done, or some other rank's."""
+        if self._file is None or time.monotonic() - self._last < _SAVED_AFTER:
+            return
+        with atomic_write(self._file) as file:
+            torch.save({"start": start, "kept": [(own.cosine.cpu(), own.index.cpu()) for own in self._kept]}, file)
+        self._last = time.monotonic()
+
+
+def _digest(vectors: tuple[Tensor, Tensor | None], settings: tuple[float, ...]) -> str:
+    digest = hashlib.sha256(repr(settings).encode())
+    for part in vectors:
+        rows = part if part is not None else torch.empty(0)
+        digest.update(repr(tuple(rows.shape)).encode())
+        for start in range(0, len(rows), _SHARED_AT_ONCE):
+            digest.update(rows[start : start + _SHARED_AT_ONCE].cpu().numpy().data)
+    return digest.hexdigest()[:16]

@@ -114,7 +114,7 @@ def run_merge(config: Config, embedder: Embedder | None, sets: Sequence[FaceSet]
     if not merge.decisions:
         assert embedder is not None
         probes = [(test, embed(test.images, test.path)) for test in held_out]
-        compared = _compare(merge, sets, embeddings, probes, embedder.device, ranks)
+        compared = _compare(merge, sets, embeddings, probes, embedder.device, ranks, cache)
     if not ranks.first:
         return None
     decisions = _decisions(merge, sets, compared) if compared else read_decisions(Path(merge.decisions), sets)
@@ -182,6 +182,7 @@ def _compare(
     probes: Sequence[tuple[HeldOutSet, np.ndarray]],
     device: torch.device,
     ranks: Ranks,
+    cache: Path,
 ) -> _Compared:
     counts = [len(faces.identities) for faces in sets]
     if len(sets) > 1 or merge.within:
@@ -193,7 +194,7 @@ def _compare(
             wrong_joins=merge.wrong_joins,
         )
         names, labels = [str(faces.path) for faces in sets], [faces.labels for faces in sets]
-        decided = decide(embeddings, labels, counts, settings, names, device, ranks)
+        decided = decide(embeddings, labels, counts, settings, names, device, ranks, cache)
         grouping, calibration, centres = decided.grouping, decided.calibration, decided.centres
     else:
         grouping, calibration = None, None

@@ -16,7 +16,7 @@ import pytest
 from data.face_sets import open_face_set, write_face_set
 from data.images import decode_rgb, encode_jpeg
 from data.verification_bin import write_bin
-from dataset_merge import dataset_merge, deciding, merging
+from dataset_merge import dataset_merge, deciding, matching, merging
 from dataset_merge.calibration import Calibration
 from dataset_merge.deciding import Decided
 from tiny_faces import tiny_face
@@ -111,6 +111,20 @@ def test_a_warning_of_the_calibration_is_shown(
     merge(two_sets, tmp_path / "merged", tiny_run, "--dry-run")
     assert "odd labels" in capsys.readouterr().out
     assert "odd labels" in (tmp_path / "merged.dry_run" / "report.html").read_text()
+
+
+def test_what_a_dry_run_compared_is_not_compared_again(
+    tmp_path: Path, two_sets: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a dry run, or a kill while images are written, the same merge takes the matches from the cache."""
+    monkeypatch.setattr(matching, "_SAVED_AFTER", 0.0)
+    before = merge(two_sets, tmp_path / "merged", tiny_run, "--dry-run")
+
+    def offer(*_: Any) -> None:
+        raise AssertionError("compared again")
+
+    monkeypatch.setattr(matching._Kept, "offer", offer)
+    assert merge(two_sets, tmp_path / "merged", tiny_run) == before
 
 
 @pytest.mark.parametrize(

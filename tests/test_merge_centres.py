@@ -90,3 +90,13 @@ def test_labels_that_do_not_fit(labels: list[int], message: str) -> None:
     """Refused with the numbers, before anything is computed."""
     with pytest.raises(ValueError, match=message):
         identity_centres(torch.eye(3), torch.from_numpy(np.array(labels)), 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_centres_on_a_card_are_the_same_each_time() -> None:
+    """Sums in any order differ in the last bits, so that what was kept of a comparison would not be found again."""
+    embeddings = F.normalize(torch.randn(60_000, 128, generator=torch.Generator().manual_seed(0)))
+    labels = torch.randint(300, (60_000,), generator=torch.Generator().manual_seed(1))
+    first, *others = (identity_centres(embeddings, labels.cuda(), 300, "trimmed").vectors for _ in range(5))
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first.cpu(), identity_centres(embeddings, labels, 300, "trimmed").vectors)
