@@ -46,7 +46,7 @@ def top_matches(
     800 x k x block while a block is looked through, never N x M. Blocks are 1024 wide on the CPU, whose caches hold
     such a one, else 8192, or as `block` says. Of 1 M x 1 M identities with k = 8 on the CPU: 4 MB, 192 MB and 7 MB.
     Time: that of the product, 2 x N x M x D operations, and two passes over each block for the maxima of parts of its
-    rows and of its columns; only those whose maximum beats what they have are looked at closer, which a floor makes few.
+    rows and of its columns; only those whose maximum beats what they have are looked at closer: few, with a floor.
     """
     if second is not None and len(second) > len(first):  # more rows to share
         columns, rows = top_matches(second, first, k, floor, block, ranks, folder)
