@@ -33,7 +33,7 @@ from data.face_sets import open_face_set
 from dataset_merge.calibration import CalibrationError
 from dataset_merge.centres import Method, identity_centres
 from dataset_merge.deciding import Decided, MatchSettings, decide
-from dataset_merge.matching import top_matches
+from dataset_merge.matching import top_matches, usual_block
 from utils.plots import draw_curves
 
 # Of the halves that the rule was found on and measured on.
@@ -119,8 +119,24 @@ def _as_set(
     return CutSet(images, labels, person)
 
 
+def cut_within(people: People, chosen: NDArray[np.int64], share: float, seed: int) -> CutSet:
+    """One set of the people, of whom a share is there twice: `share` x len(chosen) of those with two images or more,
+    each with every other image under a name of its own.
+    """
+    generator = np.random.default_rng(seed)
+    order = np.argsort(people.person, kind="stable")
+    of_person = np.split(order, np.cumsum(np.bincount(people.person))[:-1])
+    several = [int(person) for person in generator.permutation(chosen) if len(of_person[person]) > 1]
+    twice = several[: round(share * len(chosen))]
+    members = [(int(person), of_person[person]) for person in chosen if int(person) not in set(twice)]
+    members += [(person, of_person[person][start::2]) for person in twice for start in (0, 1)]
+    return _as_set(people, members, 0.0, generator)
+
+
 def true_pairs(sets: Sequence[CutSet]) -> int:
-    """Pairs of identities of different sets that are one person."""
+    """Pairs of identities of different sets that are one person; of a single set those inside it."""
+    if len(sets) == 1:
+        return int(len(sets[0].person) - len(np.unique(sets[0].person)))
     total = 0
     for one, other in combinations(sets, 2):
         counts = np.bincount(other.person, minlength=int(one.person.max()) + 1)
@@ -146,14 +162,14 @@ def merge(people: People, sets: Sequence[CutSet], settings: MatchSettings) -> De
 
 
 def judge(sets: Sequence[CutSet], decided: Decided) -> Quality:
-    """Precision and recall of the groups, as pairs of identities of different sets."""
+    """Precision and recall of the groups, as pairs of identities of different sets; of a single set those inside it."""
     person = np.concatenate([part.person for part in sets])
     source, group = decided.source.numpy(), decided.grouping.group
     order = np.argsort(group, kind="stable")
     joined = right = 0
     for members in np.split(order, np.cumsum(np.bincount(group))[:-1]):
         for one, other in combinations(members.tolist(), 2):
-            if source[one] != source[other]:
+            if len(sets) == 1 or source[one] != source[other]:
                 joined += 1
                 right += bool(person[one] == person[other])
     return quality(joined, right, true_pairs(sets))
@@ -210,7 +226,7 @@ def prove(people: People, chosen: NDArray[np.int64], name: str, seeds: int, outp
     for way, (count, most, noise) in ways.items():
         results: dict[str, list[Quality]] = {}
         expected: list[float] = []
-        refused: dict[str, int] = {}
+        refused: set[str] = set()
         for seed in range(seeds):
             sets = cut(people, chosen, count, seed, most, noise)
             results.setdefault("best fixed, all pairs", []).append(best_fixed(people, sets, False)[0])
@@ -224,7 +240,7 @@ def prove(people: People, chosen: NDArray[np.int64], name: str, seeds: int, outp
                 try:
                     decided = merge(people, sets, MatchSettings(None, method, wrong_joins=share))
                 except CalibrationError:
-                    refused[rule] = refused.get(rule, 0) + 1
+                    refused.add(rule)
                     continue
                 results.setdefault(rule, []).append(judge(sets, decided))
                 if rule == "--t auto, mean" and decided.calibration:
@@ -236,17 +252,41 @@ def prove(people: People, chosen: NDArray[np.int64], name: str, seeds: int, outp
                     f"{name}, {way}",
                     output / f"{name}_{way}.png".replace(" ", "_").replace(",", "").replace("_%", ""),
                 )
-        for rule, values in results.items():
-            cells = [
-                f"{np.mean(v):.4f} ± {np.std(v):.4f}"
-                for v in ([q.precision for q in values], [q.recall for q in values], [q.f1 for q in values])
-            ]
-            told = f" ({refused[rule]} of {seeds} cuts refused)" if rule in refused else ""
-            rows.append(f"| {name}: {way} | {rule}{told} | {' | '.join(cells)} |")
+        rows += [_row(f"{name}: {way}", rule, values, seeds) for rule, values in results.items()]
         shares = f"{100 * np.mean(expected):.2f} %" if expected else "unknown"
-        rows += [f"| {name}: {way} | {rule} | refused | | |" for rule in refused if rule not in results]
+        rows += [_row(f"{name}: {way}", rule, [], seeds) for rule in refused - results.keys()]
         print(*(row for row in rows if f" {name}: {way} |" in row), f"(expected wrong: {shares})", sep="\n", flush=True)
     return rows
+
+
+def prove_within(people: People, chosen: NDArray[np.int64], name: str, seeds: int) -> list[str]:
+    """The table's rows for one set with people who are in it twice."""
+    rows = []
+    for share in (0.01, 0.05, 0.15):
+        for rule, settings in {
+            "--t 0.65 --within": MatchSettings(within=True),
+            "--t auto --within": MatchSettings(None, within=True),
+            "--t auto --within --rule clusters": MatchSettings(None, within=True, rule="clusters"),
+        }.items():
+            results = []
+            for seed in range(seeds):
+                part = cut_within(people, chosen, share, seed)
+                try:
+                    results.append(judge([part], merge(people, [part], settings)))
+                except CalibrationError:
+                    continue
+            rows.append(_row(f"{name}: {100 * share:g} % twice", rule, results, seeds))
+            print(rows[-1], flush=True)
+    return rows
+
+
+def _row(cut_name: str, rule: str, results: Sequence[Quality], seeds: int) -> str:
+    """A line of the table; of `seeds` cuts those without a result were refused."""
+    if not results:
+        return f"| {cut_name} | {rule} | refused | | |"
+    values = ([q.precision for q in results], [q.recall for q in results], [q.f1 for q in results])
+    refused = f" ({seeds - len(results)} of {seeds} cuts refused)" if len(results) < seeds else ""
+    return f"| {cut_name} | {rule}{refused} | {' | '.join(f'{np.mean(v):.4f} ± {np.std(v):.4f}' for v in values)} |"
 
 
 def draw(people: People, sets: Sequence[CutSet], title: str, path: Path) -> None:
@@ -277,6 +317,7 @@ def speed(first: int, second: int, size: int, block: int, device: torch.device, 
     """
     generator = torch.Generator().manual_seed(0)
     rows, columns = (F.normalize(torch.randn(n, size, generator=generator)).to(device) for n in (first, second))
+    block = block or usual_block(device)
     buffer = rows.new_empty(block * block)
 
     def now() -> float:
@@ -326,7 +367,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for the table and the curves")
     parser.add_argument("--celeba", action="store_true", help="faces_celeba5k too")
     parser.add_argument("--speed", help="measure a comparison instead: N,M,D")
-    parser.add_argument("--block", type=int, default=1024, help="of --speed")
+    parser.add_argument("--block", type=int, default=0, help="of --speed; 0: as in a merge")
     parser.add_argument("--repeats", type=int, default=3, help="of --speed: the least time of so many counts")
     options = parser.parse_args()
     if options.speed:
@@ -344,7 +385,9 @@ def main() -> None:
     rows = ["| cut | rule | precision | recall | F1 |", "|---|---|---|---|---|"]
     for name, path in sets.items():
         people = embed(path, weights, options.cache)
-        rows += prove(people, part_of(people, options.part, options.part_seed), name, options.seeds, options.output)
+        chosen = part_of(people, options.part, options.part_seed)
+        rows += prove(people, chosen, name, options.seeds, options.output)
+        rows += prove_within(people, chosen, name, options.seeds)
     if options.output:
         (options.output / "merge.md").write_text("\n".join(rows) + "\n")
 

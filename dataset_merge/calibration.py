@@ -7,32 +7,37 @@ less what the smaller number of images takes off. docs/merging_threshold.md has 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset_merge.centres import Centres, identity_centres
+from dataset_merge.centres import Centres, sums
 from dataset_merge.grouping import Pairs, Rule, mutual_best
 from dataset_merge.matching import top_matches
 from dataset_merge.scores import score_pairs
+from dataset_merge.tails import Tail, fit_tails
 from dataset_merge.unit_rows import Rows
 from utils.ranks import Ranks
 
 # Identities of a set that are compared with each other, at most; more are sampled.
 _SAMPLE = 200_000
+# Identities of a set that are cut in halves, at most; more are sampled.
+_HALVED = 50_000
 # Below these numbers nothing is said about a tail.
 _LEAST_IDENTITIES = 200
 _LEAST_SCORES = 50
-# Scores that the tail is fitted to, at most.
-_FITTED = 2000
-_RESAMPLED = 200
 # A share of wrong joins that needs more than so many times the pairs that were compared is not extrapolated to.
 _REACH = 100.0
 _BINS = 400
 # Thresholds that fewer of the sets' own pairs reach rest on the fitted tail.
 _FEW = 10.0
+# With so many times the share of wrong joins that was asked for, by the scores as they are, there is a warning. LFW
+# with its own labels has up to 2.3, with 5 % of wrong ones 2.8 and more (docs/merging_threshold.md).
+_WARNED = 2.5
 
 
 class CalibrationError(ValueError):
@@ -71,6 +76,8 @@ class Calibration:
     scores, for a picture. `expected_wrong` of `expected_joins`, with its 90 % range. `extrapolated`: the threshold lies
     beyond what the sets' own pairs reach. `equivalent_cosine`: that reaches the threshold against the usual rival.
     `expected_recall`: share of halves that would be joined, NaN without halves. `explanation`: paragraphs.
+    `counted_wrong`: wrong joins expected if all scores inside the sets are of different people, those too that look
+    like one person under two names; NaN where such people are looked for. `warning`: where it is far more; or empty.
     """
 
     threshold: float
@@ -84,27 +91,20 @@ class Calibration:
     extrapolated: bool
     equivalent_cosine: float
     expected_recall: float
-
-
-@dataclass(frozen=True)
-class Tail:
-    """Survival of impostor scores above `start`: `count` of them, generalised Pareto with `shape` and `scale`."""
-
-    start: float
-    count: float
-    shape: float
-    scale: float
-
-    def above(self, score: NDArray[np.float64] | float) -> NDArray[np.float64]:
-        """Expected number of impostor scores above `score`, which is not below `start`."""
-        excess = np.maximum(np.asarray(score, np.float64) - self.start, 0)
-        return self.count * _survival(excess, self.shape, self.scale)
+    counted_wrong: float
+    warning: str = ""
 
 
 def impostor_scores(
-    centres: Centres, rival_weight: float, rule: Rule, block: int, seed: int, ranks: Ranks | None = None
+    centres: Centres,
+    rival_weight: float,
+    rule: Rule,
+    block: int,
+    seed: int,
+    ranks: Ranks | None = None,
+    folder: Path | None = None,
 ) -> Impostors:
-    """Match a set, or a sample of a large one, with itself by the rule of the merge."""
+    """Match a set, or a sample of a large one, with itself by the rule of the merge. `folder`: as of top_matches."""
     filled = (centres.images > 0).nonzero().flatten()
     if len(filled) > _SAMPLE:
         chosen = np.sort(np.random.default_rng(seed).permutation(len(filled))[:_SAMPLE])
@@ -113,7 +113,7 @@ def impostor_scores(
     count = len(vectors)
     if count < 2:
         return Impostors(np.empty(0), 0.0, np.empty(0))
-    matches = top_matches(vectors, None, 2 if rule == "mutual" else 8, -1.0, block, ranks)
+    matches = top_matches(vectors, None, 2 if rule == "mutual" else 8, -1.0, block, ranks, folder)
     pairs = score_pairs(vectors, None, matches, rival_weight)
     nearest = matches[0].cosine[:, 0].double().cpu().numpy()
     scores = pairs.score
@@ -128,7 +128,10 @@ def impostor_scores(
 
 
 def half_scores(embeddings: Rows, labels: Tensor, centres: Centres, impostors: Impostors, seed: int) -> Halves:
-    """Cut each identity with two images or more in two at random, and compare the halves."""
+    """Cut each identity with two images or more in two at random, and compare the halves; of many a sample.
+
+    Memory: 6 x D bytes for each half, and 40 bytes an image.
+    """
     device = labels.device
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(len(labels), generator=generator).to(device).argsort()
@@ -136,10 +139,17 @@ def half_scores(embeddings: Rows, labels: Tensor, centres: Centres, impostors: I
     starts = centres.images.cumsum(0) - centres.images
     place = torch.empty_like(labels)
     place[order] = torch.arange(len(labels), device=device) - starts[labels[order]]
-    half = identity_centres(embeddings, 2 * labels + place % 2, 2 * len(centres), "mean")
-    both = centres.images >= 2
-    cosine = (half.vectors[0::2] * half.vectors[1::2]).sum(1)[both].double().cpu().numpy()
-    sizes = half.images.view(-1, 2)[both].cpu().numpy()
+    chosen = (centres.images >= 2).nonzero().flatten()
+    if len(chosen) > _HALVED:
+        sample = np.sort(np.random.default_rng(seed).permutation(len(chosen))[:_HALVED])
+        chosen = chosen[torch.from_numpy(sample).to(device)]
+    number = torch.full((len(centres),), -1, dtype=torch.int64, device=device)
+    number[chosen] = torch.arange(len(chosen), device=device)
+    half = 2 * number[labels] + place % 2
+    vectors = sums(embeddings, half, 2 * len(chosen), half >= 0).view(len(chosen), 2, embeddings.shape[1])
+    F.normalize(vectors, dim=2, out=vectors)
+    cosine = (vectors[:, 0] * vectors[:, 1]).sum(1).double().cpu().numpy()
+    sizes = torch.bincount(half[half >= 0], minlength=2 * len(chosen)).view(-1, 2).cpu().numpy()
     # Halves that are no more alike than strangers are not of one person: labels are wrong now and then.
     sure = cosine > np.median(impostors.nearest) if len(impostors.nearest) else np.ones(len(cosine), bool)
     alone = sure & (sizes.max(1, initial=0) == 1)
@@ -171,71 +181,15 @@ def _genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres], seed: 
 
     Each half pair stands for its whole identity against one of any set with as many images as one drawn there has.
     """
-    generator = np.random.default_rng(seed)
-    images = np.concatenate([part.images.cpu().numpy() for part in centres])
+    # Sorted, and drawn from anew for each set: the order of the sets must not show.
+    images = np.sort(np.concatenate([part.images.cpu().numpy() for part in centres]))
     parts = []
     for part in halves:
         if len(part.cosine):
-            other = generator.choice(images[images > 0], len(part.cosine))
+            other = np.random.default_rng(seed).choice(images[images > 0], len(part.cosine))
             factor = expected_cosine(part.alike, part.whole, other) / expected_cosine(part.alike, *part.sizes.T)
             parts.append(np.minimum(part.cosine * factor, 1) - part.rival)
     return np.concatenate(parts) if parts else np.empty(0)
-
-
-def _survival(excess: NDArray[np.float64], shape: NDArray | float, scale: NDArray | float) -> NDArray[np.float64]:
-    """1 - CDF of the generalised Pareto distribution with a shape of 0 or less."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inside = np.maximum(1 + np.asarray(shape) * excess / scale, 0)
-        return np.where(np.asarray(shape) == 0, np.exp(-excess / scale), inside ** (-1 / np.asarray(shape)))
-
-
-def fit_tails(
-    scores: NDArray[np.float64],
-    maxima: NDArray[np.float64],
-    genuine: NDArray[np.float64],
-    seed: int,
-    resampled: int = _RESAMPLED,
-) -> list[Tail]:
-    """The tail of impostor scores, and its fits to `resampled` bootstrap samples, by maximum likelihood on a grid.
-
-    The sets hold some people twice, under two names, and their scores are no impostors': the scores above the median
-    are taken as a mixture of a generalised Pareto distribution (Pickands 1975; shape -0.3 to 0, thin tails) and of such
-    pairs, half of which score as `genuine` do and half evenly up to 1: where labels are wrong, two identities often
-    share some images only. The scale is 0.7 to 1.4 times that of the Gumbel distribution whose lower half `maxima` have
-    (each the highest score of someone): there are few such pairs in it.
-    """
-    top = np.sort(scores)[::-1][: min(len(scores) // 2 + 1, _FITTED)]
-    start, top = float(top[-1]), top[:-1]
-    excess = top - start
-    # Gumbel's quantiles: Q(0.5) - Q(0.1) = scale x (ln ln 10 - ln ln 2). Few of the lower half are one person twice.
-    lower, middle = np.percentile(maxima, [10, 50])
-    width = max(float(middle - lower) / (np.log(np.log(10)) - np.log(np.log(2))), 1e-6)
-    shapes = np.array([-0.3, -0.25, -0.2, -0.15, -0.1, -0.05, 0.0])
-    scales = width * np.geomspace(0.7, 1.4, 36)
-    same = np.array([0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
-    shape, scale, share = (grid.ravel() for grid in np.meshgrid(shapes, scales, same, indexing="ij"))
-    high = genuine[genuine > start]
-    span = max(1 - start, float(excess.max(initial=0)), 1e-6)
-    twice = np.full(len(top), 1 / span)
-    if len(high) >= 50:
-        counts, edges = np.histogram(high, bins=20, range=(start, start + span))
-        density = (counts + 0.5) / (counts + 0.5).sum() / (edges[1] - edges[0])
-        twice = (density[np.clip(np.digitize(top, edges) - 1, 0, 19)] + twice) / 2
-    with np.errstate(divide="ignore", invalid="ignore"):
-        fine = [
-            np.where(s == 0, np.exp(-excess / b), np.maximum(1 + s * excess / b, 0) ** (-1 / (s or 1) - 1)) / b
-            for s in shapes
-            for b in scales
-        ]
-    one = np.stack(fine)  # [shapes x scales, scores]
-    likelihood = np.log(
-        (1 - same)[None, :, None] * one[:, None] + same[None, :, None] * twice + 1e-12, dtype=np.float64
-    ).reshape(-1, len(top))
-    generator = np.random.default_rng(seed)
-    weights = generator.multinomial(len(top), np.full(len(top), 1 / len(top)), size=resampled).T
-    weights = np.concatenate([np.ones((len(top), 1)), weights], 1)
-    best = (likelihood @ weights).argmax(0)
-    return [Tail(start, len(top) * (1 - share[i]), float(shape[i]), float(scale[i])) for i in best]
 
 
 def calibrate(
@@ -256,7 +210,7 @@ def calibrate(
     scores = np.sort(np.concatenate([part.scores for part in impostors]))
     compared = sum(part.compared for part in impostors)
     people = [int((part.images > 0).sum()) for part in centres]
-    largest = int(np.argmax(people))
+    largest = max(range(len(people)), key=lambda number: (people[number], impostors[number].usual_rival))
     advice = "give a threshold (--t 0.65, say), and look at the pairs next to it in the report"
     if people[largest] < _LEAST_IDENTITIES or len(scores) < _LEAST_SCORES:
         raise CalibrationError(
@@ -274,25 +228,41 @@ def calibrate(
     wrong = tails[0].above(thresholds) * share
     # From where the share is lowest downwards: below, all that are left to join wrongly may have joined already.
     shares = wrong / np.maximum(joined, 1)
-    surest = int(shares.argmin())
-    at = int(np.flatnonzero(np.append(True, shares[:surest] > wrong_joins))[-1])
-    seen = float(tails[0].above(thresholds[at]))  # of the scores that the sets gave, those expected above it
+    at = _lowest(shares, int(shares.argmin()), wrong_joins)
     right = np.where(shares < 1 / 3, joined - wrong, 0)
     many = right >= max(_FEW, right.max() / 2)  # where most of the people in common would be joined
+    if not many[at] and (shares[many] <= wrong_joins).any():  # among the few highest pairs one wrong is a high share
+        at = _lowest(shares, int(np.where(many, shares, np.inf).argmin()), wrong_joins)
+    within = any(one == other for one, other, _ in found)
+    if within and rule == "mutual":
+        advice = f"take --rule clusters, or {advice}"
+    seen = float(tails[0].above(thresholds[at]))  # of the scores that the sets gave, those expected above it
     if not joined[at] and many.any():
         raise CalibrationError(
-            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: about {right.max():,.0f} people seem to be in "
-            f"common, but to join half of them {shares[many].min():.1%} or more of the joins would be wrong (are there "
-            f"wrong labels in the sets? --clean): allow as many with --wrong-joins, or {advice}"
+            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: about {right.max():,.0f} people seem to be "
+            f"{'there twice' if within else 'in common'}, but to join half of them {shares[many].min():.1%} or more of "
+            f"the joins would be wrong (are there wrong labels in the sets? --clean): allow as many with "
+            f"--wrong-joins, or {advice}"
         )
-    if shares[at] > wrong_joins or (joined[at] and seen * _REACH < 1):
+    if shares[at] > wrong_joins:
+        reason = (
+            "a set holds too many people twice for its own pairs to show how high different people score"
+            if within
+            else "different people inside the sets score too high"
+        )
+        raise CalibrationError(
+            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: at the best threshold, {thresholds[at]:.3f}, "
+            f"{shares[at]:.2%} of {joined[at]:,} joins would be wrong; {reason}: allow as many with --wrong-joins, or "
+            f"{advice}"
+        )
+    if joined[at] and seen * _REACH < 1:
         raise CalibrationError(
             f"--t auto cannot answer: {wrong_joins:.2%} wrong among {joined[at]:,} joins needs a threshold that "
             f"{seen:.2g} of the {compared:,.0f} pairs inside the sets are expected to reach, too far beyond what they "
             f"show: allow more wrong joins (--wrong-joins), or {advice}"
         )
     lowest, highest = np.percentile([float(tail.above(thresholds[at])) * share[at] for tail in tails[1:]], [5, 95])
-    rivals = np.concatenate([part.rival for part in halves])
+    above = len(scores) - int(np.searchsorted(scores, thresholds[at]))
     calibration = Calibration(
         float(thresholds[at]),
         edges := np.linspace(min(scores[0], genuine.min(initial=1.0)), thresholds[-1], _BINS + 1),
@@ -305,9 +275,34 @@ def calibrate(
         seen < _FEW,
         float(thresholds[at] + impostors[largest].usual_rival),
         float((genuine >= thresholds[at]).mean()) if len(genuine) else float("nan"),
+        float("nan") if within else above * float(share[at]),
     )
     return replace(
-        calibration, explanation=_explain(calibration, tails[0], compared, people, wrong_joins, rule, len(rivals))
+        calibration,
+        explanation=_explain(calibration, tails[0], compared, people, wrong_joins, rule, len(genuine)),
+        warning=_warning(calibration, above, seen, wrong_joins),
+    )
+
+
+def _lowest(shares: NDArray[np.float64], start: int, wrong_joins: float) -> int:
+    """From `start` downwards the last one before the share of wrong joins is too high."""
+    return int(np.flatnonzero(np.append(True, shares[:start] > wrong_joins))[-1])
+
+
+def _warning(done: Calibration, above: int, seen: float, wrong_joins: float) -> str:
+    """What to say where many pairs inside the sets score as one person does; `seen`: what the tail expects of them.
+
+    The tail leaves such pairs out, as people whom a set holds twice. Wrong labels make them, too, and wrong joins with
+    them: an identity with images of someone else is joined with that one's identity in another set.
+    """
+    if above < _FEW or not done.counted_wrong > _WARNED * wrong_joins * done.expected_joins:
+        return ""
+    return (
+        f"The share of wrong joins may be far above {wrong_joins:.2%}: {above:,} pairs of identities inside the sets "
+        f"reach the threshold, {seen:,.0f} would for different people. Either the sets hold people twice, or labels "
+        f"are wrong; then {done.counted_wrong / max(done.expected_joins, 1):.1%} of the joins may well be wrong, "
+        "and more with --centre medoid. Look at --clean report, keep to --centre mean or trimmed, and judge the pairs "
+        "next to the threshold in the report."
     )
 
 
@@ -355,11 +350,12 @@ def _explain(
 ) -> list[str]:
     """The calibration in words."""
     low, high = done.expected_wrong_range
+    counted = "" if np.isnan(done.counted_wrong) else f", or {done.counted_wrong:.1f} with all that score so in a set"
     texts = [
         f"The threshold is {done.threshold:.3f}, a cosine of {done.equivalent_cosine:.3f} for a pair with the usual "
         f"rival. {done.expected_joins:,.0f} pairs reach it, of which {done.expected_wrong:.1f} ({low:.1f} to "
-        f"{high:.1f}, 90 % range of the fit) are expected to be different people: it is the lowest threshold that "
-        f"keeps this share at {wrong_joins:.2%}.",
+        f"{high:.1f}, 90 % range of the fit{counted}) are expected to be different people: it is the lowest threshold "
+        f"that keeps this share at {wrong_joins:.2%}.",
         f"How high different people score was seen on {compared:,.0f} pairs of identities that one set holds apart "
         f"(sets of {', '.join(f'{n:,}' for n in people)} identities). The scores above {tail.start:.3f} follow a "
         f"generalised Pareto tail with shape {tail.shape:g} and scale {tail.scale:.3f}; pairs in it that look like one "

@@ -5,7 +5,7 @@ person's; the trimmed mean and the medoid hold as long as more than half of an i
 neither can be called the wrong one, so both count there (mean, trimmed) or the first is taken (medoid).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -22,7 +22,7 @@ _TRIM = 0.6
 _TRIM_ROUNDS = 3
 
 # Images that are worked on at once.
-_CHUNK = 1 << 17
+_CHUNK = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,24 @@ class Centres:
     def __len__(self) -> int:
         return len(self.vectors)
 
+    def split(self, identities: Sequence[int]) -> list["Centres"]:
+        """Views of as many identities each, one after another."""
+        values = (getattr(self, field.name).split(list(identities)) for field in fields(self))
+        return [Centres(*parts) for parts in zip(*values, strict=True)]
 
-def join_centres(parts: Sequence[Centres]) -> Centres:
-    """The centres of all parts, one after another."""
-    return Centres(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Centres)))
+
+def join_centres(parts: Iterable[Centres], identities: int) -> Centres:
+    """The centres of all parts, `identities` in all, one after another. Of an iterator one part is held at a time."""
+    joined: list[Tensor] = []
+    start = 0
+    for part in parts:
+        values = [getattr(part, field.name) for field in fields(Centres)]
+        joined = joined or [value.new_empty(identities, *value.shape[1:]) for value in values]
+        for whole, value in zip(joined, values, strict=True):
+            whole[start : start + len(part)] = value
+        start += len(part)
+        del part, values, value
+    return Centres(*joined)
 
 
 def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: Method = "mean") -> Centres:
@@ -56,7 +70,8 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
     vector before is at least 0.6 of the identity's median cosine with it.
 
     `embeddings` may lie elsewhere (see unit_rows.py) and go to the device in chunks. Memory there: 4 x D bytes an
-    identity, twice, and 30 bytes an image. Raises ValueError for labels that do not fit.
+    identity (medoid: three times, trimmed: four times as much), and 30 bytes an image. Raises ValueError for labels
+    that do not fit.
     """
     if len(embeddings) != len(labels):
         raise ValueError(f"{len(embeddings)} embeddings, but {len(labels)} labels")
@@ -64,7 +79,7 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
         raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} for {identities} identities")
     images = torch.bincount(labels, minlength=identities)
     used = images
-    vectors = _sums(embeddings, labels, identities)
+    vectors = sums(embeddings, labels, identities)
     if method != "mean":
         # The sum of an image's cosines with the others of its identity is x . (sum - x), and x . x = 1.
         best = _first_best(_cosines(embeddings, labels, vectors), labels, identities)
@@ -79,9 +94,9 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
         for _ in range(_TRIM_ROUNDS):
             cosines = _cosines(embeddings, labels, F.normalize(vectors))
             keep = (cosines >= _TRIM * _medians(cosines, labels, images)[labels]) | (images[labels] <= 2)
-            vectors = _sums(embeddings, labels, identities, keep)
+            vectors = sums(embeddings, labels, identities, keep)
             used = torch.bincount(labels[keep], minlength=identities)
-    vectors = F.normalize(vectors)
+    F.normalize(vectors, out=vectors)
     total = torch.zeros(identities, device=labels.device)
     total.index_add_(0, labels, _cosines(embeddings, labels, vectors))
     spread = torch.where(images > 1, 1 - total / images.clamp(min=1), 0).clamp(min=0)
@@ -94,14 +109,18 @@ def _chunks(embeddings: Rows, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, embeddings[part].to(labels.device, torch.float32)
 
 
-def _sums(embeddings: Rows, labels: Tensor, identities: int, keep: Tensor | None = None) -> Tensor:
-    sums = torch.zeros(identities, embeddings.shape[1], device=labels.device)
+def sums(embeddings: Rows, labels: Tensor, identities: int, keep: Tensor | None = None) -> Tensor:
+    """The sum of the embeddings of each identity, float32 [identities, D]; `keep`: bool [images], those that count."""
+    total = torch.zeros(identities, embeddings.shape[1], device=labels.device)
     for part, rows in _chunks(embeddings, labels):
         own = labels[part]
         if keep is not None:
             rows, own = rows[keep[part]], own[keep[part]]
-        sums.index_add_(0, own, rows)
-    return sums
+        if total.is_cuda:  # sorts them; index_add_ adds in any order there, and centres would differ from run to run
+            total.index_put_((own,), rows, accumulate=True)
+        else:
+            total.index_add_(0, own, rows)
+    return total
 
 
 def _cosines(embeddings: Rows, labels: Tensor, vectors: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,18 +60,22 @@ def decide(
     names: Sequence[str],
     device: torch.device,
     ranks: Ranks | None = None,
+    folder: Path | None = None,
 ) -> Decided:
-    """Compare all sets with each other, and decide who is who; all `ranks` get the result.
+    """Compare all sets with each other, and decide who is who; all `ranks` get the result. What takes long is kept in
+    `folder`, and the next call goes on from there.
 
     For each set unit embeddings float32 [images, D], labels int64 [images] and the number of `identities`; `names` of
     the sets for messages. Raises CalibrationError where the sets cannot tell their threshold.
     """
     rows: list[Rows] = [part if isinstance(part, UnitRows) else _as_tensor(part) for part in embeddings]
     classes = [_as_tensor(part).to(device) for part in labels]
-    centres = [
+    made = (
         identity_centres(part, own, count, settings.method)
         for part, own, count in zip(rows, classes, identities, strict=True)
-    ]
+    )
+    everyone = join_centres(made, sum(identities))
+    centres = everyone.split(identities)
     offsets = np.concatenate([[0], np.cumsum([len(part) for part in centres])])
     source = np.repeat(np.arange(len(centres)), np.diff(offsets))
     # Without the assumption that an identity has one counterpart in a set at most, no other one speaks against it.
@@ -81,7 +86,8 @@ def decide(
     impostors = []
     if auto:
         impostors = [
-            impostor_scores(part, weight, settings.rule, settings.block, settings.seed, ranks) for part in centres
+            impostor_scores(part, weight, settings.rule, settings.block, settings.seed, ranks, folder)
+            for part in centres
         ]
         if not weight:  # half of the identities have someone else that near
             floor = float(np.median(np.concatenate([part.nearest for part in impostors])))
@@ -89,7 +95,7 @@ def decide(
     for one in range(len(centres)):
         for other in range(one if settings.within else one + 1, len(centres)):
             first, second = centres[one].vectors, None if one == other else centres[other].vectors
-            matches = top_matches(first, second, candidates, floor, settings.block, ranks)
+            matches = top_matches(first, second, candidates, floor, settings.block, ranks, folder)
             found.append((one, other, score_pairs(first, second, matches, weight)))
     calibration = None
     if auto:
@@ -104,9 +110,7 @@ def decide(
     threshold = calibration.threshold if calibration else settings.t
     assert threshold is not None
     grouping = group_identities(source, pairs, threshold, settings.rule, settings.within)
-    everyone = join_centres(
-        [Centres(*(v.cpu() for v in (part.vectors, part.images, part.used, part.spread))) for part in centres]
-    )
+    everyone = Centres(*(v.cpu() for v in (everyone.vectors, everyone.images, everyone.used, everyone.spread)))
     return Decided(everyone, torch.from_numpy(source), grouping, calibration)
 
 

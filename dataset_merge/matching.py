@@ -1,11 +1,16 @@
 """Who is who across sets: the most similar identities of long lists, in blocks, on a device, over several ranks."""
 
+import hashlib
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from utils.devices import full_precision
+from utils.files import atomic_write
 from utils.ranks import Ranks
 
 
@@ -28,49 +33,77 @@ def top_matches(
     floor: float = -1.0,
     block: int = 0,
     ranks: Ranks | None = None,
+    folder: Path | None = None,
 ) -> tuple[TopMatches, TopMatches]:
     """The most similar of `second` [M, D] for each of `first` [N, D], and the other way round; unit vectors, float32.
 
     Of each the best one is kept, whatever its cosine, and up to k - 1 more with cosines above `floor`. Without
     `second`: within `first`, each but itself; both results are then the same. Several `ranks` share the row blocks, and
-    all get the result.
+    all get the result. What takes long is kept in `folder`, by the vectors and all else that it depends on; a later
+    call goes on from there.
 
-    Memory beside the vectors: 4 x block^2 bytes for the cosines and 12 x k x (N + M) for what is kept, never N x M.
-    Blocks are 1024 wide on the CPU, whose caches hold such a one, else 8192, or as `block` says. Of 1 M x 1 M
-    identities with k = 8 on the CPU: 4 MB and 192 MB. Time: that of the product, 2 x N x M x D operations, and two
-    passes over each block for the maxima of its rows and of its columns; only rows and columns whose maximum beats
-    what they have are looked at closer, which a floor makes few.
+    Memory beside the vectors: 4 x block^2 bytes for the cosines, 12 x k x (N + M) for what is kept, and up to
+    800 x k x block while a block is looked through, never N x M. Blocks are 1024 wide on the CPU, whose caches hold
+    such a one, else 8192, or as `block` says. Of 1 M x 1 M identities with k = 8 on the CPU: 4 MB, 192 MB and 7 MB.
+    Time: that of the product, 2 x N x M x D operations, and two passes over each block for the maxima of parts of its
+    rows and of its columns; only those whose maximum beats what they have are looked at closer: few, with a floor.
     """
+    if second is not None and len(second) > len(first):  # more rows to share
+        columns, rows = top_matches(second, first, k, floor, block, ranks, folder)
+        return rows, columns
     ranks = ranks or Ranks()
-    block = block or (1024 if first.device.type == "cpu" else 8192)
+    block = block or usual_block(first.device)
     within = second is None
-    columns = first if second is None else second
-    n, m = len(first), len(columns)
+    other = first if second is None else second
+    n, m = len(first), len(other)
+    # Of several ranks none should wait long for another one's last block. Within a set both sides have the same blocks.
+    row_block = block if ranks.size == 1 else max(1, min(block, -(-n // (_BLOCKS_EACH * ranks.size))))
+    column_block = row_block if within else block
     of_rows = _Kept(n, k, floor, first.device)
     of_columns = of_rows if within else _Kept(m, k, floor, first.device)
-    buffer = first.new_empty(min(block, n) * min(block, m))
+    kept = [of_rows] if within else [of_rows, of_columns]
+    saved = _Saved(folder, (first, second), (k, floor, row_block, column_block, ranks.rank, ranks.size), kept)
+    buffer = first.new_empty(_padded(min(row_block, n)) * _padded(min(column_block, m)))
     with full_precision(first.device):
-        for number, i in enumerate(range(0, n, block)):
-            if number % ranks.size != ranks.rank:
-                continue
-            rows = first[i : i + block]
-            for j in range(i if within else 0, m, block):
-                part = columns[j : j + block]
-                cosines = buffer[: len(rows) * len(part)].view(len(rows), len(part))
-                torch.mm(rows, part.T, out=cosines)
+        for i in range(saved.start + ranks.rank * row_block, n, ranks.size * row_block):
+            own = first[i : i + row_block]
+            for j in range(i if within else 0, m, column_block):
+                part = other[j : j + column_block]
+                shape = _padded(len(own)), _padded(len(part))
+                cosines = buffer[: shape[0] * shape[1]].view(shape)
+                torch.mm(own, part.T, out=cosines[: len(own), : len(part)])
+                cosines[len(own) :] = -torch.inf
+                cosines[:, len(part) :] = -torch.inf
                 if within and i == j:
                     cosines.fill_diagonal_(-torch.inf)
                 of_rows.offer(cosines, 1, i, j)
                 if not (within and i == j):
                     of_columns.offer(cosines, 0, j, i)
+            saved.done(i + (ranks.size - ranks.rank) * row_block)
     of_rows.share(ranks)
     if not within:
         of_columns.share(ranks)
     return of_rows.matches(), of_columns.matches()
 
 
+def usual_block(device: torch.device) -> int:
+    """Identities that are multiplied at once unless one says otherwise."""
+    return 1024 if device.type == "cpu" else 8192
+
+
+# Row blocks for each of several ranks, at least.
+_BLOCKS_EACH = 4
+# Seconds of work after which the matches so far are saved; what takes less is not.
+_SAVED_AFTER = 60.0
 # Rows whose matches several ranks exchange at once.
 _SHARED_AT_ONCE = 1 << 17
+# Candidates in a part: of each part the highest cosine is found first, and only the best parts are looked through.
+_PART = 32
+
+
+def _padded(length: int) -> int:
+    """The length in whole parts."""
+    return -(-length // _PART) * _PART
 
 
 class _Kept:
@@ -84,39 +117,45 @@ class _Kept:
         self.floor = floor
 
     def offer(self, cosines: Tensor, along: int, start: int, offset: int) -> None:
-        """Take in a block of cosines. `along`: the dimension to look along for the best; the other one are the items
-        from `start` on; the candidates are numbered from `offset` on.
+        """Take in a block of cosines, padded with -inf to whole parts. `along`: the dimension to look along for the
+        best; the other one are the items from `start` on; the candidates are numbered from `offset` on.
         """
-        size = cosines.shape[1 - along]
-        beaten = cosines.amax(along) > self.bar[start : start + size]
-        items = beaten.nonzero().flatten()
-        if not len(items):
-            return
-        # Columns are gathered row by row and turned in memory: a view of them would be read with long strides.
-        chosen = cosines[items] if along == 1 else cosines.index_select(1, items).T.contiguous()
-        k = min(self.cosine.shape[1], chosen.shape[1])
-        if k > 1 and self.floor <= -1:
-            more, position = _largest(chosen, k)
-            self._take(items + start, more, position + offset)
-            return
-        # Cosines up to the floor can only be the best one: where that is all there is, the maximum is enough.
-        best, position = _largest(chosen, 1)
-        high = (best > self.floor).flatten() if k > 1 else torch.zeros_like(best, dtype=torch.bool).flatten()
-        self._take(items[~high] + start, best[~high], position[~high] + offset)
-        if high.any():
-            more, position = _largest(chosen[high], k)
-            self._take(items[high] + start, more, position + offset)
-
-    def _take(self, items: Tensor, cosine: Tensor, index: Tensor) -> None:
+        size, candidates = cosines.shape[1 - along], cosines.shape[along]
+        parts = candidates // _PART
+        # Part p has the candidates p, p + parts, p + 2 parts...: so neighbours in memory are compared with neighbours.
+        if along == 1:
+            highest = cosines.view(size, _PART, parts).amax(1)
+        else:
+            highest = cosines.view(_PART, parts, size).amax(0).T
+        bar = self.bar[start : start + size]
+        best = highest.amax(1)[: len(bar)]
+        items = (best > bar).nonzero().flatten()
         if not len(items):
             return
         k = self.cosine.shape[1]
+        if k > 1 and self.floor > -1 and not (best[items] > self.floor).any():
+            k = 1  # cosines up to the floor can only be the best one
+        # The k best are in the k parts with the highest maxima.
+        chosen = highest[items].topk(min(k, parts), dim=1).indices
+        places = (chosen[:, :, None] + parts * torch.arange(_PART, device=chosen.device)).flatten(1)
+        flat = items[:, None] * candidates + places if along == 1 else places * size + items[:, None]
+        found, order = torch.take(cosines, flat).topk(min(k, flat.shape[1]), dim=1)
+        self._take(items + start, found, places.gather(1, order) + offset)
+
+    def _take(self, items: Tensor, cosine: Tensor, index: Tensor) -> None:
+        k = self.cosine.shape[1]
         cosine, order = torch.cat([self.cosine[items], cosine], 1).topk(k, dim=1)
         index = torch.cat([self.index[items], index], 1).gather(1, order)
-        low = cosine[:, 1:] <= self.floor
-        cosine[:, 1:][low], index[:, 1:][low] = -torch.inf, -1
+        self._cut(cosine, index)
         self.cosine[items], self.index[items] = cosine, index
         self.bar[items] = torch.minimum(cosine[:, 0], cosine[:, -1].clamp(min=self.floor))
+
+    def _cut(self, cosine: Tensor, index: Tensor) -> None:
+        """Take out what is not above the floor, but for the best ones, and what is no cosine."""
+        low = cosine <= self.floor
+        low[:, 0] = cosine[:, 0] == -torch.inf
+        cosine.masked_fill_(low, -torch.inf)
+        index.masked_fill_(low, -1)
 
     def share(self, ranks: Ranks) -> None:
         """Take in what the other ranks have kept of the same items."""
@@ -129,25 +168,55 @@ class _Kept:
             cosine, index = (parts.permute(1, 0, 2).flatten(1) for parts in (cosine, index))
             best, order = cosine.topk(k, dim=1)
             index = index.gather(1, order)
-            low = best[:, 1:] <= self.floor
-            best[:, 1:][low], index[:, 1:][low] = -torch.inf, -1
+            self._cut(best, index)
             self.cosine[part], self.index[part] = best, index
 
     def matches(self) -> TopMatches:
         return TopMatches(self.cosine, self.index)
 
+    def restore(self, cosine: Tensor, index: Tensor) -> None:
+        """Go on from what another one had kept."""
+        self.cosine.copy_(cosine)
+        self.index.copy_(index)
+        self.bar = torch.minimum(self.cosine[:, 0], self.cosine[:, -1].clamp(min=self.floor))
 
-def _largest(cosines: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns, as topk gives them.
 
-    On the CPU numpy's argmax is ten times as fast for one or two of a row: it is vectorised, topk is not.
+class _Saved:
+    """The matches so far in a file of `folder` (None: nowhere), named by the `vectors` and the `settings`; what is
+    there already is given to `kept`, and `start` is the row to go on with.
     """
-    if k > 2 or cosines.device.type != "cpu":
-        return cosines.topk(k, dim=1)
-    position = torch.from_numpy(cosines.numpy().argmax(1, keepdims=True))
-    best = cosines.gather(1, position)
-    if k == 1:
-        return best, position
-    without = cosines.scatter(1, position, -torch.inf)
-    second = torch.from_numpy(without.numpy().argmax(1, keepdims=True))
-    return torch.cat([best, without.gather(1, second)], 1), torch.cat([position, second], 1)
+
+    def __init__(
+        self,
+        folder: Path | None,
+        vectors: tuple[Tensor, Tensor | None],
+        settings: tuple[float, ...],
+        kept: Sequence[_Kept],
+    ) -> None:
+        self.start = 0
+        self._kept = kept
+        self._file = folder and folder / f"matches-{_digest(vectors, settings)}.pt"
+        self._last = time.monotonic()
+        if self._file and self._file.exists():
+            state = torch.load(self._file, map_location="cpu", weights_only=True)
+            self.start = state["start"]
+            for own, values in zip(kept, state["kept"], strict=True):
+                own.restore(*values)
+
+    def done(self, start: int) -> None:
+        """All rows before `start` are done, or some other rank's."""
+        if self._file is None or time.monotonic() - self._last < _SAVED_AFTER:
+            return
+        with atomic_write(self._file) as file:
+            torch.save({"start": start, "kept": [(own.cosine.cpu(), own.index.cpu()) for own in self._kept]}, file)
+        self._last = time.monotonic()
+
+
+def _digest(vectors: tuple[Tensor, Tensor | None], settings: tuple[float, ...]) -> str:
+    digest = hashlib.sha256(repr(settings).encode())
+    for part in vectors:
+        rows = part if part is not None else torch.empty(0)
+        digest.update(repr(tuple(rows.shape)).encode())
+        for start in range(0, len(rows), _SHARED_AT_ONCE):
+            digest.update(rows[start : start + _SHARED_AT_ONCE].cpu().numpy().data)
+    return digest.hexdigest()[:16]

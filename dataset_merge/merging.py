@@ -85,7 +85,7 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
     if not merge.decisions:
         assert embedder is not None
         probes = [(test, embed(test.images, test.path)) for test in opened.held_out]
-        compared = _compare(merge, sets, embeddings, probes, embedder.device, ranks)
+        compared = _compare(merge, sets, embeddings, probes, embedder.device, ranks, cache)
     if not ranks.first:
         return None
     decisions = _decisions(merge, sets, compared) if compared else read_decisions(Path(merge.decisions), sets)
@@ -106,7 +106,15 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
         applied=merge.clean == "apply",
         dry_run=merge.dry_run,
     )
-    done.notes.extend(note for note in (remark, done.leaks.warning if done.leaks else None) if note)
+    done.notes.extend(
+        note
+        for note in (
+            remark,
+            done.calibration.warning if done.calibration else None,
+            done.leaks.warning if done.leaks else None,
+        )
+        if note
+    )
     return _finish(merge, done, embeddings, embedder, cache, workers)
 
 
@@ -126,6 +134,7 @@ def _compare(
     probes: Sequence[tuple[HeldOutSet, UnitRows]],
     device: torch.device,
     ranks: Ranks,
+    cache: Path,
 ) -> _Compared:
     counts = [len(faces.identities) for faces in sets]
     if len(sets) > 1 or merge.within:
@@ -137,7 +146,7 @@ def _compare(
             wrong_joins=merge.wrong_joins,
         )
         names, labels = [str(faces.path) for faces in sets], [faces.labels for faces in sets]
-        decided = decide(embeddings, labels, counts, settings, names, device, ranks)
+        decided = decide(embeddings, labels, counts, settings, names, device, ranks, cache)
         grouping, calibration, centres = decided.grouping, decided.calibration, decided.centres
     else:
         grouping, calibration = None, None

@@ -17,7 +17,8 @@ from dataset_merge.matching import TopMatches
 # for, see docs/merging_threshold.md.
 RIVAL_WEIGHT = 0.5
 
-_CHUNK = 1 << 16
+# Pairs whose cosines are computed at once: 24 x D bytes each.
+_CHUNK = 1 << 12
 
 
 def score_pairs(
@@ -52,8 +53,9 @@ def _cosines(first: Tensor, second: Tensor, i: NDArray[np.int64], j: NDArray[np.
     cosine = np.empty(len(i))
     for start in range(0, len(i), _CHUNK):
         part = slice(start, start + _CHUNK)
-        one, other = (v[torch.from_numpy(index[part]).to(v.device)].double() for v, index in ((first, i), (second, j)))
-        cosine[part] = (one * other).sum(1).cpu().numpy()
+        products = first[torch.from_numpy(i[part]).to(first.device)].double()
+        products *= second[torch.from_numpy(j[part]).to(second.device)]
+        cosine[part] = products.sum(1).cpu().numpy()
     return cosine
 
 

@@ -7,14 +7,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from data.face_sets import open_face_set, write_face_set
 from data.images import decode_rgb, encode_jpeg
 from data.verification_bin import write_bin
-from dataset_merge import dataset_merge, merging
+from dataset_merge import dataset_merge, deciding, matching, merging
+from dataset_merge.calibration import Calibration
+from dataset_merge.deciding import Decided
 from tiny_faces import tiny_face
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,6 +96,36 @@ def test_merged_set_is_valid_and_complete(
     assert report.count("<img") >= 2
     with pytest.raises(SystemExit, match=r"merged exists and is not empty"):
         merge(two_sets, merged, tiny_run)
+
+
+def test_a_warning_of_the_calibration_is_shown(
+    tmp_path: Path, two_sets: str, tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What speaks against the threshold is on the screen and in the report."""
+
+    def decide(*arguments: Any) -> Decided:
+        nothing = np.zeros(1, np.int64)
+        told = Calibration(0.99, np.array([0.0, 1.0]), nothing, nothing, [], 0, (0, 0), 1, False, 1, 1, 1, "odd labels")
+        return replace(deciding.decide(*arguments), calibration=told)
+
+    monkeypatch.setattr(merging, "decide", decide)
+    merge(two_sets, tmp_path / "merged", tiny_run, "--dry-run")
+    assert "odd labels" in capsys.readouterr().out
+    assert "odd labels" in (tmp_path / "merged.dry_run" / "report.html").read_text()
+
+
+def test_what_a_dry_run_compared_is_not_compared_again(
+    tmp_path: Path, two_sets: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a dry run, or a kill while images are written, the same merge takes the matches from the cache."""
+    monkeypatch.setattr(matching, "_SAVED_AFTER", 0.0)
+    before = merge(two_sets, tmp_path / "merged", tiny_run, "--dry-run")
+
+    def offer(*_: Any) -> None:
+        raise AssertionError("compared again")
+
+    monkeypatch.setattr(matching._Kept, "offer", offer)
+    assert merge(two_sets, tmp_path / "merged", tiny_run) == before
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dataset_merge import calibration as calibration_module
+from dataset_merge import centres as centres_module
+from dataset_merge import scores as scores_module
 from dataset_merge.calibration import (
     Calibration,
     CalibrationError,
     expected_cosine,
-    fit_tails,
     half_scores,
     impostor_scores,
 )
@@ -19,6 +21,8 @@ from dataset_merge.centres import identity_centres
 from dataset_merge.deciding import Decided, MatchSettings, decide
 from dataset_merge.matching import TopMatches
 from dataset_merge.scores import score_pairs
+from dataset_merge.tails import fit_tails
+from live_memory import LiveMemory
 from merge_people import DrawnSet, draw_set
 
 AUTO = MatchSettings(t=None)
@@ -35,6 +39,15 @@ def drawn_sets(
         person = person[torch.randperm(each, generator=torch.Generator().manual_seed(number))]
         result.append(draw_set(person, torch.arange(each) % images + 1, seed=number, size=64, spread=spread))
     return result
+
+
+def with_wrong_labels(part: DrawnSet, share: float, seed: int) -> DrawnSet:
+    """The set with a share of its images under labels drawn at random."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = part.labels.clone()
+    moved = torch.rand(len(labels), generator=generator) < share
+    labels[moved] = torch.randint(len(part.person), (int(moved.sum()),), generator=generator)
+    return DrawnSet(part.embeddings, labels, part.person)
 
 
 def run(sets: list[DrawnSet], settings: MatchSettings = AUTO) -> Decided:
@@ -75,6 +88,49 @@ def test_the_share_of_wrong_joins_is_kept(settings: MatchSettings) -> None:
     assert told.expected_wrong_range[0] <= told.expected_wrong <= told.expected_wrong_range[1]
 
 
+@pytest.mark.parametrize("t", [0.65, None])
+def test_memory_beside_the_embeddings(t: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is alive at once while two sets are compared: the vectors of all, those of one set while they are made,
+    and what has a bound. Neither all halves nor a second copy of all vectors.
+    """
+    for module, name, limit in (
+        (centres_module, "_CHUNK", 64),
+        (scores_module, "_CHUNK", 64),
+        (calibration_module, "_HALVED", 100),
+    ):
+        monkeypatch.setattr(module, name, limit)
+    sets = [draw_set(torch.arange(1500) + first, torch.full((1500,), 2), first, 512) for first in (0, 1200)]
+    with LiveMemory() as memory:
+        run(sets, MatchSettings(t, block=64))
+    vectors = 3000 * 512 * 4
+    assert memory.peak < 1.75 * vectors
+
+
+def test_memory_for_scores() -> None:
+    """Cosines in float64 need 24 x D bytes for 4,096 pairs at once, not for all."""
+    people = [draw_set(torch.arange(200), torch.ones(200, dtype=torch.int64), seed=n, size=512) for n in (1, 2)]
+    first, second = (part.embeddings for part in people)
+    every = _all(first @ second.T)
+    with LiveMemory() as memory:
+        score_pairs(first, second, every, 0.5)
+    assert memory.peak < 1.1 * 4096 * 512 * 24 + 40_000 * 32
+
+
+def test_a_sample_of_the_identities_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample has whole identities, as if there were no others, and says the same about them."""
+    people = draw_set(torch.arange(900), torch.arange(900) % 4 + 1, seed=1)
+    centres = identity_centres(people.embeddings, people.labels, 900)
+    strangers = impostor_scores(centres, 0.5, "mutual", 256, 0)
+    every = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+    monkeypatch.setattr(calibration_module, "_HALVED", 300)
+    some = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+    assert len(every.cosine) == 675
+    assert len(some.cosine) == 300
+    assert np.isin(some.cosine.round(5), every.cosine.round(5)).all()
+    assert (some.sizes.sum(1) == some.whole).all()
+    assert some.alike == pytest.approx(every.alike, abs=0.03)
+
+
 def test_a_higher_share_lowers_the_threshold() -> None:
     """More wrong joins allowed, more people found."""
     sets = drawn_sets()
@@ -98,6 +154,23 @@ def test_the_order_of_the_sets_does_not_show() -> None:
         results.append((calibrated(found).threshold, {frozenset(members) for members in group.values()}))
     assert results[0] == results[1] == results[2]
     assert len(results[0][1]) < 900
+
+
+def test_the_order_of_two_sets_does_not_show_with_wrong_labels() -> None:
+    """Numbers of images differ and people are in a set twice, so what genuine pairs score has a say in the threshold:
+    in many drawn cuts, all of the calibration is the same both ways.
+    """
+    for seed in range(12):
+        sets = [
+            with_wrong_labels(part, 0.08, 10 * seed + number)
+            for number, part in enumerate(drawn_sets(each=260 - 20 * (seed % 2), common=120, images=2 + seed % 4))
+        ]
+        sets[0] = draw_set(sets[0].person, torch.ones(len(sets[0].person), dtype=torch.int64), seed=seed, spread=1.0)
+        told = [calibrated(run(order, replace(AUTO, wrong_joins=0.05))) for order in (sets, sets[::-1])]
+        assert told[0].threshold == told[1].threshold
+        assert told[0].expected_recall == told[1].expected_recall
+        assert told[0].equivalent_cosine == told[1].equivalent_cosine
+        assert (told[0].genuine == told[1].genuine).all()
 
 
 def test_people_who_are_in_a_set_twice_do_not_move_the_threshold_much() -> None:
@@ -137,7 +210,18 @@ def test_within_one_set() -> None:
     found = run([part], replace(AUTO, within=True))
     group = found.grouping.group
     assert (group[800:] == group[:60]).mean() > 0.9
+    assert np.isnan(calibrated(found).counted_wrong)  # those who are there twice are the right joins
+    assert not calibrated(found).warning
     assert len(np.unique(group)) >= 790
+
+
+def test_too_many_people_who_are_there_twice_are_refused() -> None:
+    """A third of a set's identities is another's second one: what they score hides how strangers do, and the message
+    says that, not that the answer is too far out.
+    """
+    part = draw_set(torch.cat([torch.arange(600), torch.arange(200)]), torch.full((800,), 3), seed=0)
+    with pytest.raises(CalibrationError, match=r"cannot keep wrong joins at 1.00%.*take --rule clusters, or give a t"):
+        run([part], replace(AUTO, within=True))
 
 
 def test_single_images_have_no_halves() -> None:
@@ -169,15 +253,37 @@ def test_nothing_joined_where_nobody_is_in_common() -> None:
 
 def test_an_overlap_that_wrong_labels_hide_is_refused() -> None:
     """A third of the images under labels at random: joining nobody in silence would hide the people in common."""
-    sets = []
-    for number, part in enumerate(drawn_sets(spread=0.7)):
-        generator = torch.Generator().manual_seed(number)
-        labels = part.labels.clone()
-        moved = torch.rand(len(labels), generator=generator) < 0.33
-        labels[moved] = torch.randint(600, (int(moved.sum()),), generator=generator)
-        sets.append(DrawnSet(part.embeddings, labels, part.person))
+    sets = [with_wrong_labels(part, 0.33, number) for number, part in enumerate(drawn_sets(spread=0.7))]
     with pytest.raises(CalibrationError, match=r"seem to be in common.*allow as many with --wrong-joins"):
         run(sets)
+
+
+def test_wrong_labels_are_warned_of() -> None:
+    """Medoids of identities of which a tenth of the images is of others: the tail takes what they score for people
+    under two names and promises 1 %, so the sets' scores as they are have to be told beside it; right labels give no
+    warning.
+    """
+    clean = drawn_sets(each=800, common=300, spread=0.6)
+    told = calibrated(run(clean))
+    assert not told.warning
+    assert told.counted_wrong <= 0.02 * told.expected_joins
+    wrong = [with_wrong_labels(part, 0.1, number) for number, part in enumerate(clean)]
+    found = run(wrong, replace(AUTO, method="medoid"))
+    told = calibrated(found)
+    truly = wrong_share(wrong, found)[0]
+    assert told.expected_wrong_range[1] < 0.03 * told.expected_joins
+    assert truly > 0.05
+    assert truly / 2 < told.counted_wrong / told.expected_joins < 2 * truly
+    assert "pairs of identities inside the sets reach the threshold" in told.warning
+    assert f"or {told.counted_wrong:.1f} with all that score so in a set" in told.explanation[0]
+
+
+def test_a_share_that_can_be_kept_is_not_refused() -> None:
+    """Where the very highest pairs are few, one expected wrong is a high share of them; further down it is kept."""
+    sets = [with_wrong_labels(part, 0.05, n) for n, part in enumerate(drawn_sets(each=800, common=300, spread=0.9))]
+    found = run(sets, replace(AUTO, method="medoid"))
+    assert wrong_share(sets, found)[0] < 0.03
+    assert wrong_share(sets, found)[1] > 0.5
 
 
 def test_tail_of_known_scores() -> None:

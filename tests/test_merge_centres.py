@@ -78,7 +78,7 @@ def test_joined_centres_keep_their_order() -> None:
     """Set after set, every field."""
     people = draw_set(torch.arange(5), torch.arange(5) + 1, seed=5)
     part = identity_centres(people.embeddings, people.labels, 5)
-    both = join_centres([part, part])
+    both = join_centres(iter([part, part]), 2 * len(part))
     assert len(both) == 10
     assert both.images.tolist() == 2 * part.images.tolist()
     assert torch.equal(both.spread[5:], part.spread)
@@ -110,3 +110,13 @@ def test_vectors_of_any_length_are_taken_as_unit_ones(method: Method) -> None:
     assert len(rows[:8]) == 8  # of the images before it
     with pytest.raises(ValueError, match="no finite embedding for image 11: is the model damaged"):
         identity_centres(UnitRows(features, "image {}".format).part(left), people.labels[left], 9, method)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
+def test_centres_on_a_card_are_the_same_each_time() -> None:
+    """Sums in any order differ in the last bits, so that what was kept of a comparison would not be found again."""
+    embeddings = F.normalize(torch.randn(60_000, 128, generator=torch.Generator().manual_seed(0)))
+    labels = torch.randint(300, (60_000,), generator=torch.Generator().manual_seed(1))
+    first, *others = (identity_centres(embeddings, labels.cuda(), 300, "trimmed").vectors for _ in range(5))
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first.cpu(), identity_centres(embeddings, labels, 300, "trimmed").vectors)

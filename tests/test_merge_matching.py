@@ -1,10 +1,13 @@
 """The most similar identities: against the whole matrix, in any blocks, on several ranks, in bounded memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dataset_merge import matching
 from dataset_merge.matching import TopMatches, top_matches
 from ranks import run_on_ranks
 from utils.ranks import Ranks
@@ -73,6 +76,68 @@ def test_ranks_share_the_work_and_agree() -> None:
     for result in run_on_ranks(3, _on_a_rank):
         for mine, expected in zip(result, alone, strict=True):
             torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_every_rank_has_work(swap: bool) -> None:
+    """A set smaller than one block against a larger one, in either order: each of eight ranks compares an eighth."""
+    first, second = unit(50, 8, 0), unit(900, 8, 1)
+    shares = []
+    for number in range(8):
+        alone = Ranks()
+        alone.size, alone.rank, alone.gather = 8, number, lambda part: part  # type: ignore[method-assign]
+        rows, columns = top_matches(*((second, first) if swap else (first, second)), k=1, ranks=alone)
+        assert ((rows if swap else columns).index >= 0).sum() in range(80, 150)
+        shares.append(rows if swap else columns)
+    assert sum(int((share.index >= 0).sum()) for share in shares) == 900
+    best, index = (second @ first.T).max(1)
+    cosine, rank = torch.stack([share.cosine[:, 0] for share in shares]).max(0)
+    torch.testing.assert_close(cosine, best)
+    assert torch.equal(torch.stack([share.index[:, 0] for share in shares])[rank, torch.arange(900)], index)
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_an_interrupted_comparison_goes_on(within: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed at any product, the next call begins with the row block that was not done, and gives the very same; once
+    all is done nothing is multiplied any more, and other vectors or limits begin anew.
+    """
+    first, second = unit(83, 16, 0), None if within else unit(61, 16, 1)
+    arguments = {"k": 3, "floor": 0.1, "block": 16}
+    wanted = top_matches(first, second, **arguments)
+    monkeypatch.setattr(matching, "_SAVED_AFTER", 0.0)
+    products, multiply = 0, torch.mm
+
+    def count(*operands: Tensor, out: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        if products == stop:
+            raise KeyboardInterrupt
+        return multiply(*operands, out=out)
+
+    monkeypatch.setattr(torch, "mm", count)
+    stop = 14
+    with pytest.raises(KeyboardInterrupt):
+        top_matches(first, second, folder=tmp_path, **arguments)
+    whole = 21 if within else 24
+    done = 11 if within else 12
+    stop = 0
+    for further in (whole - done, 0):
+        products = 0
+        found = top_matches(first, second, folder=tmp_path, **arguments)
+        assert products == further
+        for kept, expected in zip(found, wanted, strict=True):
+            assert torch.equal(kept.cosine, expected.cosine)
+            assert torch.equal(kept.index, expected.index)
+    for other, limits in ((first.roll(1, 0), arguments), (first, {**arguments, "floor": 0.2})):
+        products = 0
+        top_matches(other, second, folder=tmp_path, **limits)
+        assert products == whole
+
+
+def test_short_comparisons_leave_no_file(tmp_path: Path) -> None:
+    """What takes less than a minute is done again."""
+    top_matches(unit(83, 16, 0), None, folder=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_memory_does_not_grow_with_the_product() -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.merge import People, best_fixed, cut, embed, judge, merge, part_of
+from benchmarks.merge import People, best_fixed, cut, cut_within, embed, judge, merge, part_of
+from dataset_merge.calibration import CalibrationError
 from dataset_merge.deciding import MatchSettings
 
 SEEDS = range(3)
@@ -49,3 +50,33 @@ def test_auto_keeps_its_precision_under_wrong_labels(lfw: People) -> None:
         found = judge(parts, merge(lfw, parts, MatchSettings(t=None)))
         assert found.precision >= 0.96
         assert found.recall >= 0.8
+
+
+@pytest.mark.long
+def test_people_who_are_in_one_set_twice(lfw: People) -> None:
+    """--within: 5 % of the people under two names are found, next to LFW's own such people, which count as errors.
+    Of 15 % mutual best cannot tell strangers from them, and says so; clusters can.
+    """
+    for seed in SEEDS:
+        part = cut_within(lfw, part_of(lfw, "held-out"), 0.05, seed)
+        found = judge([part], merge(lfw, [part], MatchSettings(t=None, within=True)))
+        assert found.precision >= 0.9
+        assert found.recall >= 0.85
+    part = cut_within(lfw, part_of(lfw, "held-out"), 0.15, 0)
+    with pytest.raises(CalibrationError, match=r"a set holds too many people twice.*take --rule clusters"):
+        merge(lfw, [part], MatchSettings(t=None, within=True))
+    found = judge([part], merge(lfw, [part], MatchSettings(t=None, within=True, rule="clusters")))
+    assert found.precision >= 0.93
+    assert found.recall >= 0.93
+
+
+@pytest.mark.long
+def test_the_order_of_the_sets_does_not_show(lfw: People) -> None:
+    """Cuts with and without wrong labels, both ways: the same threshold, and as many joins."""
+    for seed in range(20):
+        parts = cut(lfw, part_of(lfw, "held-out")[:1500], 2, seed, noise=(0.0, 0.05)[seed % 2])
+        told = [merge(lfw, order, MatchSettings(None, wrong_joins=0.02)).calibration for order in (parts, parts[::-1])]
+        assert told[0] is not None
+        assert told[1] is not None
+        assert told[0].threshold == told[1].threshold
+        assert told[0].expected_joins == told[1].expected_joins
