@@ -16,6 +16,7 @@ mean and standard error over the seeds, and the difference to the concatenation,
 import argparse
 import csv
 import math
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -41,8 +42,8 @@ from utils.settings import build
 
 SIZE = 112
 FAR = 1e-3
-# Of the people that the merging network is trained on, and of its training.
-OTHERS_SEED = 1000
+# The people that the merging network is trained on, and their seed, which is that of the training too.
+OTHERS, OTHERS_SEED = "others", 1000
 NAMES = ("first set", "second set", "concatenated", "merged", "merged without mistakes")
 COLUMNS = ("seed", "trained on", "identities", "images", "tar", "eer", "right joins", "wrong joins", "people in both")
 
@@ -77,11 +78,11 @@ def make_sets(folder: Path, sizes: Sizes, seed: int) -> None:
             add_people(out, album)
 
 
-def train_merging_network(folder: Path, people: int, sizes: Sizes) -> Path:
+def train_merging_network(folder: Path, people: int, sizes: Sizes) -> None:
     """A run on as many people who are in none of the sets."""
-    with write_face_set(folder / "others", SIZE) as out:
+    with write_face_set(folder / OTHERS, SIZE) as out:
         add_people(out, draw_people(range(people), range(sizes.shots), OTHERS_SEED, worker_count(-1), "draw"))
-    return train_on([folder / "others"], folder, "others", sizes, OTHERS_SEED)
+    train_on([folder / OTHERS], folder, OTHERS, sizes, OTHERS_SEED)
 
 
 def train_on(sets: Sequence[Path], folder: Path, name: str, sizes: Sizes, seed: int) -> Path:
@@ -197,7 +198,12 @@ def draw(path: Path, rows: Sequence[Sequence[object]], title: str) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for sets, runs and results; must not exist yet")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        required=True,
+        help="for sets, runs and results; one that has results is gone on with, by the same settings",
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--own", type=int, default=100, help="people that only one of the sets has, of each")
     parser.add_argument("--both", type=int, default=100, help="people of both sets")
@@ -213,13 +219,17 @@ def main() -> None:
         help="as --wrong-joins of dataset_merge.py, which refuses its default of 0.01 with a network as small as this",
     )
     given = parser.parse_args()
-    require_free(given.folder)
     sizes = Sizes(given.own, given.both, given.shots, given.test, given.epochs)
-    began, rows = time.monotonic(), []
-    merging = train_merging_network(given.folder, given.others, sizes)
-    for seed in range(given.seeds):
+    results = given.folder / "results.csv"
+    began, rows = time.monotonic(), [list(row) for row in csv.reader(results.open())][1:] if results.exists() else []
+    merging = given.folder / "runs" / OTHERS
+    if not rows:
+        require_free(given.folder)
+        train_merging_network(given.folder, given.others, sizes)
+    for seed in range(len(rows) // len(NAMES), given.seeds):
+        shutil.rmtree(given.folder / f"seed{seed}", ignore_errors=True)  # what was interrupted
         rows += measure_seed(given.folder / f"seed{seed}", sizes, seed, merging, given.t, given.wrong_joins)
-        write_csv_atomic(given.folder / "results.csv", COLUMNS, rows)
+        write_csv_atomic(results, COLUMNS, rows)
     table = make_table(rows)
     write_text_atomic(given.folder / "table.md", table + "\n")
     title = f"{sizes}, {given.seeds} seeds: each seed, and the mean with its standard error"
