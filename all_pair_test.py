@@ -49,7 +49,7 @@ from utils.evaluation.test_sets import TestSet, keys_of, open_test_set, set_name
 from utils.files import write_text_atomic
 from utils.processes import worker_count
 from utils.ranks import Ranks, join_ranks
-from utils.scripts import readable_errors
+from utils.scripts import end_rank, readable_errors
 from utils.settings import Settings, describe, flatten, parse_settings
 
 _MODEL_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx")
@@ -277,3 +277,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     torch.set_float32_matmul_precision("highest")
     main()
+    end_rank()

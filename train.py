@@ -58,7 +58,7 @@ from utils.run_folders import (
 )
 from utils.run_requests import RunRequests, SignalledError
 from utils.saved_checkpoints import checkpoint_folders
-from utils.scripts import readable_errors
+from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, from_json, parse_settings, to_json
 from utils.training_log import (
     SECONDS_VERIFYING,
@@ -537,3 +537,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank()

@@ -30,7 +30,7 @@ from models.embedders import Embedder, load_embedder
 from utils.checkpoints import newest_run
 from utils.devices import pick_device
 from utils.ranks import join_ranks
-from utils.scripts import readable_errors
+from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, parse_settings
 
 
@@ -93,3 +93,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    end_rank()

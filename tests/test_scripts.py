@@ -1,6 +1,7 @@
 """The scripts as users start them: from any directory, with nothing shadowed and nothing heavy at import."""
 
 import ast
+import os
 import subprocess
 import sys
 import warnings
@@ -114,3 +115,14 @@ def test_wrong_flags_name_the_field() -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+def test_a_rank_ends_without_taking_the_interpreter_down() -> None:
+    """What aborts in that would make a complete run a failed one to torchrun; a process alone ends as any other."""
+    code = "import atexit; from utils.scripts import end_rank; atexit.register(print, 'taken down'); print('done'); "
+    for ranks, printed in ((1, "done\ntaken down\n"), (2, "done\n")):
+        environment = {**os.environ, "WORLD_SIZE": str(ranks)}
+        ended = subprocess.run(
+            [sys.executable, "-c", code + "end_rank()"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert (ended.returncode, ended.stdout) == (0, printed)
