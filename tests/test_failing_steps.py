@@ -145,6 +145,16 @@ def test_a_resumed_run_leaves_it_out_too(tiny_set: Path, tmp_path: Path, monkeyp
     assert noted(whole) == noted(run)
 
 
+def test_a_verification_is_made_again_on_the_way_back(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Back at a checkpoint from before its verification: what was noted of that goes, and it is noted again, once."""
+    explode(monkeypatch, {7})
+    run = train(configure(tiny_set, tmp_path, train__on_explosion="skip", train__checkpoint_every=0))
+    assert skipped(run) == [6, 7]
+    assert [line["step"] for line in read_metrics(run) if "verify/tiny" in line] == [6, 12]
+
+
 def test_endless_explosions_end_the_run(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When whatever follows explodes, the batches are not at fault: the run stops and says so, instead of leaving out
     one after the other and saving checkpoints on the way."""

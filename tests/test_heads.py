@@ -10,7 +10,7 @@ from torch import Tensor
 
 from head_cases import BATCH, CLASSES, LR, OPTIMIZERS, SAMPLED, SIZE, STEPS, batch, blockwise, dense, sample_once, train
 from head_cases import train_every_loss as train_every_loss_on_a_rank
-from models.heads import BlockwiseHead, DenseHead, Head, RowSGD, automatic_block, create_head
+from models.heads import BlockwiseHead, DenseHead, Engine, Head, RowSGD, automatic_block, create_head
 from models.heads.classes import CLASSES_PER_DRAW, initial_centres
 from models.heads.sampling import sample_classes, sampled_count
 from models.losses import LOSSES, create_loss
@@ -441,9 +441,19 @@ def test_kernels_that_fail_have_done_no_harm(call: int) -> None:
     assert all((block == 2).all() for block in blocks)
 
 
+@pytest.mark.parametrize("engine", ["dense", "blockwise"])
+def test_a_head_starts_from_given_centres(engine: Engine) -> None:
+    """`centres` in place of those that the seed draws."""
+    centres = torch.arange(12.0).reshape(4, 3)
+    head = create_head(
+        create_loss("arcface"), 4, 3, RowSGD(), 8, device=torch.device("cpu"), engine=engine, centres=centres.clone()
+    )
+    assert torch.equal(head.weight, centres)
+
+
 @pytest.mark.usefixtures("fresh_compiler")
 def test_a_compiler_that_fails_is_done_without() -> None:
-    """A head whose blocks cannot be compiled says so once and trains all the same."""
+    """A head whose blocks cannot be compiled says so once for each of its three functions, and trains all the same."""
     plain, fallen_back = blockwise("cosface"), blockwise("cosface")
     fallen_back.compile_blocks(failing_backend)
     with pytest.warns(UserWarning, match=r"forward runs uncompiled: torch\.compile failed") as warned:

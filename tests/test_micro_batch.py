@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.heads import RowSGD, create_head
+from models.heads import Engine, RowSGD, create_head
 from models.losses import ArcFace
 from utils.micro_batch import bytes_beside, largest_that_fits, trial_pass
 
@@ -100,18 +100,21 @@ def test_a_trial_leaves_nothing_behind(fails: bool, precision: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(
-    ("faces", "ranks", "floats"),
+    ("faces", "ranks", "engine", "floats"),
     [
-        (8, 1, 8 * 3 * 16 + 4 * 8 * 50),
-        (4, 1, 8 * 3 * 16 + 4 * 4 * 50 + 500),
-        (8, 2, 8 * 3 * 16 + 4 * 16 * 50 + 84),
+        (8, 1, "dense", 8 * 3 * 16 + 4 * 8 * 100),
+        (8, 1, "blockwise", 8 * 3 * 16 + 4 * 8 * 40),
+        (4, 1, "dense", 8 * 3 * 16 + 4 * 4 * 100 + 1000),
+        (8, 2, "dense", 8 * 3 * 16 + 4 * 16 * 100 + 84),
     ],
 )
-def test_what_a_step_keeps_beside_a_pass(faces: int, ranks: int, floats: int) -> None:
-    """A pass alone may fit where the step does not: the inputs, the head's work, the centres' gradient
-    when there are several passes, and what ranks exchange."""
+def test_what_a_step_keeps_beside_a_pass(faces: int, ranks: int, engine: Engine, floats: int) -> None:
+    """A pass alone may fit where the step does not: the inputs, the head's work on all sub-centers of a block, the
+    centres' gradient when there are several passes, and what ranks exchange."""
     network = nn.Conv2d(3, 3, 3)
-    head = create_head(ArcFace(0.5, 16.0), 50, 10, RowSGD(), 8, device=torch.device("cpu"), engine="dense")
+    head = create_head(
+        ArcFace(0.5, 16.0), 50, 10, RowSGD(), 8, device=torch.device("cpu"), engine=engine, block=20, sub_centers=2
+    )
     assert bytes_beside(faces, 8, 4, network, head, ranks) == 4 * floats
 
 

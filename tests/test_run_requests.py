@@ -1,8 +1,10 @@
 """What is asked of a run while it goes on: to end, also in the middle of a verification, and to save by the clock."""
 
+import itertools
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from models.embedders import NetworkEmbedder
 from ranks import run_on_ranks
 from tiny_runs import configure
 from train import Trainer, train
+from utils import run_requests
 from utils.checkpoints import BEST
 from utils.interrupts import Interrupt
 from utils.ranks import OtherRankError, Ranks
@@ -111,6 +114,15 @@ def test_the_clock_asks_for_checkpoints(tiny_set: Path, tmp_path: Path, minutes:
     """An epoch may take hours: between its ends the run saves at lines of the log, when the last time is long ago."""
     config = configure(tiny_set, tmp_path, train__checkpoint_minutes=minutes, train__checkpoints_kept=9)
     assert saved_steps(train(config)) == steps
+
+
+def test_every_save_sets_the_clock_back(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it by the clock or at the end of an epoch: the next one by the clock is the set time after it. A step takes
+    25 s here, a save too."""
+    seconds = itertools.count(0, 25)
+    monkeypatch.setattr(run_requests, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    config = configure(tiny_set, tmp_path, train__checkpoint_minutes=1.0, train__checkpoints_kept=9)
+    assert saved_steps(train(config)) == [4, 6, 10, 12]
 
 
 def ask(ranks: Ranks) -> list[list[int]]:

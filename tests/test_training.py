@@ -31,7 +31,7 @@ from tiny_runs import configure
 from train import CHECKPOINTS, Trainer, TrainingError, train
 from utils import training_step
 from utils.checkpoints import BEST, CheckpointError, load_backbone
-from utils.saved_checkpoints import BACKBONE, checkpoint_folders
+from utils.saved_checkpoints import BACKBONE, checkpoint_folders, step_of
 from utils.schedules import peak_lr
 from utils.settings import as_flags, build, flatten, from_json
 from utils.training_log import read_metrics
@@ -220,18 +220,19 @@ def test_a_diverged_run_is_not_saved_when_it_is_stopped(
     assert not checkpoints(tmp_path / "a")
 
 
+@pytest.mark.parametrize("every", [0, 4])
 def test_what_breaks_verification_does_not_cost_the_epoch(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    """Out of memory while verifying: the steps before are saved."""
+    """Out of memory while verifying: the steps before are saved, be it a step at which no checkpoint was due."""
 
     def no_memory(*arguments: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(verifier, "verify", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
-        train(configure(tiny_set, tmp_path))
-    assert checkpoints(tmp_path / "a")
+        train(configure(tiny_set, tmp_path, train__checkpoint_every=every))
+    assert step_of(checkpoints(tmp_path / "a")[-1]) == 6
 
 
 def test_verification_sets_are_checked_before_the_first_step(tiny_set: Path, tmp_path: Path) -> None:
