@@ -92,8 +92,7 @@ def cut(
     label of a random identity; the person of an identity is then the one with most images in it, its own of several.
     """
     generator = np.random.default_rng(seed)
-    order = np.argsort(people.person, kind="stable")
-    of_person = np.split(order, np.cumsum(np.bincount(people.person))[:-1])
+    of_person = _images_of(people)
     members: list[list[tuple[int, NDArray[np.int64]]]] = [[] for _ in range(sets)]
     for person in chosen:
         images = generator.permutation(of_person[person])
@@ -101,6 +100,12 @@ def cut(
             own = images[number::sets]
             members[place].append((int(person), own[:most] if most else own))
     return [_as_set(people, part, noise, generator) for part in members]
+
+
+def _images_of(people: People) -> list[NDArray[np.int64]]:
+    """The positions of the images of each person."""
+    order = np.argsort(people.person, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(people.person))[:-1])
 
 
 def _as_set(
@@ -124,11 +129,10 @@ def cut_within(people: People, chosen: NDArray[np.int64], share: float, seed: in
     each with every other image under a name of its own.
     """
     generator = np.random.default_rng(seed)
-    order = np.argsort(people.person, kind="stable")
-    of_person = np.split(order, np.cumsum(np.bincount(people.person))[:-1])
+    of_person = _images_of(people)
     several = [int(person) for person in generator.permutation(chosen) if len(of_person[person]) > 1]
     twice = several[: round(share * len(chosen))]
-    members = [(int(person), of_person[person]) for person in chosen if int(person) not in set(twice)]
+    members = [(int(person), of_person[person]) for person in np.setdiff1d(chosen, twice, assume_unique=True)]
     members += [(person, of_person[person][start::2]) for person in twice for start in (0, 1)]
     return _as_set(people, members, 0.0, generator)
 

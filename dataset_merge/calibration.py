@@ -105,11 +105,7 @@ def impostor_scores(
     folder: Path | None = None,
 ) -> Impostors:
     """Match a set, or a sample of a large one, with itself by the rule of the merge. `folder`: as of top_matches."""
-    filled = (centres.images > 0).nonzero().flatten()
-    if len(filled) > _SAMPLE:
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(filled))[:_SAMPLE])
-        filled = filled[torch.from_numpy(chosen).to(filled.device)]
-    vectors = centres.vectors[filled]
+    vectors = centres.vectors[_sampled(centres.images > 0, _SAMPLE, seed)]
     count = len(vectors)
     if count < 2:
         return Impostors(np.empty(0), 0.0, np.empty(0))
@@ -127,6 +123,17 @@ def impostor_scores(
     )
 
 
+def _sampled(wanted: Tensor, most: int, seed: int) -> Tensor:
+    """The numbers of the identities that are `wanted`, bool [identities], int64 and rising; of more than `most` a
+    sample of so many.
+    """
+    numbers = wanted.nonzero().flatten()
+    if len(numbers) <= most:
+        return numbers
+    chosen = np.sort(np.random.default_rng(seed).permutation(len(numbers))[:most])
+    return numbers[torch.from_numpy(chosen).to(numbers.device)]
+
+
 def half_scores(embeddings: Rows, labels: Tensor, centres: Centres, impostors: Impostors, seed: int) -> Halves:
     """Cut each identity with two images or more in two at random, and compare the halves; of many a sample.
 
@@ -139,10 +146,7 @@ def half_scores(embeddings: Rows, labels: Tensor, centres: Centres, impostors: I
     starts = centres.images.cumsum(0) - centres.images
     place = torch.empty_like(labels)
     place[order] = torch.arange(len(labels), device=device) - starts[labels[order]]
-    chosen = (centres.images >= 2).nonzero().flatten()
-    if len(chosen) > _HALVED:
-        sample = np.sort(np.random.default_rng(seed).permutation(len(chosen))[:_HALVED])
-        chosen = chosen[torch.from_numpy(sample).to(device)]
+    chosen = _sampled(centres.images >= 2, _HALVED, seed)
     number = torch.full((len(centres),), -1, dtype=torch.int64, device=device)
     number[chosen] = torch.arange(len(chosen), device=device)
     half = 2 * number[labels] + place % 2

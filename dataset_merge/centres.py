@@ -82,7 +82,7 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
     vectors = sums(embeddings, labels, identities)
     if method != "mean":
         # The sum of an image's cosines with the others of its identity is x . (sum - x), and x . x = 1.
-        best = _first_best(_cosines(embeddings, labels, vectors), labels, identities)
+        best = _first_best(cosines_with(embeddings, labels, vectors), labels, identities)
         filled = best >= 0
         chosen = best[filled].to(embeddings.device)
         pairs = images == 2 if method == "trimmed" else torch.zeros_like(filled)
@@ -92,13 +92,13 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
         used = images.clamp(max=1) if method == "medoid" else images
     if method == "trimmed":
         for _ in range(_TRIM_ROUNDS):
-            cosines = _cosines(embeddings, labels, F.normalize(vectors))
+            cosines = cosines_with(embeddings, labels, F.normalize(vectors))
             keep = (cosines >= _TRIM * _medians(cosines, labels, images)[labels]) | (images[labels] <= 2)
             vectors = sums(embeddings, labels, identities, keep)
             used = torch.bincount(labels[keep], minlength=identities)
     F.normalize(vectors, out=vectors)
     total = torch.zeros(identities, device=labels.device)
-    total.index_add_(0, labels, _cosines(embeddings, labels, vectors))
+    total.index_add_(0, labels, cosines_with(embeddings, labels, vectors))
     spread = torch.where(images > 1, 1 - total / images.clamp(min=1), 0).clamp(min=0)
     return Centres(vectors, images, used, spread)
 
@@ -123,8 +123,8 @@ def sums(embeddings: Rows, labels: Tensor, identities: int, keep: Tensor | None 
     return total
 
 
-def _cosines(embeddings: Rows, labels: Tensor, vectors: Tensor) -> Tensor:
-    """The product of each image with the vector of its identity: float32 [images]."""
+def cosines_with(embeddings: Rows, labels: Tensor, vectors: Tensor) -> Tensor:
+    """The product of each image with the vector of its identity, float32 [images]: the cosine where that is unit."""
     cosines = torch.empty(len(labels), device=labels.device)
     for part, rows in _chunks(embeddings, labels):
         cosines[part] = torch.einsum("nd,nd->n", rows, vectors[labels[part]])

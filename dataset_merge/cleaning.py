@@ -17,7 +17,7 @@ import torch
 
 from data.face_sets import FaceSet
 from data.images_fingerprint import images_fingerprint, joined_digest
-from dataset_merge.centres import identity_centres
+from dataset_merge.centres import cosines_with, identity_centres
 from dataset_merge.unit_rows import Rows
 
 MIN_IMAGES = 4
@@ -82,12 +82,8 @@ def find_wrong(embeddings: Rows, labels: np.ndarray, identities: int, outlier: f
 
 def _centre_cosines(embeddings: Rows, labels: np.ndarray, identities: int) -> np.ndarray:
     """The cosine of every image with the trimmed mean of its identity, float32 [images]."""
-    vectors = identity_centres(embeddings, torch.from_numpy(labels), identities, "trimmed").vectors
-    cosines = np.empty(len(labels), np.float32)
-    for start in range(0, len(labels), 1 << 16):
-        part = slice(start, start + (1 << 16))
-        cosines[part] = torch.einsum("nd,nd->n", embeddings[part], vectors[labels[part]]).numpy()
-    return cosines
+    own = torch.from_numpy(labels)
+    return cosines_with(embeddings, own, identity_centres(embeddings, own, identities, "trimmed").vectors).numpy()
 
 
 def _of(labels: np.ndarray, identities: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:

@@ -2,13 +2,13 @@
 
 import csv
 import os
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -306,7 +306,7 @@ def test_a_full_disk_is_told_before_the_writing(
         SystemExit, match=r"merged needs .* KiB beside 1\.3 KiB of embeddings, but its disk has 9\.8 KiB"
     ):
         merge(two_sets, tmp_path / "merged", tiny_run)
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(100, 90, 10))  # type: ignore[attr-defined]
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=10))
     with pytest.raises(SystemExit, match=r"embeddings need 1\.3 KiB in .*elsewhere, but its disk has 10 B"):
         merge(two_sets, tmp_path / "merged", tiny_run, "--cache", str(tmp_path / "elsewhere"))
     assert not (tmp_path / "merged").exists()

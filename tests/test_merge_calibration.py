@@ -1,6 +1,7 @@
 """--t auto on drawn people, where the truth is known: the share of wrong joins, the tail's fit, and what is refused."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dataset_merge import calibration as calibration_module
 from dataset_merge import centres as centres_module
+from dataset_merge import matching
 from dataset_merge import scores as scores_module
 from dataset_merge.calibration import (
     Calibration,
@@ -19,6 +21,7 @@ from dataset_merge.calibration import (
 )
 from dataset_merge.centres import identity_centres
 from dataset_merge.deciding import Decided, MatchSettings, decide
+from dataset_merge.grouping import Rule
 from dataset_merge.matching import TopMatches
 from dataset_merge.scores import score_pairs
 from dataset_merge.tails import fit_tails
@@ -129,6 +132,26 @@ def test_a_sample_of_the_identities_is_halved(monkeypatch: pytest.MonkeyPatch) -
     assert np.isin(some.cosine.round(5), every.cosine.round(5)).all()
     assert (some.sizes.sum(1) == some.whole).all()
     assert some.alike == pytest.approx(every.alike, abs=0.03)
+
+
+@pytest.mark.parametrize("rule", ["mutual", "clusters"])
+def test_what_was_compared_is_kept(rule: Rule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next call takes from the folder what each set gave with itself, and the sets with each other."""
+    monkeypatch.setattr(matching, "_SAVED_AFTER", 0.0)
+    parts = drawn_sets(each=250, common=90)
+
+    def decided() -> Decided:
+        rows, labels = [part.embeddings for part in parts], [part.labels for part in parts]
+        settings = replace(AUTO, rule=rule)
+        return decide(rows, labels, [250, 250], settings, ["a", "b"], torch.device("cpu"), folder=tmp_path)
+
+    before = decided()
+
+    def offer(*_: object) -> None:
+        raise AssertionError("compared again")
+
+    monkeypatch.setattr(matching._Kept, "offer", offer)
+    assert calibrated(decided()).threshold == calibrated(before).threshold
 
 
 def test_a_higher_share_lowers_the_threshold() -> None:

@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -213,9 +214,9 @@ def fail_at(identity: int) -> Callable:
     """`find_duplicates` that fails for the identity of that number, as a disk would."""
     count = itertools.count()
 
-    def failing(*arguments: object) -> Iterator[Duplicate]:
+    def failing(*arguments: Any) -> Iterator[Duplicate]:
         if next(count) == identity:
             raise OSError("the disk was pulled out")
-        return find_duplicates(*arguments)  # type: ignore[arg-type]
+        return find_duplicates(*arguments)
 
     return failing

@@ -1,6 +1,8 @@
 """The most similar identities: against the whole matrix, in any blocks, on several ranks, in bounded memory."""
 
+import itertools
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -62,20 +64,33 @@ def _on_a_rank() -> list[Tensor]:
     import torch.distributed as dist
 
     ranks = Ranks(dist.group.WORLD)
-    rows, columns = top_matches(unit(83, 16, 0), unit(61, 16, 1), 4, 0.2, 16, ranks)
-    within, _ = top_matches(unit(83, 16, 0), None, 4, 0.2, 16, ranks)
+    rows, columns = top_matches(unit(83, 16, 0), unit(61, 16, 1), 4, 0.5, 16, ranks)
+    within, _ = top_matches(unit(83, 16, 0), None, 4, 0.5, 16, ranks)
     return [rows.cosine, rows.index, columns.cosine, columns.index, within.cosine, within.index]
 
 
 def test_ranks_share_the_work_and_agree() -> None:
-    """Three processes, each with every third row block, give each of them what one alone gives."""
+    """Three processes, each with every third row block, give each of them what one alone gives; what is below the floor
+    on one of them is not among the best of all.
+    """
     first, second = unit(83, 16, 0), unit(61, 16, 1)
-    rows, columns = top_matches(first, second, 4, 0.2, 16)
-    within, _ = top_matches(first, None, 4, 0.2, 16)
+    rows, columns = top_matches(first, second, 4, 0.5, 16)
+    within, _ = top_matches(first, None, 4, 0.5, 16)
     alone = [rows.cosine, rows.index, columns.cosine, columns.index, within.cosine, within.index]
     for result in run_on_ranks(3, _on_a_rank):
         for mine, expected in zip(result, alone, strict=True):
             torch.testing.assert_close(mine, expected)
+
+
+class OneOfSeveral(Ranks):
+    """A rank that keeps what it has found to itself."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+    def gather(self, part: Tensor) -> Tensor:
+        return part
 
 
 @pytest.mark.parametrize("swap", [False, True])
@@ -84,9 +99,8 @@ def test_every_rank_has_work(swap: bool) -> None:
     first, second = unit(50, 8, 0), unit(900, 8, 1)
     shares = []
     for number in range(8):
-        alone = Ranks()
-        alone.size, alone.rank, alone.gather = 8, number, lambda part: part  # type: ignore[method-assign]
-        rows, columns = top_matches(*((second, first) if swap else (first, second)), k=1, ranks=alone)
+        order = (second, first) if swap else (first, second)
+        rows, columns = top_matches(*order, k=1, ranks=OneOfSeveral(number, 8))
         assert ((rows if swap else columns).index >= 0).sum() in range(80, 150)
         shares.append(rows if swap else columns)
     assert sum(int((share.index >= 0).sum()) for share in shares) == 900
@@ -132,6 +146,50 @@ def test_an_interrupted_comparison_goes_on(within: bool, tmp_path: Path, monkeyp
         products = 0
         top_matches(other, second, folder=tmp_path, **limits)
         assert products == whole
+
+
+def test_interrupted_ranks_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each with its own rows, from a file of its own in the folder that they share."""
+    first, second = unit(83, 16, 0), unit(61, 16, 1)
+    ranks = [OneOfSeveral(number, 3) for number in range(3)]
+    wanted = [top_matches(first, second, 3, 0.1, 4, rank) for rank in ranks]
+    monkeypatch.setattr(matching, "_SAVED_AFTER", 0.0)
+    products, multiply = 0, torch.mm
+
+    def count(*operands: Tensor, out: Tensor) -> Tensor:
+        nonlocal products
+        products += 1
+        if products == stop:
+            raise KeyboardInterrupt
+        return multiply(*operands, out=out)
+
+    monkeypatch.setattr(torch, "mm", count)
+    stop = 40  # in the third of seven row blocks with sixteen products each
+    for rank in ranks:
+        products = 0
+        with pytest.raises(KeyboardInterrupt):
+            top_matches(first, second, 3, 0.1, 4, rank, tmp_path)
+    stop = 0
+    for rank, alone in zip(ranks, wanted, strict=True):
+        products = 0
+        found = top_matches(first, second, 3, 0.1, 4, rank, tmp_path)
+        assert products == 5 * 16
+        assert all(torch.equal(kept.index, expected.index) for kept, expected in zip(found, alone, strict=True))
+
+
+def test_matches_are_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each minute of work: of 21 row blocks that take 25 s each every third one is saved."""
+    seconds = itertools.count(step=25.0)
+    monkeypatch.setattr(matching.time, "monotonic", seconds.__next__)
+    saves, save = [], torch.save
+
+    def count(state: dict, file: BinaryIO) -> None:
+        saves.append(state["start"])
+        save(state, file)
+
+    monkeypatch.setattr(torch, "save", count)
+    top_matches(unit(84, 16, 0), unit(61, 16, 1), block=4, folder=tmp_path)
+    assert 4 <= len(saves) <= 7
 
 
 def test_short_comparisons_leave_no_file(tmp_path: Path) -> None:
