@@ -27,8 +27,7 @@ for _package in ("data", "models", "utils"):
 
 from models.backbones import NETWORKS, create_network  # noqa: E402
 from models.embedders import load_embedder as _load_embedder  # noqa: E402
-from models.weights import load_weights as _load_weights  # noqa: E402
-from models.weights import recognise_weights as _recognise_weights  # noqa: E402
+from models.weights import create_with_weights as _create_with_weights  # noqa: E402
 
 #: Packages that torch.hub looks for first.
 dependencies = ["torch", "numpy", "safetensors", "tqdm"]
@@ -47,13 +46,9 @@ def _entry(name: str) -> Callable[..., nn.Module]:
     def create(
         weights: str | Path = "", embedding_size: int = 0, image_size: int = 0, colour: str = "auto", **options: Any
     ) -> nn.Module:
-        known = _recognise_weights(weights, name) if weights else None
-        embedding_size = embedding_size or (known.embedding_size if known else 512)
-        image_size = image_size or (known.image_size if known else 112)
-        network = create_network(name, embedding_size, image_size, **options)
         if weights:
-            _load_weights(network, weights, name, colour)
-        return network.eval()
+            return _create_with_weights(name, weights, embedding_size, image_size, colour, **options).eval()
+        return create_network(name, embedding_size or 512, image_size or 112, **options).eval()
 
     create.__name__ = create.__qualname__ = name
     create.__doc__ = (

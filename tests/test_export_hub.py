@@ -13,6 +13,7 @@ import torch
 from config import Config
 from models import NETWORKS, create_network, load_embedder
 from models.losses import LOSSES
+from utils.checkpoints import CheckpointError
 from utils.exporting.facts import ModelFacts, publishable, set_name
 from utils.model_card import model_card
 from utils.settings import build, to_json
@@ -156,6 +157,8 @@ def test_torch_hub_networks(tiny_run: Path, tmp_path: Path) -> None:
     network = hub("demo", embedding_size=16, image_size=32)
     assert not network.training
     assert network(torch.zeros(2, 3, 32, 32)).shape == (2, 16)
+    with pytest.raises(CheckpointError, match=r"weights of r18, 16-d, .*; it looks like demo, 16-d, .*network demo\. "):
+        hub("r18", weights=tiny_run)
     other = create_network("demo", 16, 32)
     torch.save(other.state_dict(), tmp_path / "backbone.pth")
     for sizes in ({}, {"embedding_size": 16, "image_size": 32}):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from models.embedders import load_embedder
+from models.embedders import OnnxEmbedder, load_embedder
 from models.embedders.onnx_file import normalises_itself
 from test_embedder import CPU, SIZE, reshaped, with_metadata, write_onnx
 from utils.checkpoints import CheckpointError
@@ -33,6 +33,10 @@ Nodes = list[tuple[str, list[str], str]]
         # Standardised weights: arithmetic on the kernel.
         ([("Sub", ["kernel", "two"], "k"), ("Mul", ["k", "two"], "w"), ("Conv", ["x", "w"], "y")], False),
         ([("Reshape", ["x", "two"], "a"), ("MatMul", ["a", "kernel"], "y")], False),
+        ([("Flatten", ["x"], "a"), ("Gemm", ["a", "kernel"], "y")], False),
+        # An input that is left out keeps nothing from being a constant; the faces' own shape is none.
+        ([("Clip", ["two", "", "two"], "c"), ("Sub", ["x", "c"], "a"), ("Conv", ["a", "kernel"], "y")], True),
+        ([("Shape", ["x"], "s"), ("Cast", ["s"], "c"), ("Div", ["x", "c"], "a"), ("Conv", ["a", "kernel"], "y")], None),
         ([], False),
         ([("BatchNormalization", ["x", "two", "two", "two", "two"], "a"), ("Conv", ["a", "kernel"], "y")], None),
         ([("Sub", ["x", "x"], "a"), ("Conv", ["a", "kernel"], "y")], None),
@@ -49,7 +53,9 @@ def test_unclear_normalisation_is_warned_of(tmp_path: Path) -> None:
     """Nobody can know it then: it is said what is taken and what to say; whoever has said it hears nothing."""
     path = write_onnx(tmp_path / "net.onnx", ("Max",))
     with pytest.warns(UserWarning, match=r"net\.onnx: its first nodes do not show.* say --model\.normalisation none"):
-        assert load_embedder(path, CPU).inputs.normalisation == "127.5"  # type: ignore[attr-defined]
+        embedder = load_embedder(path, CPU)
+    assert isinstance(embedder, OnnxEmbedder)
+    assert embedder.inputs.normalisation == "127.5"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         load_embedder(path, CPU, normalisation="none")
@@ -82,16 +88,25 @@ def test_onnx_files_that_take_one_face_whatever_they_say(tmp_path: Path, shape: 
         torch.testing.assert_close(embedder.embed(FACES), found)  # known from then on
 
 
-def test_onnx_files_that_run_wrong(tmp_path: Path) -> None:
-    """What onnxruntime raises, a scalar, no input: an error that names the file, which scripts show in a line."""
+def test_onnx_files_that_run_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """What onnxruntime raises, a scalar, no input: an error that names the file, which scripts show in a line, the same
+    again when it is asked again, and nothing of onnxruntime's own on the screen.
+    """
     wrong_size = reshaped(write_onnx(tmp_path / "size.onnx", size=24), ["N", 3, SIZE, SIZE])
     scalar = ending(write_onnx(tmp_path / "scalar.onnx"), helper.make_node("ReduceMean", ["maps"], ["y"], keepdims=0))
+    reshape = helper.make_node("Reshape", ["maps", "shape"], ["y"])
+    fixed = ending(write_onnx(tmp_path / "fixed.onnx", batch=4), reshape, shape=[1, -1])
     for path, message in (
         (wrong_size, r"size\.onnx: onnxruntime fails on 7 faces, input \[7, 3, 16, 16\]: .*"),
         (scalar, r"scalar\.onnx: its output for 7 faces is \[\], not an embedding of each"),
+        (fixed, r"fixed\.onnx: its output for 4 faces is \[1, 20\], not an embedding of each"),
     ):
-        with pytest.raises(CheckpointError, match=message):
-            load_embedder(path, CPU).embed(FACES)
+        embedder = load_embedder(path, CPU)
+        capfd.readouterr()
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=message):
+                embedder.embed(FACES)
+        assert capfd.readouterr().err == ""
     with pytest.raises(CheckpointError, match=r"takes inputs of shape \[0, 3, 16, 16\]"):
         load_embedder(reshaped(write_onnx(tmp_path / "empty.onnx"), [0, 3, SIZE, SIZE]), CPU)
     model = onnx.load(write_onnx(tmp_path / "plain.onnx"))

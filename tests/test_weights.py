@@ -104,6 +104,7 @@ def test_published_files_load_unchanged(tmp_path: Path, name: str) -> None:
         ("mbf", 320, 32),
         ("mobilefacenet_xiaoccer", 224, 128),
         ("vit_t", 54, 512),
+        ("vit_t", 80, 16),
         ("vit_t", 224, 512),
         ("vit_t", 400, 16),
     ],
@@ -122,6 +123,7 @@ def test_a_size_among_several_with_the_same_weights(tmp_path: Path) -> None:
     shapes = expected_shapes("vit_t", 512, 54)
     assert recognise(shapes, ("vit_t",), 60) == Recognised("vit_t", 512, 60)
     assert recognise(shapes, ("vit_t",), 63) == Recognised("vit_t", 512, 54)
+    assert recognise(expected_shapes("vit_t", 512, 112), ("vit_t",), 110) == Recognised("vit_t", 512, 110)
 
 
 WRAPPERS: dict[str, Any] = {
@@ -253,6 +255,8 @@ def test_the_order_of_evolve_and_treb1en_is_doubted(tmp_path: Path) -> None:
         load_weights(other, tmp_path / "model.pth", "evolve_ir50", colour="bgr")
     np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(expected(other), expected(network, "bgr"), rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="brg"):
+        load_weights(other, tmp_path / "model.pth", "evolve_ir50", colour="brg")
 
 
 @pytest.mark.parametrize("prefix", ["", "model."])

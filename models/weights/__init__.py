@@ -1,6 +1,6 @@
 """Weights from files: those of this project's runs, and those that others trained, under their names."""
 
-from models.weights.load import Loaded, load_network, load_weights, recognise_weights
+from models.weights.load import Loaded, create_with_weights, load_network, load_weights
 from models.weights.reading import model_file
 
-__all__ = ["Loaded", "load_network", "load_weights", "model_file", "recognise_weights"]
+__all__ = ["Loaded", "create_with_weights", "load_network", "load_weights", "model_file"]

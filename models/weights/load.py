@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -58,13 +59,8 @@ def load_network(
     Raises CheckpointError where no network fits.
     """
     check_choices(normalisation, colour)
-    if _is_ours(file):
-        state, settings = load_backbone(file)
-        name, embedding_size = settings["model"]["network"], settings["model"]["embedding_size"]
-        known, origin = Recognised(name, embedding_size, settings["data"]["image_size"]), Origin(state)
-    else:
-        origin = read_origin(file)
-        known = _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
+    origin, stated = _read(file)
+    known = stated or _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
     module = create_network(known.network, known.embedding_size, known.image_size)
     _fill(module, _state_for_rgb(origin, module, colour), file, known.network)
     inputs = InputSpec(origin.normalisation if normalisation == "auto" else normalisation)  # type: ignore[arg-type]
@@ -79,15 +75,38 @@ def load_weights(module: nn.Module, path: Path | str, network: str, colour: str 
     """
     check_choices("auto", colour)
     file = model_file(path)
-    origin = Origin(load_backbone(file)[0]) if _is_ours(file) else read_origin(file)
+    origin, _ = _read(file)
     _fill(module, _state_for_rgb(origin, module, colour), file, network)
 
 
-def recognise_weights(path: Path | str, network: str) -> Recognised | None:
-    """What the network called `network` is created with for the weights at `path`; None where they are not its."""
+def create_with_weights(
+    network: str,
+    path: Path | str,
+    embedding_size: int = 0,
+    image_size: int = 0,
+    colour: str = "auto",
+    **options: Any,
+) -> nn.Module:
+    """The network called `network`, made with `options`, with the weights at `path`; sizes of 0 are told from those.
+
+    Otherwise as load_weights.
+    """
+    check_choices("auto", colour)
     file = model_file(path)
-    state = load_backbone(file)[0] if _is_ours(file) else read_origin(file).state
-    return recognise(shapes_of(state), (network,), 112)
+    origin, stated = _read(file)
+    known = stated or recognise(shapes_of(origin.state), (network,), 112) or Recognised(network, 512, 112)
+    module = create_network(network, embedding_size or known.embedding_size, image_size or known.image_size, **options)
+    _fill(module, _state_for_rgb(origin, module, colour), file, network)
+    return module
+
+
+def _read(file: Path) -> tuple[Origin, Recognised | None]:
+    """The weights in a file of any kind, and the network that a run's settings say they are of."""
+    if not _is_ours(file):
+        return read_origin(file), None
+    state, settings = load_backbone(file)
+    model = settings["model"]
+    return Origin(state), Recognised(model["network"], model["embedding_size"], settings["data"]["image_size"])
 
 
 def read_origin(file: Path) -> Origin:
