@@ -27,8 +27,9 @@ from tqdm import tqdm
 
 from config import PRESETS, Config
 from data.augment import Chances, augment
-from data.face_sets import FaceSet, FaceSetError, identity_keys, open_training_set
+from data.face_sets import FaceSet, FaceSetError
 from data.image_sizes import require_size
+from data.joined_sets import identity_keys, open_training_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
 from data.prefetch import on_device

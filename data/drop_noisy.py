@@ -31,8 +31,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from config import PRESETS, Config
-from data.face_sets import FaceSet, FaceSetError, identity_keys, images_by_identity, open_training_set, write_face_set
+from data.face_sets import FaceSet, FaceSetError, images_by_identity, write_face_set
 from data.images import ImageError
+from data.joined_sets import identity_keys, open_training_set
 from data.loading import DecodedFaces, sequential_loader
 from models.embedders import Embedder, load_embedder
 from models.heads.sub_centers import angles, dominant, nearest, own_cosines

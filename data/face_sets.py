@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from data.images_fingerprint import files_digest, images_fingerprint, joined_digest
+from data.images_fingerprint import files_digest
 from data.index_cache import CACHED_FROM, ImageIndex, load_index, save_index
 from data.recordio import (
     IMAGE_HEADER_SIZE,
@@ -288,112 +288,9 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_ENDINGS and file.name[0] != "."
 
 
-class JoinedFaceSet:
-    """Several sets as one, the identities of each apart from those of the others.
-
-    Memory: that of the sets and 8 bytes an image.
-    """
-
-    def __init__(self, sets: Sequence[FaceSet]) -> None:
-        self._sets = sets
-        self.path = Path(",".join(str(faces.path) for faces in sets))
-        self.identities = [f"{faces.path}: {name}" for faces in sets for name in faces.identities]
-        first_labels = np.cumsum([0, *(len(faces.identities) for faces in sets)])
-        self.labels = np.concatenate([faces.labels + first for faces, first in zip(sets, first_labels, strict=False)])
-        self._starts = np.cumsum([0, *(len(faces) for faces in sets)])
-
-    @property
-    def identity_keys(self) -> list[str]:
-        """See `identity_keys`."""
-        return [f"{number}: {name}" for number, faces in enumerate(self._sets) for name in faces.identities]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def _locate(self, i: int) -> tuple[FaceSet, int]:
-        number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self._sets[number], i - int(self._starts[number])
-
-    def encoded(self, i: int) -> bytes:
-        faces, position = self._locate(i)
-        return faces.encoded(position)
-
-    def describe(self, i: int) -> str:
-        faces, position = self._locate(i)
-        return faces.describe(position)
-
-    def fingerprint(self) -> str:
-        """See data/images_fingerprint.py."""
-        return joined_digest([images_fingerprint(faces) for faces in self._sets])
-
-    def spans(self, positions: np.ndarray) -> Iterator[RecordSpans]:
-        for faces, start, end in zip(self._sets, self._starts, self._starts[1:], strict=False):
-            if isinstance(faces, InRecords):
-                yield from faces.spans(positions[(positions >= start) & (positions < end)] - start)
-
-    def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
-        views: list[np.ndarray | None] = [None] * len(positions)
-        for faces, start, end in zip(self._sets, self._starts, self._starts[1:], strict=False):
-            rows = np.flatnonzero((positions >= start) & (positions < end))
-            for row, view in zip(rows.tolist(), image_views(faces, positions[rows] - start), strict=True):
-                views[row] = view
-        return views
-
-
-class FrequentIdentities:
-    """The identities of a set that have `min_images` images or more, numbered anew without holes.
-
-    Memory: that of the set and 16 bytes an image.
-    """
-
-    def __init__(self, faces: FaceSet, min_images: int) -> None:
-        self._faces = faces
-        self.path = faces.path
-        kept = np.bincount(faces.labels, minlength=len(faces.identities)) >= min_images
-        if not kept.any():
-            raise FaceSetError(f"{faces.path}: no identity has {min_images} images (data.min_images)")
-        self._kept = np.flatnonzero(kept)
-        self.identities = [faces.identities[label] for label in self._kept.tolist()]
-        self._positions = np.flatnonzero(kept[faces.labels])
-        self.labels = (np.cumsum(kept) - 1)[faces.labels[self._positions]]
-
-    @property
-    def identity_keys(self) -> list[str]:
-        """See `identity_keys`."""
-        keys = identity_keys(self._faces)
-        return [keys[label] for label in self._kept.tolist()]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def encoded(self, i: int) -> bytes:
-        return self._faces.encoded(int(self._positions[i]))
-
-    def describe(self, i: int) -> str:
-        return self._faces.describe(int(self._positions[i]))
-
-    def fingerprint(self) -> str:
-        """See data/images_fingerprint.py."""
-        return joined_digest(images_fingerprint(self._faces), self._positions)
-
-    def spans(self, positions: np.ndarray) -> Iterator[RecordSpans]:
-        if isinstance(self._faces, InRecords):
-            yield from self._faces.spans(self._positions[positions])
-
-    def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
-        return image_views(self._faces, self._positions[positions])
-
-
 def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
     """`views` of those sets that have it; of others None for every image."""
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
-
-
-def identity_keys(faces: FaceSet) -> list[str]:
-    """Names of the identities that do not depend on how the paths of sets are spelled: those of joined sets have the
-    number of their set in place of its path.
-    """
-    return getattr(faces, "identity_keys", faces.identities)
 
 
 def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
@@ -457,13 +354,6 @@ def open_face_set(path: Path | str) -> FaceSet:
         return RecFaceSet(path)
     rec_path = find_rec(path)
     return RecFaceSet(rec_path) if rec_path else FolderFaceSet(path)
-
-
-def open_training_set(paths: Sequence[Path | str], min_images: int) -> FaceSet:
-    """The sets at `paths` as one, without the identities that have fewer than `min_images` images."""
-    sets = [open_face_set(path) for path in paths]
-    faces: FaceSet = sets[0] if len(sets) == 1 else JoinedFaceSet(sets)
-    return faces if min_images <= 1 else FrequentIdentities(faces, min_images)
 
 
 class FaceSetWriter:

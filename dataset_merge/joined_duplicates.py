@@ -13,7 +13,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data.face_sets import EncodedImages, FaceSet, JoinedFaceSet, images_by_identity
+from data.face_sets import EncodedImages, FaceSet, images_by_identity
+from data.joined_sets import JoinedFaceSet
 from dataset_merge.decisions import Decision, Identities, members
 from dataset_merge.duplicates import CANDIDATE_COSINE, SAME_CORRELATION, Duplicate, Rows, find_duplicates
 from dataset_merge.unit_rows import UnitRows

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from config import Config, MergeConfig
-from data.face_sets import EncodedImages, FaceSet, FaceSetError, JoinedFaceSet
+from data.face_sets import EncodedImages, FaceSet, FaceSetError
 from data.images import ImageError
+from data.joined_sets import JoinedFaceSet
 from dataset_merge import cleaning
 from dataset_merge.calibration import Calibration
 from dataset_merge.centres import identity_centres

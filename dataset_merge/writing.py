@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from data.face_sets import EncodedImages, FaceSet, FaceSetError, FaceSetWriter, FolderFaceSet, InRecords, JoinedFaceSet
+from data.face_sets import EncodedImages, FaceSet, FaceSetError, FaceSetWriter, FolderFaceSet, InRecords
 from data.image_sizes import SAMPLE
 from data.images import ImageError, decode_rgb
 from data.images_fingerprint import images_fingerprint
+from data.joined_sets import JoinedFaceSet
 from data.recordio import RecordAppender
 from utils.files import partial_folder
 from utils.progress import progress_bar

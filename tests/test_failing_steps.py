@@ -13,7 +13,7 @@ from torch import Tensor
 import tiny_runs
 import train as training
 from config import Config
-from data.face_sets import open_training_set
+from data.joined_sets import open_training_set
 from models.backbones.demonet import DemoNet
 from models.heads.blockwise import BlockwiseHead
 from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train

@@ -7,14 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data.face_sets import (
-    FolderFaceSet,
-    FrequentIdentities,
-    JoinedFaceSet,
-    RecFaceSet,
-    image_views,
-    open_face_set,
-)
+from data.face_sets import FolderFaceSet, RecFaceSet, image_views, open_face_set
 from data.images import (
     ImageError,
     decode_face,
@@ -24,6 +17,7 @@ from data.images import (
     encode_png,
     image_extension,
 )
+from data.joined_sets import FrequentIdentities, JoinedFaceSet
 from data.loading import DecodedFaces
 from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordFile, pack_image
 from tiny_faces import tiny_face

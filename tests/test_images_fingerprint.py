@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 
 from data import images_fingerprint as module
-from data.face_sets import (
-    FaceSet,
-    FaceSetError,
-    FolderFaceSet,
-    FrequentIdentities,
-    JoinedFaceSet,
-    PairImages,
-    open_face_set,
-    write_face_set,
-)
+from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, PairImages, open_face_set, write_face_set
 from data.images_fingerprint import images_fingerprint
+from data.joined_sets import FrequentIdentities, JoinedFaceSet
 from data.set_sources import ListedFaceSet
 from data.verification_bin import VerificationPairs
 from tiny_faces import tiny_face

@@ -25,8 +25,9 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.augment import Chances, augment
 from data.batch_memory import BatchMemory
-from data.face_sets import FaceSet, FrequentIdentities, JoinedFaceSet, RecFaceSet, open_face_set
+from data.face_sets import FaceSet, RecFaceSet, open_face_set
 from data.images import ImageError, encode_png
+from data.joined_sets import FrequentIdentities, JoinedFaceSet
 from data.loading import DecodedFaces, EpochBatches, flips, sequential_loader, to_network_input, training_loader
 from data.orders import Order, block_order, create_order, exact_order
 from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordFile, encode_record, pack_image

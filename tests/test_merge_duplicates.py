@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.face_sets import JoinedFaceSet, open_face_set
+from data.face_sets import open_face_set
 from data.images import decode_rgb, encode_jpeg
+from data.joined_sets import JoinedFaceSet
 from dataset_merge import joined_duplicates
 from dataset_merge.duplicates import (
     CANDIDATE_COSINE,

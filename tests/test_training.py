@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 
 from config import Config, LossConfig, ModelConfig, TrainConfig
 from data.augment import Chances
-from data.face_sets import FaceSetError, open_training_set, write_face_set
+from data.face_sets import FaceSetError, write_face_set
 from data.image_sizes import require_size
 from data.images import decode_rgb, encode_png
+from data.joined_sets import open_training_set
 from data.loading import flips
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin

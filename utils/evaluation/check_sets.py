@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.face_sets import EncodedImages, FaceSet, open_face_set, open_training_set
+from data.face_sets import EncodedImages, FaceSet, open_face_set
 from data.images import decode_face
+from data.joined_sets import open_training_set
 from models.embedders import Embedder
 from models.embedding import embed_images
 from utils.evaluation.bootstrap import connected_groups, drawn_groups
