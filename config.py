@@ -788,6 +788,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.epochs": 10,
         "train.lr": 0.1,
         "train.warmup_epochs": 1.0,
+        "train.compile": "off",  # takes longer than the run on a GPU
         "train.log_every": 10,
         "train.verify_at_start": True,
         # The small net knows drawn faces from few people: new ones look more alike to it than real ones to real nets.
