@@ -11,7 +11,7 @@ face's own one is, -1 for none; `start`: int64 scalar, the place of the first of
 [faces].
 """
 
-# mypy: allow-untyped-defs
+# mypy: allow-untyped-defs, allow-incomplete-defs
 
 import triton
 import triton.language as tl
