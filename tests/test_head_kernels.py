@@ -11,7 +11,7 @@ import torch
 
 from models.heads import RowSGD
 from models.heads.block_steps import BlockMaths
-from models.heads.fused_steps import can_fuse
+from models.heads.fused_steps import Tile, can_fuse
 from models.losses import LOSSES, create_loss
 
 CUDA = torch.device("cuda")
@@ -31,6 +31,13 @@ def test_kernels_compute_what_blocks_do() -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout
+
+
+def test_tiles_fit_small_batches() -> None:
+    """No half of a tile is computed for nothing; 64 rows are what a card multiplies at least."""
+    tile = Tile(256, 128, 64, 8, 3)
+    assert [tile.for_rows(faces).rows for faces in (1, 64, 65, 128, 129, 512)] == [64, 64, 128, 128, 256, 256]
+    assert tile.for_rows(1)[1:] == tile[1:]
 
 
 def maths(name: str = "arcface", sub_centers: int = 1, matmul: torch.dtype | None = torch.bfloat16) -> BlockMaths:

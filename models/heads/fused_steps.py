@@ -23,6 +23,13 @@ class Tile(NamedTuple):
     warps: int
     stages: int
 
+    def for_rows(self, number: int) -> "Tile":
+        """The same, or with fewer rows where that is enough for `number` of them."""
+        rows = self.rows
+        while rows > 64 and rows // 2 >= number:
+            rows //= 2
+        return self._replace(rows=rows)
+
 
 class Tiles(NamedTuple):
     """Of the three kernels: faces x classes, faces x classes, classes x dimensions."""
@@ -81,7 +88,7 @@ class FusedMaths(BlockMaths):
     ) -> tuple[Tensor, Tensor]:
         from models.heads.kernels import log_sum_exp
 
-        (faces, size), n, tile = unit.shape, len(centres), self.tiles.forward
+        (faces, size), n, tile = unit.shape, len(centres), self.tiles.forward.for_rows(len(unit))
         rows, columns = -(-faces // tile.rows), -(-n // tile.columns)
         parts = min(columns, max(1, _processors(unit.device) // rows))
         sums, bests = unit.new_empty((2, parts, faces), dtype=torch.float32)
@@ -108,7 +115,7 @@ class FusedMaths(BlockMaths):
     ) -> tuple[ProductsGradient, Tensor, Tensor | None]:
         from models.heads.kernels import gradients_of_products
 
-        (faces, size), n, tile = unit.shape, len(centres), self.tiles.backward
+        (faces, size), n, tile = unit.shape, len(centres), self.tiles.backward.for_rows(len(unit))
         rows, columns = -(-faces // tile.rows), -(-n // tile.columns)
         d_products = unit.new_empty(faces, -(-n // 16) * 16)[:, :n]  # rows begin where the copy engine can
         factors, along = unit.new_empty(n, size), unit.new_empty(rows, n, dtype=torch.float32)
