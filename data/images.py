@@ -79,8 +79,10 @@ def encode_jpeg(image: np.ndarray, quality: int = 95) -> bytes:
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """Encode uint8 [height, width, 3] RGB as PNG."""
-    return _encode(".png", image, [])
+    """Encode uint8 [height, width, 3] RGB as PNG, little compressed: more makes photos a tenth smaller, and takes three
+    times as long."""
+    strategy = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_DEFAULT]
+    return _encode(".png", image, [cv2.IMWRITE_PNG_COMPRESSION, 1, *strategy])
 
 
 def _encode(extension: str, image: np.ndarray, options: list[int]) -> bytes:

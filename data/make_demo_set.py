@@ -46,18 +46,23 @@ def set_folders(demo: DemoConfig) -> tuple[Path, Path]:
 
 def draw_people(people: Sequence[int], shots: range, seed: int, workers: int, title: str) -> Album:
     """JPEG images of each of `people`, the pictures numbered `shots`."""
-    tasks = [(person, shots, seed) for person in people]
-    album = {}
-    with progress_bar(len(tasks) * len(shots), "image", title) as bar:
-        for person, images in map_unordered(_draw_person, tasks, workers, _nothing):
-            album[person] = images
+    return draw_albums([(people, shots)], seed, workers, title)[0]
+
+
+def draw_albums(parts: Sequence[tuple[Sequence[int], range]], seed: int, workers: int, title: str) -> list[Album]:
+    """An album for each (people, numbers of their pictures); all are drawn by the same processes."""
+    tasks = [(part, person, shots, seed) for part, (people, shots) in enumerate(parts) for person in people]
+    drawn = {}
+    with progress_bar(sum(len(people) * len(shots) for people, shots in parts), "image", title) as bar:
+        for part, person, images in map_unordered(_draw_person, tasks, workers, _nothing):
+            drawn[part, person] = images
             bar.update(len(images))
-    return {person: album[person] for person in people}
+    return [{person: drawn[part, person] for person in people} for part, (people, _) in enumerate(parts)]
 
 
-def _draw_person(task: tuple[int, range, int]) -> tuple[int, list[bytes]]:
-    person, shots, seed = task
-    return person, [draw_jpeg(person, shot, seed, IMAGE_SIZE) for shot in shots]
+def _draw_person(task: tuple[int, int, range, int]) -> tuple[int, int, list[bytes]]:
+    part, person, shots, seed = task
+    return part, person, [draw_jpeg(person, shot, seed, IMAGE_SIZE) for shot in shots]
 
 
 def _nothing() -> None:
@@ -95,16 +100,17 @@ def make_sets(output: Path, more: Path, demo: DemoConfig, workers: int) -> None:
     """Write both sets. Raises FileExistsError when a folder is there and not empty."""
     require_free(more)
     known = range(demo.people)
-    with write_face_set(output, IMAGE_SIZE) as out:
-        add_people(out, draw_people(known, range(demo.shots), demo.seed, workers, "draw people"))
-        strangers = range(FIRST_TEST_PERSON, FIRST_TEST_PERSON + demo.test_people)
-        album = draw_people(strangers, range(demo.shots), demo.seed, workers, "draw test people")
-        write_bin(out.folder / "demo.bin", *make_pairs(album, demo.seed))
+    strangers = range(FIRST_TEST_PERSON, FIRST_TEST_PERSON + demo.test_people)
     overlap = demo.more_people // 2
     again = [*known[:overlap], *range(FIRST_NEW_PERSON, FIRST_NEW_PERSON + demo.more_people - overlap)]
+    shots, other_shots = range(demo.shots), range(demo.shots, 2 * demo.shots)
+    with write_face_set(output, IMAGE_SIZE) as out:
+        parts = ((known, shots), (strangers, shots), (again, other_shots))
+        train, test, others = draw_albums(parts, demo.seed, workers, "draw people")
+        add_people(out, train)
+        write_bin(out.folder / "demo.bin", *make_pairs(test, demo.seed))
     with write_face_set(more, IMAGE_SIZE) as out:
-        other_shots = range(demo.shots, 2 * demo.shots)
-        add_people(out, draw_people(again, other_shots, demo.seed, workers, "draw more people"))
+        add_people(out, others)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,9 +14,8 @@ from dataset_merge.decisions import Decision, Identities, decision_counts
 from dataset_merge.duplicates import Duplicate
 from dataset_merge.exclude import HeldOutSet, Leaks
 from dataset_merge.grouping import Grouping
-from utils.files import atomic_path
 from utils.html_report import HtmlReport
-from utils.plots import draw_contact_sheet, draw_score_histogram
+from utils.plots import draw_contact_sheet, draw_marked_scores, draw_score_histogram
 
 ROWS_DRAWN = 16
 IMAGES_DRAWN = 4  # of each side
@@ -152,22 +151,7 @@ def _tell_threshold(report: HtmlReport, folder: Path, merge: Merge) -> None:
 
 
 def _draw_best_scores(path: Path, scores: np.ndarray, t: float) -> None:
-    """A histogram on a logarithmic scale, so that the few near the threshold are seen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    low, high = min(float(scores.min()), t), max(float(scores.max()), t)
-    axes.hist(scores, bins=np.linspace(low - 0.01, high + 0.01, 100).tolist(), color="#0072B2", alpha=0.6)
-    axes.axvline(t, color="#333333", linewidth=1, linestyle="--")
-    axes.annotate(f"t = {t:g}", (t, 0.97), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top")
-    axes.set_yscale("log")
-    axes.set(xlabel="cosine with the most similar identity", ylabel="identities")
-    axes.spines[["top", "right"]].set_visible(False)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+    draw_marked_scores(path, scores, t, "identities", "cosine with the most similar identity")
 
 
 def _pairs(merge: Merge, faces: _Faces) -> tuple[list[_Pair], list[_Pair]]:

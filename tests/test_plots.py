@@ -15,6 +15,7 @@ from utils.plots import (
     draw_contact_sheet,
     draw_curves,
     draw_det,
+    draw_marked_scores,
     draw_pair_sheet,
     draw_rejection,
     draw_roc,
@@ -58,6 +59,16 @@ def bars(path: Path) -> None:
     draw_bars(path, ["one", "two"], values, {"a": [(98.5, 99.5), (np.nan, np.nan)]}, "title", "TAR, %")
 
 
+def long_bars(path: Path) -> None:
+    draw_bars(
+        path, ["a group of people with a long name (1,234 genuine pairs)"], {"a": [99.0]}, None, "title", "TAR, %"
+    )
+
+
+def marked(path: Path) -> None:
+    draw_marked_scores(path, np.linspace(0.1, 0.5, 1000), 0.8, "identities", "cosine")
+
+
 def pair_sheet(path: Path) -> None:
     draw_pair_sheet(path, pairs(5), [("cosine 0.5", "Žluťoučký_kůň_0001.jpg")] * 5, 2, "title")
 
@@ -77,7 +88,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     return np.asarray(image[..., ::-1])
 
 
-DRAWERS = [roc, histogram, curves, contact_sheet, det, rejection, bars, pair_sheet]
+DRAWERS = [roc, histogram, curves, contact_sheet, det, rejection, bars, long_bars, marked, pair_sheet]
 
 
 @pytest.mark.parametrize(("draw", "shape"), [(roc, (600, 960, 3)), (histogram, (768, 960, 3)), (curves, (600, 960, 3))])
@@ -102,6 +113,17 @@ def test_an_existing_picture_is_replaced_and_string_paths_work(draw: Callable[[s
     path.write_bytes(b"old")
     draw(str(path))
     assert read_rgb(path).size > 0
+
+
+@pytest.mark.parametrize("draw", DRAWERS)
+def test_no_text_is_cut_off(draw: Callable[[Path], None], tmp_path: Path) -> None:
+    """Protects labels, however wide, from running out of the picture, and charts from wide margins around them."""
+    draw(tmp_path / "picture.png")
+    drawn = (read_rgb(tmp_path / "picture.png") < 255).any(axis=2)
+    for side in (drawn, drawn[::-1], drawn.T, drawn.T[::-1]):
+        margin = int(side.any(axis=1).argmax())
+        assert margin >= 1, "something runs out of the picture"
+        assert margin <= 40 or draw in (contact_sheet, pair_sheet)
 
 
 def test_a_failed_write_leaves_no_temporary_file(tmp_path: Path) -> None:

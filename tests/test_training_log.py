@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data.loading import Batch
 from utils.training_log import METRICS, Meter, TrainingLog, read_metrics, step_profiler
 from utils.training_step import StepOutput
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def output(loss: float, faces: int = 4) -> StepOutput:
@@ -90,7 +93,11 @@ def test_distributions(tmp_path: Path) -> None:
     assert found.Tags()["histograms"] == ["good"]
     histogram = found.Histograms("good")[0]
     assert histogram.step == 3
-    assert (histogram.histogram_value.num, histogram.histogram_value.max) == (10, 9)
+    value = histogram.histogram_value
+    assert (value.num, value.min, value.max, value.sum, value.sum_squares) == (10, 0, 9, 45, 285)
+    assert len(value.bucket_limit) == len(value.bucket)
+    filled = {(value.bucket_limit[i - 1], value.bucket_limit[i]) for i in np.flatnonzero(value.bucket)}
+    assert all(any(low <= number <= high for low, high in filled) for number in range(10)), "bars and edges do not fit"
 
 
 def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,6 +115,20 @@ def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatc
     with pytest.raises(RuntimeError, match="made up"), log:
         raise RuntimeError("made up")
     assert picture.exists()
+
+
+def test_writing_imports_no_library_of_pictures_or_networks(tmp_path: Path) -> None:
+    """A run does not wait seconds for torchvision, or for a TensorFlow that torch's writer would look for."""
+    program = (
+        "import sys, torch; from utils.training_log import TrainingLog\n"
+        "with TrainingLog(__import__('pathlib').Path(sys.argv[1]), 0) as log:\n"
+        "    log.scalars(1, {'train/loss': 1.0}); log.distributions(1, {'a': torch.ones(3).numpy()})\n"
+        "    log.inputs(torch.zeros(2, 3, 8, 8), 1)\n"
+        "unwanted = {'torchvision', 'torch.utils.tensorboard', 'matplotlib.pyplot', 'sklearn', 'scipy'}\n"
+        "sys.exit(', '.join(unwanted & set(sys.modules)) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_only_the_first_rank_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +149,9 @@ def test_inputs_are_shown_as_they_are(tmp_path: Path) -> None:
     faces[0, 0] = 1.0
     with TrainingLog(tmp_path, 0) as log:
         log.inputs(faces, 0)
-    shown = board(tmp_path).Images("train/inputs")[0].encoded_image_string
+    event = board(tmp_path).Images("train/inputs")[0]
+    assert (event.width, event.height) == (2 * 20 + 4, 24)
+    shown = event.encoded_image_string
     for image in (np.frombuffer(shown, np.uint8), np.fromfile(tmp_path / "inputs.png", np.uint8)):
         pixels = cv2.imdecode(image, cv2.IMREAD_COLOR_RGB)
         assert {tuple(pixel.tolist()) for pixel in pixels.reshape(-1, 3)} >= {(255, 0, 0), (0, 0, 0)}

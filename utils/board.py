@@ -1,7 +1,11 @@
-"""What TensorBoard shows, in a file that a full disk does not stop: torch's own writer dies of it, in a thread."""
+"""What TensorBoard shows, in a file that a full disk does not stop: torch's own writer dies of it, in a thread.
+
+That writer also imports TensorFlow where there is one, for nothing that is needed here.
+"""
 
 import os
 import socket
+import struct
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,25 +37,41 @@ class Board:
 
     def scalar(self, name: str, value: float, step: int) -> None:
         """A point of a curve."""
-        from torch.utils.tensorboard.summary import scalar
-
-        self._add(step, summary=scalar(name, value))
+        self._value(step, name, simple_value=value)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
         """`values`, not empty and finite."""
-        from torch.utils.tensorboard.summary import histogram
+        from tensorboard.compat.proto.summary_pb2 import HistogramProto
 
-        self._add(step, summary=histogram(name, values, _BINS))
+        flat = values.astype(np.float64).reshape(-1)
+        counts, edges = np.histogram(flat, _BINS)
+        histogram = HistogramProto(
+            min=flat.min(),
+            max=flat.max(),
+            num=flat.size,
+            sum=flat.sum(),
+            sum_squares=flat @ flat,
+            bucket_limit=edges.tolist(),  # right ones: an empty bar tells where the first begins
+            bucket=[0, *counts.tolist()],
+        )
+        self._value(step, name, histo=histogram)
 
-    def image(self, name: str, pixels: np.ndarray, step: int) -> None:
-        """uint8 [3, H, W], RGB."""
-        from torch.utils.tensorboard.summary import image
+    def image(self, name: str, png: bytes, step: int) -> None:
+        """A picture, as the bytes of a PNG file in RGB."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._add(step, summary=image(name, pixels, dataformats="CHW"))
+        width, height = struct.unpack(">II", png[16:24])
+        image = Summary.Image(width=width, height=height, colorspace=3, encoded_image_string=png)
+        self._value(step, name, image=image)
 
     def close(self) -> None:
         """Give up the file."""
         self._records.close()
+
+    def _value(self, step: int, name: str, **value: Any) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(step, summary=Summary(value=[Summary.Value(tag=name, **value)]))
 
     def _add(self, step: int = 0, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

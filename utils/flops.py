@@ -5,7 +5,6 @@ import time
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from models.backbones.sizes import ImageSize, height_and_width
 
@@ -13,6 +12,8 @@ from models.backbones.sizes import ImageSize, height_and_width
 def forward_flops(network: nn.Module, image_size: ImageSize) -> int:
     """Floating-point operations of convolutions and matrix products, attention's too, for one face; a multiply-add
     counts as two. A network on torch.device("meta") costs neither time nor memory to count."""
+    from torch.utils.flop_counter import FlopCounterMode  # brings Triton
+
     device = next(network.parameters()).device
     training = network.training
     network.eval()

@@ -10,12 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.files import atomic_path
+from data.images import encode_png
+from utils.files import atomic_write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -140,7 +141,7 @@ def draw_contact_sheet(
     Raises ValueError if there is no image, the images are not of one size in uint8 RGB, columns is below 1, or the
     number of labels is not the number of rows.
     """
-    sheet = _tile(images, columns)
+    sheet = tile(images, columns)
     rows = -(-len(images) // columns)
     if row_labels is not None and len(row_labels) != rows:
         raise ValueError(f"{len(row_labels)} labels for {rows} rows")
@@ -153,7 +154,6 @@ def draw_contact_sheet(
     height = title_height + _GAP + sheet.shape[0] if title else sheet.shape[0]
     figure.set_size_inches(width / _DPI, height / _DPI)
 
-    figure.figimage(sheet, xo=left, yo=0, origin="upper")
     if title:
         figure.text(_GAP / width, 1 - _GAP / height, title, fontsize=11, color=_INK, va="top", parse_math=False)
     pitch = (sheet.shape[0] - _GAP) / rows
@@ -162,7 +162,7 @@ def draw_contact_sheet(
         figure.text(
             _GAP / width, middle / height, label, fontsize=9, color=_INK, va="center_baseline", parse_math=False
         )
-    _save(figure, path)
+    _save(figure, path, [(sheet, height - sheet.shape[0], left)])
 
 
 def draw_det(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> None:
@@ -257,6 +257,21 @@ def draw_bars(
     _save(figure, path)
 
 
+def draw_marked_scores(path: str | Path, scores: NDArray[np.floating], mark: float, name: str, label: str) -> None:
+    """How often scores [N], N >= 1, are how high, on a logarithmic scale, so that the few near a threshold are seen.
+
+    mark: the threshold, drawn as a line, which may lie outside of the scores. name: what there is a score of. label:
+        what the scores are.
+    """
+    figure, axes = _axes("", label, name)
+    low, high = min(float(scores.min()), mark), max(float(scores.max()), mark)
+    axes.hist(scores, bins=np.linspace(low - 0.01, high + 0.01, 100).tolist(), color=_COLOURS[0], alpha=0.6)
+    axes.axvline(mark, color=_INK, linewidth=1, linestyle="--")
+    axes.annotate(f"t = {mark:g}", (mark, 0.97), xycoords=("data", "axes fraction"), rotation=90, ha="right", va="top")
+    axes.set_yscale("log")
+    _save(figure, path)
+
+
 def draw_pair_sheet(
     path: str | Path,
     pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],
@@ -273,7 +288,7 @@ def draw_pair_sheet(
     """
     if not pairs or len(captions) != len(pairs) or len({len(lines) for lines in captions}) != 1:
         raise ValueError(f"{len(pairs)} pairs need captions of as many lines each, got {len(captions)} captions")
-    cells = [_tile(list(pair), 2) for pair in pairs]
+    cells = [tile(list(pair), 2) for pair in pairs]
     if len({cell.shape for cell in cells}) != 1:
         raise ValueError("the pairs are not of one size")
     figure = _blank_figure()
@@ -284,22 +299,18 @@ def draw_pair_sheet(
     title_width, title_height = _text_size(figure, [title], fontsize=11)
     width = max(across * (cell_width + 2 * _GAP), title_width + 2 * _GAP)
     height = title_height + 2 * _GAP + down * pitch
-    sheet = np.full((height, width, 3), 255, np.uint8)
     places = [
         (title_height + 2 * _GAP + number // columns * pitch, number % columns * (cell_width + 2 * _GAP))
         for number in range(len(pairs))
     ]
-    for cell, (top, left) in zip(cells, places, strict=True):
-        sheet[top : top + cell_height, left : left + cell_width] = cell
     figure.set_size_inches(width / _DPI, height / _DPI)
-    figure.figimage(sheet, xo=0, yo=0, origin="upper")
     figure.text(_GAP / width, 1 - _GAP / height, title, fontsize=11, color=_INK, va="top", parse_math=False)
     for lines, (top, left) in zip(captions, places, strict=True):
         for number, line in enumerate(lines):
             x, y = left + _GAP, top + cell_height + number * line_height
             text = _fitting(figure, line, cell_width - _GAP)
             figure.text(x / width, 1 - y / height, text, fontsize=8, color=_INK, va="top", parse_math=False)
-    _save(figure, path)
+    _save(figure, path, [(cell, top, left) for cell, (top, left) in zip(cells, places, strict=True)])
 
 
 def _fitting(figure: Figure, text: str, width: int) -> str:
@@ -316,9 +327,34 @@ def _fitting(figure: Figure, text: str, width: int) -> str:
     return ends(max(2, bisect_left(range(len(text)), True, key=lambda kept: wide(ends(kept))) - 1))
 
 
-def _save(figure: Figure, path: str | Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
+def _save(figure: Figure, path: str | Path, images: Sequence[tuple[NDArray[np.uint8], int, int]] = ()) -> None:
+    """Draw the figure, put the `images` (uint8 [H, W, 3], top and left pixel of each) over it, and write it."""
+    if figure.axes:
+        _make_room(figure)
+    # Figure.savefig draws twice, and compresses faces, which figimage resamples, ten times as long as it draws.
+    canvas: Any = figure.canvas
+    canvas.draw()
+    pixels = np.array(np.asarray(canvas.buffer_rgba())[..., :3])
+    for image, top, left in images:
+        pixels[top : top + image.shape[0], left : left + image.shape[1]] = image
+    with atomic_write(path) as file:
+        file.write(encode_png(pixels))
+
+
+def _make_room(figure: Figure) -> None:
+    """Move the edges of the axes, which are above one another, so that the texts around them fit into the figure."""
+    canvas: Any = figure.canvas
+    renderer = canvas.get_renderer()
+    inner = [axes.get_window_extent(renderer) for axes in figure.axes]
+    outer: list[Any] = [axes.get_tightbbox(renderer, for_layout_only=True) for axes in figure.axes]
+    pad = 0.1 * figure.dpi
+    width, height = figure.bbox.size
+    figure.subplots_adjust(
+        left=(max(axes.x0 - texts.x0 for axes, texts in zip(inner, outer, strict=True)) + pad) / width,
+        right=1 - (max(texts.x1 - axes.x1 for axes, texts in zip(inner, outer, strict=True)) + pad) / width,
+        bottom=(inner[-1].y0 - outer[-1].y0 + pad) / height,
+        top=1 - (outer[0].y1 - inner[0].y1 + pad) / height,
+    )
 
 
 def _blank_figure() -> Figure:
@@ -331,10 +367,9 @@ def _blank_figure() -> Figure:
 
 
 def _chart_figure(width: float, height: float) -> Figure:
-    """A figure of that many inches that makes room for the texts around its axes."""
+    """A figure of that many inches."""
     figure = _blank_figure()
     figure.set_size_inches(width, height)
-    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     return figure
 
 
@@ -350,7 +385,7 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
 def _panels(title: str) -> tuple[Figure, tuple[Axes, Axes]]:
     """Two axes, one above the other, sharing the horizontal one."""
     figure = _chart_figure(8, 6.4)
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2), gridspec_kw={"hspace": 0.08})
     for axes in (upper, lower):
         _style(axes)
     figure.align_ylabels()
@@ -415,7 +450,7 @@ def _mark_thresholds(upper: Axes, lower: Axes, thresholds: Mapping[str, float]) 
         )
 
 
-def _tile(images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
+def tile(images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
     """The images in one white array, `_GAP` pixels between and around them."""
     if columns < 1:
         raise ValueError(f"columns must be at least 1, not {columns}")

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.images import encode_png
 from data.loading import Batch
 from utils.appended_file import AppendedFile
 from utils.board import Board
 from utils.files import write_text_atomic
-from utils.plots import draw_contact_sheet, draw_curves
+from utils.plots import draw_contact_sheet, draw_curves, tile
 from utils.training_step import StepOutput
 
 METRICS = "metrics.jsonl"
@@ -205,12 +206,11 @@ class TrainingLog:
         """Show faces as the network sees them: float [N, 3, H, W], RGB in [-1, 1]."""
         if not self._write:
             return
-        from torchvision.utils import make_grid
-
         pixels = ((faces.cpu() + 1) * 127.5).round().byte()
-        self._board.image("train/inputs", make_grid(pixels, nrow=8).numpy(), step)
+        images = pixels.permute(0, 2, 3, 1).numpy()
+        self._board.image("train/inputs", encode_png(tile(images, columns=8)), step)
         with self._drawing():
-            draw_contact_sheet(self.folder / "inputs.png", pixels.permute(0, 2, 3, 1).numpy(), columns=8)
+            draw_contact_sheet(self.folder / "inputs.png", images, columns=8)
 
     def draw_now_and_then(self) -> None:
         """`draw`, if the last drawing is long ago."""
