@@ -98,7 +98,9 @@ def overlapping(table: Path, face_set: Path) -> set[str]:
         if row["set"] == face_set.name:
             identity = row["identity"].lstrip("0") if listed.exists() else row["identity"]
             if identity not in names:
-                raise ValueError(f"{table}: {face_set} has no identity {row['identity']!r}: is it another version of it?")
+                raise ValueError(
+                    f"{table}: {face_set} has no identity {row['identity']!r}: is it another version of it?"
+                )
             out.add(names[identity])
     return out
 
@@ -175,7 +177,8 @@ def result(run: Run) -> Result | None:
             raise ValueError(f"{run.folder} has {name} {before.get(name)}, now it is {value}: take another --output")
     lines = read_metrics(run.folder) if (run.folder / METRICS).exists() else []
     tag = VERIFIED_AVERAGE if run.config.train.ema else VERIFIED
-    found = [value for line in lines if line["step"] == run.steps for name, value in line.items() if name.startswith(tag)]
+    last = [line for line in lines if line["step"] == run.steps]
+    found = [value for line in last for name, value in line.items() if name.startswith(tag)]
     rates = [line["train/images_per_s"] for line in lines if "train/images_per_s" in line]
     return Result(found[-1], statistics.median(rates)) if found and rates else None
 
