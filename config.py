@@ -182,7 +182,7 @@ class LossConfig:
     # 0.3 as published for millions of identities.
     sample_rate: float = 1.0
     # dense keeps the logits of all classes in memory; blockwise computes them a block at a time, for many identities.
-    # auto: blockwise as soon as there is more than one block.
+    # auto: blockwise on CUDA, which has kernels for it, and as soon as there is more than one block.
     engine: Literal["auto", "dense", "blockwise"] = "auto"
     # Classes computed at a time by the blockwise engine. 0: as many as suit the device's memory and batch_size.
     block: int = 0

@@ -16,7 +16,7 @@ __all__ = ["BlockwiseHead", "DenseHead", "Head", "HeadOutput", "RowAdamW", "RowS
 Engine = Literal["auto", "dense", "blockwise"]
 
 #: Products [B, block] of a block: about what stays in a CPU's cache, and what keeps a GPU busy. Floats.
-_PRODUCTS = {"cpu": 2**19, "cuda": 2**24}
+_PRODUCTS = {"cpu": 2**19, "cuda": 2**25}
 
 
 def automatic_block(faces: int, device: torch.device) -> int:
