@@ -495,7 +495,7 @@ def test_create_head() -> None:
 
 
 def test_automatic_blocks() -> None:
-    """Large batches get smaller blocks, GPUs larger ones; the products are about 2 MiB and 64 MiB."""
+    """Large batches get smaller blocks, GPUs larger ones; the products are about 2 MiB and 128 MiB."""
     assert automatic_block(128, CPU) == 4096
-    assert automatic_block(128, torch.device("cuda")) == 131_072
+    assert automatic_block(128, torch.device("cuda")) == 262_144
     assert automatic_block(100_000, CPU) == 256
