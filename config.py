@@ -778,6 +778,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "train.lr": 0.1,
         "train.epochs": 34,
     },
+    # Some ten thousand images, one card: docs/training.md, "Small sets".
+    "small": {
+        "data.root": ("datasets/mine",),
+        "model.network": "r18",
+        "loss.name": "arcface",
+        "loss.margin": 0.5,
+        "loss.scale": 32.0,
+        "train.batch_size": 128,
+        "train.weight_decay": 5e-3,
+        "train.epochs": 20,
+        "train.compile": "off",  # takes longer than the run
+    },
     # The embedded set of `make demo`: minutes on two CPU cores.
     "demo": {
         "data.root": ("demo/set",),

@@ -7,7 +7,9 @@
 Ours is the trainer's step, made as train.py makes it, from decoded faces (uint8) on the host to updated weights. The
 peer is the loop that other trainers have, written plainly (see PlainLoop); the faces it gets are normalised float32
 already, which its workers would have done. The two run in turns, each in a process of its own, so that noise hits both
-and one's memory is not another's. Numbers are medians over the rounds, ratios those of medians.
+and one's memory is not another's. Numbers are medians over the rounds, ratios those of medians. A quarter more steps go
+ahead of a turn's, untimed: workers start in them, and what they decode ahead is used up. What takes how long, and the
+rates of each round, go to the standard error as they come.
 
 Wait: time that the loop, on the host, waits for a batch in memory. MiB: memory at its peak beyond what the process had
 before the network was made; allocated bytes on a GPU, growth of the process on the CPU. MFU: share of the rate that
@@ -30,6 +32,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -78,6 +81,16 @@ class Case:
     steps: int
     faces: Path
 
+    @property
+    def untimed(self) -> int:
+        """Steps ahead of those that are timed."""
+        return self.steps // 4
+
+    @property
+    def batches(self) -> int:
+        """Batches of a turn."""
+        return self.untimed + self.steps
+
 
 class Turn(NamedTuple):
     """`rate`: images/s; `wait`: seconds that a step waited for its batch; `memory`: bytes at the peak so far."""
@@ -100,11 +113,13 @@ class OurLoop:
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         most, self._to_input = case.batch_size, to_network_input
         if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
             trial = partial(trial_pass, image_size=SIZE, precision=precision, states=1)
             most = largest_that_fits(trial(network), most)
-            torch.backends.cudnn.benchmark = True
             self._to_input = Compiled(to_network_input)
-            network = compile_network(network, ranks, device, lambda compiled: trial(compiled)(most), print)
+            began = time.perf_counter()
+            network = compile_network(network, ranks, device, lambda compiled: trial(compiled)(most), _say)
+            _say(f"{case.network}, ours: network compiled in {time.perf_counter() - began:.1f} s")
         self._step = TrainingStep(network, head, optimizer, scaler, precision, settings.gradient_clip, most, ranks)
         self._device, self._steps = device, 0
 
@@ -124,14 +139,14 @@ class OurLoop:
             faces = torch.randint(0, 256, (case.batch_size, SIZE, SIZE, 3), dtype=torch.uint8)
             labels = torch.randint(0, case.classes, (case.batch_size,))
             batches.append(Batch(faces.pin_memory(), labels.pin_memory(), []) if pin else Batch(faces, labels, []))
-        return on_device(itertools.islice(itertools.cycle(batches), case.steps), self._device)
+        return on_device(itertools.islice(itertools.cycle(batches), case.batches), self._device)
 
     def from_jpegs(self, case: Case) -> Callable[[], Iterator[Batch]]:
-        """Starts the next pass over `steps` batches of the face set, loaded as training does."""
+        """Starts the next pass over the face set, a turn's batches of it, loaded as training does."""
         images = open_face_set(case.faces)
         if len(images.identities) > case.classes:
             raise ValueError(f"{case.faces} has {len(images.identities)} identities: raise --classes to that at least")
-        number = case.batch_size * case.steps
+        number = case.batch_size * case.batches
 
         def order(epoch: int) -> np.ndarray:
             return np.random.default_rng(epoch).permutation(max(number, len(images))) % len(images)
@@ -145,9 +160,9 @@ class OurLoop:
 class PlainLoop:
     """The step as other trainers write it.
 
-    NCHW, eager; float16 autocast with a gradient scaler on CUDA, float32 on the CPU; a float32 head over all classes
-    with its margin outside of autograd; torch.optim.SGD as it comes; batches copied from pageable memory while the
-    device waits; the loss read in every step.
+    NCHW, eager; float16 autocast with a gradient scaler on CUDA, where cuDNN looks for its fastest convolutions,
+    float32 on the CPU; a float32 head over all classes with its margin outside of autograd; torch.optim.SGD as it
+    comes; batches copied from pageable memory while the device waits; the loss read in every step.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -157,6 +172,7 @@ class PlainLoop:
         parameters = [*self.network.parameters(), self.centres]
         self.optimizer = torch.optim.SGD(parameters, LR, momentum=0.9, weight_decay=5e-4)
         self.device, self.half = device, device.type == "cuda"
+        torch.backends.cudnn.benchmark = True
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
         self.loss = 0.0
 
@@ -184,22 +200,33 @@ class PlainLoop:
             Batch(torch.rand(shape).mul_(2).sub_(1), torch.randint(0, case.classes, (case.batch_size,)), [])
             for _ in range(IN_MEMORY)
         ]
-        return itertools.islice(itertools.cycle(batches), case.steps)
+        return itertools.islice(itertools.cycle(batches), case.batches)
 
 
 def measure(case: Case, pipe: Connection) -> None:
-    """Answer `memory` and `jpeg` with a Turn until told to end."""
+    """Once told to, make the loop and say so; then answer `memory` and `jpeg` with a Turn until the pipe is closed."""
+    with suppress(EOFError):
+        _measure(case, pipe)
+
+
+def _measure(case: Case, pipe: Connection) -> None:
+    pipe.recv()
+    began = time.perf_counter()
     device = pick_device("auto")
     before = _resident()
     loop = OurLoop(case, device) if case.side == "ours" else PlainLoop(case, device)
+    made = time.perf_counter()
     for batch in itertools.islice(loop.in_memory(case), 2):  # memory is all there from the second step on
         loop(batch)
     jpegs = loop.from_jpegs(case) if isinstance(loop, OurLoop) else None
     _synchronise(device)
+    now = time.perf_counter()
+    _say(f"{case.network}, {case.side}: made in {made - began:.1f} s, two steps and the face set in {now - made:.1f} s")
     pipe.send("ready")
-    while (what := pipe.recv()) != "end":
+    while True:
+        what = pipe.recv()
         batches = loop.in_memory(case) if what == "memory" or jpegs is None else jpegs()
-        rate, wait = turn(loop, batches, case.batch_size, device)
+        rate, wait = turn(loop, batches, case, device)
         peak = (
             torch.cuda.max_memory_allocated(device)
             if device.type == "cuda"
@@ -209,11 +236,15 @@ def measure(case: Case, pipe: Connection) -> None:
 
 
 def turn(
-    step: Callable[[Batch], None], batches: Iterable[Batch], batch_size: int, device: torch.device
+    step: Callable[[Batch], None], batches: Iterable[Batch], case: Case, device: torch.device
 ) -> tuple[float, float]:
-    """Images/s, and seconds that a step waits for its batch; the first batch, which starts the loader, is not timed."""
+    """Images/s, and seconds that a step waits for its batch, of the steps that are timed."""
     source = iter(batches)
     batch: Batch | None = next(source)
+    for _ in range(case.untimed):
+        assert batch is not None
+        step(batch)
+        batch = next(source)
     steps, waited = 0, 0.0
     _synchronise(device)
     began = time.perf_counter()
@@ -224,7 +255,11 @@ def turn(
         batch = next(source, None)
         waited += time.perf_counter() - asked
     _synchronise(device)
-    return steps * batch_size / (time.perf_counter() - began), waited / steps
+    return steps * case.batch_size / (time.perf_counter() - began), waited / steps
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _synchronise(device: torch.device) -> None:
@@ -238,7 +273,7 @@ def _resident() -> int:
 
 
 class Measurer:
-    """A process that measures a case when it is told to, and rests otherwise."""
+    """A process that measures a case when it is told to, and rests otherwise, as soon as it has started."""
 
     def __init__(self, case: Case) -> None:
         context = multiprocessing.get_context("spawn")
@@ -246,6 +281,10 @@ class Measurer:
         self._process = context.Process(target=measure, args=(case, theirs))
         self._process.start()
         theirs.close()  # so that recv raises EOFError when the process ends
+
+    def prepare(self) -> None:
+        """Make the network and whatever a step needs; returns when that is done."""
+        self._pipe.send("prepare")
         self._pipe.recv()
 
     def __call__(self, what: str) -> Turn:
@@ -253,13 +292,13 @@ class Measurer:
         return self._pipe.recv()
 
     def close(self) -> None:
-        self._pipe.send("end")
+        self._pipe.close()
         self._process.join()
 
 
 def moved_bytes(name: str, precision: torch.dtype) -> int:
     """What the batch norms and PReLUs of a network must move through memory for a face, forward and backward."""
-    network = create_network(name, 512, SIZE)
+    network = _weightless(name)
     total = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -271,31 +310,50 @@ def moved_bytes(name: str, precision: torch.dtype) -> int:
         if isinstance(module, tuple(MOVED)):
             module.register_forward_hook(count)
     with torch.no_grad():
-        network(torch.zeros(2, 3, SIZE, SIZE))  # batch norm wants two
+        network(torch.zeros(2, 3, SIZE, SIZE, device="meta"))  # batch norm wants two
     return total // 2
+
+
+def _weightless(name: str) -> nn.Module:
+    """A network of which operations can be counted, in no time."""
+    with torch.device("meta"):
+        return create_network(name, 512, SIZE)
+
+
+def measure_in_turns(
+    name: str, ours: Measurer, peer: Measurer, rounds: int, device: torch.device
+) -> tuple[list[tuple[Turn, Turn, Turn]], float, float]:
+    """(turns of ours, the peer and ours with JPEGs; the device's FLOP/s in products; bytes/s in copies)."""
+    precision = pick_precision("auto", device)
+    big = device.type == "cuda"
+    turns: list[tuple[Turn, Turn, Turn]] = []
+    peak = bandwidth = 0.0
+    for number in range(1, rounds + 1):
+        began = time.perf_counter()
+        peak = max(peak, matmul_flops_per_s(device, precision, 4096 if big else 2048, 20 if big else 4))
+        bandwidth = max(bandwidth, copy_bytes_per_s(device))
+        turns.append((ours("memory"), peer("memory"), ours("jpeg")))
+        rates = ", ".join(f"{turn.rate:,.4g}" for turn in turns[-1])
+        took = time.perf_counter() - began
+        _say(f"{name}, round {number} of {rounds}: {rates} images/s (ours, peer, JPEG), in {took:.1f} s")
+    return turns, peak, bandwidth
 
 
 def row(cases: tuple[Case, Case], rounds: int, device: torch.device) -> str:
     """Measure a network; its line of the table."""
-    name, precision = cases[0].network, pick_precision("auto", device)
-    ours, peer = (Measurer(case) for case in cases)
-    big = device.type == "cuda"
-    turns: list[tuple[Turn, Turn, Turn]] = []
-    peak = bandwidth = 0.0
-    for _ in range(rounds):
-        peak = max(peak, matmul_flops_per_s(device, precision, 4096 if big else 2048, 20 if big else 4))
-        bandwidth = max(bandwidth, copy_bytes_per_s(device))
-        turns.append((ours("memory"), peer("memory"), ours("jpeg")))
-    for measurer in (ours, peer):
-        measurer.close()
+    name = cases[0].network
+    with closing(Measurer(cases[0])) as ours, closing(Measurer(cases[1])) as peer:  # both start
+        for measurer in (ours, peer):  # and have the device for themselves, one after the other
+            measurer.prepare()
+        turns, peak, bandwidth = measure_in_turns(name, ours, peer, rounds, device)
     our_turns, peer_turns, jpeg_turns = zip(*turns, strict=True)
     rate, peer_rate, jpeg_rate = (
         statistics.median(one.rate for one in many) for many in (our_turns, peer_turns, jpeg_turns)
     )
     wait, jpeg_wait = (1000 * statistics.median(one.wait for one in many) for many in (our_turns, jpeg_turns))
-    flops = 3 * forward_flops(create_network(name, 512, SIZE), SIZE)
+    flops = 3 * forward_flops(_weightless(name), SIZE)
     products = flops / peak  # seconds a face
-    moves = moved_bytes(name, precision) / bandwidth
+    moves = moved_bytes(name, pick_precision("auto", device)) / bandwidth
     mebibytes = [max(one.memory for one in many) / 2**20 for many in (our_turns, peer_turns)]
     span, peer_span = (
         f"{min(one.rate for one in many):,.3g} to {max(one.rate for one in many):,.3g}"
@@ -335,7 +393,8 @@ def main() -> None:
     print(
         "| network | ours, images/s | peer, images/s | ours / peer | wait, ms a step | MiB | peer, MiB "
         "| products alone, images/s | MFU | roofline, images/s | reached | JPEG, images/s | wait, ms a step "
-        "| of faces in memory |\n|" + "---|" * 14
+        "| of faces in memory |\n|" + "---|" * 14,
+        flush=True,
     )
     for network in arguments.networks.split(","):
         ours, peer = (

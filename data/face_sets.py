@@ -312,20 +312,25 @@ def identity_order(names: list[str]) -> list[int]:
 
 
 class PairImages:
-    """The distinct images of a verification set as EncodedImages."""
+    """The distinct images of verification sets, one set after the other, as EncodedImages."""
 
-    def __init__(self, pairs: VerificationPairs) -> None:
-        self._pairs = pairs
+    def __init__(self, *sets: VerificationPairs) -> None:
+        self._sets = sets
+        self._images = [image for pairs in sets for image in pairs.images]
 
     def __len__(self) -> int:
-        return len(self._pairs.images)
+        return len(self._images)
 
     def encoded(self, i: int) -> bytes:
-        return self._pairs.images[i]
+        return self._images[i]
 
     def describe(self, i: int) -> str:
-        pair, side = np.argwhere(self._pairs.index == i)[0]
-        return f"{self._pairs.name}, image {'AB'[side]} of pair {pair}"
+        for pairs in self._sets:
+            if i < len(pairs.images):
+                break
+            i -= len(pairs.images)
+        pair, side = np.argwhere(pairs.index == i)[0]
+        return f"{pairs.name}, image {'AB'[side]} of pair {pair}"
 
 
 def find_rec(folder: Path) -> Path | None:

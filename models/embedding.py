@@ -135,18 +135,27 @@ def _unit(features: np.ndarray) -> np.ndarray:
 
 def verify(
     embedder: Embedder,
-    pairs: VerificationPairs,
+    sets: Sequence[VerificationPairs],
     batch_size: int,
     workers: int,
     mirror: bool,
     ranks: Ranks | None = None,
     poll: Callable[[], None] | None = None,
-) -> FoldResult:
-    """The 10-fold protocol on a verification set; every distinct image is embedded once, by one of the `ranks`.
+) -> list[FoldResult]:
+    """The 10-fold protocol on verification sets; every distinct image of a set is embedded once, by one of the `ranks`.
 
-    `poll`: as for `embed_images`.
+    All sets go through in one pass: workers start once, and one batch at most is not full. Memory: the embeddings of
+    all of them. `poll`: as for `embed_images`.
     """
-    embeddings = embed_images(embedder, PairImages(pairs), batch_size, workers, mirror, pairs.name, ranks, poll=poll)
+    if not sets:
+        return []
+    title = sets[0].name if len(sets) == 1 else f"{len(sets)} verification sets"
+    embeddings = embed_images(embedder, PairImages(*sets), batch_size, workers, mirror, title, ranks, poll=poll)
+    ends = np.cumsum([len(pairs.images) for pairs in sets])
+    return [_accuracy(part, pairs) for part, pairs in zip(np.split(embeddings, ends[:-1]), sets, strict=True)]
+
+
+def _accuracy(embeddings: np.ndarray, pairs: VerificationPairs) -> FoldResult:
     try:
         return ten_fold(embeddings[pairs.index.reshape(-1)], pairs.same)
     except ValueError as error:

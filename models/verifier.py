@@ -47,4 +47,5 @@ class Verifier:
             self._ranks.broadcast(buffer)
         embedder = NetworkEmbedder(network, self._image_size, self._device, "training", self._precision)
         options = (self._batch_size, self._workers, self._mirror, self._ranks, poll)
-        return {pairs.name: verify(embedder, pairs, *options) for pairs in self.sets}
+        results = verify(embedder, self.sets, *options)
+        return {pairs.name: result for pairs, result in zip(self.sets, results, strict=True)}

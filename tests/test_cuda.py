@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import tiny_runs
 from head_cases import blockwise, dense
 from head_cases import train as train_head
-from models.heads import RowAdamW, RowOptimizer, RowSGD, create_head
+from models.heads import BlockwiseHead, RowAdamW, RowOptimizer, RowSGD, create_head
+from models.heads.fused_steps import FusedMaths
 from models.losses import LOSSES, create_loss
 from train import train
 from utils.checkpoints import BEST
@@ -97,6 +98,43 @@ def test_bfloat16_products_on_a_card(compiled: bool) -> None:
         results.append((loss.detach().cpu(), embeddings.grad.cpu(), head.weight.grad.cpu()))
     for exact, rounded in zip(*results, strict=True):
         assert 0 < (rounded - exact).norm() < 0.01 * exact.norm()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("name", "filter_above"), [("arcface", 0.0), ("arcface", 0.05), ("sphereface", 0.0)])
+def test_kernels_on_a_card(name: str, filter_above: float, optimizer: str) -> None:
+    """Our own kernels, in tiles as large as training has them, the last ones not full, next to the plain formulas with
+    the same rounding of factors: two steps, so that updated centres are seen too."""
+    faces, classes, size = 300, 5_000, 512
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(classes, size, generator=generator).to(CUDA)
+    given = torch.randn(2, faces, size, generator=generator).to(CUDA)
+    labels = torch.randint(0, classes, (2, faces), generator=generator).to(CUDA)
+    labels[:, 0] = -1
+    results = []
+    for compiled in (False, True):
+        head = create_head(
+            create_loss(name, filter_above=filter_above), classes, size, RowSGD() if optimizer == "sgd" else RowAdamW(),
+            faces, device=CUDA, engine="blockwise", block=2_048, matmul=torch.bfloat16, compiled=compiled,
+            centres=centres.clone(),
+        )  # fmt: skip
+        assert isinstance(head, BlockwiseHead)
+        if compiled and not isinstance(head.maths, FusedMaths):
+            pytest.skip("this card has no kernels of ours")
+        head.lr = 0.1
+        outcome = []
+        for step in range(2):
+            embeddings = given[step].clone().requires_grad_()
+            output = head(embeddings, labels[step], step)
+            output.loss.backward()
+            head.update(step)
+            outcome += [output.loss.detach(), embeddings.grad]
+        results.append([*outcome, head.weight.detach() - centres, *head.optimizer_states()])
+    for exact, found in zip(*results, strict=True):
+        assert exact is not None
+        assert found is not None
+        assert found.isfinite().all()
+        assert (found - exact).norm() < 0.01 * exact.norm()
 
 
 class Step:

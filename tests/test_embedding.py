@@ -27,11 +27,26 @@ def test_pairs_are_compared_as_listed() -> None:
     """Pair i is images index[i, 0] and index[i, 1], in whatever order and however often images occur."""
     index = np.random.default_rng(0).integers(0, len(GREYS), (30, 2))
     same = np.arange(30) % 2 == 0
-    result = verify(Compass(), VerificationPairs("v", IMAGES, index, same), 3, 0, mirror=False)
+    (result,) = verify(Compass(), [VerificationPairs("v", IMAGES, index, same)], 3, 0, mirror=False)
     degrees = np.array(GREYS)[index]
     expected = 2 - 2 * np.cos(np.deg2rad(degrees[:, 0] - degrees[:, 1]))
     np.testing.assert_allclose(result.distances, expected, atol=1e-6)
     assert np.array_equal(result.same, same)
+
+
+def test_sets_are_verified_in_one_pass() -> None:
+    """Each has the result that it has alone, and workers start once: 12 images of two sets make two batches of six."""
+    indices = [np.random.default_rng(number).integers(0, number, (30, 2)) for number in (8, 4)]
+    same = np.arange(30) % 2 == 0
+    sets = [VerificationPairs("v", IMAGES[-len(np.unique(index)) :], index, same) for index in indices]
+    polls: list[None] = []
+    together = verify(Compass(), sets, 6, 0, mirror=False, poll=lambda: polls.append(None))
+    assert len(polls) == 2
+    for pairs, result in zip(sets, together, strict=True):
+        (alone,) = verify(Compass(), [pairs], 6, 0, mirror=False)
+        assert np.array_equal(result.distances, alone.distances)
+    assert not np.array_equal(together[0].distances, together[1].distances)
+    assert verify(Compass(), [], 6, 0, mirror=False) == []
 
 
 def test_embeddings_keep_the_order_of_the_images() -> None:

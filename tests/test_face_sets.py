@@ -447,6 +447,10 @@ def test_images_of_verification_pairs() -> None:
     assert [images.encoded(i) for i in range(len(images))] == [b"a", b"b", b"c"]
     assert images.describe(1) == "lfw, image B of pair 0"
     assert images.describe(2) == "lfw, image B of pair 1"
+    other = VerificationPairs("cfp", [b"d", b"e"], np.array([[0, 0], [1, 0]]), np.array([True, False]))
+    images = PairImages(pairs, other)
+    assert [images.encoded(i) for i in range(len(images))] == [b"a", b"b", b"c", b"d", b"e"]
+    assert [images.describe(i) for i in (2, 4)] == ["lfw, image B of pair 1", "cfp, image A of pair 1"]
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -410,7 +410,7 @@ def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
 def test_the_best_network_is_kept(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later, worse network does not replace the best one."""
     real, accuracies = verifier.verify, iter([0.6, 0.9, 0.7, 0.8])
-    monkeypatch.setattr(verifier, "verify", lambda *a: replace(real(*a), accuracy=next(accuracies)))
+    monkeypatch.setattr(verifier, "verify", lambda *a: [replace(real(*a)[0], accuracy=next(accuracies))])
     run = train(configure(tiny_set, tmp_path, train__verify_every=3, train__checkpoint_every=6))
     accuracy = [line["verify/tiny"] for line in read_metrics(run) if "verify/tiny" in line]
     assert accuracy == [0.6, 0.9, 0.7, 0.8]

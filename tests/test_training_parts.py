@@ -1,8 +1,11 @@
 """Networks and heads made as settings say: each goes through the whole of training; failing compilers cost nothing."""
 
+import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,6 +278,17 @@ def test_part_sizes_are_those_of_a_step(faces: int, most: int) -> None:
     """As TrainingStep splits a batch."""
     parts = torch.arange(faces).tensor_split(-(-faces // most))
     assert part_sizes(faces, most) == sorted({len(part) for part in parts}, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["channels_last", "contiguous_format", "preserve_format"])
+def test_programs_share_what_was_compiled(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Memory formats, which decide under what name the compiler keeps its work, are pickled alike in whatever order a
+    program imports its modules. Else each program would compile the same network for a minute or more."""
+    memory_format = getattr(torch, name)
+    before = pickle.dumps(memory_format)
+    monkeypatch.setattr(sys, "modules", {"first": SimpleNamespace(torch=torch)} | sys.modules)
+    assert pickle.dumps(memory_format) == before
+    assert pickle.loads(before) is memory_format
 
 
 def test_a_compiler_that_fails_later_is_done_without() -> None:

@@ -1,11 +1,21 @@
 """torch.compile that falls back to the function itself, and says so, where the compiler cannot."""
 
+import copyreg
 import warnings
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    return getattr(torch, name)
+
+
+# The compiler finds what it compiled before by a pickle of its inputs, memory format included. Left to itself, pickle
+# names the module for it that happens to come first: every program would compile the same network anew.
+copyreg.pickle(torch.memory_format, lambda known: (_memory_format, (str(known).removeprefix("torch."),)))
 
 
 class Compiled:

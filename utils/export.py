@@ -200,7 +200,7 @@ def describe_export(done: Done, options: ExportConfig) -> str:
 def accuracies(model: Embedder, exported: Embedder, path: Path, batch_size: int, workers: int) -> str:
     """The 10-fold accuracy on a `.bin` before and after, mirror image added, for the screen."""
     pairs = read_bin(path)
-    before, after = (verify(embedder, pairs, batch_size, workers, True).accuracy for embedder in (model, exported))
+    before, after = (verify(embedder, [pairs], batch_size, workers, True)[0].accuracy for embedder in (model, exported))
     return f"accuracy on {pairs.name}: {100 * before:.3f} % by the model, {100 * after:.3f} % by the export"
 
 

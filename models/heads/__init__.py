@@ -46,16 +46,17 @@ def create_head(
     """The head that the config asks for (`loss.engine` and its kin; see BlockwiseHead for the rest), on `device`.
 
     `dense` keeps the logits of all classes of a rank in memory; on several ranks, or with sampling, it is a blockwise
-    head with a single block. `auto` is dense where a single block is enough. `block` 0 is `automatic_block`. `centres`:
+    head with a single block. `auto` is blockwise on CUDA, where that is faster, and where one block is not enough.
+    `block` 0 is `automatic_block`. `compiled`: what is computed of a block is compiled for `device`. `centres`:
     float32 [classes held * sub_centers, embedding_size], those to start from; None: as `seed` draws them.
     """
     ranks = ranks or Ranks()
     block = block or automatic_block(batch_size * ranks.size, device)
-    if engine == "dense" or (engine == "auto" and classes <= block):
+    if engine == "dense" or (engine == "auto" and classes <= block and device.type != "cuda"):
         if ranks.size == 1 and sample_rate == 1:
             return DenseHead(loss, classes, embedding_size, optimizer, sub_centers, seed, centres).to(device)
         block = classes
-    return BlockwiseHead(
+    head = BlockwiseHead(
         loss,
         classes,
         embedding_size,
@@ -68,6 +69,8 @@ def create_head(
         ranks=ranks,
         fused=fused,
         matmul=matmul,
-        compiled=compiled,
         centres=centres,
     ).to(device)
+    if compiled:
+        head.compile_blocks()
+    return head

@@ -99,7 +99,7 @@ class BlockMaths:
         d_products = self.rounded(d_products)
         if d_scale is not None:
             d_scale = d_scale + (d_logits * others).sum(1)
-        return _multiply(d_products.T, unit), d_unit + _multiply(d_products, factors), d_scale
+        return multiply(d_products.T, unit), d_unit + multiply(d_products, factors), d_scale
 
     def gradient(self, still: Tensor, centres: Tensor) -> Tensor:
         """The gradient of `centres` [rows, D] from what `backward` gave, which is used up."""
@@ -121,14 +121,14 @@ class BlockMaths:
 
     def _products(self, unit: Tensor, factors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor | None]:
         """Products [B, rows] with the centres, and one over the centres' lengths where these do not count."""
-        products = _multiply(unit, factors.T)
+        products = multiply(unit, factors.T)
         if not self.loss.unit_centres:
             return products, None
         inverse = torch.linalg.vector_norm(centres, dim=1).clamp_min(_EPS).reciprocal()
         return products * inverse, inverse
 
 
-def _multiply(left: Tensor, right: Tensor) -> Tensor:
+def multiply(left: Tensor, right: Tensor) -> Tensor:
     """The product of two matrices, of float32 ones or of half ones, summed in float32."""
     if left.dtype not in (torch.bfloat16, torch.float16):
         return left @ right

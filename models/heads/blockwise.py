@@ -9,6 +9,7 @@ faces of all ranks together.
 The same code holds the classes of one rank out of several (class-parallel), and samples negatives (PartialFC).
 """
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from models.heads.block_steps import Block, BlockMaths
 from models.heads.classes import initial_centres
+from models.heads.fused_steps import FusedMaths, can_fuse
 from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
-from models.heads.row_optimizers import RowOptimizer
+from models.heads.row_optimizers import RowOptimizer, RowSGD
 from models.heads.sampling import sample_classes, sampled_count
 from models.losses import MarginLoss, Targets
 from utils.compiling import Compiled
@@ -44,8 +46,7 @@ class BlockwiseHead(Head):
     batch always among them. `batch_size`: faces of one rank and step at most; on several ranks smaller batches are
     filled up to it. `fused`: update the centres during `backward`, at the rate `lr`; otherwise gradients add up until
     `update`. `matmul`: None multiplies in the weight's own float32; bfloat16 multiplies copies of that kind and sums in
-    float32. `compiled`: what is computed of a block goes through torch.compile. `centres`: the first ones; None: drawn
-    from `seed`.
+    float32. `centres`: the first ones; None: drawn from `seed`.
 
     The loss is the mean over all ranks' faces, the same number on each. The embeddings' gradients are those of this
     loss: the ranks' gradients of the network have to be summed, not averaged.
@@ -65,7 +66,6 @@ class BlockwiseHead(Head):
         ranks: Ranks | None = None,
         fused: bool = True,
         matmul: torch.dtype | None = None,
-        compiled: bool = False,
         centres: Tensor | None = None,
     ) -> None:
         ranks = ranks or Ranks()
@@ -74,20 +74,40 @@ class BlockwiseHead(Head):
             centres = initial_centres(held, sub_centers, embedding_size, seed)
         super().__init__(loss, classes, held, centres, optimizer, sub_centers)
         self.batch_size, self.block, self.ranks, self.seed = batch_size, block, ranks, seed
-        self.sample_rate, self.fused = sample_rate, fused
+        self.sample_rate, self.fused, self.forward_block = sample_rate, fused, block
         self.maths = BlockMaths(loss, sub_centers, matmul, optimizer)
         self.block_forward: Callable[..., Any] = self.maths.forward
         self.block_backward: Callable[..., Any] = self.maths.backward
         self.block_update: Callable[..., Any] = self.maths.update
-        if compiled:
-            self.compile_blocks()
         self._touched: Tensor | None = None  # rows with a gradient, when not all have one
 
     def compile_blocks(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Have what is computed of a block go through torch.compile."""
+        """Have what is computed of a block go through torch.compile, or through kernels of our own where there are any
+        for the device that the centres are on by now."""
+        if can_fuse(self.maths, self.weight.shape[1], self.weight.device):
+            try:
+                FusedMaths.of(self.maths).attempt(self.batch_size * self.ranks.size, self.weight)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # compilers fail in many ways
+                reason = " ".join(str(error).split()[:30]) or type(error).__name__
+                warnings.warn(f"the head's kernels do not run here, torch.compile's will ({reason})", stacklevel=2)
+            else:
+                self.fuse_blocks()
+                return
         self.block_forward = Compiled(self.maths.forward, backend)
         self.block_backward = Compiled(self.maths.backward, backend)
         self.block_update = Compiled(self.maths.update, backend, in_place=True)
+
+    def fuse_blocks(self) -> None:
+        """Have what is computed of a block go through kernels of our own (see `can_fuse`)."""
+        plain_update = Compiled(self.maths.update, in_place=True)
+        self.maths = fused = FusedMaths.of(self.maths)
+        self.block_forward, self.block_backward, self.block_update = fused.forward, fused.backward, fused.update
+        if not isinstance(self.optimizer, RowSGD):
+            self.block_update = lambda gradient, *of_rows: plain_update(gradient.still(), *of_rows)
+        if self.sample_rate == 1:
+            self.forward_block = max(len(self.held), 1)  # nothing in its memory is as long as that
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -155,13 +175,13 @@ class BlockwiseHead(Head):
         classes = sample_classes(place, held, count, (self.seed, step, self.ranks.rank))
         return Chosen(classes, count, torch.where(mine, torch.searchsorted(classes, place), -1))
 
-    def blocks(self, chosen: Chosen) -> Iterator[Block]:
-        """The chosen classes, `block` at a time."""
+    def blocks(self, chosen: Chosen, at_once: int) -> Iterator[Block]:
+        """The chosen classes, `at_once` of them at a time."""
         k, weight = self.sub_centers, self.weight.detach()
-        starts = range(0, chosen.size, self.block)
-        on_device = torch.arange(0, chosen.size, self.block, device=weight.device).unbind()
+        starts = range(0, chosen.size, at_once)
+        on_device = torch.arange(0, chosen.size, at_once, device=weight.device).unbind()
         for start, start_on_device in zip(starts, on_device, strict=True):
-            stop = min(start + self.block, chosen.size)
+            stop = min(start + at_once, chosen.size)
             rows: slice | Tensor = slice(start * k, stop * k)
             if chosen.classes is not None:
                 each = torch.arange(k, device=chosen.classes.device)
@@ -229,7 +249,7 @@ class _MarginSoftmax(torch.autograd.Function):
         scale, bar = ctx.scale.detach().reshape(-1, 1), ctx.bar
         d_unit, d_scale = torch.zeros_like(unit), torch.zeros_like(d_own) if ctx.scale.requires_grad else None
         place, unit, factors = ctx.chosen.place, head.maths.rounded(unit), head.optimizer_factors(ctx.step)
-        for rows, centres, start in head.blocks(ctx.chosen):
+        for rows, centres, start in head.blocks(ctx.chosen, head.block):
             still, d_unit, d_scale = head.block_backward(
                 unit, centres, place, start, scale, bar, log_others, d_own, d_others, d_unit, d_scale
             )
@@ -247,6 +267,6 @@ def _log_sum_exp(head: BlockwiseHead, unit: Tensor, chosen: Chosen, targets: Tar
     scale, bar = targets.scale.detach().reshape(-1, 1), targets.bar
     total = unit.new_full((len(unit),), -torch.inf)
     best, unit = total.clone(), head.maths.rounded(unit)
-    for _, centres, start in head.blocks(chosen):
+    for _, centres, start in head.blocks(chosen, head.forward_block):
         total, best = head.block_forward(unit, centres, chosen.place, start, scale, bar, total, best)
     return total, best

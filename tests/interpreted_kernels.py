@@ -1,0 +1,119 @@
+"""The head's kernels, computed step by step on the CPU: run by test_head_kernels.py in a process of its own.
+
+The interpreter has no bfloat16 products, so that all is float32 here.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowOptimizer, RowSGD
+from models.heads.block_steps import BlockMaths
+from models.heads.fused_steps import FusedMaths, Tile, Tiles
+from models.losses import MarginLoss, create_loss
+
+assert os.environ["TRITON_INTERPRET"] == "1"  # read when the kernels are first used
+
+FACES, CLASSES, SIZE, STEPS = 20, 75, 32, 6
+SGD = RowSGD(0.9, 1e-2)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several of them in every direction, the last ones not full."""
+    tile = Tile(16, 16, 16, 4, 2)
+    monkeypatch.setattr(FusedMaths, "tiles", Tiles(tile, tile, tile))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("filter_above", [0.0, 0.2])
+@pytest.mark.parametrize("learns", [False, True])
+@pytest.mark.parametrize("classes", [1, 37, 150])
+def test_a_block(classes: int, learns: bool, filter_above: float) -> None:
+    """What each kernel gives of one block, next to what BlockMaths does: own classes in it, before and after it, and
+    none; a face without a length; a centre without one; a running sum that has something already, and one without."""
+    torch.manual_seed(0)
+    unit, centres = torch.nn.functional.normalize(torch.randn(FACES, SIZE)), torch.randn(classes, SIZE)
+    unit[2], centres[classes // 2] = 0, 0
+    place, start = torch.randint(0, classes + 40, (FACES,)), torch.tensor(20)
+    place[0] = -1
+    scale = torch.rand(FACES, 1) * 20 if learns else torch.full((1, 1), 16.0)
+    scale[-1] *= 0 if learns else 1
+    total, best = torch.full((2, FACES), -torch.inf)
+    total[3], best[3] = 2.0, 0.5
+    momentum, lr = torch.randn(classes, SIZE), torch.tensor(0.1)
+    loss = create_loss("arcface", filter_above=filter_above)
+    d_own, d_others, d_unit = torch.randn(FACES), torch.rand(FACES), torch.randn(FACES, SIZE)
+    results = []
+    for kind in (BlockMaths, FusedMaths):
+        maths = kind(loss, 1, None, SGD)
+        given = unit, centres.clone(), place, start, scale, None
+        sums = maths.forward(*given, total, best)
+        still, d_faces, d_scale = maths.backward(*given, sums[0].clamp_min(0), d_own, d_others, d_unit, d_own)
+        without = maths.backward(*given, sums[0].clamp_min(0), d_own, d_others, d_unit, None)
+        assert without[2] is None
+        copy = still.clone() if isinstance(still, Tensor) else still
+        gradient, state = maths.gradient(copy, given[1]), momentum.clone()
+        maths.update(still, given[1], [state], [lr])
+        assert d_scale is not None
+        results.append([*sums, d_faces, d_scale, without[1], gradient, given[1], state])
+    for exact, found in zip(*results, strict=True):
+        close(found, exact)
+
+
+@pytest.mark.parametrize("sample_rate", [1.0, 0.5])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("optimizer", [SGD, RowAdamW(weight_decay=0.1)])
+@pytest.mark.parametrize("name", ["arcface", "sphereface", "adaface"])
+def test_a_head(name: str, optimizer: RowOptimizer, fused: bool, sample_rate: float) -> None:
+    """Some steps of training: loss, gradients and state are those of the dense head; with sampling, those of the same
+    sample block by block. Losses whose scale learns, and whose gradients wait for `update`, too."""
+    if name != "arcface" and not (fused and sample_rate == 1):
+        pytest.skip("differs in nothing that sampling or waiting changes")
+    torch.manual_seed(0)
+    centres = torch.randn(CLASSES, SIZE)
+
+    def blockwise(loss: MarginLoss) -> BlockwiseHead:
+        return BlockwiseHead(
+            loss,
+            CLASSES,
+            SIZE,
+            optimizer,
+            FACES,
+            block=33,
+            sample_rate=sample_rate,
+            fused=fused,
+            centres=centres.clone(),
+        )
+
+    head = blockwise(create_loss(name))
+    head.fuse_blocks()
+    reference = (
+        DenseHead(create_loss(name), CLASSES, SIZE, optimizer, centres=centres.clone())
+        if sample_rate == 1
+        else blockwise(create_loss(name))
+    )
+    for step in range(STEPS):
+        faces, labels = 10 * torch.randn(FACES, SIZE), torch.randint(0, CLASSES, (FACES,))
+        labels[step] = -1
+        embeddings = [faces.clone().requires_grad_() for _ in range(2)]
+        outputs = []
+        for one, given in zip((head, reference), embeddings, strict=True):
+            one.lr = 0.05
+            outputs.append(one(given, labels, step))
+            outputs[-1].loss.backward()
+            one.update(step)
+        close(outputs[0].loss.detach(), outputs[1].loss.detach())
+        assert outputs[0].correct == outputs[1].correct
+        gradients = [given.grad for given in embeddings]
+        assert gradients[0] is not None
+        assert gradients[1] is not None
+        close(gradients[0], gradients[1])
+    state, expected = head.state_dict(), reference.state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-4, msg=lambda text, at=key: f"{at}: {text}")

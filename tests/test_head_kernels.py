@@ -1,0 +1,59 @@
+"""The head's own kernels: what they compute, without a card, and when they are taken."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from models.heads import RowSGD
+from models.heads.block_steps import BlockMaths
+from models.heads.fused_steps import Tile, can_fuse
+from models.losses import LOSSES, create_loss
+
+CUDA = torch.device("cuda")
+
+
+def test_kernels_compute_what_blocks_do() -> None:
+    """Each kernel, and heads that train with them, against the plain formulas; the kernels run in an interpreter, which
+    has to be chosen before they are defined: in a process of its own."""
+    pytest.importorskip("triton")
+    program = Path(__file__).with_name("interpreted_kernels.py")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", program],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=program.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+
+
+def test_tiles_fit_small_batches() -> None:
+    """No half of a tile is computed for nothing; 64 rows are what a card multiplies at least."""
+    tile = Tile(256, 128, 64, 8, 3)
+    assert [tile.for_rows(faces).rows for faces in (1, 64, 65, 128, 129, 512)] == [64, 64, 128, 128, 256, 256]
+    assert tile.for_rows(1)[1:] == tile[1:]
+
+
+def maths(name: str = "arcface", sub_centers: int = 1, matmul: torch.dtype | None = torch.bfloat16) -> BlockMaths:
+    return BlockMaths(create_loss(name), sub_centers, matmul, RowSGD())
+
+
+def test_which_heads_have_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses with a margin for the own class alone, on cards with the memory for it on chip; never on a CPU."""
+    card = SimpleNamespace(major=9, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    assert {name for name in LOSSES if not can_fuse(maths(name), 512, CUDA)} == {"softmax", "curricularface"}
+    assert not can_fuse(maths(), 512, torch.device("cpu"))
+    assert not can_fuse(maths(sub_centers=3), 512, CUDA)
+    assert not can_fuse(maths(matmul=None), 512, CUDA)
+    assert not can_fuse(maths(), 100, CUDA)
+    card.shared_memory_per_block_optin = 101376
+    assert not can_fuse(maths(), 512, CUDA)
+    card.shared_memory_per_block_optin, card.major = 232448, 8
+    assert not can_fuse(maths(), 512, CUDA)

@@ -1,0 +1,48 @@
+"""What the benchmark of a training step counts and times."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from benchmarks.train_step import Case, moved_bytes, turn
+from data.loading import Batch
+
+CASE = Case("ours", "r18", 4, 10, 8, Path("none"))
+
+
+def test_the_first_steps_are_not_timed() -> None:
+    """What starts in them, workers and kernels, takes seconds, which are not the rate of the steps after them."""
+    taken: list[int] = []
+
+    def batches() -> Iterator[Batch]:
+        for i in range(CASE.batches):
+            yield Batch(torch.full((4, 1, 1, 3), i), torch.zeros(4), [])
+
+    def step(batch: Batch) -> None:
+        taken.append(int(batch.faces[0, 0, 0, 0]))
+        if len(taken) <= CASE.untimed:
+            time.sleep(0.5)
+
+    rate, _ = turn(step, batches(), CASE, torch.device("cpu"))
+    assert CASE.untimed == 2
+    assert taken == list(range(10))
+    assert rate > 4 * 8 / 0.5
+
+
+def test_moved_bytes_are_those_of_the_values() -> None:
+    """The values that r18's norms and PReLUs get for a face, counted by hand."""
+    # Stem: a norm and a PReLU of 64 x 112 x 112. A block: a norm of its input, a norm and a PReLU of what its first
+    # convolution gives, of the same height, and a norm behind the second, of half the height at a stage's beginning,
+    # where the shortcut has one, too. At the end a norm of 512 x 7 x 7, and one of the embedding in float32.
+    norms = prelus = 64 * 112 * 112
+    channels_in = 64
+    for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
+        norms += channels_in * (2 * size) ** 2 + channels * (2 * size) ** 2 + 2 * channels * size**2
+        prelus += channels * (2 * size) ** 2
+        norms += 3 * channels * size**2
+        prelus += channels * size**2
+        channels_in = channels
+    norms += 512 * 7 * 7
+    assert moved_bytes("r18", torch.bfloat16) == 2 * (8 * norms + 5 * prelus) + 4 * 8 * 512
