@@ -13,9 +13,9 @@ import inspect
 import json
 import math
 import sys
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -35,19 +35,25 @@ def require(condition: bool, name: str, message: str) -> None:
 
 
 def field_comments(section: type) -> dict[str, str]:
-    """The comment lines right above each field of a dataclass, joined, from its source."""
-    source = textwrap.dedent(inspect.getsource(section))
-    lines = source.splitlines()
+    """The comment lines right above each field of a dataclass, joined, from the source of its module, in whose top
+    level it is."""
+    lines, classes = _source_of(section.__module__)
     comments = {}
-    class_body = ast.parse(source).body[0]
-    assert isinstance(class_body, ast.ClassDef)
-    for node in class_body.body:
+    for node in classes[section.__name__].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             first = node.lineno - 1
             while first > 0 and lines[first - 1].lstrip().startswith("#"):
                 first -= 1
             comments[node.target.id] = " ".join(line.strip(" #") for line in lines[first : node.lineno - 1])
     return comments
+
+
+@cache
+def _source_of(module: str) -> tuple[list[str], dict[str, ast.ClassDef]]:
+    """The lines of a module and its classes. inspect.getsource of each class would parse the module for each."""
+    source = inspect.getsource(sys.modules[module])
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    return source.splitlines(), classes
 
 
 def parse_settings(
