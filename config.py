@@ -781,6 +781,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Some ten thousand images, one card: docs/training.md, "Small sets".
     "small": {
         "data.root": ("datasets/mine",),
+        "data.min_images": 2,
+        "data.augment_low_resolution": 0.2,
+        "data.augment_colour": 0.2,
         "model.network": "r18",
         "loss.name": "arcface",
         "loss.margin": 0.5,

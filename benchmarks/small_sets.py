@@ -13,7 +13,8 @@ one card, unchanged; `small`, the preset; and a `--variant` for any others, with
 
 A run verifies once, at its end, so nothing is chosen by the result. OUTPUT/table.md has, for each recipe, the accuracy
 on LFW (10-fold) of each seed, mean and standard error, and the difference to the first recipe, seed by seed. It is
-written anew after each run; the same command goes on where it was stopped, and trains nothing twice.
+written anew after each run; the same command goes on where it was stopped, and trains nothing twice. Sets and pairs
+that OUTPUT has already are taken as they are: other ones want another OUTPUT.
 """
 
 import argparse
@@ -287,6 +288,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     given.output = given.output.resolve()
     with readable_errors("small_sets", "the same command goes on"):
         recipes, sets = read_recipes(given.recipes, given.variant), [Path(name) for name in given.train.split(",")]
+        if len({one.name for one in sets}) < len(sets):
+            raise ValueError(
+                f"--train {given.train}: two sets have the same name, which OUTPUT/sets goes by: rename one"
+            )
         given.output.mkdir(parents=True, exist_ok=True)
         overlap = Path(given.overlap) if given.overlap else None
         roots = [prepare_set(one, overlap, given.output / "sets" / one.name, given.image_size) for one in sets]

@@ -114,6 +114,12 @@ def test_a_wrong_flag_is_found_before_anything_is_trained(folder: Path, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
+def test_sets_of_one_name(folder: Path, tmp_path: Path) -> None:
+    """The second would be taken for the first, which is packed already, and that one be trained on twice."""
+    with pytest.raises(SystemExit, match="two sets have the same name"):
+        small_sets.main(arguments(folder, tmp_path, "--train", f"{folder}/known,{folder}/lfw/../known"))
+
+
 @pytest.mark.parametrize("variant", ["no flags", ": --lr 1", "a/b: --lr 1", "published: --lr 1"])
 def test_names_of_variants(variant: str) -> None:
     """A name becomes a folder and a row: it has to be one, and one only."""
