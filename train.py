@@ -43,6 +43,7 @@ from utils.explosions import ExplodedError
 from utils.files import write_csv_atomic, write_text_atomic
 from utils.flops import forward_flops, quick_matmul_flops_per_s
 from utils.interrupts import Stopped, catch_interrupt
+from utils.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.micro_batch import bytes_beside, largest_that_fits, trial_pass
 from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
@@ -61,15 +62,7 @@ from utils.run_requests import RunRequests, SignalledError
 from utils.saved_checkpoints import checkpoint_folders
 from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, from_json, parse_settings, to_json
-from utils.training_log import (
-    SECONDS_VERIFYING,
-    VERIFIED,
-    VERIFIED_AVERAGE,
-    Meter,
-    TrainingLog,
-    import_wandb,
-    step_profiler,
-)
+from utils.training_log import Meter, TrainingLog, import_wandb, step_profiler
 from utils.training_parts import (
     build_head,
     build_network,

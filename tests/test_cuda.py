@@ -23,10 +23,10 @@ from utils.checkpoints import BEST
 from utils.compiling import CompiledNetwork
 from utils.ema import WeightAverage
 from utils.host_copy import HostCopy, wait_for_copies
+from utils.metrics import read_metrics
 from utils.optimizers import create_optimizer, parameter_groups
 from utils.ranks import Ranks
 from utils.schedules import OptimizerName
-from utils.training_log import read_metrics
 from utils.training_step import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")

@@ -13,6 +13,7 @@ from config import DemoConfig
 from data.face_sets import RecFaceSet
 from data.make_demo_set import FIRST_NEW_PERSON, FIRST_TEST_PERSON, draw_people, make_pairs, make_sets
 from data.verification_bin import read_bin
+from utils import demo
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = DemoConfig(people=4, shots=3, test_people=3, more_people=4)
@@ -72,3 +73,21 @@ def test_all_four_jobs(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "was not made by the demo" in refused.stderr
     assert (demo / "merged" / "train.rec").exists()
+
+
+def test_scripts_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What two scripts say does not mix, whichever is faster; the one that fails is named, and ends the other."""
+    monkeypatch.setattr(demo, "ROOT", tmp_path)
+    (tmp_path / "slow.py").write_text("import sys, time; time.sleep(0.5); print('slow', *sys.argv[1:])")
+    (tmp_path / "quick.py").write_text("print('quick')")
+    (tmp_path / "failing.py").write_text("raise SystemExit(3)")
+    (tmp_path / "endless.py").write_text("import time; time.sleep(600)")
+    demo.run(["slow.py", "--to", tmp_path], ["quick.py"])
+    slow = f"python slow.py --to {tmp_path}"
+    assert capfd.readouterr().out == f"\n$ {slow}\nslow --to {tmp_path}\n\n$ python quick.py\nquick\n"
+    with pytest.raises(SystemExit, match=r"failing\.py failed with code 3"):
+        demo.run(["failing.py"], ["endless.py"])
+    with pytest.raises(SystemExit, match=r"failing\.py failed with code 3"):
+        demo.run(["quick.py"], ["failing.py"])

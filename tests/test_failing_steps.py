@@ -18,9 +18,9 @@ from models.backbones.demonet import DemoNet
 from models.heads.blockwise import BlockwiseHead
 from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
+from utils.metrics import read_metrics
 from utils.saved_checkpoints import Saved, checkpoint_folders
 from utils.settings import as_flags, flatten
-from utils.training_log import read_metrics
 from utils.training_step import StepOutput, TrainingStep
 
 

@@ -15,9 +15,9 @@ from train import train
 from utils import training_log
 from utils.appended_file import AppendedFile
 from utils.checkpoints import BEST
+from utils.metrics import read_metrics
 from utils.run_folders import CHECKPOINTS
 from utils.saved_checkpoints import checkpoint_folders, step_of
-from utils.training_log import read_metrics
 from utils.training_step import StepOutput, TrainingStep
 
 BEFORE = resource.getrlimit(resource.RLIMIT_FSIZE)

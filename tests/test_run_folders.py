@@ -15,10 +15,10 @@ from data.prepare_data import prepare
 from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
+from utils.metrics import read_metrics
 from utils.run_folders import CHECKPOINTS, images_note, run_folder
 from utils.saved_checkpoints import checkpoint_folders
 from utils.settings import as_flags, flatten
-from utils.training_log import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from train import Trainer, train
 from utils import run_requests
 from utils.checkpoints import BEST
 from utils.interrupts import Interrupt
+from utils.metrics import read_metrics
 from utils.ranks import OtherRankError, Ranks
 from utils.run_folders import CHECKPOINTS
 from utils.run_requests import RunRequests, SignalledError
 from utils.saved_checkpoints import BACKBONE, checkpoint_folders, step_of
-from utils.training_log import read_metrics
 
 
 def saved_steps(run: Path) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import small_sets
 from data.face_sets import write_face_set
 from tests.tiny_faces import tiny_face
-from utils.training_log import read_metrics
+from utils.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

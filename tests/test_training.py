@@ -32,10 +32,10 @@ from tiny_runs import configure
 from train import CHECKPOINTS, Trainer, TrainingError, train
 from utils import training_step
 from utils.checkpoints import BEST, CheckpointError, load_backbone
+from utils.metrics import read_metrics
 from utils.saved_checkpoints import BACKBONE, checkpoint_folders, step_of
 from utils.schedules import peak_lr
 from utils.settings import as_flags, build, flatten, from_json
-from utils.training_log import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 

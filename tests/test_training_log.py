@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data.loading import Batch
 from utils.crc32c import crc32c
-from utils.training_log import METRICS, Meter, TrainingLog, read_metrics, step_profiler
+from utils.metrics import METRICS, read_metrics
+from utils.training_log import Meter, TrainingLog, step_profiler
 from utils.training_step import StepOutput
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,10 +25,10 @@ from ranks import run_on_ranks
 from train import train
 from utils.checkpoints import BEST
 from utils.compiling import CompiledNetwork
+from utils.metrics import read_metrics
 from utils.micro_batch import trial_pass
 from utils.optimizers import train_mode
 from utils.ranks import Ranks
-from utils.training_log import read_metrics
 from utils.training_parts import build_head, build_network, compile_network, part_sizes
 
 CPU = torch.device("cpu")

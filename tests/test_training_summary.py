@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from utils.training_log import METRICS
+from utils.metrics import METRICS
 from utils.training_summary import summarise
 
 

@@ -12,8 +12,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from config import PRESETS, Config
 from data.make_demo_set import set_folders
+from utils.metrics import read_metrics
 from utils.scripts import readable_errors
 from utils.settings import as_flags, build, flatten, parse_settings
-from utils.training_log import read_metrics
 
 MARKER = ".made_by_the_demo"
 
@@ -38,13 +40,32 @@ def start_afresh(folder: Path) -> None:
     (folder / MARKER).touch()
 
 
-def run(script: str, *arguments: object) -> None:
-    """Show and run a script of this project; stops the demo when it fails."""
-    command = ["python", script, *map(str, arguments)]
-    print(f"\n$ {shlex.join(command)}", flush=True)
-    finished = subprocess.run([sys.executable, ROOT / script, *command[2:]], check=False)
-    if finished.returncode:
-        sys.exit(f"demo: {script} failed with code {finished.returncode}")
+def run(*scripts: Sequence[object]) -> None:
+    """Show and run scripts of this project, each with its arguments, at the same time; what the first says is seen at
+    once, what others say when those before are done. Stops the demo when one fails."""
+    commands = [[str(part) for part in script] for script in scripts]
+    show(commands[0])
+    with ExitStack() as stack:
+        running = []
+        for number, (script, *arguments) in enumerate(commands):
+            said = stack.enter_context(tempfile.TemporaryFile("w+")) if number else None
+            command = [sys.executable, str(ROOT / script), *arguments]
+            running.append((subprocess.Popen(command, stdout=said, stderr=said), said))
+        for number, (process, said) in enumerate(running):
+            code = process.wait()
+            if said is not None:
+                show(commands[number])
+                said.seek(0)
+                shutil.copyfileobj(said, sys.stdout)
+            if code:
+                for other, _ in running[number + 1 :]:
+                    other.kill()
+                sys.exit(f"demo: {commands[number][0]} failed with code {code}")
+
+
+def show(command: Sequence[str]) -> None:
+    """The command line, as a user would give it."""
+    print(f"\n$ {shlex.join(['python', *command])}", flush=True)
 
 
 def count_joins(merged: Path, first: Path, second: Path) -> tuple[int, int, int]:
@@ -75,13 +96,15 @@ def run_all(config: Config) -> None:
     preset = flatten(build(Config, PRESETS["demo"]))
     overrides = as_flags({name: value for name, value in flatten(config).items() if value != preset[name]})
     start_afresh(folder)
-    run("data/make_demo_set.py", *overrides, "--output", first, "--more", second)
-    run("data/prepare_data.py", *overrides, "--rec_data_path", first, "--output", folder / "images")
+    run(["data/make_demo_set.py", *overrides, "--output", first, "--more", second])
+    run(["data/prepare_data.py", *overrides, "--rec_data_path", first, "--output", folder / "images"])
     preset_demo = ("--preset", "demo", *overrides)
-    run("train.py", *preset_demo, "--data.root", first, "--runs", folder / "runs", "--name", "demo")
-    run("all_pair_test.py", *preset_demo, first / "demo.bin", second, "--model", trained)
+    run(["train.py", *preset_demo, "--data.root", first, "--runs", folder / "runs", "--name", "demo"])
     merge = ("--merge", f"{first},{second}", "--output", merged, "--model", trained)
-    run("dataset_merge/dataset_merge.py", *preset_demo, *merge)
+    run(
+        ["all_pair_test.py", *preset_demo, first / "demo.bin", second, "--model", trained],
+        ["dataset_merge/dataset_merge.py", *preset_demo, *merge],
+    )
 
     before = next(line["verify/demo"] for line in read_metrics(trained) if "verify/demo" in line)
     results = json.loads((trained / "test" / "results.json").read_text())

@@ -18,25 +18,12 @@ from data.loading import Batch
 from utils.appended_file import AppendedFile
 from utils.board import Board
 from utils.files import write_text_atomic
+from utils.metrics import METRICS, VERIFIED, read_metrics
 from utils.plots import draw_contact_sheet, draw_curves, tile
 from utils.training_step import StepOutput
 
-METRICS = "metrics.jsonl"
 #: Curves are drawn no more often than this, and in the end.
 SECONDS_BETWEEN_DRAWINGS = 60.0
-#: What accuracies, of the network and of its moving average, and the time spent on them are called.
-VERIFIED, VERIFIED_AVERAGE, SECONDS_VERIFYING = "verify/", "verify_average/", "verification/seconds"
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a line that a crash cut off is left out."""
-    lines = []
-    for line in (folder / METRICS).read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return lines
 
 
 def import_wandb() -> Any:

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils.training_log import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE, read_metrics
+from utils.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE, read_metrics
 
 
 def summarise(folder: Path) -> str:
