@@ -1,6 +1,7 @@
 """Functions run on several processes that talk over gloo, as training on several cards does over nccl."""
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,3 +30,6 @@ def _run(rank: int, ranks: int, folder: str, function: Callable[..., Any], argum
         torch.save(function(*arguments), Path(folder, str(rank)))
     finally:
         dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # see utils.scripts.end_rank: the interpreter's end would be an abort now and then
