@@ -48,7 +48,7 @@ def _moved(crc: NDArray[np.uint32], move: NDArray[np.uint32]) -> NDArray[np.uint
 def _table() -> NDArray[np.uint32]:
     table: NDArray[np.uint32] = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        table = np.where(table & 1, table >> 1 ^ _POLYNOMIAL, table >> 1).astype(np.uint32)
+        table = table >> 1 ^ (table & 1) * np.uint32(_POLYNOMIAL)
     return table
 
 
