@@ -16,7 +16,6 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.loading import Batch
-from utils.crc32c import crc32c
 from utils.metrics import METRICS, read_metrics
 from utils.training_log import Meter, TrainingLog, step_profiler
 from utils.training_step import StepOutput
@@ -100,15 +99,6 @@ def test_distributions(tmp_path: Path) -> None:
     assert len(value.bucket_limit) == len(value.bucket)
     filled = {(value.bucket_limit[i - 1], value.bucket_limit[i]) for i in np.flatnonzero(value.bucket)}
     assert all(any(low <= number <= high for low, high in filled) for number in range(10)), "bars and edges do not fit"
-
-
-def test_checksums_are_those_of_tensorboard() -> None:
-    """TensorBoard leaves out a record with a wrong one without a word; short and long data are gone through apart."""
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import crc32c as expected
-
-    data = np.random.default_rng(0).integers(0, 256, 70_000, np.uint8).tobytes()
-    for length in (0, 1, 8, 9, 300, 4095, 4096, 4097, 8192, 65_535, 65_536, 65_537, len(data)):
-        assert crc32c(data[:length]) == expected(data[:length]), length
 
 
 def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from utils.appended_file import AppendedFile
-from utils.crc32c import crc32c
 
 #: Bars of a histogram, all of one width.
 _BINS = 64
@@ -28,10 +27,11 @@ class Board:
 
     def __init__(self, folder: Path, first_step: int, say: Callable[[str], object]) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
         # TensorBoard reads the files of a folder in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        self._file = AppendedFile(folder / name, say)
+        self._records = RecordWriter(AppendedFile(folder / name, say))
         self._add(file_version="brain.Event:2")
         self._add(first_step, session_log=SessionLog(status=SessionLog.START))
 
@@ -66,7 +66,7 @@ class Board:
 
     def close(self) -> None:
         """Give up the file."""
-        self._file.close()
+        self._records.close()
 
     def _value(self, step: int, name: str, **value: Any) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -76,12 +76,4 @@ class Board:
     def _add(self, step: int = 0, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
 
-        event = Event(wall_time=time.time(), step=step, **content).SerializeToString()
-        length = struct.pack("<Q", len(event))
-        self._file.write(length + _checksum(length) + event + _checksum(event))
-
-
-def _checksum(data: bytes) -> bytes:
-    """CRC-32C, turned and shifted as records have it."""
-    crc = crc32c(data)
-    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
+        self._records.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
