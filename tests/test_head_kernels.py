@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.heads import RowSGD
+from models.heads import BlockwiseHead, RowSGD
 from models.heads.block_steps import BlockMaths
-from models.heads.fused_steps import Tile, can_fuse
+from models.heads.fused_steps import FusedMaths, Tile, can_fuse
 from models.losses import LOSSES, create_loss
+from utils.compiling import Compiled
 
 CUDA = torch.device("cuda")
 
@@ -38,6 +39,19 @@ def test_tiles_fit_small_batches() -> None:
     tile = Tile(256, 128, 64, 8, 3)
     assert [tile.for_rows(faces).rows for faces in (1, 64, 65, 128, 129, 512)] == [64, 64, 128, 128, 256, 256]
     assert tile.for_rows(1)[1:] == tile[1:]
+
+
+def test_kernels_that_do_not_run_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton cannot compile them, as without a card, a warning says why and torch.compile has its turn."""
+    monkeypatch.setattr("models.heads.blockwise.can_fuse", lambda *_: True)
+    head = BlockwiseHead(create_loss("arcface"), 40, 32, RowSGD(), 8, block=16)
+    with pytest.warns(UserWarning, match="the head's kernels do not run here"):
+        head.compile_blocks("eager")
+    assert not isinstance(head.maths, FusedMaths)
+    assert isinstance(head.block_forward, Compiled)
+    embeddings = torch.randn(8, 32, requires_grad=True)
+    head(embeddings, torch.arange(8), 0).loss.backward()
+    assert embeddings.grad is not None
 
 
 def maths(name: str = "arcface", sub_centers: int = 1, matmul: torch.dtype | None = torch.bfloat16) -> BlockMaths:
