@@ -273,6 +273,9 @@ class TrainConfig:
     activation_checkpointing: bool = False
     # Compile the network (torch.compile). auto: on CUDA.
     compile: Literal["auto", "on", "off"] = "auto"
+    # Launch the network's kernels as CUDA graphs: for one card whose host is slow at launching them one by one, which
+    # small batches and networks feel most. Not where a batch takes several passes, or activations are computed anew.
+    cuda_graph: bool = False
     # On several cards: batch norm over the images of all of them.
     sync_bn: bool = False
     # Largest norm of the network's gradient; longer ones are scaled down to it. 5 as published.

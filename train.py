@@ -33,10 +33,12 @@ from data.joined_sets import identity_keys, open_training_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
+from models.recompute import recomputes
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
 from utils.compiling import Compiled
+from utils.cuda_graph import with_graph
 from utils.devices import describe_device, describe_precision, pick_device, pick_precision, set_float32_products
 from utils.ema import WeightAverage
 from utils.explosions import ExplodedError
@@ -451,6 +453,8 @@ class Trainer:
             self.to_input = Compiled(to_network_input)  # one kernel instead of five
         else:
             network = spread(self.network, self.ranks, self.device)
+        if settings.cuda_graph and on_card:
+            network = self.graphed(network, whole, most)
         return TrainingStep(
             network,
             self.head,
@@ -462,6 +466,21 @@ class Trainer:
             self.ranks,
             self.say if settings.micro_batch == "auto" else None,
         )
+
+    def graphed(self, network: nn.Module, whole: int, most: int) -> nn.Module:
+        """`network` as CUDA graphs of passes of `whole` faces, if `most` faces fit and nothing else is against it."""
+        reasons = {
+            "several processes exchange gradients": self.ranks.size > 1,
+            "a batch takes several passes": most < whole,
+            "activations are computed anew": recomputes(self.network),
+        }
+        if any(reasons.values()):
+            self.say(f"no CUDA graph of the network: {next(why for why, holds in reasons.items() if holds)}")
+            return network
+        size = self.config.data.image_size
+        sample = torch.zeros(whole, 3, size, size, device=self.device).contiguous(memory_format=torch.channels_last)
+        train_mode(self.network, self.config.train.frozen)
+        return with_graph(network, sample, self.precision, self.say)
 
     def describe(self) -> None:
         """Say what is about to happen."""

@@ -45,9 +45,10 @@ def jobs(output: Path, faces: Path | None) -> list[Job]:
             "tests.txt", 150, ["-m", "pytest", "-q", "-k", "card or cuda", *(f"tests/test_{name}.py" for name in tests)]
         ),
         Job("train_step_r50.md", 180, [*large, "r50"]),
+        Job("train_step_r50_graph.md", 60, [*step, "--batch-size", "128", "--cuda-graph", "--networks", "r50"]),
         Job("heads.md", 100, [*head, "1000000,10000000"]),
         Job("demo.txt", 70, ["utils/demo.py", "--folder", str(output / "demo")]),
-        Job("train_step.md", 180, [*large, "r18,mbf,r100"]),
+        Job("train_step.md", 120, [*large, "r18,mbf,r100"]),
     ]
 
 

@@ -54,6 +54,7 @@ from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_in
 from data.prefetch import on_device
 from models import create_network
 from utils.compiling import Compiled
+from utils.cuda_graph import with_graph
 from utils.devices import pick_device, pick_precision, set_float32_products
 from utils.flops import copy_bytes_per_s, forward_flops, matmul_flops_per_s
 from utils.micro_batch import largest_that_fits, trial_pass
@@ -80,6 +81,7 @@ class Case:
     classes: int
     steps: int
     faces: Path
+    cuda_graph: bool = False
 
     @property
     def untimed(self) -> int:
@@ -120,6 +122,9 @@ class OurLoop:
             began = time.perf_counter()
             network = compile_network(network, ranks, device, lambda compiled: trial(compiled)(most), _say)
             _say(f"{case.network}, ours: network compiled in {time.perf_counter() - began:.1f} s")
+            if case.cuda_graph and most == case.batch_size:
+                sample = torch.zeros(most, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last)
+                network = with_graph(network, sample, precision, _say)
         self._step = TrainingStep(network, head, optimizer, scaler, precision, settings.gradient_clip, most, ranks)
         self._device, self._steps = device, 0
 
@@ -383,6 +388,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50 if big else 2, help="of a turn")
     parser.add_argument("--rounds", type=int, default=5 if big else 3)
     parser.add_argument("--set", type=Path, default=default / "faces_glint24", help="face set to load JPEGs from")
+    parser.add_argument("--cuda-graph", action="store_true", help="ours as with train.cuda_graph")
     arguments = parser.parse_args()
     name = torch.cuda.get_device_name(device) if big else f"{platform.machine()}, {torch.get_num_threads()} threads"
     print(f"{name}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {torch.__version__};")
@@ -398,7 +404,15 @@ def main() -> None:
     )
     for network in arguments.networks.split(","):
         ours, peer = (
-            Case(side, network, arguments.batch_size, arguments.classes, arguments.steps, arguments.set)
+            Case(
+                side,
+                network,
+                arguments.batch_size,
+                arguments.classes,
+                arguments.steps,
+                arguments.set,
+                arguments.cuda_graph,
+            )
             for side in ("ours", "peer")
         )
         print(row((ours, peer), arguments.rounds, device), flush=True)

@@ -21,6 +21,7 @@ from models.losses import LOSSES, create_loss
 from train import train
 from utils.checkpoints import BEST
 from utils.compiling import CompiledNetwork
+from utils.cuda_graph import GraphedNetwork
 from utils.ema import WeightAverage
 from utils.host_copy import HostCopy, wait_for_copies
 from utils.metrics import read_metrics
@@ -224,6 +225,30 @@ def test_a_compiled_step_never_waits() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_graphs_change_nothing(optimizer: OptimizerName, compiled: bool) -> None:
+    """The network's passes replayed as CUDA graphs, compiled or not: losses and weights are
+    those of launching kernels one by one, and capturing and replaying wait for nothing in a step."""
+
+    def wrap(network: nn.Module) -> nn.Module:
+        said: list[str] = []
+        network = CompiledNetwork(network, said.append) if compiled else network
+        return GraphedNetwork(network, torch.zeros_like(batch(0)[0]), torch.float32)
+
+    plain = Step(optimizer=optimizer, precision=torch.float32)
+    graphed = Step(optimizer=optimizer, precision=torch.float32, wrap=wrap)
+    torch.testing.assert_close(graphed.train(4), plain.train(4), rtol=1e-4, atol=1e-4)
+    assert_same(graphed.state(), plain.state(), rtol=1e-3, atol=1e-4)
+    inputs, labels = batch(4)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        graphed.step(inputs, labels, 4, 0.05)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_out_of_memory_on_a_card() -> None:
     """The allocator's own error in a pass too large: the batch is tried again in halves, and the run is that of halves
     from the start."""
@@ -299,6 +324,15 @@ def test_a_run_on_a_card(tiny_set: Path, tmp_path: Path, engine: str, capsys: py
     assert half[:2] == pytest.approx(there[:2], rel=0.1)
     assert min(half[-3:]) < half[0]
     assert "uncompiled" not in capsys.readouterr().out
+
+
+def test_a_run_with_graphs(tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole of it: the losses of a run without them."""
+    plain = losses(train(configure(tiny_set, tmp_path, train__name="plain", train__precision="fp32")))
+    settings = {"train__name": "graphs", "train__precision": "fp32", "train__cuda_graph": True}
+    graphs = losses(train(configure(tiny_set, tmp_path, **settings)))
+    assert graphs[:4] == pytest.approx(plain[:4], rel=1e-2)
+    assert "no CUDA graph" not in capsys.readouterr().out
 
 
 def test_a_run_on_a_card_goes_on(tiny_set: Path, tmp_path: Path) -> None:

@@ -87,6 +87,14 @@ def describe_device(device: torch.device) -> str:
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
+def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
+    """Compute in `precision` where it is enough, everywhere if it is float32.
+
+    Rounded weights are not kept for another use: there is none, and what is captured as a CUDA graph must not.
+    """
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute in float32 on `device`: no TF32 on CUDA, no bfloat16 products on the CPU, no autocast."""

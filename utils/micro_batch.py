@@ -1,11 +1,13 @@
 """How many faces fit into a forward and backward pass."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from models.heads import Head
+from utils.devices import autocast
 
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
@@ -52,20 +54,29 @@ def trial_pass(
     device = parameters[0].device
 
     def attempt(faces: int) -> None:
-        buffers: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in network.buffers()]
         reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(states)]
         reserved.append(torch.empty(beside(faces), dtype=torch.uint8, device=device))
         try:
             inputs = torch.zeros(faces, 3, image_size, image_size, device=device)
             inputs = inputs.contiguous(memory_format=torch.channels_last)
-            with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                embeddings = network(inputs)
-            embeddings.float().sum().backward()
+            with statistics_kept(network):
+                with autocast(device, precision):
+                    embeddings = network(inputs)
+                embeddings.float().sum().backward()
         finally:
             del reserved
             network.zero_grad(set_to_none=True)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
     return attempt
+
+
+@contextmanager
+def statistics_kept(network: nn.Module) -> Iterator[None]:
+    """Passes within leave the statistics of norms, and other buffers, as they were."""
+    before: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, kept in before:
+                buffer.copy_(kept)

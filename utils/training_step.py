@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from models.heads import Head, HeadOutput
+from utils.devices import autocast
 from utils.optimizers import set_learning_rate
 from utils.ranks import Ranks
 
@@ -176,7 +177,7 @@ class TrainingStep:
         return output, embeddings.grad
 
     def _embed(self, inputs: Tensor) -> Tensor:
-        with torch.autocast(inputs.device.type, self.precision, enabled=self.precision != torch.float32):
+        with autocast(inputs.device, self.precision):
             return self.network(inputs).float()
 
     def _network_in_parts(self, inputs: Tensor, gradient: Tensor) -> None:

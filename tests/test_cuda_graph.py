@@ -1,0 +1,110 @@
+"""What of CUDA graphs needs no card: when they are taken, and that capturing leaves no trace."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tiny_runs
+from train import Trainer
+from utils.cuda_graph import GraphedNetwork, with_graph
+from utils.ranks import Ranks
+
+CPU = torch.device("cpu")
+
+
+class Recorder:
+    """torch.cuda.make_graphed_callables without a card: warms up as that does, and counts what is replayed."""
+
+    def __init__(self) -> None:
+        self.replays: list[torch.Size] = []
+        self.cached: list[bool] = []
+
+    def __call__(self, module: nn.Module, sample: tuple[Tensor]) -> Callable[[Tensor], Tensor]:
+        self.cached.append(torch.is_autocast_cache_enabled())
+        for _ in range(3):
+            module(*sample).sum().backward()
+            module.zero_grad(set_to_none=True)
+
+        def replay(inputs: Tensor) -> Tensor:
+            self.replays.append(inputs.shape)
+            return module(inputs)
+
+        return replay
+
+
+@pytest.fixture
+def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    fake = Recorder()
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fake)
+    return fake
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 5))
+
+
+def test_capturing_leaves_no_trace(recorder: Recorder) -> None:
+    """Statistics of norms are those from before, gradients none, weights registered once; autocast keeps no rounded
+    weights, which torch refuses to capture; only inputs of the shape are replayed."""
+    plain, captured = network(), network()
+    graphed = GraphedNetwork(captured, torch.randn(6, 3, 8, 8), torch.bfloat16)
+    assert recorder.cached == [False]
+    for (name, before), (_, after) in zip(plain.state_dict().items(), captured.state_dict().items(), strict=True):
+        assert torch.equal(before, after), name
+    assert all(parameter.grad is None for parameter in captured.parameters())
+    assert len(list(graphed.parameters())) == len(list(captured.parameters()))
+    for faces in (6, 4, 6):
+        inputs = torch.randn(faces, 3, 8, 8)
+        assert torch.equal(graphed(inputs), plain(inputs))
+    assert recorder.replays == [torch.Size((6, 3, 8, 8))] * 2
+
+
+def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is told; statistics are those from before."""
+
+    def fail(module: nn.Module, sample: tuple[Tensor]) -> None:
+        module(*sample)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
+    said: list[str] = []
+    given = network()
+    assert with_graph(given, torch.randn(6, 3, 8, 8), torch.float32, said.append) is given
+    assert len(said) == 1
+    assert "operation not permitted" in said[0]
+    assert torch.equal(given.state_dict()["1.running_mean"], torch.zeros(4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "most", "reason"),
+    [
+        ({}, 8, None),
+        ({}, 4, "several passes"),
+        ({"train__activation_checkpointing": True, "model__network": "mbf"}, 8, "computed anew"),
+    ],
+)
+def test_when_a_step_is_captured(
+    settings: dict[str, Any],
+    most: int,
+    reason: str | None,
+    tiny_set: Path,
+    tmp_path: Path,
+    recorder: Recorder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A step of one pass; gradients of several would be added up in memory that the next pass writes to."""
+    config = tiny_runs.configure(tiny_set, tmp_path, **{"train__batch_size": 8, **settings})
+    trainer = Trainer(config, tmp_path / "run", CPU, Ranks())
+    made = trainer.graphed(trainer.network, 8, most)
+    said = capsys.readouterr().out
+    if reason is None:
+        assert isinstance(made, GraphedNetwork)
+        assert not said
+    else:
+        assert made is trainer.network
+        assert reason in said

@@ -1,0 +1,54 @@
+"""A network's kernels as CUDA graphs: launched all at once, where a slow host would have the card wait for each."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from utils.devices import autocast
+from utils.micro_batch import statistics_kept
+
+
+class GraphedNetwork(nn.Module):
+    """`network`, in the mode that it is in. For inputs of the shape of `sample` both passes are replayed as they were
+    captured; others go through it as they are.
+
+    Embeddings and gradients lie in memory of the graphs, which the next pass writes to: a step is one pass, and the
+    gradients are dropped, not zeroed, before the next. Raises what torch does about operations that no graph can have.
+    """
+
+    def __init__(self, network: nn.Module, sample: Tensor, precision: torch.dtype) -> None:
+        super().__init__()
+        self.network, self._shape = network, sample.shape
+        torch.cuda.empty_cache()  # graphs have memory of their own
+        with statistics_kept(network), autocast(sample.device, precision):
+            captured: Any = torch.cuda.make_graphed_callables(_Captured(network), (sample,))
+        # Not the module itself, which would be registered, and its weights with it.
+        self._replay: Callable[[Tensor], Tensor] = lambda inputs: captured(inputs)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """As `network`."""
+        return self._replay(inputs) if inputs.shape == self._shape else self.network(inputs)
+
+
+class _Captured(nn.Module):
+    """What torch puts the replay into: the network itself stays callable."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.network(inputs)
+
+
+def with_graph(network: nn.Module, sample: Tensor, precision: torch.dtype, say: Callable[[str], object]) -> nn.Module:
+    """`network` as a GraphedNetwork; itself, which is said, where that cannot be. `sample`: images [B, 3, H, W] as a
+    step has them; it stays in memory."""
+    try:
+        return GraphedNetwork(network, sample, precision)
+    except Exception as error:  # what cannot be captured says so in many ways
+        reason = " ".join(str(error).split()[:30]) or type(error).__name__
+        say(f"no CUDA graph of the network ({reason}); --no-cuda-graph says nothing")
+        return network
