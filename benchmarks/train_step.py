@@ -86,7 +86,7 @@ class Case:
     @property
     def untimed(self) -> int:
         """Steps ahead of those that are timed."""
-        return self.steps // 4
+        return -(-self.steps // 4)
 
     @property
     def batches(self) -> int:

@@ -2,9 +2,12 @@
 
 import csv
 import json
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -78,16 +81,33 @@ def test_all_four_jobs(tmp_path: Path) -> None:
 def test_scripts_side_by_side(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """What two scripts say does not mix, whichever is faster; the one that fails is named, and ends the other."""
+    """What two scripts say does not mix, whichever is faster; the one that fails is named, and ends the other, as an
+    interrupt does."""
+    started: list[subprocess.Popen] = []
+    start = subprocess.Popen
+
+    def noted(*arguments: Any, **options: Any) -> subprocess.Popen:
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess, "Popen", noted)
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     (tmp_path / "slow.py").write_text("import sys, time; time.sleep(0.5); print('slow', *sys.argv[1:])")
     (tmp_path / "quick.py").write_text("print('quick')")
     (tmp_path / "failing.py").write_text("raise SystemExit(3)")
-    (tmp_path / "endless.py").write_text("import time; time.sleep(600)")
+    (tmp_path / "endless.py").write_text("import time; time.sleep(60)")
     demo.run(["slow.py", "--to", tmp_path], ["quick.py"])
     slow = f"python slow.py --to {tmp_path}"
     assert capfd.readouterr().out == f"\n$ {slow}\nslow --to {tmp_path}\n\n$ python quick.py\nquick\n"
     with pytest.raises(SystemExit, match=r"failing\.py failed with code 3"):
         demo.run(["failing.py"], ["endless.py"])
+    assert started[-1].returncode == -signal.SIGKILL
     with pytest.raises(SystemExit, match=r"failing\.py failed with code 3"):
         demo.run(["quick.py"], ["failing.py"])
+    monkeypatch.setattr(shutil, "copyfileobj", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(["quick.py"], ["quick.py"], ["endless.py"])
+    assert started[-1].returncode == -signal.SIGKILL

@@ -54,6 +54,19 @@ def test_kernels_that_do_not_run_are_done_without(monkeypatch: pytest.MonkeyPatc
     assert embeddings.grad is not None
 
 
+def test_blocks_are_what_a_card_can_launch() -> None:
+    """A grid has 65,535 tiles at most in the direction of classes: a block of all, as the engine dense has it with
+    sampling or on several cards, is done in several."""
+    head = BlockwiseHead(create_loss("arcface"), 40, 32, RowSGD(), 8, block=10_000_000)
+    head.fuse_blocks()
+    for tile in (head.maths.tiles.backward.columns, head.maths.tiles.update.rows):  # type: ignore[attr-defined]
+        assert head.block <= 65_535 * tile
+    assert head.block > 4_000_000
+    head = BlockwiseHead(create_loss("arcface"), 40, 32, RowSGD(), 8, block=16)
+    head.fuse_blocks()
+    assert head.block == 16
+
+
 def maths(name: str = "arcface", sub_centers: int = 1, matmul: torch.dtype | None = torch.bfloat16) -> BlockMaths:
     return BlockMaths(create_loss(name), sub_centers, matmul, RowSGD())
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ def test_the_first_steps_are_not_timed() -> None:
 
     rate, _ = turn(step, batches(), CASE, torch.device("cpu"))
     assert CASE.untimed == 2
+    assert replace(CASE, steps=2).untimed == 1, "however few"
     assert taken == list(range(10))
     assert rate > 4 * 8 / 0.5
 

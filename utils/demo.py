@@ -50,7 +50,9 @@ def run(*scripts: Sequence[object]) -> None:
         for number, (script, *arguments) in enumerate(commands):
             said = stack.enter_context(tempfile.TemporaryFile("w+")) if number else None
             command = [sys.executable, str(ROOT / script), *arguments]
-            running.append((subprocess.Popen(command, stdout=said, stderr=said), said))
+            process = subprocess.Popen(command, stdout=said, stderr=said)
+            stack.callback(end, process)
+            running.append((process, said))
         for number, (process, said) in enumerate(running):
             code = process.wait()
             if said is not None:
@@ -58,9 +60,13 @@ def run(*scripts: Sequence[object]) -> None:
                 said.seek(0)
                 shutil.copyfileobj(said, sys.stdout)
             if code:
-                for other, _ in running[number + 1 :]:
-                    other.kill()
                 sys.exit(f"demo: {commands[number][0]} failed with code {code}")
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill it if it still runs."""
+    process.kill()
+    process.wait()
 
 
 def show(command: Sequence[str]) -> None:

@@ -103,6 +103,7 @@ class BlockwiseHead(Head):
         """Have what is computed of a block go through kernels of our own (see `can_fuse`)."""
         plain_update = Compiled(self.maths.update, in_place=True)
         self.maths = fused = FusedMaths.of(self.maths)
+        self.block = min(self.block, fused.most_classes())
         self.block_forward, self.block_backward, self.block_update = fused.forward, fused.backward, fused.update
         if not isinstance(self.optimizer, RowSGD):
             self.block_update = lambda gradient, *of_rows: plain_update(gradient.still(), *of_rows)

@@ -12,6 +12,8 @@ from models.losses import MarginLoss
 
 #: Bytes of shared memory that a block of threads needs at most.
 _ON_CHIP = 200 * 1024
+#: Tiles that a launch has at most in its second direction, in which classes lie.
+_MOST_TILES = 2**16 - 1
 
 
 class Tile(NamedTuple):
@@ -62,6 +64,11 @@ class FusedMaths(BlockMaths):
         """The same by the kernels."""
         return cls(maths.loss, maths.sub_centers, maths.matmul, maths.optimizer)
 
+    @classmethod
+    def most_classes(cls) -> int:
+        """Of a block, backward."""
+        return _MOST_TILES * min(cls.tiles.backward.columns, cls.tiles.update.rows)
+
     def attempt(self, faces: int, weight: Tensor) -> None:
         """Run all of it once, for `faces` faces and a few centres as those of `weight`; raises what a compiler does."""
         n, size = 2 * max(self.tiles.backward.columns, self.tiles.update.rows) - 1, weight.shape[1]
@@ -96,7 +103,9 @@ class FusedMaths(BlockMaths):
             _tiled(unit, tile.rows, tile.depth), _tiled(centres, tile.columns, tile.depth), place, start, scale, sums,
             bests, n, faces, -(-columns // parts), self.loss.filter_above, D=size, **self._options(scale, tile),
         )  # fmt: skip
-        logs = torch.where(sums > 0, bests * scale.flatten() + sums.log(), -torch.inf).logsumexp(0)
+        tops = bests.clamp_max(self.loss.filter_above) if self.loss.filter_above > 0 else bests
+        # Without a class: -inf. What is not a number stays that, so that a run sees its loss explode.
+        logs = torch.where(sums == 0, -torch.inf, tops * scale.flatten() + sums.log()).logsumexp(0)
         return torch.logaddexp(total, logs), torch.maximum(best, bests.amax(0))
 
     def backward(  # type: ignore[override]

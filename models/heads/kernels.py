@@ -47,7 +47,8 @@ def log_sum_exp(
     FILTER: tl.constexpr, D: tl.constexpr, K: tl.constexpr, FACES: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
     """Of `tiles` tiles of classes, the own class of a face left out: the largest cosine, and the sum of the
-    exponentials of what logits have less than that times the scale: float32 [parts, faces] each.
+    exponentials of what logits have less than that, or `filter_above` if it is less, times the scale: float32
+    [parts, faces] each.
 
     Grid: (tiles of faces, parts).
     """
@@ -65,9 +66,11 @@ def log_sum_exp(
         )  # fmt: skip
         other = (c < n)[None, :] & (c[None, :] != own[:, None])
         best = tl.maximum(best, tl.max(tl.where(other, cosine, float("-inf")), 1))
+        higher = tl.where(best == float("-inf"), 0.0, best)
         if FILTER:
             cosine = tl.where(cosine <= filter_above, cosine, 0.0)
-        higher = tl.where(best == float("-inf"), 0.0, best) * factor
+            higher = tl.minimum(higher, filter_above)
+        higher *= factor
         logits = tl.where(other, cosine * factor[:, None], float("-inf"))
         total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
         top = higher
