@@ -33,22 +33,23 @@ def close(found: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("filter_above", [0.0, 0.2])
 @pytest.mark.parametrize("learns", [False, True])
-@pytest.mark.parametrize("classes", [1, 37, 150])
-def test_a_block(classes: int, learns: bool, filter_above: float) -> None:
+@pytest.mark.parametrize(("faces", "classes"), [(FACES, 1), (FACES, 37), (FACES, 150), (9, 37)])
+def test_a_block(faces: int, classes: int, learns: bool, filter_above: float) -> None:
     """What each kernel gives of one block, next to what BlockMaths does: own classes in it, before and after it, and
-    none; a face without a length; a centre without one; a running sum that has something already, and one without."""
+    none; a face without a length; a centre without one; a running sum that has something already, and one without; one
+    tile of faces and several."""
     torch.manual_seed(0)
-    unit, centres = torch.nn.functional.normalize(torch.randn(FACES, SIZE)), torch.randn(classes, SIZE)
+    unit, centres = torch.nn.functional.normalize(torch.randn(faces, SIZE)), torch.randn(classes, SIZE)
     unit[2], centres[classes // 2] = 0, 0
-    place, start = torch.randint(0, classes + 40, (FACES,)), torch.tensor(20)
+    place, start = torch.randint(0, classes + 40, (faces,)), torch.tensor(20)
     place[0] = -1
-    scale = torch.rand(FACES, 1) * 20 if learns else torch.full((1, 1), 16.0)
+    scale = torch.rand(faces, 1) * 20 if learns else torch.full((1, 1), 16.0)
     scale[-1] *= 0 if learns else 1
-    total, best = torch.full((2, FACES), -torch.inf)
+    total, best = torch.full((2, faces), -torch.inf)
     total[3], best[3] = 2.0, 0.5
     momentum, lr = torch.randn(classes, SIZE), torch.tensor(0.1)
     loss = create_loss("arcface", filter_above=filter_above)
-    d_own, d_others, d_unit = torch.randn(FACES), torch.rand(FACES), torch.randn(FACES, SIZE)
+    d_own, d_others, d_unit = torch.randn(faces), torch.rand(faces), torch.randn(faces, SIZE)
     results = []
     for kind in (BlockMaths, FusedMaths):
         maths = kind(loss, 1, None, SGD)
@@ -86,6 +87,30 @@ def test_an_exploded_centre_is_seen() -> None:
     centres[CLASSES // 2] = torch.nan
     maths = FusedMaths(create_loss("arcface"), 1, None, SGD)
     assert others(maths, torch.nn.functional.normalize(torch.randn(FACES, SIZE)), centres, 16.0).isnan().all()
+
+
+@pytest.mark.parametrize("faces", [1, 3])
+@pytest.mark.parametrize("name", ["arcface", "sphereface"])
+def test_hardly_any(name: str, faces: int) -> None:
+    """A face or three and two classes: all faces have one, some, or none."""
+    torch.manual_seed(0)
+    classes = 2
+    centres = torch.randn(classes, SIZE)
+    fused = BlockwiseHead(create_loss(name), classes, SIZE, SGD, faces, centres=centres.clone())
+    fused.fuse_blocks()
+    reference = DenseHead(create_loss(name), classes, SIZE, SGD, centres=centres.clone())
+    for labels in ([0], [-1]) if faces == 1 else ([0, 1, 0], [0, -1, 1], [-1] * 3):
+        given, results = torch.randn(faces, SIZE), []
+        for head in (reference, fused):
+            head.lr, embeddings = 0.1, given.clone().requires_grad_()
+            loss = head(embeddings, torch.tensor(labels), 0).loss
+            loss.backward()
+            head.update(0)
+            assert embeddings.grad is not None
+            results.append((loss.detach(), embeddings.grad, head.weight.detach()))
+        for exact, found in zip(*results, strict=True):
+            assert exact.isfinite().all()
+            close(found, exact)
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])

@@ -1,6 +1,5 @@
 """What of CUDA graphs needs no card: when they are taken, and that capturing leaves no trace."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +16,26 @@ CPU = torch.device("cpu")
 
 
 class Recorder:
-    """torch.cuda.make_graphed_callables without a card: warms up as that does, and counts what is replayed."""
+    """torch.cuda.make_graphed_callables without a card: warms up as that does, puts the replay into the module, and
+    counts what is replayed."""
 
     def __init__(self) -> None:
         self.replays: list[torch.Size] = []
         self.cached: list[bool] = []
 
-    def __call__(self, module: nn.Module, sample: tuple[Tensor]) -> Callable[[Tensor], Tensor]:
+    def __call__(self, module: nn.Module, sample: tuple[Tensor]) -> nn.Module:
         self.cached.append(torch.is_autocast_cache_enabled())
         for _ in range(3):
             module(*sample).sum().backward()
             module.zero_grad(set_to_none=True)
+        forward = module.forward
 
         def replay(inputs: Tensor) -> Tensor:
             self.replays.append(inputs.shape)
-            return module(inputs)
+            return forward(inputs)
 
-        return replay
+        module.forward = replay  # type: ignore[method-assign]
+        return module
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def test_capturing_leaves_no_trace(recorder: Recorder) -> None:
     for (name, before), (_, after) in zip(plain.state_dict().items(), captured.state_dict().items(), strict=True):
         assert torch.equal(before, after), name
     assert all(parameter.grad is None for parameter in captured.parameters())
-    assert len(list(graphed.parameters())) == len(list(captured.parameters()))
+    assert list(graphed.state_dict()) == [f"network.{name}" for name in captured.state_dict()]
     for faces in (6, 4, 6):
         inputs = torch.randn(faces, 3, 8, 8)
         assert torch.equal(graphed(inputs), plain(inputs))
@@ -81,29 +83,35 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("settings", "most", "reason"),
+    ("settings", "most", "ranks", "reason"),
     [
-        ({}, 8, None),
-        ({}, 4, "several passes"),
-        ({"train__activation_checkpointing": True, "model__network": "mbf"}, 8, "computed anew"),
+        ({}, 8, 1, None),
+        ({}, 8, 2, "several processes"),
+        ({}, 4, 1, "several passes"),
+        ({"train__activation_checkpointing": True, "model__network": "mbf"}, 8, 1, "computed anew"),
     ],
 )
 def test_when_a_step_is_captured(
     settings: dict[str, Any],
     most: int,
+    ranks: int,
     reason: str | None,
     tiny_set: Path,
     tmp_path: Path,
     recorder: Recorder,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """A step of one pass; gradients of several would be added up in memory that the next pass writes to."""
+    """A step of one pass, as it is in training; gradients of several would be added up in memory that the next pass
+    writes to."""
     config = tiny_runs.configure(tiny_set, tmp_path, **{"train__batch_size": 8, **settings})
     trainer = Trainer(config, tmp_path / "run", CPU, Ranks())
+    trainer.ranks.size = ranks
+    trainer.network.eval()
     made = trainer.graphed(trainer.network, 8, most)
     said = capsys.readouterr().out
     if reason is None:
         assert isinstance(made, GraphedNetwork)
+        assert made.network.training
         assert not said
     else:
         assert made is trainer.network

@@ -97,7 +97,7 @@ def test_scripts_side_by_side(
     monkeypatch.setattr(demo, "ROOT", tmp_path)
     (tmp_path / "slow.py").write_text("import sys, time; time.sleep(0.5); print('slow', *sys.argv[1:])")
     (tmp_path / "quick.py").write_text("print('quick')")
-    (tmp_path / "failing.py").write_text("raise SystemExit(3)")
+    (tmp_path / "failing.py").write_text("import sys; print('cannot', file=sys.stderr); raise SystemExit(3)")
     (tmp_path / "endless.py").write_text("import time; time.sleep(60)")
     demo.run(["slow.py", "--to", tmp_path], ["quick.py"])
     slow = f"python slow.py --to {tmp_path}"
@@ -107,6 +107,7 @@ def test_scripts_side_by_side(
     assert started[-1].returncode == -signal.SIGKILL
     with pytest.raises(SystemExit, match=r"failing\.py failed with code 3"):
         demo.run(["quick.py"], ["failing.py"])
+    assert capfd.readouterr().out.endswith("\n$ python quick.py\nquick\n\n$ python failing.py\ncannot\n")
     monkeypatch.setattr(shutil, "copyfileobj", interrupt)
     with pytest.raises(KeyboardInterrupt):
         demo.run(["quick.py"], ["quick.py"], ["endless.py"])

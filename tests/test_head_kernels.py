@@ -5,15 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from models.heads import BlockwiseHead, RowSGD
 from models.heads.block_steps import BlockMaths
+from models.heads.blockwise import Chosen
 from models.heads.fused_steps import FusedMaths, Tile, can_fuse
 from models.losses import LOSSES, create_loss
 from utils.compiling import Compiled
+from utils.ranks import Ranks
 
 CUDA = torch.device("cuda")
 
@@ -62,9 +65,31 @@ def test_blocks_are_what_a_card_can_launch() -> None:
     for tile in (head.maths.tiles.backward.columns, head.maths.tiles.update.rows):  # type: ignore[attr-defined]
         assert head.block <= 65_535 * tile
     assert head.block > 4_000_000
-    head = BlockwiseHead(create_loss("arcface"), 40, 32, RowSGD(), 8, block=16)
-    head.fuse_blocks()
-    assert head.block == 16
+
+
+def test_forward_is_one_pass() -> None:
+    """Over all classes of the rank, also over none; not over sampled ones, which would be copied all at once."""
+    for sample_rate, classes, at_once in ((1.0, 40, 40), (0.5, 40, 16), (1.0, 3, 1)):
+        ranks = cast(Ranks, SimpleNamespace(rank=0, size=4 if classes == 3 else 1))
+        head = BlockwiseHead(
+            create_loss("arcface"), classes, 32, RowSGD(), 8, block=16, sample_rate=sample_rate, ranks=ranks
+        )
+        head.fuse_blocks()
+        assert (head.block, head.forward_block) == (16, at_once)
+    assert len(head.held) == 0
+    assert list(head.blocks(Chosen(None, 0, torch.zeros(8)), head.forward_block)) == []
+
+
+def test_running_out_of_memory_is_no_reason_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch.compile makes needs more: the error says so at once."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr("models.heads.blockwise.can_fuse", lambda *_: True)
+    monkeypatch.setattr(FusedMaths, "attempt", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        BlockwiseHead(create_loss("arcface"), 40, 32, RowSGD(), 8).compile_blocks()
 
 
 def maths(name: str = "arcface", sub_centers: int = 1, matmul: torch.dtype | None = torch.bfloat16) -> BlockMaths:

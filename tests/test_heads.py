@@ -494,6 +494,14 @@ def test_create_head() -> None:
         assert head.block == block
 
 
+def test_create_head_for_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The blockwise head, which has kernels there, however few the classes; the plain one when it is asked for."""
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, _: module)  # without one
+    for engine, kind in (("auto", BlockwiseHead), ("dense", DenseHead)):
+        options: dict[str, Any] = {"device": torch.device("cuda"), "engine": engine}
+        assert isinstance(create_head(create_loss("arcface"), 10, SIZE, RowSGD(), BATCH, **options), kind)
+
+
 def test_automatic_blocks() -> None:
     """Large batches get smaller blocks, GPUs larger ones; the products are about 2 MiB and 128 MiB."""
     assert automatic_block(128, CPU) == 4096

@@ -126,6 +126,15 @@ def test_no_text_is_cut_off(draw: Callable[[Path], None], tmp_path: Path) -> Non
         assert margin <= 40 or draw in (contact_sheet, pair_sheet)
 
 
+def test_few_scores_near_the_threshold_are_seen(tmp_path: Path) -> None:
+    """Protects the one of ten thousand that a merge's threshold is about: on a linear scale it has no height."""
+    scores = np.append(np.full(10_000, 0.1), 0.5)
+    draw_marked_scores(tmp_path / "scores.png", scores, 0.45, "identities", "cosine")
+    pixels = read_rgb(tmp_path / "scores.png").astype(int)
+    blue = pixels[..., 2] - pixels[..., 0] > 80
+    assert blue[:, pixels.shape[1] // 2 :].sum() > 100
+
+
 def test_a_failed_write_leaves_no_temporary_file(tmp_path: Path) -> None:
     """Protects the folder from litter when the picture cannot take its place (here that of a folder)."""
     path = tmp_path / "picture.png"

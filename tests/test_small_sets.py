@@ -1,15 +1,23 @@
 """The comparison of recipes for small sets: who is left out, what is equal, and that nothing is trained twice."""
 
 import csv
+import json
+import signal
 import subprocess
+import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import small_sets
+from config import CommonConfig, Config, TrainConfig
 from data.face_sets import write_face_set
 from tests.tiny_faces import tiny_face
-from utils.metrics import read_metrics
+from utils.checkpoints import CONFIG
+from utils.metrics import METRICS, read_metrics
+from utils.settings import to_json
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +137,55 @@ def test_names_of_variants(variant: str) -> None:
         "published": ["--preset", "ms1mv3_r18", "--train.batch-size", "128"],
         "a": ["--lr", "1"],
     }
+
+
+def a_run(runs: Path, steps: int) -> small_sets.Run:
+    config = Config(train=TrainConfig(name="a-0", ema=0.5), common=CommonConfig(runs=str(runs)))
+    return small_sets.Run("a", config, [], steps)
+
+
+def test_a_result_is_that_of_the_last_step(tmp_path: Path) -> None:
+    """Of the moving average where there is one, and none before the end: nothing is chosen by the result."""
+    run = a_run(tmp_path, 10)
+    run.folder.mkdir()
+    (run.folder / CONFIG).write_text(to_json(run.config))
+    lines = [
+        {"step": 5, "verify_average/lfw": 0.7, "train/images_per_s": 3.0},
+        {"step": 10, "verify_average/lfw": 0.9, "verify/lfw": 0.8},
+    ]
+    (run.folder / METRICS).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    assert small_sets.result(run) == small_sets.Result(0.9, 3.0)
+    assert small_sets.result(a_run(tmp_path, 20)) is None
+
+
+def test_what_the_table_says() -> None:
+    """The error of the mean, not of a run; of a recipe what makes it another than the first."""
+    assert small_sets.spread([0.9, 0.92, 0.94]) == "92.00 +- 1.15"
+    first = Config(train=TrainConfig(epochs=5, lr=0.1, seed=0))
+    others = [replace(first, train=replace(first.train, **more)) for more in ({"lr": 0.2, "seed": 1}, {"epochs": 6})]
+    assert small_sets.differing(dict(zip("abc", [first, *others], strict=True))) == {
+        "a": {"train.epochs": 5, "train.lr": 0.1},
+        "b": {"train.lr": 0.2},
+        "c": {"train.epochs": 6},
+    }
+
+
+def test_runs_end_with_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to end, so that they save their state; left alone they would go on and the same command start others."""
+    (tmp_path / "train.py").write_text("import time; time.sleep(60)")
+    started: list[subprocess.Popen] = []
+    start = subprocess.Popen
+
+    def noted(*arguments: Any, **options: Any) -> subprocess.Popen:
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    def interrupt(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(small_sets, "ROOT", tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", noted)
+    monkeypatch.setattr(time, "sleep", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        small_sets.train_all([a_run(tmp_path, 10)], 1, lambda: None)
+    assert [process.returncode for process in started] == [-signal.SIGTERM]
