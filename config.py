@@ -573,6 +573,11 @@ class PackBinConfig:
     images: str = ""
     # The .bin to write; beside a training set, training verifies on it.
     output: str = ""
+    # Pairs of one person to draw from the folders in images, and as many of two people: the list is then what is
+    # written first. 0: none, the list is there.
+    draw: int = 0
+    # Seed of the drawing.
+    seed: int = 0
     # Height and width of the faces, pixels.
     image_size: int = 112
     # Faces of another size: refuse stops with the name of the image, resize makes new JPEGs of them.
@@ -591,6 +596,9 @@ class PackBinConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "pack_bin")
+        for name in ("draw", "seed"):
+            value = getattr(self, name)
+            require(value >= 0, f"pack_bin.{name}", f"must be 0 or more, got {value}")
         require(self.image_size >= 16, "pack_bin.image_size", f"must be 16 or more, got {self.image_size}")
         require(1 <= self.quality <= 100, "pack_bin.quality", f"must be from 1 to 100, got {self.quality}")
         _check_detector("pack_bin", self.detector_threshold, self.detector_size)

@@ -488,12 +488,20 @@ class Trainer:
         tests = ", ".join(pairs.name for pairs in self.verifier.sets)
         on = describe_device(self.device) + (f" x {self.ranks.size}" if self.ranks.size > 1 else "")
         left = len(self.faces) - an_epoch * size
+        factor = self.config.train.backbone_lr
+        rate = f"learning rate {self.peak:.4g} at its peak"
+        if factor != 1:
+            rate += f", {factor * self.peak:.4g} for the network"
+        if self.config.train.frozen:
+            weights = [(value.numel(), value.requires_grad) for value in self.network.parameters()]
+            still = sum(count for count, learns in weights if not learns)
+            rate += f"; {still:,} of the network's {sum(count for count, _ in weights):,} weights are frozen"
         for line in (
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
             f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
             f"verified on: {tests or 'nothing (no .bin found): the last model is kept'}",
             f"{on}, {describe_precision(self.precision, self.device)}, {self.workers} workers, {self.steps:,} steps",
-            f"learning rate {self.peak:.4g} at its peak",
+            rate,
         ):
             self.say(line)
 

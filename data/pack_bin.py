@@ -3,10 +3,12 @@
 
     python data/pack_bin.py --pairs lfw/pairs.txt --images lfw/images --output datasets/mine/lfw.bin
     python data/pack_bin.py --pairs lfw/pairs.txt --images photos --detector scrfd.onnx --output datasets/mine/lfw.bin
+    python data/pack_bin.py --draw 300 --pairs others.csv --images others --output datasets/mine/others.bin
 
 The list is LFW's: `name i j` for two images of a person and `name1 i name2 j` for two people, separated by tabs or
 blanks; image i of a person is IMAGES/name/name_%04d.jpg (or .png, ...). The first line may say how many pairs there are
 (`10 300`: 10 folds of 300 of each kind). Or it is a CSV with the header `path1,path2,same`: paths in IMAGES, 1 or 0.
+`--draw` writes such a CSV first, of pairs that it draws from the folders IMAGES/<person>.
 The order of the pairs is kept: testing cuts it into 10 consecutive folds, so each tenth needs pairs of both kinds.
 Images keep their bytes, unless a resize is asked for, or a detector: then they are photos whose faces are aligned.
 """
@@ -25,6 +27,7 @@ from config import PRESETS, Config
 from data.detect import Detection
 from data.face_sets import IMAGE_ENDINGS
 from data.fitting import Fit, LeftOut, check_detector, fit_images
+from data.pair_drawing import COLUMNS, draw_pairs
 from data.verification_bin import write_bin
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -144,8 +147,8 @@ def _csv_pairs(lines: Sequence[str], path: Path, images: Path) -> Iterator[Pair]
     rows = csv.reader(lines, strict=True)
     try:
         header = [name.strip().lower() for name in next(rows)]
-        if header != ["path1", "path2", "same"]:
-            raise PairsError(f"{path}: its header is {','.join(header)!r}, expected path1,path2,same")
+        if header != list(COLUMNS):
+            raise PairsError(f"{path}: its header is {','.join(header)!r}, expected {','.join(COLUMNS)}")
         for row in rows:
             if not row:
                 continue
@@ -167,8 +170,7 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
     FileExistsError when `output` is there. Photos without a face are an error that lists them all: without their pairs
     the ten folds would be others.
     """
-    if output.exists():
-        raise FileExistsError(f"{output} exists: name another output, or remove it first")
+    _require_free(output)
     pairs = read_pairs(pairs_path, images)
     files = PairFiles(pairs, pairs_path)
     encoded: list[bytes] = []
@@ -190,6 +192,11 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
     return len(same), sum(same)
 
 
+def _require_free(output: Path) -> None:
+    if output.exists():
+        raise FileExistsError(f"{output} exists: name another output, or remove it first")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("pack_bin", "nothing was packed"):
@@ -206,6 +213,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         fit = Fit(chosen.image_size, chosen.other_sizes, chosen.quality, detection)
         check_detector(fit)
         workers = worker_count(config.common.workers)
+        if chosen.draw:
+            _require_free(Path(chosen.output))
+            draw_pairs(Path(chosen.images), chosen.draw, chosen.seed, Path(chosen.pairs))
+            print(f"{chosen.pairs}: {chosen.draw:,} pairs of one person and {chosen.draw:,} of two, drawn")
         pairs, same = pack_bin(Path(chosen.pairs), Path(chosen.images), Path(chosen.output), fit, workers)
     print(f"{chosen.output}: {pairs:,} pairs, {same:,} of one person")
     print(f"test on it with: python all_pair_test.py {chosen.output}")

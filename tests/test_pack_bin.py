@@ -3,15 +3,18 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from conftest import ROOT
+from data.face_sets import FaceSetError
 from data.fitting import Fit
 from data.images import ImageError, decode_rgb
 from data.pack_bin import PairsError, main, pack_bin, read_pairs
+from data.pair_drawing import draw_pairs
 from data.verification_bin import read_bin
 from tiny_faces import tiny_face
 
@@ -148,6 +151,72 @@ def test_errors_on_the_command_line(tmp_path: Path, images: Path, changes: dict[
     assert str(error.value).startswith("pack_bin: ")
     assert message in str(error.value)
     assert (tmp_path / "there.bin").read_text() == "mine"
+
+
+def people(root: Path, images_of: list[int]) -> Path:
+    """A folder of people called 0, 1 ..., with so many images each."""
+    for person, count in enumerate(images_of):
+        (root / str(person)).mkdir(parents=True)
+        for number in range(count):
+            (root / str(person) / f"{number}.jpg").write_bytes(tiny_face(person, number))
+    return root
+
+
+def drawn(path: Path) -> list[tuple[str, str, str]]:
+    """(first image, second image, flag) of a list's lines."""
+    first, *lines = path.read_text().splitlines()
+    assert first == "path1,path2,same"
+    return [(a, b, flag) for a, b, flag in (line.split(",") for line in lines)]
+
+
+def test_drawn_pairs(tmp_path: Path) -> None:
+    """The two kinds in turn, so that every fold has both; the flag says what the folders say; no pair twice, nor an
+    image with itself; nobody has two more pairs of the one kind than another who could have more."""
+    images = people(tmp_path / "images", [1, 2, 3, 5, 2])
+    draw_pairs(images, 9, 0, tmp_path / "a.csv")
+    pairs = drawn(tmp_path / "a.csv")
+    assert [flag for *_, flag in pairs] == ["1", "0"] * 9
+    assert all((Path(a).parent == Path(b).parent) == (flag == "1") and a != b for a, b, flag in pairs)
+    assert len({frozenset(pair[:2]) for pair in pairs}) == 18
+    assert Counter(a.split("/")[0] for a, _, flag in pairs if flag == "1") == {"1": 1, "4": 1, "2": 3, "3": 4}
+    draw_pairs(images, 9, 0, tmp_path / "again.csv")
+    draw_pairs(images, 9, 1, tmp_path / "other.csv")
+    assert drawn(tmp_path / "again.csv") == pairs != drawn(tmp_path / "other.csv")
+
+
+def test_all_pairs_of_one_person_can_be_drawn(tmp_path: Path) -> None:
+    """As many as there are, each once: none is left out by how they are numbered."""
+    draw_pairs(people(tmp_path / "images", [6, 3]), 18, 0, tmp_path / "a.csv")
+    assert len({frozenset(pair[:2]) for pair in drawn(tmp_path / "a.csv") if pair[2] == "1"}) == 18
+
+
+@pytest.mark.parametrize(
+    ("images_of", "count", "message"),
+    [
+        ([2, 3], 5, "has only 4 pairs of images of one person, 5 are asked for"),
+        ([4], 2, "has one person, 0: pairs of two people need a second one"),
+        ([5, 1], 6, "has too few images for 6 pairs of two people"),
+    ],
+)
+def test_too_few_pairs_to_draw(tmp_path: Path, images_of: list[int], count: int, message: str) -> None:
+    """What there is not enough of is said, and no list is written."""
+    with pytest.raises(FaceSetError, match=message):
+        draw_pairs(people(tmp_path / "images", images_of), count, 0, tmp_path / "a.csv")
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_drawing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One call draws and packs; a list that is there is not drawn over, and none is left for a .bin that is there."""
+    images, pairs = people(tmp_path / "images", [2, 3]), tmp_path / "pairs.csv"
+    flags = ["--draw", "4", "--images", str(images), "--image-size", "32", "--workers", "0"]
+    main([*flags, "--pairs", str(pairs), "--output", str(tmp_path / "a.bin")])
+    assert read_bin(tmp_path / "a.bin").same.tolist() == [True, False] * 4
+    assert f"{pairs}: 4 pairs of one person and 4 of two, drawn\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"pairs\.csv exists: pack it without --draw"):
+        main([*flags, "--pairs", str(pairs), "--output", str(tmp_path / "b.bin")])
+    with pytest.raises(SystemExit, match=r"a\.bin exists: name another output"):
+        main([*flags, "--pairs", str(tmp_path / "more.csv"), "--output", str(tmp_path / "a.bin")])
+    assert not (tmp_path / "more.csv").exists()
 
 
 def test_script_from_another_directory(tmp_path: Path, images: Path) -> None:

@@ -148,6 +148,21 @@ def test_frozen_parts_do_not_learn(tiny_set: Path, tmp_path: Path, plain: Path) 
     assert torch.equal(after["body.0.1.num_batches_tracked"], before["body.0.1.num_batches_tracked"])
 
 
+def test_what_does_not_learn_at_the_full_rate_is_said(
+    tiny_set: Path, tmp_path: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run says at its start how fast the network learns, and how much of it does not: a factor or a part that is not
+    what was meant shows before an hour is spent on it."""
+    tuned = {"train__init": str(plain), "train__backbone_lr": 0.1, "train__frozen": ("body.0",)}
+    train(configure(tiny_set, tmp_path, **tuned, train__lr=0.05))
+    sizes = {name: value.numel() for name, value in create_network("demo", 16, 32).named_parameters()}
+    frozen = sum(size for name, size in sizes.items() if name.startswith("body.0."))
+    line = f"learning rate 0.05 at its peak, 0.005 for the network; {frozen:,} of the network's {sum(sizes.values()):,}"
+    assert f"{line} weights are frozen\n" in capsys.readouterr().out
+    train(configure(tiny_set, tmp_path, train__name="b", train__lr=0.05))
+    assert "learning rate 0.05 at its peak\n" in capsys.readouterr().out
+
+
 def test_wrong_parts_are_refused(tiny_set: Path, tmp_path: Path) -> None:
     """Before anything is written: a part that there is not, a network without blocks."""
     for settings, message in (

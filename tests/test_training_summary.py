@@ -45,6 +45,22 @@ def test_first_last_and_best(tmp_path: Path) -> None:
     assert " ".join(table[5]) == "24 images/s; of 2 min 00 s, 8.3% verifying, 29.2% waiting for data"
 
 
+def test_a_run_that_learned_nothing_better_says_so(tmp_path: Path) -> None:
+    """Fine-tuning can make a network worse, and its best is then the one it began with: nobody should take that for
+    what was learned. The mean over the sets decides, as it does for what is kept; equal is not better."""
+    first = {"step": 0, "verify/a": 0.9, "verify/b": 0.5}
+
+    def said(*later: dict[str, float]) -> bool:
+        write(tmp_path, *later)
+        return "best.safetensors holds the weights that the run began with" in summarise(tmp_path)
+
+    assert said(first, {"step": 8, "verify/a": 0.8, "verify/b": 0.6}, {"step": 9, "verify/a": 0.7, "verify/b": 0.6})
+    assert not said(first, {"step": 8, "verify/a": 0.8, "verify/b": 0.7}, {"step": 9, "verify/a": 0.7, "verify/b": 0.6})
+    assert not said(first, {"step": 8, "verify/a": 0.8, "verify/b": 0.5, "verify_average/a": 1, "verify_average/b": 1})
+    assert not said({"step": 8, "verify/a": 0.8}, {"step": 9, "verify/a": 0.7})  # the first ones were not verified
+    assert not said(first)  # stopped before there was anything to compare
+
+
 def test_a_run_without_verification(tmp_path: Path) -> None:
     """What was never noted has no row; a run that stopped before its first note has an empty table."""
     write(tmp_path, {"step": 2, "train/loss": 3.0})

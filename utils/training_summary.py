@@ -4,7 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
+from utils.checkpoints import BEST
 from utils.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE, read_metrics
+from utils.run_folders import CHECKPOINTS
 
 
 def summarise(folder: Path) -> str:
@@ -30,7 +32,23 @@ def summarise(folder: Path) -> str:
             f"{images / total:,.0f} images/s; of {_duration(total + verifying)}, "
             f"{verifying / (total + verifying):.1%} verifying, {waited / (total + verifying):.1%} waiting for data"
         )
+    if _nothing_was_better(lines):
+        table.append(
+            f"no step verified better than step 0: {BEST} holds the weights that the run began with, {CHECKPOINTS} the "
+            "last ones"
+        )
     return "\n".join(table)
+
+
+def _nothing_was_better(lines: list[dict[str, Any]]) -> bool:
+    """Whether the first weights were verified, and no later ones, nor their average, came out above them."""
+    means: dict[bool, list[float]] = {True: [], False: []}  # by whether it is of step 0
+    for line in lines:
+        for tag in (VERIFIED, VERIFIED_AVERAGE):
+            accuracies = [value for name, value in line.items() if name.startswith(tag)]
+            if accuracies:
+                means[line["step"] == 0].append(math.fsum(accuracies) / len(accuracies))
+    return bool(means[True] and means[False]) and max(means[False]) <= max(means[True])
 
 
 def _row(lines: list[dict[str, Any]], name: str, title: str, form: str, best: Any) -> list[str]:
