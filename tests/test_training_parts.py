@@ -25,6 +25,7 @@ from ranks import run_on_ranks
 from train import train
 from utils.checkpoints import BEST
 from utils.compiling import CompiledNetwork
+from utils.devices import autocast
 from utils.metrics import read_metrics
 from utils.micro_batch import trial_pass
 from utils.optimizers import train_mode
@@ -283,7 +284,9 @@ def test_what_is_compiled_is_what_trains() -> None:
     assert backend.faces == [3, 2]
     train_mode(network, ("0",))
     for faces in (3, 2, 2):
-        compiled(to_network_input(torch.zeros(faces, 8, 8, 3, dtype=torch.uint8))).sum().backward()
+        with autocast(CPU, torch.float32):  # as a step has it
+            embeddings = compiled(to_network_input(torch.zeros(faces, 8, 8, 3, dtype=torch.uint8)))
+        embeddings.sum().backward()
     assert backend.faces == [3, 2]
     torch._dynamo.reset()
 
