@@ -191,7 +191,8 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
         ("sgd", torch.float16),
         ("adamw", torch.bfloat16),
         ("adamw", torch.float16),
-        ("muon", torch.bfloat16),  # in float16 the gradient scaler asks whether to leave its step out
+        ("muon", torch.bfloat16),
+        ("muon", torch.float16),
     ],
 )
 @pytest.mark.parametrize("engine", ["dense", "blockwise"])

@@ -148,6 +148,43 @@ def test_a_vector_is_no_matrix() -> None:
         Muon([parameter(4, 3), parameter(5)])
 
 
+@pytest.mark.parametrize("unscaled", [True, False])
+def test_a_gradient_scaler_leaves_out_steps_that_overflow(unscaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With float16: such a step changes no weight, momentum or count, be it the first; the others are those of a run
+    without scaling that never saw it. Nothing reads a number from the device."""
+    mine, plain = ([parameter(6, 5), parameter(4, 2, 3, 3, seed=1), parameter(7, seed=2)] for _ in range(2))
+    optimizers = [
+        Muon([{"params": weights[:2]}, {"params": weights[2:], "matrices": False}], lr=0.02)
+        for weights in (mine, plain)
+    ]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    overflows = {0: (0, float("inf")), 2: (1, float("nan")), 3: (2, float("-inf"))}  # by step: in which weight
+    for step in range(6):
+        scale = scaler.get_scale() if step else 2.0**10
+        for i, (one, other) in enumerate(zip(mine, plain, strict=True)):
+            other.grad = gradient(other, 10 * step + i)
+            one.grad = scale * other.grad
+        if step in overflows:
+            weight, bad = overflows[step]
+            mine[weight].grad.view(-1)[1] = bad  # type: ignore[union-attr]
+        scaler.scale(torch.zeros(()))  # makes the scale
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "item", lambda _: pytest.fail("the host waits for the device"))
+            patch.setattr(Tensor, "__bool__", lambda _: pytest.fail("the host waits for the device"))
+            if unscaled:
+                scaler.unscale_(optimizers[0])
+            scaler.step(optimizers[0])
+        scaler.update()
+        if step not in overflows:
+            optimizers[1].step()
+        for one, other in zip(mine, plain, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6, msg=f"step {step}")
+    assert scaler.get_scale() == 2.0 ** (10 - len(overflows))
+    assert [
+        int(optimizer.state[weights[2]]["step"]) for optimizer, weights in zip(optimizers, (mine, plain), strict=True)
+    ] == [3, 3]
+
+
 # --- in use -----------------------------------------------------------------------------------------------------------
 
 

@@ -43,8 +43,13 @@ class Muon(torch.optim.Optimizer):
 
     A weight [a, ...] counts as the matrix [a, b], a kernel of a convolution as [out, in x height x width]. Its step is
     lr x 0.2 sqrt(max(a, b)) times an orthogonal matrix, whose elements are about as large as those of AdamW's steps.
-    Weight decay is AdamW's: apart from the gradient, lr x weight_decay of the weight. All state is in tensors.
+    Weight decay is AdamW's: apart from the gradient, lr x weight_decay of the weight. All state is in tensors. A step
+    that a gradient scaler says to leave out is undone on the device, which the host does not wait for; it takes a copy
+    of the matrices and their momenta.
     """
+
+    #: For torch.amp.GradScaler: it sets `grad_scale` and `found_inf` for the step, and does not read the latter itself.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -71,17 +76,25 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale: Any = getattr(self, "grad_scale", None)
+        found_inf: Any = getattr(self, "found_inf", None)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if parameters and group["matrices"]:
-                self._orthogonal_step(group, parameters)
+                gradients, momenta = _gradients(parameters), self._states(parameters, "momentum_buffer")
+                if grad_scale is not None:
+                    gradients = list(torch._foreach_mul(gradients, grad_scale.reciprocal()))
+                undo = [] if found_inf is None else [(tensor, tensor.clone()) for tensor in (*parameters, *momenta)]
+                self._orthogonal_step(group, parameters, gradients, momenta)
+                for tensor, before in undo:
+                    tensor.copy_(torch.where(found_inf.bool(), before, tensor))
             elif parameters:
-                self._adamw_step(group, parameters)
+                self._adamw_step(group, parameters, grad_scale, found_inf)
         return loss
 
-    def _orthogonal_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        gradients = _gradients(parameters)
-        momenta = self._states(parameters, "momentum_buffer")
+    def _orthogonal_step(
+        self, group: dict[str, Any], parameters: list[Tensor], gradients: list[Tensor], momenta: list[Tensor]
+    ) -> None:
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
         same_shape: dict[tuple[int, int], list[int]] = {}
@@ -95,10 +108,13 @@ class Muon(torch.optim.Optimizer):
             for i, step in zip(members, steps, strict=True):
                 parameters[i].add_(step.reshape(parameters[i].shape), alpha=-length)
 
-    def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _adamw_step(
+        self, group: dict[str, Any], parameters: list[Tensor], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> None:
         for parameter in parameters:
-            if "step" not in self.state[parameter]:  # on the CPU, where reading it waits for nothing
-                self.state[parameter]["step"] = torch.zeros((), dtype=torch.float32)
+            state, device = self.state[parameter], parameter.device
+            # A restored one may be on the CPU.
+            state["step"] = state["step"].to(device) if "step" in state else torch.zeros((), device=device)
         adamw(
             parameters,
             _gradients(parameters),
@@ -106,6 +122,9 @@ class Muon(torch.optim.Optimizer):
             self._states(parameters, "exp_avg_sq"),
             [],
             [self.state[parameter]["step"] for parameter in parameters],
+            fused=True,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
