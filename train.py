@@ -46,7 +46,7 @@ from utils.files import write_csv_atomic, write_text_atomic
 from utils.flops import forward_flops, quick_matmul_flops_per_s
 from utils.interrupts import Stopped, catch_interrupt
 from utils.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
-from utils.micro_batch import bytes_beside, largest_that_fits, trial_pass
+from utils.micro_batch import LIMIT, bytes_beside, keep_limit, kept_limit, largest_that_fits, trial_pass
 from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -201,7 +201,11 @@ class Trainer:
                 self.log.inputs(inputs[:64], step)
             # For dropout and its like: a resumed run draws the same, and no two ranks do.
             torch.manual_seed((settings.seed + step) * self.ranks.size + self.ranks.rank)
-            output = self.training_step(inputs, batch.labels, step, float(self.learning_rates[step]))
+            try:
+                output = self.training_step(inputs, batch.labels, step, float(self.learning_rates[step]))
+            except torch.OutOfMemoryError as error:
+                self.keep_limit(error, len(batch.labels))
+                raise
             if self.average is not None:
                 self.average.update(self.network, step)
             self.meter.add(step, output, settings.batch_size)
@@ -419,6 +423,19 @@ class Trainer:
         listed, limit = "\n  ".join(sorted(broken)), self.config.data.broken_limit
         raise TrainingError(f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
 
+    def keep_limit(self, error: torch.OutOfMemoryError, faces: int) -> None:
+        """Let the run, once it is started again, take smaller passes than those that ran out of memory, if that helps.
+
+        One process alone did so in the step itself. Of several, the others wait for this one, which cannot make up for
+        what it left out.
+        """
+        smaller = self.training_step.half_a_pass(faces)
+        special = bool(getattr(error, "__notes__", []))  # smaller passes are not what it wants
+        if self.ranks.size > 1 and self.config.train.micro_batch == "auto" and smaller and not special:
+            keep_limit(self.run, smaller)
+            name = self.run.name
+            error.add_note(f"Passes have {smaller} faces from now on: start it again with --resume auto --name {name}")
+
     def build_step(self) -> TrainingStep:
         """The step, with as many faces in a pass as set, or as the card holds, the same on all ranks."""
         settings = self.config.train
@@ -433,6 +450,11 @@ class Trainer:
         if settings.micro_batch == "auto" and on_card:
             most = self.ranks.least(self.ranks.together(lambda: largest_that_fits(trial(self.network), whole)))
             torch.cuda.reset_peak_memory_stats(self.device)  # the log's is that of the steps
+        if settings.micro_batch == "auto":
+            limit = self.ranks.least(self.ranks.together(lambda: kept_limit(self.run) or most))
+            if limit < most:
+                self.say(f"{limit} faces in a pass at most: more ran out of memory before ({self.run / LIMIT})")
+                most = limit
         if whole // -(-whole // most) < 2:
             raise TrainingError(
                 f"train.micro_batch: with {most} of the {whole} images of a process some pass has a single one, on "

@@ -48,12 +48,12 @@ def flags(tiny_set: Path, runs: Path, name: str, **settings: object) -> list[str
     return [f"--{key}={value}" for key, value in chosen.items()]
 
 
-def start(ranks: int, arguments: list[str], *options: str) -> subprocess.Popen[str]:
-    """`train.py` on so many processes."""
-    command = [sys.executable, str(ROOT / "train.py")]
+def start(ranks: int, arguments: list[str], *options: str, program: Path = ROOT / "train.py") -> subprocess.Popen[str]:
+    """`train.py`, or another `program` that trains, on so many processes."""
+    command = [sys.executable, str(program)]
     if ranks > 1:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [*launcher, *options, str(ROOT / "train.py")]
+        command = [*launcher, *options, str(program)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return subprocess.Popen(
         [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
@@ -136,6 +136,40 @@ def test_torchrun_restarts_a_run_after_a_process_died(tiny_set: Path, tmp_path: 
     output = finish(process)
     assert "from step" in output, "it was killed too late to show anything"
     assert_same_run(alone, run)
+
+
+def test_a_run_goes_on_in_smaller_passes_after_one_process_ran_out_of_memory(
+    tiny_set: Path, tmp_path: Path, alone: Path
+) -> None:
+    """train.micro_batch=auto: one of two processes cannot have six faces in a pass. torchrun starts both again, twice;
+    both take two at a time at last, and the run is that of one process."""
+    arguments = [*flags(tiny_set, tmp_path, "exhausted"), "--resume", "auto"]
+    output = finish(start(2, arguments, "--max-restarts=2", program=ROOT / "tests" / "exhausted_training.py"))
+    limit = tmp_path / "exhausted" / "micro_batch.txt"
+    assert limit.read_text() == "2\n"
+    assert [line for line in output.splitlines() if "ran out of memory" in line] == [
+        f"{faces} faces in a pass at most: more ran out of memory before ({limit})" for faces in (3, 2)
+    ]
+    assert_same_run(alone, tmp_path / "exhausted")
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        ({}, "Passes have 3 faces from now on: start it again with --resume auto --name ended"),
+        ({"micro_batch": 6}, "Lower train.micro_batch, or train.batch_size"),
+    ],
+)
+def test_out_of_memory_on_one_of_several_processes_says_how_to_go_on(
+    tiny_set: Path, tmp_path: Path, settings: dict[str, int], advice: str
+) -> None:
+    """Without restarts: how to start it again. A size that was set stays as it is."""
+    arguments = flags(tiny_set, tmp_path, "ended", **settings)
+    process = start(2, arguments, program=ROOT / "tests" / "exhausted_training.py")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert f"train: CUDA out of memory. {advice}\n" in errors
+    assert (tmp_path / "ended" / "micro_batch.txt").exists() == (not settings)
 
 
 def wait_for(condition: object, process: subprocess.Popen[str]) -> None:

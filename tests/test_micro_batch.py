@@ -1,6 +1,7 @@
 """How many faces fit is tried out, and the trial leaves no trace."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from models.heads import Engine, RowSGD, create_head
 from models.losses import ArcFace
-from utils.micro_batch import bytes_beside, largest_that_fits, trial_pass
+from utils.micro_batch import LIMIT, bytes_beside, keep_limit, kept_limit, largest_that_fits, trial_pass
 
 
 class Card:
@@ -130,3 +131,15 @@ def test_a_trial_keeps_in_memory_what_the_step_keeps() -> None:
     with pytest.raises(RuntimeError, match="memory"):
         attempt(6)
     assert asked == [6]
+
+
+def test_a_limit_is_kept_for_the_run(tmp_path: Path) -> None:
+    """None at first, then the one written last; a file that is something else is an error that names it."""
+    assert kept_limit(tmp_path) is None
+    for faces in (64, 32):
+        keep_limit(tmp_path, faces)
+        assert kept_limit(tmp_path) == faces
+    for text in ("", "0", "many", "-3", "1.5"):
+        (tmp_path / LIMIT).write_text(text)
+        with pytest.raises(ValueError, match=rf"{LIMIT}: {text!r} is no number of images: remove the file"):
+            kept_limit(tmp_path)

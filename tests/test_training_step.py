@@ -191,6 +191,14 @@ def test_a_scale_too_large_costs_the_network_a_step(head: str) -> None:
     assert parts.scaler.get_scale() == 2.0**59
 
 
+@pytest.mark.parametrize(
+    ("faces", "most", "half"), [(8, 8, 4), (8, 5, 2), (9, 5, 3), (8, 2, 0), (4, 4, 2), (3, 3, 0), (5, 5, 3), (5, 3, 0)]
+)
+def test_half_a_pass_is_enough_for_batch_norm_or_nothing(faces: int, most: int, half: int) -> None:
+    """Half of the largest pass there is, not of the most allowed; none when a pass would be left with one face."""
+    assert Parts(micro_batch=most).step.half_a_pass(faces) == half
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_out_of_memory_halves_the_parts(head: str) -> None:
     """A batch that does not fit is tried again in smaller parts, which later steps keep: said once, and the same run as

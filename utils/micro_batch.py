@@ -2,12 +2,34 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from models.heads import Head
 from utils.devices import autocast
+from utils.files import write_text_atomic
+
+#: In a run's folder: faces in a pass at most, because more of them ran out of memory.
+LIMIT = "micro_batch.txt"
+
+
+def keep_limit(run: Path, faces: int) -> None:
+    """Let `run` go on with passes of so many faces at most. Any rank may do this, and each writes the same."""
+    write_text_atomic(run / LIMIT, f"{faces}\n")
+
+
+def kept_limit(run: Path) -> int | None:
+    """What `keep_limit` wrote, if anything. Raises ValueError, naming the file, when it is no number from 1 on."""
+    path = run / LIMIT
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return None
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise ValueError(f"{path}: {text.strip()[:20]!r} is no number of images: remove the file")
+    return int(text)
 
 
 def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:

@@ -112,15 +112,19 @@ class TrainingStep:
                 value.copy_(statistics[name])
             self._shrink(largest)
 
+    def half_a_pass(self, faces: int) -> int:
+        """Half of what the passes of a batch of `faces`, this rank's, have; 0 if batch norm could not train on that."""
+        half = _half(-(-faces // -(-faces // self.micro_batch)))
+        return half if _enough(faces, half) else 0
+
     def _can_shrink(self, faces: int, largest: int) -> bool:
-        """Whether `faces`, in passes of `largest`, may go in passes half as large: batch norm needs two to train."""
-        passes = -(-faces // -(-largest // 2))
-        return self.shrinking is not None and self.ranks.size == 1 and faces >= 2 * passes
+        """Whether `faces`, in passes of `largest`, may go in passes half as large."""
+        return self.shrinking is not None and self.ranks.size == 1 and _enough(faces, _half(largest))
 
     def _shrink(self, largest: int) -> None:
         """Halve the passes, of which the largest did not fit, and say so."""
         assert self.shrinking is not None  # by `_can_shrink`
-        self.micro_batch = -(-largest // 2)
+        self.micro_batch = _half(largest)
         torch.cuda.empty_cache()
         self.shrinking(
             f"out of memory with {largest:,} faces in a pass: on with {self.micro_batch:,} (train.micro_batch)"
@@ -197,3 +201,12 @@ class TrainingStep:
                 largest = len(parts[0][0])
                 if not self._can_shrink(len(inputs), largest):
                     raise
+
+
+def _half(faces: int) -> int:
+    return -(-faces // 2)
+
+
+def _enough(faces: int, most: int) -> bool:
+    """Whether each pass of `faces`, `most` at a time and as equal as can be, has the two that batch norm needs."""
+    return faces >= 2 * -(-faces // most)
