@@ -10,6 +10,7 @@ drawn ones, unless `--set` names a face set.
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import subprocess
@@ -35,20 +36,23 @@ def jobs(output: Path, faces: Path | None) -> list[Job]:
     """In the order of what they are worth. Without `faces` the first one draws some, into `output`."""
     drawn, tests = output / FACES, ("cuda", "head_memory", "prefetch", "augment", "images_decoding")
     # Enough images for the card to be what a step waits for, not the host that launches kernels.
-    step = ["benchmarks/train_step.py", "--set", str(faces or drawn), "--rounds", "3", "--steps", "20"]
+    same = ["--set", str(faces or drawn), "--steps", "20"]
+    step = ["benchmarks/train_step.py", *same, "--rounds", "3"]
     large = [*step, "--batch-size", "512", "--networks"]
     head = ["benchmarks/heads.py", "--batch-size", "512", "--matmul", "bf16", "--classes"]
+    pytest = ["-m", "pytest", "-q"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", str(max(1, min(7, (os.cpu_count() or 2) - 1)))]
     draw = ["data/make_demo_set.py", "--output", str(drawn), "--more", str(output / "more"), "--test-people", "2"]
     return [
         *([] if faces else [Job("faces.txt", 40, [*draw, "--more-people", "2"])]),
-        Job(
-            "tests.txt", 150, ["-m", "pytest", "-q", "-k", "card or cuda", *(f"tests/test_{name}.py" for name in tests)]
-        ),
         Job("train_step_r50.md", 180, [*large, "r50"]),
-        Job("train_step_r50_graph.md", 60, [*step, "--batch-size", "128", "--cuda-graph", "--networks", "r50"]),
         Job("heads.md", 100, [*head, "1000000,10000000"]),
+        Job("tests.txt", 120, [*pytest, "-k", "card or cuda", *(f"tests/test_{name}.py" for name in tests)]),
+        Job("train_step_r50_graph.md", 60, [*step, "--batch-size", "128", "--cuda-graph", "--networks", "r50"]),
+        Job("verifying.md", 60, ["benchmarks/verifying.py", *same, "--batch-size", "512", "--rounds", "2"]),
         Job("demo.txt", 70, ["utils/demo.py", "--folder", str(output / "demo")]),
-        Job("train_step.md", 120, [*large, "r18,mbf,r100"]),
+        Job("train_step.md", 90, [*large, "r18,mbf,r100"]),
     ]
 
 

@@ -109,7 +109,7 @@ class OurLoop:
         config = Config(model=ModelConfig(network=case.network), train=TrainConfig(batch_size=case.batch_size))
         settings, precision, ranks = config.train, pick_precision("auto", device), Ranks()
         set_float32_products(settings.precision, device)
-        network = build_network(config, device).train()
+        self.network = network = build_network(config, device).train()
         head = build_head(config, case.classes, device, precision, ranks)
         optimizer = create_optimizer("sgd", parameter_groups(network, settings.weight_decay), settings.momentum)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
