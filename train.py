@@ -15,9 +15,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,15 +29,12 @@ from data.augment import Chances, augment
 from data.face_sets import FaceSet, FaceSetError
 from data.image_sizes import require_size
 from data.joined_sets import identity_keys, open_training_set
-from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
+from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
-from models.recompute import recomputes
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
-from utils.compiling import Compiled
-from utils.cuda_graph import with_graph
 from utils.devices import describe_device, describe_precision, pick_device, pick_precision, set_float32_products
 from utils.ema import WeightAverage
 from utils.explosions import ExplodedError
@@ -46,7 +42,7 @@ from utils.files import write_csv_atomic, write_text_atomic
 from utils.flops import forward_flops, quick_matmul_flops_per_s
 from utils.interrupts import Stopped, catch_interrupt
 from utils.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
-from utils.micro_batch import LIMIT, bytes_beside, keep_limit, kept_limit, largest_that_fits, trial_pass
+from utils.micro_batch import keep_limit, kept_limit
 from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -64,18 +60,10 @@ from utils.run_requests import RunRequests, SignalledError
 from utils.saved_checkpoints import checkpoint_folders
 from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, from_json, parse_settings, to_json
+from utils.step_building import build_input, build_step
 from utils.training_log import Meter, TrainingLog, import_wandb, step_profiler
-from utils.training_parts import (
-    build_head,
-    build_network,
-    build_schedule,
-    compile_network,
-    part_sizes,
-    spread,
-    verification_sets,
-)
+from utils.training_parts import build_head, build_network, build_schedule, verification_sets
 from utils.training_state import TrainingState
-from utils.training_step import TrainingStep
 from utils.training_summary import summarise
 
 #: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
@@ -135,7 +123,6 @@ class Trainer:
         self.optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
         self.average = WeightAverage(self.network, settings.ema) if settings.ema else None
-        self.to_input: Callable[..., torch.Tensor] = to_network_input
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
         self.step, self.best_accuracy = 0, 0.0
@@ -151,7 +138,12 @@ class Trainer:
         """
         settings, ranks = self.config.train, self.ranks
         self.describe()
-        self.training_step = self.build_step()  # before anything is written: it may find that the run cannot be
+        limit = ranks.least(ranks.together(lambda: kept_limit(self.run) or settings.batch_size))
+        self.training_step = build_step(  # before anything is written: it may find that the run cannot be
+            self.config, self.network, self.head, self.optimizer, self.scaler, self.precision, self.device, ranks,
+            self.say, limit,
+        )  # fmt: skip
+        self.to_input = build_input(settings, self.device)
         with ExitStack() as stack:
             self.store = stack.enter_context(
                 CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
@@ -435,74 +427,6 @@ class Trainer:
             keep_limit(self.run, smaller)
             name = self.run.name
             error.add_note(f"Passes have {smaller} faces from now on: start it again with --resume auto --name {name}")
-
-    def build_step(self) -> TrainingStep:
-        """The step, with as many faces in a pass as set, or as the card holds, the same on all ranks."""
-        settings = self.config.train
-        whole = settings.batch_size // self.ranks.size
-        most = whole if settings.micro_batch == "auto" else min(whole, int(settings.micro_batch))
-        on_card = self.device.type == "cuda"
-        torch.backends.cudnn.benchmark = True  # shapes stay the same: it finds the fastest convolution for each once
-        states = 0 if self.optimizer.state else 2  # what the first step of AdamW and its like makes
-        size, ranks = self.config.data.image_size, self.ranks.size
-        beside = partial(bytes_beside, whole=whole, image_size=size, network=self.network, head=self.head, ranks=ranks)
-        trial = partial(trial_pass, image_size=size, precision=self.precision, states=states, beside=beside)
-        if settings.micro_batch == "auto" and on_card:
-            most = self.ranks.least(self.ranks.together(lambda: largest_that_fits(trial(self.network), whole)))
-            torch.cuda.reset_peak_memory_stats(self.device)  # the log's is that of the steps
-        if settings.micro_batch == "auto":
-            limit = self.ranks.least(self.ranks.together(lambda: kept_limit(self.run) or most))
-            if limit < most:
-                self.say(f"{limit} faces in a pass at most: more ran out of memory before ({self.run / LIMIT})")
-                most = limit
-        if whole // -(-whole // most) < 2:
-            raise TrainingError(
-                f"train.micro_batch: with {most} of the {whole} images of a process some pass has a single one, on "
-                "which batch norm cannot train; take more, or another train.batch_size"
-            )
-        if settings.sync_bn and self.ranks.size > 1:
-            if not on_card:
-                raise TrainingError("train.sync_bn: torch has it for CUDA only")
-            nn.SyncBatchNorm.convert_sync_batchnorm(self.network)  # after the trial, in which ranks are on their own
-        if settings.compile == "on" or (settings.compile == "auto" and on_card):
-
-            def attempt(compiled: nn.Module) -> None:
-                for faces in part_sizes(whole, most):
-                    trial(compiled)(faces)
-
-            train_mode(self.network, settings.frozen)  # compiled is what trains
-            network = compile_network(self.network, self.ranks, self.device, attempt, self.say)
-            self.to_input = Compiled(to_network_input)  # one kernel instead of five
-        else:
-            network = spread(self.network, self.ranks, self.device)
-        if settings.cuda_graph and on_card:
-            network = self.graphed(network, whole, most)
-        return TrainingStep(
-            network,
-            self.head,
-            self.optimizer,
-            self.scaler,
-            self.precision,
-            settings.gradient_clip,
-            most,
-            self.ranks,
-            self.say if settings.micro_batch == "auto" else None,
-        )
-
-    def graphed(self, network: nn.Module, whole: int, most: int) -> nn.Module:
-        """`network` as CUDA graphs of passes of `whole` faces, if `most` faces fit and nothing else is against it."""
-        reasons = {
-            "several processes exchange gradients": self.ranks.size > 1,
-            "a batch takes several passes": most < whole,
-            "activations are computed anew": recomputes(self.network),
-        }
-        if any(reasons.values()):
-            self.say(f"no CUDA graph of the network: {next(why for why, holds in reasons.items() if holds)}")
-            return network
-        size = self.config.data.image_size
-        sample = torch.zeros(whole, 3, size, size, device=self.device).contiguous(memory_format=torch.channels_last)
-        train_mode(self.network, self.config.train.frozen)
-        return with_graph(network, sample, self.precision, self.say)
 
     def describe(self) -> None:
         """Say what is about to happen."""

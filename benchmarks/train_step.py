@@ -34,7 +34,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple
@@ -50,19 +49,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from config import Config, ModelConfig, TrainConfig
 from data.face_sets import open_face_set
-from data.loading import Batch, DecodedFaces, EpochBatches, flips, to_network_input, training_loader
+from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
 from data.prefetch import on_device
 from models import create_network
-from utils.compiling import Compiled
-from utils.cuda_graph import with_graph
 from utils.devices import pick_device, pick_precision, set_float32_products
 from utils.flops import copy_bytes_per_s, forward_flops, matmul_flops_per_s
-from utils.micro_batch import largest_that_fits, trial_pass
 from utils.optimizers import create_optimizer, parameter_groups
 from utils.processes import worker_count
 from utils.ranks import Ranks
-from utils.training_parts import build_head, build_network, compile_network
-from utils.training_step import TrainingStep
+from utils.step_building import build_input, build_step
+from utils.training_parts import build_head, build_network
 
 SIZE = 112  # pixels
 IN_MEMORY = 4  # batches of random faces, used in turn
@@ -103,29 +99,22 @@ class Turn(NamedTuple):
 
 
 class OurLoop:
-    """The trainer's step; see Trainer.build_step and Trainer.prepare in train.py."""
+    """The trainer's step, made as train.py makes it; see Trainer.prepare there for its inputs."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        config = Config(model=ModelConfig(network=case.network), train=TrainConfig(batch_size=case.batch_size))
-        settings, precision, ranks = config.train, pick_precision("auto", device), Ranks()
+        settings = TrainConfig(batch_size=case.batch_size, cuda_graph=case.cuda_graph)
+        config = Config(model=ModelConfig(network=case.network), train=settings)
+        precision, ranks = pick_precision("auto", device), Ranks()
         set_float32_products(settings.precision, device)
-        self.network = network = build_network(config, device).train()
+        self.network = build_network(config, device)
         head = build_head(config, case.classes, device, precision, ranks)
-        optimizer = create_optimizer("sgd", parameter_groups(network, settings.weight_decay), settings.momentum)
+        groups = parameter_groups(self.network, settings.weight_decay)
+        optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
-        most, self._to_input = case.batch_size, to_network_input
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True
-            trial = partial(trial_pass, image_size=SIZE, precision=precision, states=1)
-            most = largest_that_fits(trial(network), most)
-            self._to_input = Compiled(to_network_input)
-            began = time.perf_counter()
-            network = compile_network(network, ranks, device, lambda compiled: trial(compiled)(most), _say)
-            _say(f"{case.network}, ours: network compiled in {time.perf_counter() - began:.1f} s")
-            if case.cuda_graph and most == case.batch_size:
-                sample = torch.zeros(most, 3, SIZE, SIZE, device=device).contiguous(memory_format=torch.channels_last)
-                network = with_graph(network, sample, precision, _say)
-        self._step = TrainingStep(network, head, optimizer, scaler, precision, settings.gradient_clip, most, ranks)
+        began = time.perf_counter()
+        self._step = build_step(config, self.network, head, optimizer, scaler, precision, device, ranks, _say)
+        self._to_input = build_input(settings, device)
+        _say(f"{case.network}, ours: step built in {time.perf_counter() - began:.1f} s")
         self._device, self._steps = device, 0
 
     def __call__(self, batch: Batch) -> None:

@@ -1,18 +1,14 @@
 """What of CUDA graphs needs no card: when they are taken, and that capturing leaves no trace."""
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny_runs
-from train import Trainer
+from models import create_network
+from models.recompute import recompute_blocks
 from utils.cuda_graph import GraphedNetwork, with_graph
 from utils.ranks import Ranks
-
-CPU = torch.device("cpu")
+from utils.step_building import why_no_graph
 
 
 class Recorder:
@@ -83,36 +79,18 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("settings", "most", "ranks", "reason"),
+    ("most", "ranks", "recompute", "reason"),
     [
-        ({}, 8, 1, None),
-        ({}, 8, 2, "several processes"),
-        ({}, 4, 1, "several passes"),
-        ({"train__activation_checkpointing": True, "model__network": "mbf"}, 8, 1, "computed anew"),
+        (8, 1, False, None),
+        (8, 2, False, "several processes exchange gradients"),
+        (4, 1, False, "a batch takes several passes"),
+        (8, 1, True, "activations are computed anew"),
     ],
 )
-def test_when_a_step_is_captured(
-    settings: dict[str, Any],
-    most: int,
-    ranks: int,
-    reason: str | None,
-    tiny_set: Path,
-    tmp_path: Path,
-    recorder: Recorder,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """A step of one pass, as it is in training; gradients of several would be added up in memory that the next pass
-    writes to."""
-    config = tiny_runs.configure(tiny_set, tmp_path, **{"train__batch_size": 8, **settings})
-    trainer = Trainer(config, tmp_path / "run", CPU, Ranks())
-    trainer.ranks.size = ranks
-    trainer.network.eval()
-    made = trainer.graphed(trainer.network, 8, most)
-    said = capsys.readouterr().out
-    if reason is None:
-        assert isinstance(made, GraphedNetwork)
-        assert made.network.training
-        assert not said
-    else:
-        assert made is trainer.network
-        assert reason in said
+def test_when_a_step_is_captured(most: int, ranks: int, recompute: bool, reason: str | None) -> None:
+    """A step of one pass, as it is; gradients of several would be added up in memory that the next pass writes to."""
+    made, group = create_network("r18", 8, 32), Ranks()
+    group.size = ranks
+    if recompute:
+        recompute_blocks(made)
+    assert why_no_graph(made, 8, most, group) == reason

@@ -30,7 +30,8 @@ from utils.metrics import read_metrics
 from utils.micro_batch import trial_pass
 from utils.optimizers import train_mode
 from utils.ranks import Ranks
-from utils.training_parts import build_head, build_network, compile_network, part_sizes
+from utils.step_building import compile_network, part_sizes
+from utils.training_parts import build_head, build_network
 
 CPU = torch.device("cpu")
 

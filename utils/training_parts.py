@@ -1,24 +1,18 @@
 """The network, the head and what else a run has, made as its settings say."""
 
-import inspect
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from config import Config, DataConfig, TrainConfig
 from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models import create_network
 from models.heads import Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
-from models.recompute import recompute_blocks, recomputes
+from models.recompute import recompute_blocks
 from models.weights import load_weights
-from utils.compiling import CompiledNetwork
 from utils.optimizers import freeze
 from utils.ranks import Ranks
 from utils.run_folders import TrainingError
@@ -66,8 +60,13 @@ def build_head(config: Config, classes: int, device: torch.device, precision: to
         seed=settings.seed,
         ranks=ranks,
         matmul=torch.bfloat16 if half else None,
-        compiled=settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda"),
+        compiled=compiles(settings, device),
     )
+
+
+def compiles(settings: TrainConfig, device: torch.device) -> bool:
+    """Whether torch.compile is to be used on `device`."""
+    return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
 
 
 def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> tuple[float, np.ndarray]:
@@ -98,58 +97,3 @@ def verification_sets(data: DataConfig) -> list[VerificationPairs]:
     if len(set(names)) < len(names):
         raise TrainingError(f"data.verification: two sets have the same name ({', '.join(names)}): rename one")
     return tests
-
-
-def compile_network(
-    network: nn.Module,
-    ranks: Ranks,
-    device: torch.device,
-    attempt: Callable[[nn.Module], None],
-    say: Callable[[str], object],
-    backend: str | Callable[..., Any] = "inductor",
-) -> nn.Module:
-    """`network`, in the mode that it trains in, compiled and spread over `ranks`; or, where `attempt` shows that the
-    compiler cannot, said and uncompiled, on all ranks. It makes passes both ways, without an exchange of gradients.
-
-    It is compiled when it is called by what spreads it: torch then cuts it where the exchange of gradients can begin
-    while others are still computed. What it cannot cut (blocks that are computed anew) is compiled whole.
-    """
-    compiled = CompiledNetwork(network, say, backend)
-    whole = spread(compiled, ranks, device)
-    if recomputes(network):
-        torch._dynamo.config.optimize_ddp = False
-    failure: Exception | None = None
-    try:
-        with whole.no_sync() if isinstance(whole, DistributedDataParallel) else nullcontext():
-            attempt(whole)
-    except Exception as error:  # compilers fail in many ways
-        failure = error
-    no_memory = isinstance(failure, torch.OutOfMemoryError)
-    worst = ranks.most(2 if no_memory else int(failure is not None or compiled.gave_up))  # no rank goes on alone
-    if worst == 2:
-        raise failure if failure is not None and no_memory else torch.OutOfMemoryError("out of memory on another rank")
-    if worst:
-        compiled.give_up(failure)
-    return whole
-
-
-def part_sizes(faces: int, most: int) -> list[int]:
-    """How many faces the passes of a batch have, at most `most` each: the different numbers, the largest first."""
-    parts = -(-faces // most)
-    return [faces // parts + 1, faces // parts] if faces % parts else [faces // parts]
-
-
-def spread(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """`network` with its gradients averaged over `ranks`, if they are several.
-
-    The first rank's weights are all ranks'. Statistics of norms stay each rank's own between verifications.
-    """
-    if ranks.size == 1:
-        return network
-    ids = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else None
-    # The option has a new name since torch 2.15.
-    known = inspect.signature(DistributedDataParallel).parameters
-    own_statistics: dict[str, Any] = {
-        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
-    }
-    return DistributedDataParallel(network, ids, process_group=ranks.group, **own_statistics)
