@@ -65,7 +65,15 @@ def test_what_is_not_wanted_any_more_is_not_done(tmp_path: Path) -> None:
     assert 1 <= len(list(tmp_path.iterdir())) < 100
 
 
-def test_worker_count() -> None:
-    """-1 is one per usable core, 8 at most; anything else is taken as it is."""
-    assert 1 <= worker_count(-1) <= 8
+@pytest.mark.parametrize(
+    ("cores", "ranks", "workers"), [(2, None, 2), (64, None, 8), (64, 4, 8), (16, 4, 4), (4, 8, 1)]
+)
+def test_worker_count(cores: int, ranks: int | None, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-1 is one per usable core, 8 at most, and a machine's ranks share its cores; anything else is taken as it is."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    if ranks is None:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    else:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert worker_count(-1) == workers
     assert [worker_count(0), worker_count(20)] == [0, 20]

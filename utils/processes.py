@@ -26,11 +26,12 @@ def cause_of_death(exit_codes: Iterable[int | None]) -> str:
 
 
 def worker_count(workers: int) -> int:
-    """Resolve the setting `common.workers`: -1 means one per usable core, 8 at most."""
+    """Resolve the setting `common.workers`: -1 means one per usable core, 8 at most; processes that torchrun started on
+    this machine share the cores."""
     if workers >= 0:
         return workers
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, usable)
+    return max(1, min(8, usable // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def map_ordered(
