@@ -21,8 +21,8 @@ class CommonConfig:
 
     # Where to compute: auto takes CUDA when there is a card, else the CPU.
     device: str = "auto"
-    # Processes that read and decode images, for each card. -1: one per core, 8 at most, with the cores divided among the
-    # cards; 0: none, the main process does it.
+    # Processes that read and decode images, for each card. -1: one per core, 8 at most, and the cores are divided among
+    # the cards; 0: none, the main process does it.
     workers: int = -1
     # Folder that holds one folder per training run.
     runs: str = "runs"
