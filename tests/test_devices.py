@@ -50,11 +50,13 @@ def test_precision_is_what_the_card_is_good_at(
 def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
     """Where torch keeps how a card multiplies float32, and a made-up card of Ampere's kind."""
     found = torch.backends.cuda.matmul, torch.backends.cudnn.conv
-    before = [backend.fp32_precision for backend in found]
+    all_backends = *found, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = [backend.fp32_precision for backend in all_backends]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     yield found
-    for backend, precision in zip(found, before, strict=True):
+    torch.set_float32_matmul_precision("highest")
+    for backend, precision in zip(all_backends, before, strict=True):
         backend.fp32_precision = precision
 
 
@@ -66,6 +68,9 @@ def test_float32_on_a_card_is_what_was_asked_for(backends: tuple[Any, ...]) -> N
         set_float32_products(name, card)
         assert [backend.fp32_precision for backend in backends] == [kept, kept]
         assert describe_precision(torch.float32, card) == f"float32 ({words} products)"
+        # The compiler asks in the old way when it tries which kernel is fastest; torch raises where the two differ.
+        assert torch.get_float32_matmul_precision() == {"tf32": "high", "ieee": "highest"}[kept]
+        assert torch.backends.cuda.matmul.allow_tf32 == (kept == "tf32")
     assert describe_precision(torch.bfloat16, card) == "bfloat16"
     assert describe_precision(torch.float32, torch.device("cpu")) == "float32"
 
@@ -75,6 +80,7 @@ def test_float32_on_a_card_is_what_was_asked_for(backends: tuple[Any, ...]) -> N
     [
         ({}, torch.bfloat16, (8, 0), "tf32"),
         ({"loss__products": "fp32"}, torch.bfloat16, (8, 0), "ieee"),
+        ({"loss__engine": "dense"}, torch.bfloat16, (8, 0), "ieee"),
         ({"loss__products": "bf16", "train__precision": "fp32"}, torch.float32, (8, 0), "ieee"),
         ({"train__precision": "fp16"}, torch.float16, (8, 0), "ieee"),
         ({"train__precision": "bf16"}, torch.bfloat16, (7, 5), "ieee"),

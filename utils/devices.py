@@ -68,8 +68,11 @@ def set_float32_products(name: str, device: torch.device, beside_bf16: bool = Fa
         raise ValueError(f"train.precision: {describe_device(device)} has no tf32; take fp32")
     if device.type != "cuda":
         return
+    rounded = has_tf32 and (name == "tf32" or beside_bf16)
+    # First the old way, of which parts of the compiler still ask, and which fail where the two differ.
+    torch.set_float32_matmul_precision("high" if rounded else "highest")
     for backend in _cuda_backends():
-        backend.fp32_precision = "tf32" if has_tf32 and (name == "tf32" or beside_bf16) else "ieee"
+        backend.fp32_precision = "tf32" if rounded else "ieee"
 
 
 def describe_precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -71,7 +71,8 @@ def bf16_products(loss: LossConfig, device: torch.device, precision: torch.dtype
 
 def set_products(config: Config, device: torch.device, precision: torch.dtype) -> None:
     """How float32 products are rounded on `device` in a run; see `set_float32_products`."""
-    beside_bf16 = precision == torch.bfloat16 and bf16_products(config.loss, device, precision)
+    head_too = bf16_products(config.loss, device, precision) and config.loss.engine != "dense"  # that one has float32
+    beside_bf16 = precision == torch.bfloat16 and head_too
     set_float32_products(config.train.precision, device, beside_bf16)
 
 
