@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.devices import full_precision
+
 AREA = (0.2, 1.0)  # what a crop keeps of the picture
 ASPECT = (3 / 4, 4 / 3)  # width over height of a crop
 SCALE = (0.2, 1.0)  # side of the reduced picture over that of the whole one
@@ -112,7 +114,8 @@ def apply(faces: Tensor, draws: Draws, chances: Chances) -> Tensor:
     if chances.crop:
         pictures = _crop(pictures, draws)
     if chances.blur or chances.low_resolution:
-        pictures = _resample(pictures, draws)
+        with full_precision(faces.device):  # whatever the network's products are
+            pictures = _resample(pictures, draws)
     if chances.colour or chances.grey:
         pictures = _recolour(pictures, draws)
     return pictures.round_().to(torch.uint8, memory_format=torch.contiguous_format)

@@ -224,6 +224,26 @@ def test_augmentations_do_not_depend_on_each_other(name: str) -> None:
     assert same >= len(alone) - 4
 
 
+def test_pictures_are_not_rounded_as_networks_are(faces: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrix products of pictures are IEEE float32's in a run that has TF32 for the network's."""
+    seen: list[str] = []
+
+    def resample(pictures: Tensor, draws: Draws) -> Tensor:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        return pictures
+
+    monkeypatch.setattr("data.augment._resample", resample)
+    backend = torch.backends.cuda.matmul
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "tf32"
+        augment(faces, ALL, 1, 2, 3)
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+    assert seen == ["ieee"]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 def test_cuda_agrees_with_the_cpu(faces: Tensor) -> None:
     """The same pictures on a card, but for rounding, and without waiting for it."""
