@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from models import create_network
 from models.recompute import recompute_blocks
-from utils.cuda_graph import GraphedNetwork, with_graph
+from utils.cuda_graph import GraphedNetwork, _same_stream, with_graph
 from utils.ranks import Ranks
 from utils.step_building import why_no_graph
 
@@ -63,19 +63,33 @@ def test_capturing_leaves_no_trace(recorder: Recorder) -> None:
 
 
 def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The reason is told; statistics are those from before."""
+    """The reason is told, not only that the capture ended in failure; statistics are those from before."""
 
     def fail(module: nn.Module, sample: tuple[Tensor]) -> None:
-        module(*sample)
-        raise RuntimeError("operation not permitted when stream is capturing")
+        try:
+            module(*sample)
+            raise RuntimeError("operation not permitted when stream is capturing")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", fail)
     said: list[str] = []
     given = network()
     assert with_graph(given, torch.randn(6, 3, 8, 8), torch.float32, said.append) is given
     assert len(said) == 1
-    assert "operation not permitted" in said[0]
+    assert "(operation not permitted when stream is capturing; operation failed" in said[0]
     assert torch.equal(given.state_dict()["1.running_mean"], torch.zeros(4))
+
+
+def test_the_current_stream_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch enters the stream of a capture, and does not leave it when the capture fails."""
+    current = ["the run's"]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", current.append)
+    with pytest.raises(RuntimeError, match="capture"), _same_stream(torch.device("cuda")):
+        current.append("the capture's")
+        raise RuntimeError("capture")
+    assert current[-1] == "the run's"
 
 
 @pytest.mark.parametrize(

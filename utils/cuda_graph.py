@@ -1,6 +1,7 @@
 """A network's kernels as CUDA graphs: launched all at once, where a slow host would have the card wait for each."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ class GraphedNetwork(nn.Module):
         super().__init__()
         self.network, self._shape = network, sample.shape
         torch.cuda.empty_cache()  # graphs have memory of their own
-        with statistics_kept(network), autocast(sample.device, precision):
+        # What adds up gradients is made, and kept, by the capture, on a stream of its own. Torch orders the two, and
+        # would warn of it.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
+        with statistics_kept(network), autocast(sample.device, precision), _same_stream(sample.device):
             captured: Any = torch.cuda.make_graphed_callables(_Captured(network), (sample,))
         # Not the module itself, which would be registered, and its weights with it.
         self._replay: Callable[[Tensor], Tensor] = lambda inputs: captured(inputs)
@@ -49,6 +53,19 @@ def with_graph(network: nn.Module, sample: Tensor, precision: torch.dtype, say: 
     try:
         return GraphedNetwork(network, sample, precision)
     except Exception as error:  # what cannot be captured says so in many ways
-        reason = " ".join(str(error).split()[:30]) or type(error).__name__
+        # The end of a capture fails in turn, and says no more than that.
+        errors = (each for each in (error.__context__, error) if each is not None)
+        reason = "; ".join(" ".join(str(each).split()[:30]) or type(each).__name__ for each in errors)
         say(f"no CUDA graph of the network ({reason}); --no-cuda-graph says nothing")
         return network
+
+
+@contextmanager
+def _same_stream(device: torch.device) -> Iterator[None]:
+    """The current stream is the one from before, which torch does not see to when a capture fails."""
+    before = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            torch.cuda.set_stream(before)
