@@ -34,9 +34,11 @@ def test_each_job_ends_in_its_time(tmp_path: Path) -> None:
 
 
 def test_the_jobs_are_there_and_fit(tmp_path: Path) -> None:
-    """Every script and test file exists, and the limits come to twelve minutes."""
+    """Every script and test file exists, and the limits of all but the last, which gets what is left, come to twelve
+    minutes. A network that was not compiled before has the time that this takes."""
     todo = jobs(tmp_path, None)
-    assert sum(job.seconds for job in todo) <= 12 * 60
+    assert sum(job.seconds for job in todo[:-1]) <= 12 * 60
+    assert all(job.seconds >= 140 for job in todo if job.file.startswith("train_step_r50"))
     for path in (part for job in todo for part in job.command if part.endswith(".py")):
         assert (ROOT / path).is_file(), path
     assert len({job.file for job in todo}) == len(todo)
