@@ -232,13 +232,15 @@ def test_graphs_change_nothing(optimizer: OptimizerName, compiled: bool) -> None
     """The network's passes replayed as CUDA graphs, compiled or not: losses and weights are
     those of launching kernels one by one, and capturing and replaying wait for nothing in a step."""
 
+    said: list[str] = []
+
     def wrap(network: nn.Module) -> nn.Module:
-        said: list[str] = []
         network = CompiledNetwork(network, said.append) if compiled else network
         return GraphedNetwork(network, torch.zeros_like(batch(0)[0]), torch.float32)
 
     plain = Step(optimizer=optimizer, precision=torch.float32)
     graphed = Step(optimizer=optimizer, precision=torch.float32, wrap=wrap)
+    assert not said
     torch.testing.assert_close(graphed.train(4), plain.train(4), rtol=1e-4, atol=1e-4)
     assert_same(graphed.state(), plain.state(), rtol=1e-3, atol=1e-4)
     inputs, labels = batch(4)
