@@ -8,6 +8,7 @@ from models import create_network
 from models.recompute import recompute_blocks
 from utils.cuda_graph import GraphedNetwork, _same_stream, with_graph
 from utils.ranks import Ranks
+from utils.run_folders import TrainingError
 from utils.step_building import why_no_graph
 
 
@@ -79,6 +80,21 @@ def test_what_cannot_be_captured_runs_as_it_is(monkeypatch: pytest.MonkeyPatch) 
     assert len(said) == 1
     assert "(operation not permitted when stream is capturing; operation failed" in said[0]
     assert torch.equal(given.state_dict()["1.running_mean"], torch.zeros(4))
+
+
+def test_a_failed_capture_that_breaks_torch_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before 2.13 all random numbers fail once a capture did: that is said at once, with its reason and a way out."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    def capture(module: nn.Module, sample: tuple[Tensor]) -> None:
+        monkeypatch.setattr(torch, "rand", fail)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", capture)
+    with pytest.raises(TrainingError, match=r"train\.cuda_graph: .* \(operation not permitted .* set it to false"):
+        with_graph(network(), torch.randn(6, 3, 8, 8), torch.float32, print)
 
 
 def test_the_current_stream_stays(monkeypatch: pytest.MonkeyPatch) -> None:

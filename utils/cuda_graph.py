@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from utils.devices import autocast
 from utils.micro_batch import statistics_kept
+from utils.run_folders import TrainingError
 
 
 class GraphedNetwork(nn.Module):
@@ -49,13 +50,20 @@ class _Captured(nn.Module):
 
 def with_graph(network: nn.Module, sample: Tensor, precision: torch.dtype, say: Callable[[str], object]) -> nn.Module:
     """`network` as a GraphedNetwork; itself, which is said, where that cannot be. `sample`: images [B, 3, H, W] as a
-    step has them; it stays in memory."""
+    step has them; it stays in memory. Raises TrainingError where torch cannot go on after that."""
     try:
         return GraphedNetwork(network, sample, precision)
     except Exception as error:  # what cannot be captured says so in many ways
         # The end of a capture fails in turn, and says no more than that.
         errors = (each for each in (error.__context__, error) if each is not None)
         reason = "; ".join(" ".join(str(each).split()[:30]) or type(each).__name__ for each in errors)
+        try:
+            torch.rand(1, device=sample.device)  # before 2.13, what is random takes itself for captured ever after
+        except RuntimeError:
+            raise TrainingError(
+                f"train.cuda_graph: the network cannot be captured ({reason}), and torch {torch.__version__} does not "
+                "recover from the attempt: set it to false"
+            ) from error
         say(f"no CUDA graph of the network ({reason}); --no-cuda-graph says nothing")
         return network
 
