@@ -58,7 +58,6 @@ def build_step(
     trial = partial(trial_pass, image_size=size, precision=precision, states=states, beside=beside)
     if settings.micro_batch == "auto" and on_card:
         most = ranks.least(ranks.together(lambda: largest_that_fits(trial(network), whole)))
-        torch.cuda.reset_peak_memory_stats(device)  # the log's is that of the steps
     if settings.micro_batch == "auto" and limit is not None and limit < most:
         say(f"{limit} faces in a pass at most: more ran out of memory before ({LIMIT} in the run's folder)")
         most = limit
@@ -88,6 +87,8 @@ def build_step(
         else:
             sample = torch.zeros(whole, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
             passes = with_graph(passes, sample, precision, say)
+    if on_card:
+        torch.cuda.reset_peak_memory_stats(device)  # the log's is that of the steps, not that of what was tried
     shrinking = say if settings.micro_batch == "auto" else None
     return TrainingStep(passes, head, optimizer, scaler, precision, settings.gradient_clip, most, ranks, shrinking)
 
