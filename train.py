@@ -35,7 +35,7 @@ from data.prefetch import on_device
 from models.verifier import Verifier
 from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
-from utils.devices import describe_device, describe_precision, pick_device, pick_precision
+from utils.devices import describe_device, describe_precision, pick_device, pick_precision, set_float32_products
 from utils.ema import WeightAverage
 from utils.explosions import ExplodedError
 from utils.files import write_csv_atomic, write_text_atomic
@@ -62,7 +62,7 @@ from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, from_json, parse_settings, to_json
 from utils.step_building import build_input, build_step
 from utils.training_log import Meter, TrainingLog, import_wandb, step_profiler
-from utils.training_parts import build_head, build_network, build_schedule, set_products, verification_sets
+from utils.training_parts import build_head, build_network, build_schedule, verification_sets
 from utils.training_state import TrainingState
 from utils.training_summary import summarise
 
@@ -86,7 +86,7 @@ class Trainer:
         if settings.wandb and ranks.first:
             import_wandb()
         self.precision = pick_precision(settings.precision, device)
-        set_products(config, device, self.precision)
+        set_float32_products(settings.precision, device)
         self.workers = worker_count(config.common.workers)
 
         try:

@@ -52,13 +52,13 @@ from data.face_sets import open_face_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
 from data.prefetch import on_device
 from models import create_network
-from utils.devices import pick_device, pick_precision
+from utils.devices import pick_device, pick_precision, set_float32_products
 from utils.flops import copy_bytes_per_s, forward_flops, matmul_flops_per_s
 from utils.optimizers import create_optimizer, parameter_groups
 from utils.processes import worker_count
 from utils.ranks import Ranks
 from utils.step_building import build_input, build_step
-from utils.training_parts import build_head, build_network, set_products
+from utils.training_parts import build_head, build_network
 
 SIZE = 112  # pixels
 IN_MEMORY = 4  # batches of random faces, used in turn
@@ -105,7 +105,7 @@ class OurLoop:
         settings = TrainConfig(batch_size=case.batch_size, cuda_graph=case.cuda_graph)
         config = Config(model=ModelConfig(network=case.network), train=settings)
         precision, ranks = pick_precision("auto", device), Ranks()
-        set_products(config, device, precision)
+        set_float32_products(settings.precision, device)
         self.network = build_network(config, device)
         head = build_head(config, case.classes, device, precision, ranks)
         groups = parameter_groups(self.network, settings.weight_decay)

@@ -1,15 +1,12 @@
 """Device and precision: found without a setting, refused with a reason."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import tiny_runs
 from utils.devices import describe_precision, full_precision, pick_device, pick_precision, set_float32_products
-from utils.training_parts import set_products
 
 
 def test_auto_takes_cuda_when_there_is_a_card() -> None:
@@ -73,34 +70,6 @@ def test_float32_on_a_card_is_what_was_asked_for(backends: tuple[Any, ...]) -> N
         assert torch.backends.cuda.matmul.allow_tf32 == (kept == "tf32")
     assert describe_precision(torch.bfloat16, card) == "bfloat16"
     assert describe_precision(torch.float32, torch.device("cpu")) == "float32"
-
-
-@pytest.mark.parametrize(
-    ("settings", "precision", "capability", "kept"),
-    [
-        ({}, torch.bfloat16, (8, 0), "tf32"),
-        ({"loss__products": "fp32"}, torch.bfloat16, (8, 0), "ieee"),
-        ({"loss__engine": "dense"}, torch.bfloat16, (8, 0), "ieee"),
-        ({"loss__products": "bf16", "train__precision": "fp32"}, torch.float32, (8, 0), "ieee"),
-        ({"train__precision": "fp16"}, torch.float16, (8, 0), "ieee"),
-        ({"train__precision": "bf16"}, torch.bfloat16, (7, 5), "ieee"),
-        ({"train__precision": "tf32"}, torch.float32, (8, 0), "tf32"),
-    ],
-)
-def test_float32_beside_bfloat16_is_rounded(
-    backends: tuple[Any, ...],
-    settings: dict[str, str],
-    precision: torch.dtype,
-    capability: tuple[int, int],
-    kept: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The last layer's products, by Tensor cores, where all others are bfloat16's; never those of a head that was to
-    have float32, nor of a network that is not bfloat16."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    set_products(tiny_runs.configure(tmp_path, tmp_path, **settings), torch.device("cuda"), precision)
-    assert [backend.fp32_precision for backend in backends] == [kept, kept]
 
 
 @pytest.mark.usefixtures("backends")

@@ -53,26 +53,21 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
 
 
-def set_float32_products(name: str, device: torch.device, beside_bf16: bool = False) -> None:
+def set_float32_products(name: str, device: torch.device) -> None:
     """How `device` multiplies float32 numbers from here on, convolutions and matrix products alike, by the setting
     `train.precision`: `tf32` rounds factors to 10 bits, all others do not. Without this torch rounds those of
     convolutions alone. A CPU is left as it is.
 
-    `beside_bf16`: all products but the last of the network are bfloat16's. Of that one, too, factors are rounded to 10
-    bits then: what comes to it has 8 of them as it is.
-
     Raises ValueError for `tf32` where there is none: before Ampere, and on the CPU.
     """
-    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    if name == "tf32" and not has_tf32:
+    if name == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise ValueError(f"train.precision: {describe_device(device)} has no tf32; take fp32")
     if device.type != "cuda":
         return
-    rounded = has_tf32 and (name == "tf32" or beside_bf16)
     # First the old way, of which parts of the compiler still ask, and which fail where the two differ.
-    torch.set_float32_matmul_precision("high" if rounded else "highest")
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     for backend in _cuda_backends():
-        backend.fp32_precision = "tf32" if rounded else "ieee"
+        backend.fp32_precision = "tf32" if name == "tf32" else "ieee"
 
 
 def describe_precision(dtype: torch.dtype, device: torch.device) -> str:

@@ -6,14 +6,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import Config, DataConfig, LossConfig, TrainConfig
+from config import Config, DataConfig, TrainConfig
 from data.verification_bin import VerificationPairs, find_bins, read_bin
 from models import create_network
 from models.heads import Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
 from models.recompute import recompute_blocks
 from models.weights import load_weights
-from utils.devices import set_float32_products
 from utils.optimizers import freeze
 from utils.ranks import Ranks
 from utils.run_folders import TrainingError
@@ -42,7 +41,9 @@ def build_head(config: Config, classes: int, device: torch.device, precision: to
     """The head over `classes` on `device`, this rank's part of it; `precision` is the network's."""
     loss, settings = config.loss, config.train
     options = asdict(loss) | {"margin": loss.margin or None, "scale": loss.scale or None, "seed": settings.seed}
-    half = bf16_products(loss, device, precision)
+    half = loss.products == "bf16" or (
+        loss.products == "auto" and device.type == "cuda" and precision == torch.bfloat16
+    )
     return create_head(
         create_loss(**options),
         classes,
@@ -61,19 +62,6 @@ def build_head(config: Config, classes: int, device: torch.device, precision: to
         matmul=torch.bfloat16 if half else None,
         compiled=compiles(settings, device),
     )
-
-
-def bf16_products(loss: LossConfig, device: torch.device, precision: torch.dtype) -> bool:
-    """Whether the head's products are bfloat16's; `precision` is the network's."""
-    as_network = loss.products == "auto" and device.type == "cuda" and precision == torch.bfloat16
-    return loss.products == "bf16" or as_network
-
-
-def set_products(config: Config, device: torch.device, precision: torch.dtype) -> None:
-    """How float32 products are rounded on `device` in a run; see `set_float32_products`."""
-    head_too = bf16_products(config.loss, device, precision) and config.loss.engine != "dense"  # that one has float32
-    beside_bf16 = precision == torch.bfloat16 and head_too
-    set_float32_products(config.train.precision, device, beside_bf16)
 
 
 def compiles(settings: TrainConfig, device: torch.device) -> bool:
