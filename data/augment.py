@@ -75,6 +75,8 @@ def augment(
     count, height, width = faces.shape[:3]
     draws = draw(chances, (count * ranks, height, width), seed, epoch, batch)
     own = torch.stack(draws, 1)[rank * count : (rank + 1) * count]
+    if faces.is_cuda:
+        own = own.pin_memory()  # a large copy from other memory would wait for the steps before
     on_device = own.to(faces.device, non_blocking=True)
     return apply(faces, Draws(*on_device.unbind(1)), chances)
 
