@@ -73,7 +73,10 @@ MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
 MOST_OVERFLOWS = 20
 
 #: Settings that decide which faces a step shows, and what a saved state is of.
-FIXED = ("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers")
+FIXED = (
+    *("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers"),
+    *("model.network", "model.embedding_size"),
+)
 
 
 class Trainer:

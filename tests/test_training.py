@@ -285,6 +285,8 @@ def test_several_sets_and_few_images(tiny_set: Path, tmp_path: Path) -> None:
         ({"train__optimizer": "adamw"}, r"train\.optimizer"),
         ({"data__order": "balanced"}, r"data\.order"),
         ({"loss__sub_centers": 3}, r"loss\.sub_centers"),
+        ({"model__network": "mbf"}, r"model\.network: the run to go on with has demo, which cannot become mbf"),
+        ({"model__embedding_size": 32}, r"model\.embedding_size"),
     ],
 )
 def test_what_a_run_cannot_change_in_its_middle(
