@@ -381,7 +381,8 @@ def test_broken_images_are_left_out_up_to_a_limit(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out.count("left out:") == 4
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
     with pytest.raises(
-        TrainingError, match=r"4 images are broken, data\.broken_limit allows 3:(\n  .*record \d+ at.*){4}"
+        TrainingError,
+        match=r"4 images are broken, data\.broken_limit allows 3:(\n  .*record \d+ at.*){4}\n.*--repair",
     ):
         train(configure(tmp_path / "set", tmp_path, data__broken_limit=3, train__name="b"))
 

@@ -269,7 +269,7 @@ def _with_dashes(argv: Sequence[str] | None) -> list[str]:
 
 
 def _unknown_flag(argument: str, parser: argparse.ArgumentParser, presets: Container[str]) -> str:
-    """What to say of an argument that is no setting: a field of that name in another section is what was meant, first."""
+    """What to say of an argument that is no setting: first, whether another section has a field of that name."""
     known = [name for action in parser._actions for name in action.option_strings]
     name = argument.partition("=")[0]
     preset = Path(name).name.removesuffix(".py")  # insightface's trainer is given configs/NAME
