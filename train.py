@@ -73,7 +73,10 @@ MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
 MOST_OVERFLOWS = 20
 
 #: Settings that decide which faces a step shows, and what a saved state is of.
-FIXED = ("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers")
+FIXED = (
+    *("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers"),
+    *("model.network", "model.embedding_size"),
+)
 
 
 class Trainer:
@@ -413,7 +416,8 @@ class Trainer:
         """End the run for its broken images, those that any rank saw."""
         broken = {message for part in self.ranks.texts(json.dumps(list(self.broken))) for message in json.loads(part)}
         listed, limit = "\n  ".join(sorted(broken)), self.config.data.broken_limit
-        raise TrainingError(f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}")
+        said = f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}\n"
+        raise TrainingError(f"{said}A .rec set without its broken records: python data/report.py SET --repair OUTPUT")
 
     def keep_limit(self, error: torch.OutOfMemoryError, faces: int) -> None:
         """Let the run, once it is started again, take smaller passes than those that ran out of memory, if that helps.

@@ -246,7 +246,7 @@ class FolderFaceSet:
             elif not entry.exists():
                 raise FaceSetError(f"{entry} is a link to {entry.readlink()}, which is not there: mend or remove it")
             elif _is_image(entry):
-                self.not_taken.append(NotTaken("", entry, "it lies beside the folders of identities"))
+                self.not_taken.append(NotTaken("", entry, "it lies in no folder"))
         return folders
 
     def _others(self, introduction: str) -> str:

@@ -46,8 +46,11 @@ class UnfitError(ImageError):
     """An image that does not fit: `reason` says why; the message, also where it lies and what to do about it."""
 
     def __init__(self, where: str, reason: str, advice: str) -> None:
-        super().__init__(f"{where} {reason}{advice}")
-        self.reason = reason
+        super().__init__(where, reason, advice)  # all three: an error of a worker process is made anew from them
+        self.where, self.reason, self.advice = where, reason, advice
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.reason}{self.advice}"
 
 
 class LeftOut(NamedTuple):

@@ -115,7 +115,8 @@ def test_a_run_goes_on_with_other_numbers_of_processes(tiny_set: Path, tmp_path:
     first = start(3, flags(tiny_set, tmp_path, "elastic", checkpoint_every=2, epochs=3, profile=0))
     wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, first)
     first.send_signal(signal.SIGTERM)
-    first.communicate(timeout=120)
+    _, errors = first.communicate(timeout=120)
+    assert errors.count("train: stopped and saved at step") == 1, "by the first process alone"
     stopped_at = len(losses(run))
     finish(start(2, ["--resume", str(run)]))
     assert 0 < stopped_at <= 12

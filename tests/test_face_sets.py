@@ -395,6 +395,9 @@ def test_open_names_what_is_no_face_set(tmp_path: Path) -> None:
         open_face_set(tmp_path / "set.lst")
     with pytest.raises(FaceSetError, match="has no folders of images"):
         open_face_set(tmp_path)
+    (tmp_path / "face.png").write_bytes(b"")
+    with pytest.raises(FaceSetError, match=r"has no folders .*: face\.png \(it lies in no folder\)"):
+        open_face_set(tmp_path)
     assert find_rec(tmp_path) is None
 
 

@@ -324,6 +324,16 @@ def test_bad_images_of_a_list(tmp_path: Path, folder: Path, workers: int, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces"]
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_of_another_size_is_named(tmp_path: Path, folder: Path, workers: int) -> None:
+    """The first one stops the run with its size and the ways out, also when a worker process found it: an error that
+    cannot be sent from there looked like a lack of memory."""
+    with pytest.raises(
+        ImageError, match=r"ann.* has 32x32 pixels, expected 48x48: resize such images with --other-size"
+    ):
+        pack_all(folder, tmp_path / "set", fit=Fit(48, "refuse", 95), workers=workers)
+
+
 def test_few_results_wait(monkeypatch: pytest.MonkeyPatch, tiny_set: Path) -> None:
     """Images are read a few blocks ahead of the writer, however many there are: the set is never held in memory."""
     faces = open_face_set(tiny_set)

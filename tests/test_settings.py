@@ -204,6 +204,25 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: 
     assert message in error_of(capsys, *argv)
 
 
+@pytest.mark.parametrize(
+    ("argv", "meant"),
+    [
+        (["--image-size", "96"], "(did you mean --data.image-size?)"),
+        (["--min-images=2"], "(did you mean --data.min-images?)"),
+        (["--set", "faces"], "(did you mean --report.set?)"),
+        (["--loss", "cosface"], "there is no setting --loss, but --loss.name, --loss.margin, --loss.scale, ...\n"),
+        (["configs/ms1mv3_r50.py"], "(did you mean --preset ms1mv3_r50?)"),
+        (["configs/nobody_r50"], "there is no setting configs/nobody_r50\n"),
+    ],
+)
+def test_what_was_meant(capsys: pytest.CaptureFixture[str], argv: list[str], meant: str) -> None:
+    """Of several sections that have the field, the one of this script's inputs is named, not the most alike spelling
+    (`--pack.image-size`, which training would take and ignore); a section's name and insightface's configs lead on."""
+    with pytest.raises(SystemExit):
+        parse_settings(config.Config, config.PRESETS, ("train", "common"), "Trains", argv)
+    assert meant in capsys.readouterr().err
+
+
 def test_a_path_with_a_comma(tmp_path: Path) -> None:
     """A text that is a path is one, commas or not; all else is split, names included that are too long for a path."""
     (tmp_path / "a,b").mkdir()

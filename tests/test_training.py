@@ -285,6 +285,8 @@ def test_several_sets_and_few_images(tiny_set: Path, tmp_path: Path) -> None:
         ({"train__optimizer": "adamw"}, r"train\.optimizer"),
         ({"data__order": "balanced"}, r"data\.order"),
         ({"loss__sub_centers": 3}, r"loss\.sub_centers"),
+        ({"model__network": "mbf"}, r"model\.network: the run to go on with has demo, which cannot become mbf"),
+        ({"model__embedding_size": 32}, r"model\.embedding_size"),
     ],
 )
 def test_what_a_run_cannot_change_in_its_middle(
@@ -379,7 +381,8 @@ def test_broken_images_are_left_out_up_to_a_limit(tmp_path: Path, capsys: pytest
     assert capsys.readouterr().out.count("left out:") == 4
     assert all(torch.isfinite(tensor).all() for tensor in weights(run).values())
     with pytest.raises(
-        TrainingError, match=r"4 images are broken, data\.broken_limit allows 3:(\n  .*record \d+ at.*){4}"
+        TrainingError,
+        match=r"4 images are broken, data\.broken_limit allows 3:(\n  .*record \d+ at.*){4}\n.*--repair",
     ):
         train(configure(tmp_path / "set", tmp_path, data__broken_limit=3, train__name="b"))
 

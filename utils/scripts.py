@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from utils.interrupts import Stopped
+
 
 @contextmanager
 def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
@@ -27,7 +29,9 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        print(f"\n{script}: {str(interrupt) or 'interrupted; ' + when_interrupted}", file=sys.stderr)
+        # All ranks of a run stop, and the first says so.
+        if not isinstance(interrupt, Stopped) or int(os.environ.get("RANK", "0")) == 0:
+            print(f"\n{script}: {str(interrupt) or 'interrupted; ' + when_interrupted}", file=sys.stderr)
         sys.exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
         sys.exit(f"{script}: {error}")

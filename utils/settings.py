@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
@@ -73,7 +73,7 @@ def parse_settings(
     parser = _parser(config_class, presets, own_sections, description)
     arguments, unknown = parser.parse_known_intermixed_args(_with_dashes(argv))
     if unknown:
-        parser.error(_unknown_flag(unknown[0], parser))
+        parser.error(_unknown_flag(unknown[0], parser, presets))
     flags = vars(arguments)
     preset = flags.pop("preset")
     chosen = {**(presets[preset] if preset else {}), **flags}
@@ -268,10 +268,20 @@ def _with_dashes(argv: Sequence[str] | None) -> list[str]:
     return dashed
 
 
-def _unknown_flag(argument: str, parser: argparse.ArgumentParser) -> str:
+def _unknown_flag(argument: str, parser: argparse.ArgumentParser, presets: Container[str]) -> str:
+    """What to say of an argument that is no setting: first, whether another section has a field of that name."""
     known = [name for action in parser._actions for name in action.option_strings]
-    close = difflib.get_close_matches(argument.partition("=")[0], known, n=1)
-    return f"there is no setting {argument}" + (f" (did you mean {close[0]}?)" if close else "")
+    name = argument.partition("=")[0]
+    preset = Path(name).name.removesuffix(".py")  # insightface's trainer is given configs/NAME
+    of_section = [flag for flag in known if flag.startswith(f"{name}.")]
+    of_this_name = [flag for flag in known if name.startswith("--") and flag.endswith(f".{name[2:]}")]
+    said = f"there is no setting {argument}"
+    if preset in presets:
+        return f"{said} (did you mean --preset {preset}?)"
+    if of_section and not of_this_name:
+        return f"{said}, but {', '.join(of_section[:3])}{', ...' if len(of_section) > 3 else ''}"
+    close = of_this_name or difflib.get_close_matches(name, known, n=1)
+    return f"{said} (did you mean {close[0]}?)" if close else said
 
 
 def _as_text(value: Any) -> str:
