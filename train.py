@@ -74,9 +74,9 @@ MOST_OVERFLOWS = 20
 
 #: Settings that decide which faces a step shows, and what a saved state is of.
 FIXED = (
-    *("train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers"),
-    *("model.network", "model.embedding_size"),
-)
+    "train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers", "model.network",
+    "model.embedding_size",
+)  # fmt: skip
 
 
 class Trainer:
@@ -92,6 +92,11 @@ class Trainer:
         set_float32_products(settings.precision, device)
         self.workers = worker_count(config.common.workers)
 
+        for root in config.data.root:
+            if not Path(root).exists():
+                raise FaceSetError(
+                    f"data.root: {root} does not exist: name your set's folder with --data.root, or in config.py"
+                )
         try:
             self.faces: FaceSet = open_training_set(config.data.root, config.data.min_images)
             if not config.data.resize:

@@ -38,6 +38,7 @@ _FEW = 10.0
 # With so many times the share of wrong joins that was asked for, by the scores as they are, there is a warning. LFW
 # with its own labels has up to 2.3, with 5 % of wrong ones 2.8 and more (docs/merging_threshold.md).
 _WARNED = 2.5
+_ADVICE = "give a threshold (--t 0.65, say), and look at the pairs next to it in the report"
 
 
 class CalibrationError(ValueError):
@@ -196,6 +197,17 @@ def _genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres], seed: 
     return np.concatenate(parts) if parts else np.empty(0)
 
 
+def require_identities(people: Sequence[int], names: Sequence[str], enough: bool = True) -> None:
+    """Raise CalibrationError unless one of the sets has as many identities as a calibration needs, and `enough` scores
+    are there. `people`: identities of each set; `names`: of the sets."""
+    largest = max(range(len(people)), key=people.__getitem__)
+    if people[largest] < _LEAST_IDENTITIES or not enough:
+        raise CalibrationError(
+            f"--t auto needs {_LEAST_IDENTITIES} identities or more in one of the sets, to see how similar different "
+            f"people are; the largest, {names[largest]}, has {people[largest]}: {_ADVICE}"
+        )
+
+
 def calibrate(
     impostors: Sequence[Impostors],
     halves: Sequence[Halves],
@@ -215,12 +227,7 @@ def calibrate(
     compared = sum(part.compared for part in impostors)
     people = [int((part.images > 0).sum()) for part in centres]
     largest = max(range(len(people)), key=lambda number: (people[number], impostors[number].usual_rival))
-    advice = "give a threshold (--t 0.65, say), and look at the pairs next to it in the report"
-    if people[largest] < _LEAST_IDENTITIES or len(scores) < _LEAST_SCORES:
-        raise CalibrationError(
-            f"--t auto needs {_LEAST_IDENTITIES} identities or more in one of the sets, to see how similar different "
-            f"people are; the largest, {names[largest]}, has {people[largest]}: {advice}"
-        )
+    require_identities(people, names, enough=len(scores) >= _LEAST_SCORES)
     genuine = _genuine_scores(halves, centres, seed)
     maxima = scores if rule == "mutual" else np.concatenate([part.nearest for part in impostors])
     tails = fit_tails(scores, maxima, genuine, seed)
@@ -238,8 +245,7 @@ def calibrate(
     if not many[at] and (shares[many] <= wrong_joins).any():  # among the few highest pairs one wrong is a high share
         at = _lowest(shares, int(np.where(many, shares, np.inf).argmin()), wrong_joins)
     within = any(one == other for one, other, _ in found)
-    if within and rule == "mutual":
-        advice = f"take --rule clusters, or {advice}"
+    advice = f"take --rule clusters, or {_ADVICE}" if within and rule == "mutual" else _ADVICE
     seen = float(tails[0].above(thresholds[at]))  # of the scores that the sets gave, those expected above it
     if not joined[at] and many.any():
         raise CalibrationError(

@@ -9,6 +9,7 @@ import numpy as np
 
 from config import MergeConfig
 from data.face_sets import EncodedImages, FaceSet, FaceSetError, open_face_set
+from dataset_merge.calibration import require_identities
 from dataset_merge.exclude import HeldOutSet, open_held_out
 from dataset_merge.writing import (
     as_size,
@@ -46,7 +47,8 @@ def cache_folder(merge: MergeConfig) -> Path:
 
 
 def open_sets(merge: MergeConfig) -> OpenedSets:
-    """The sets, checked against each other and the settings. Raises FaceSetError for what cannot be merged so."""
+    """The sets, checked against each other and the settings. Raises FaceSetError for what cannot be merged so, and
+    CalibrationError for sets too small to find a threshold."""
     least = 1 if merge.within or merge.clean != "off" or merge.exclude or merge.decisions else 2
     if len(merge.sets) < least:
         raise FaceSetError(
@@ -64,6 +66,8 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
         require_free(merge.output)
     _require_outside(merge)
     sets = [open_face_set(path) for path in merge.sets]
+    if merge.t == "auto" and not merge.decisions and (len(sets) > 1 or merge.within):
+        require_identities([len(faces.identities) for faces in sets], [str(faces.path) for faces in sets])
     held_out = [open_held_out(path) for path in merge.exclude]
     size = face_size(sets)
     for test in held_out:

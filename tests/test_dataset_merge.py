@@ -326,6 +326,7 @@ def test_a_full_disk_is_told_before_the_writing(
         (["--merge", "{sets}", "--output", "c", "--model", "/nowhere.onnx"], "there is no model at /nowhere.onnx"),
         (["--merge", "{sets}", "--output", "c", "--decisions", "/nowhere.csv"], "no table of decisions at /nowhere"),
         (["--merge", "a,b", "--output", "c", "--decisions", "d", "--exclude", "e"], "cannot be combined"),
+        (["--merge", "{sets}", "--output", "c", "--t", "auto", "--model", "/no"], "needs 200 identities or more"),
     ],
 )
 def test_errors_say_what_is_missing(flags: list[str], message: str, two_sets: str) -> None:

@@ -451,7 +451,12 @@ def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"data__root": ("/nowhere",)}, FaceSetError, r"data\.root: /nowhere does not exist"),
+        (
+            {"data__root": ("/nowhere",)},
+            FaceSetError,
+            r"data\.root: /nowhere does not exist: name .* with --data\.root",
+        ),
+        ({"data__verification": ("/no.bin",)}, TrainingError, r"data\.verification: /no\.bin does not exist"),
         ({"train__batch_size": 1000}, TrainingError, "has only 48 images"),
         ({"data__verification": ("/nowhere.bin",)}, TrainingError, r"data\.verification: .*nowhere\.bin"),
         ({"data__verification": ("TINY", "TINY")}, TrainingError, r"two sets have the same name \(tiny, tiny\)"),
@@ -483,11 +488,16 @@ def test_a_run_is_never_overwritten(tiny_set: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "a").iterdir()) == []
 
 
-def test_a_checkpoint_of_another_set_is_refused(tiny_set: Path, tmp_path: Path) -> None:
-    """Resuming with another embedding size or set names the mismatch instead of training nonsense."""
-    run = train(configure(tiny_set, tmp_path))
+def test_a_checkpoint_of_another_shape_is_refused(tiny_set: Path, tmp_path: Path) -> None:
+    """Resuming with larger pictures, which the last layer has more weights for, names the mismatch instead of training
+    nonsense."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    for name in ("train.rec", "train.idx"):
+        (alone / name).write_bytes((tiny_set / name).read_bytes())
+    run = train(configure(alone, tmp_path))
     with pytest.raises(CheckpointError, match=r"step-000000012 does not fit the network"):
-        train(configure(tiny_set, tmp_path, train__resume=str(run), model__embedding_size=24))
+        train(configure(alone, tmp_path, train__resume=str(run), data__image_size=48, data__resize=True))
 
 
 @pytest.mark.parametrize("loss", LOSSES)

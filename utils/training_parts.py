@@ -91,6 +91,8 @@ def verification_sets(data: DataConfig) -> list[VerificationPairs]:
     beside = [path for root in data.root for path in find_bins(root)]
     try:
         tests = [read_bin(path) for path in data.verification or beside]
+    except FileNotFoundError as error:
+        raise TrainingError(f"data.verification: {error.filename} does not exist") from None
     except (ValueError, OSError) as error:
         raise TrainingError(f"data.verification: {error}") from None
     names = [test.name for test in tests]
