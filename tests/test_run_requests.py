@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -73,17 +74,38 @@ def test_a_signal_ends_a_verification_at_its_next_batch(
 ) -> None:
     """Whoever sends SIGTERM kills soon, and a verification may take longer: it is given up, with no step lost, and made
     again, once, by the run that goes on, to the same end."""
-    with monkeypatch.context() as patch:
-        sizes = signal_at(patch, 2)
-        with pytest.raises(KeyboardInterrupt, match=f"stopped and saved at step {step} of 12"):
-            train(configure(tiny_set, tmp_path, test__batch_size=7, **settings))
-        assert sizes == [7, 7], "of 40 images"
     run = tmp_path / "a"
-    assert saved_steps(run)[-1] == step
+    for resume in ("", str(run)) if step else ("",):
+        with monkeypatch.context() as patch:
+            sizes = signal_at(patch, 2)
+            with pytest.raises(KeyboardInterrupt, match=f"stopped and saved at step {step} of 12"):
+                train(configure(tiny_set, tmp_path, test__batch_size=7, train__resume=resume, **settings))
+            assert sizes == [7, 7], "of 40 images"
+    assert checkpoint_folders(run / CHECKPOINTS)[-1].name == f"step-{step:09}", "saved, and once"
     train(configure(tiny_set, tmp_path, train__resume=str(run), **settings))
     if step:
         assert_same_end(whole, run)
     assert [at for at, _ in verified(run)] == ([6, 12] if step else [0, 6, 12])
+
+
+def test_untrained_weights_are_verified_once(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before its first checkpoint, a run begins anew, and its record too; resumed from one, it has nothing
+    untrained to verify."""
+    settings = {"train__verify_at_start": True, "train__resume": "auto", "train__checkpoint_every": 4}
+    config = configure(tiny_set, tmp_path, **settings)
+    for method in ("train_on", "save"):
+
+        def and_die(*arguments: Any, real: Any = getattr(Trainer, method), **named: Any) -> None:
+            real(*arguments, **named)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, method, and_die)
+            with pytest.raises(KeyboardInterrupt):
+                train(config)
+        assert [at for at, _ in verified(tmp_path / "a")] == [0]
+    train(config)
+    assert [at for at, _ in verified(tmp_path / "a")] == [0, 6, 12]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
