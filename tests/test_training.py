@@ -467,9 +467,9 @@ def test_the_rates_are_those_of_training_alone(tiny_set: Path, tmp_path: Path, m
     hours = [0.0]
     clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
     monkeypatch.setattr(training_log, "time", clock)
-    for owner, name in ((verifier, "verify"), (CheckpointStore, "save")):
+    for owner, name, whole in ((verifier, "verify", verifier.verify), (CheckpointStore, "save", CheckpointStore.save)):
 
-        def an_hour_later(*arguments: object, real: Any = getattr(owner, name)) -> object:
+        def an_hour_later(*arguments: object, real: Any = whole) -> object:
             hours[0] += 1
             return real(*arguments)
 
