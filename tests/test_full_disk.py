@@ -115,14 +115,16 @@ def test_a_full_disk_does_not_end_the_training(
 
 
 def test_a_disk_that_stays_full_is_an_error_in_the_end(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The best network or the last checkpoint of the run could not be written: it must not end well."""
+    """The best network or the last checkpoint of the run could not be written: it must not end well, and what the
+    record lacks is said."""
     fill(monkeypatch, 7, 99)
     with pytest.raises(OSError, match=r"File too large"), room_afterwards():
         train(configure(tiny_set, tmp_path))
     assert [step_of(folder) for folder in checkpoint_folders(tmp_path / "a" / CHECKPOINTS)] == [6]
     assert load_file(tmp_path / "a" / BEST)
+    assert "metrics.jsonl: the last" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("part", ["best", "checkpoint"])
