@@ -147,13 +147,19 @@ def test_every_save_sets_the_clock_back(tiny_set: Path, tmp_path: Path, monkeypa
     assert saved_steps(train(config)) == [4, 6, 10, 12]
 
 
+def test_a_process_alone_hears_after_every_step() -> None:
+    """It need not wait for a step at which several would agree."""
+    assert RunRequests(Interrupt(15), Ranks(), 0.0).read(7, always=False) == (15, False, False)
+
+
 def ask(ranks: Ranks) -> list[list[int]]:
     """What this rank hears of signals, clocks and failures of the second one."""
     heard = []
     for number, minutes, failing in ((0, 0.0, False), (15, 0.0, False), (0, 1e-9, False), (0, 0.0, True)):
         requests = RunRequests(Interrupt(0 if ranks.first else number), ranks, 0.0 if ranks.first else minutes)
         time.sleep(0.001)
-        heard.append([*requests.read(7, always=False), *requests.read(10, False, failing and not ranks.first)])
+        own = failing and not ranks.first
+        heard.append([*requests.read(7, False, own), *requests.read(10, False, own), *requests.read(7, True, own)])
         try:
             requests.heed()
         except SignalledError as error:
@@ -187,7 +193,9 @@ def test_ranks_hear_the_same_and_fail_together() -> None:
     """A signal, a clock or a failure of one rank is known to all, at the same steps; an error of one ends the others
     too, in its words, instead of leaving them waiting."""
     nothing = [0, 0, 0]
-    asked = [nothing + nothing, [*nothing, 15, 0, 0, 15], [*nothing, 0, 1, 0], [*nothing, 0, 0, 1]]
+    said = ([0, 0, 0], [15, 0, 0], [0, 1, 0], [0, 0, 1])
+    asked = [[*nothing, *one, *one] for one in said]
+    asked[1].append(15)
     failures = (
         ["KeyError 'of rank 0'", "OtherRankError 'of rank 1'", "0", "text 0", "text 1"],
         ["OtherRankError 'of rank 0'", "KeyError 'of rank 1'", "1", "text 0", "text 1"],
