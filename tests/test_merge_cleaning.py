@@ -58,6 +58,9 @@ def test_fewer_images_than_a_cluster_are_outliers() -> None:
 
 
 AXES = np.eye(64, dtype=np.float32)
+# The last two of eight have a cosine of 0.26 with the sixth, and of 0.07 with each other.
+ALIKE = np.zeros((8, 64), np.float32)
+ALIKE[6:] = 0.26 * AXES[1] + (np.sqrt(1 - 0.26**2) - 1) * AXES[[2, 3]]
 
 
 @pytest.mark.parametrize(
@@ -67,7 +70,7 @@ AXES = np.eye(64, dtype=np.float32)
         (AXES[[0, 0, 0, 1]], ["outlier"]),
         (np.concatenate([AXES[[0, 0]], 0.8 * AXES[[1, 2]] - 0.6 * AXES[[0, 0]]]), ["scattered"] * 2),
         (AXES[[0] * 5 + [1, 2]], ["outlier"] * 2),
-        (np.concatenate([AXES[[0] * 5], np.sqrt(0.2) * AXES[[1] * 3] + np.sqrt(0.8) * AXES[2:5]]), ["outlier"] * 3),
+        (AXES[[0] * 5 + [1, 2, 3]] + ALIKE, ["outlier"] * 3),
     ],
     ids=["of three", "of four", "half", "less than half", "strangers that are a little alike"],
 )
