@@ -134,7 +134,7 @@ class Trainer:
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
         self.step, self.best_accuracy = 0, 0.0
-        self.verify_due = False  # whether the weights of this step are still to be verified
+        self.verify_due = False  # whether the weights of this step are to be verified
         self.bad_in_a_row = 0
         self.skipped: set[int] = set()
         self.broken: set[str] = set()
@@ -255,7 +255,6 @@ class Trainer:
             if not saved and self.ranks.size == 1:  # the others may not know, and a save needs them all
                 self.save(wait=True)
             raise
-        self.verify_due = False
 
     def prepare(self, faces: torch.Tensor) -> torch.Tensor:
         """What the network gets of decoded faces: augmented, mirrored, normalised."""

@@ -75,7 +75,7 @@ def _rivals(
         place = np.arange(len(ids)) - np.searchsorted(ids, ids)  # of each among those of its identity
         for rank in (0, 1):
             chosen = place == rank
-            best[rank, ids[chosen]] = values[chosen].clip(min=0)
+            best[rank, ids[chosen]] = values[chosen]
         # A pair that is its identity's best competes with the second best, any other one with the best.
         is_best = cosine >= best[0, own]
         rival = np.maximum(rival, np.where(is_best, best[1, own], best[0, own]))

@@ -1,6 +1,8 @@
 """Intervals and comparisons: weighted counts against literal repetition, and coverage by simulation."""
 
 from itertools import product
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,6 +170,24 @@ def test_counts_by_bins_are_near_the_exact_numbers() -> None:
     for interval, exact in zip((found.auc, found.eer, *found.tar), (result.auc, result.eer, *result.tar), strict=True):
         assert interval.estimate == exact
         assert interval.low < exact < interval.high
+
+
+def test_what_bins_are_off_by_is_taken_off_the_draws() -> None:
+    """Protects intervals from the bins: where every draw gives what drawing each person once does, there is no doubt
+    about the exact numbers. As many draws are made as were asked for.
+    """
+    exact: Any = SimpleNamespace(auc=0.9, eer=0.1, tar=(0.5,), far=(0.1,))
+    drawn: list[int] = []
+
+    def measures(times: NDArray, far: object) -> NDArray:
+        drawn.append(len(times))
+        return np.tile([0.8, 0.15, 0.4], (len(times), 1))
+
+    counts: Any = SimpleNamespace(people=np.arange(7), measures=measures)
+    found = bootstrap_identities(counts, exact, 120)
+    assert drawn == [1, 50, 50, 20]
+    for interval, expected in ((found.auc, 0.9), (found.eer, 0.1), (found.tar[0], 0.5)):
+        assert (interval.low, interval.high) == pytest.approx((expected, expected))
 
 
 def test_nothing_to_draw_from_gives_no_number() -> None:

@@ -238,7 +238,7 @@ def small_ijb(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, NDA
     return tmp_path / "set", write_ijb(tmp_path / "set", prefix, crops, PEOPLE, letter)
 
 
-def test_ijb_layout_is_read(small_ijb: tuple[Path, NDArray[np.float64]]) -> None:
+def test_ijb_layout_is_read(small_ijb: tuple[Path, NDArray[np.float64]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects the reader: numbers, pairs, galleries under either name, and faces aligned by the aligner when read."""
     root, landmarks = small_ijb
     ijb = open_ijb(root)
@@ -258,9 +258,14 @@ def test_ijb_layout_is_read(small_ijb: tuple[Path, NDArray[np.float64]]) -> None
         stored = decode_rgb((root / "loose_crop" / f"{i + 1}.jpg").read_bytes(), "")
         np.testing.assert_array_equal(face, align(stored, landmarks[i]))
     assert decode_rgb(open_ijb(root, 64).images.encoded(3), "").shape == (64, 64, 3)
+    monkeypatch.setattr("data.images_fingerprint.EXACT_BYTES", 0)  # as of large sets
+    before = ijb.images.fingerprint()
+    assert open_ijb(root).images.fingerprint() == before
+    ijb.images.landmarks[1, 0, 0] += 1e-9
+    assert ijb.images.fingerprint() != before, "faces that are aligned otherwise are other images"
 
 
-def test_ijb_numbers_equal_loops(small_ijb: tuple[Path, NDArray[np.float64]]) -> None:
+def test_ijb_numbers_equal_loops(small_ijb: tuple[Path, NDArray[np.float64]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Protects 1:1 and 1:N from end to end, by float64 loops over pairs and probes."""
     ijb = open_ijb(small_ijb[0])
     random = np.random.default_rng(4)
@@ -269,6 +274,7 @@ def test_ijb_numbers_equal_loops(small_ijb: tuple[Path, NDArray[np.float64]]) ->
     expected = slow_templates(weighted, ijb.templates, ijb.media)
     pooled = pool_templates(image_features(features, None, ijb.scores), ijb.templates, ijb.media)
     scores = np.array([expected[a] @ expected[b] for a, b in ijb.pairs.tolist()])
+    monkeypatch.setattr("utils.evaluation.ijb._PAIRS_AT_ONCE", 50)
     np.testing.assert_allclose(pair_scores(pooled, ijb.pairs), scores, atol=1e-6)
     found = ijb_verification(pooled, ijb.pairs, ijb.same, (0.1, 0.01))
     assert (found.genuine, found.impostor) == (24, 252)
@@ -361,8 +367,11 @@ def test_damaged_ijb_sets_are_named(change: Callable[[Path], None], message: str
 def test_missing_images_and_galleries(tmp_path: Path) -> None:
     """Protects sets that are there in part: an image that is missing is named, and 1:1 works without 1:N."""
     write_ijb(tmp_path, "ijbc", [b""] * 96, PEOPLE)
-    for file in (tmp_path / "meta").glob("*.csv"):
-        file.unlink()
+    for gallery in (tmp_path / "meta").glob("*gallery*.csv"):
+        gallery.unlink()
+    with pytest.raises(IjbError, match="1:N needs both galleries"):
+        open_ijb(tmp_path)
+    (tmp_path / "meta" / "ijbc_1N_probe_mixed.csv").unlink()
     (tmp_path / "loose_crop" / "5.jpg").unlink()
     ijb = open_ijb(tmp_path)
     assert (ijb.galleries, ijb.probes) == ((), None)

@@ -1,8 +1,10 @@
 """Steps that explode or run out of memory: what a run does about them, and what it says."""
 
 import math
+import time
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ from data.joined_sets import open_training_set
 from models.backbones.demonet import DemoNet
 from models.heads.blockwise import BlockwiseHead
 from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train
+from utils import training_log
+from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST
 from utils.metrics import read_metrics
 from utils.saved_checkpoints import Saved, checkpoint_folders
@@ -139,6 +143,7 @@ def test_a_resumed_run_leaves_it_out_too(tiny_set: Path, tmp_path: Path, monkeyp
             train(configure(tiny_set, tmp_path, train__on_explosion="skip"))
     run = tmp_path / "a"
     assert skipped(run) == [6, 7]
+    assert checkpoint_folders(run / CHECKPOINTS)[-1].name == "step-000000004-2", "before the next step"
     train(configure(tiny_set, tmp_path, train__on_explosion="skip", train__resume=str(run)))
     assert same(newest(whole), newest(run))
     assert same(load_file(whole / BEST), load_file(run / BEST))
@@ -153,6 +158,23 @@ def test_a_verification_is_made_again_on_the_way_back(
     run = train(configure(tiny_set, tmp_path, train__on_explosion="skip", train__checkpoint_every=0))
     assert skipped(run) == [6, 7]
     assert [line["step"] for line in read_metrics(run) if "verify/tiny" in line] == [6, 12]
+
+
+def test_the_way_back_is_no_time_of_training(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images a second and the rest of a line are of its steps: an hour of reading a checkpoint is not in it."""
+    explode(monkeypatch, {7})
+    hours, newest_of = [0.0], CheckpointStore.newest
+    clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
+    monkeypatch.setattr(training_log, "time", clock)
+
+    def an_hour_later(store: CheckpointStore) -> Saved | None:
+        hours[0] += 1
+        return newest_of(store)
+
+    monkeypatch.setattr(CheckpointStore, "newest", an_hour_later)
+    run = train(configure(tiny_set, tmp_path, train__on_explosion="skip"))
+    assert hours == [2]
+    assert all(line["train/seconds"] < 3600 for line in read_metrics(run) if "train/loss" in line)
 
 
 def test_endless_explosions_end_the_run(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,6 +193,28 @@ def test_explosions_far_apart_do_not(tiny_set: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(training, "SKIPPED_AMONG", 4)
     explode(monkeypatch, {5, 9})
     assert skipped(train(configure(tiny_set, tmp_path, train__on_explosion="skip"))) == [4, 5, 8, 9]
+
+
+@pytest.mark.parametrize(("overflows", "explodes"), [({2, 3, 5, 6}, False), ({2, 4, 5, 6}, True)])
+def test_some_overflows_in_a_row_are_no_explosion(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overflows: set[int], explodes: bool
+) -> None:
+    """Where a gradient scaler looks for its scale in float16 it skips steps whose gradients are infinite: so many in a
+    row may be, and a step that is good sets the count back."""
+    whole = TrainingStep.__call__
+
+    def overflow(self: TrainingStep, inputs: Tensor, labels: Tensor, step: int, lr: float) -> StepOutput:
+        output = whole(self, inputs, labels, step, lr)
+        return output._replace(gradient_norm=torch.tensor(math.inf)) if step in overflows else output
+
+    monkeypatch.setattr(TrainingStep, "__call__", overflow)
+    monkeypatch.setattr(training, "MOST_OVERFLOWS", 2)
+    monkeypatch.setattr(torch.amp.GradScaler, "is_enabled", lambda _: True)
+    if explodes:
+        with pytest.raises(ExplodedError, match="at step 6"):
+            train(configure(tiny_set, tmp_path))
+    else:
+        train(configure(tiny_set, tmp_path))
 
 
 def test_without_a_checkpoint_there_is_no_way_back(

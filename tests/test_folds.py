@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.model_selection import KFold
 
-from utils.evaluation.folds import ten_fold
+from utils.evaluation.folds import THRESHOLDS, tar_of_folds, ten_fold, ten_fold_of_distances
 
 
 def make_pairs(count: int, dim: int = 16, spread: float = 0.7, seed: int = 0) -> tuple[NDArray, NDArray]:
@@ -57,6 +57,18 @@ def test_ties_between_distances_and_with_thresholds() -> None:
     assert set(result.distances) == {0.0, 2.0, 4.0}
     np.testing.assert_array_equal(result.fold_accuracies, accuracies)
     np.testing.assert_array_equal(result.thresholds, thresholds)
+
+
+def test_a_pair_at_the_threshold_is_not_accepted() -> None:
+    """Protects "below": by the accuracy of its fold, by the pairs that are told right, and by the TAR of the folds."""
+    same = np.arange(40) % 2 == 0
+    distances = np.where(same, 0.0, 4.0)
+    distances[0] = THRESHOLDS[1]
+    result = ten_fold_of_distances(distances, same)
+    assert result.thresholds[0] == distances[0]
+    assert result.fold_accuracies.tolist() == [0.75] + 9 * [1.0]
+    assert result.correct.tolist() == [False] + 39 * [True]
+    assert tar_of_folds(result).tar == 0, "with a threshold of 0, for want of impostors"
 
 
 def test_perfect_separation_takes_the_smallest_threshold() -> None:

@@ -1,6 +1,7 @@
 """A disk that is full for a while: the run goes on, and its record has nothing missing in the end."""
 
 import resource
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,13 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
+from models import verifier
 from tiny_runs import configure
 from train import train
 from utils import training_log
 from utils.appended_file import AppendedFile
 from utils.checkpoints import BEST
+from utils.host_copy import HostCopy
 from utils.metrics import read_metrics
 from utils.run_folders import CHECKPOINTS
 from utils.saved_checkpoints import checkpoint_folders, step_of
@@ -68,10 +71,17 @@ def fill(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
 
 
 @pytest.fixture(autouse=True)
+def said_in_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not in pytest's own file of what is said, which would be full, too."""
+
+
+@contextmanager
 def room_afterwards() -> Iterator[None]:
-    """Whatever a test left."""
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, BEFORE)
+    """Whatever the block left."""
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, BEFORE)
 
 
 def test_a_full_disk_does_not_end_the_training(
@@ -83,7 +93,8 @@ def test_a_full_disk_does_not_end_the_training(
     whole = train(configure(tiny_set, tmp_path, **settings))
     fill(monkeypatch, 2, 7)
     monkeypatch.setattr(training_log, "SECONDS_BETWEEN_DRAWINGS", 0.0)
-    run = train(configure(tiny_set, tmp_path, train__name="full", **settings))
+    with room_afterwards():
+        run = train(configure(tiny_set, tmp_path, train__name="full", **settings))
     said = capsys.readouterr().out
     for part in (
         "the best network so far could not",
@@ -104,11 +115,47 @@ def test_a_full_disk_does_not_end_the_training(
 
 
 def test_a_disk_that_stays_full_is_an_error_in_the_end(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The best network or the last checkpoint of the run could not be written: it must not end well."""
+    """The best network or the last checkpoint of the run could not be written: it must not end well, and what the
+    record lacks is said."""
     fill(monkeypatch, 7, 99)
-    with pytest.raises(OSError, match=r"File too large"):
+    with pytest.raises(OSError, match=r"File too large"), room_afterwards():
         train(configure(tiny_set, tmp_path))
     assert [step_of(folder) for folder in checkpoint_folders(tmp_path / "a" / CHECKPOINTS)] == [6]
     assert load_file(tmp_path / "a" / BEST)
+    assert "metrics.jsonl: the last" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("part", ["best", "checkpoint"])
+def test_what_the_run_is_for_has_to_be_written(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    """The last try to write the best network, or the checkpoint of the last step: each by itself is an error."""
+
+    def full(*_: object) -> None:
+        raise OSError("no room")
+
+    if part == "best":
+        monkeypatch.setattr("train.save_backbone", full)
+    else:
+        monkeypatch.setattr(HostCopy, "write", full)
+    with pytest.raises(OSError, match="no room"):
+        train(configure(tiny_set, tmp_path))
+
+
+def test_a_run_that_could_not_be_saved_does_not_say_that_it_was(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in the verification, while the epoch's checkpoint is still being written to a full disk: an error, and
+    not "stopped and saved"."""
+
+    def interrupted(embedder: object, sets: object, *options: object) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        options[-1]()  # type: ignore[operator]
+
+    monkeypatch.setattr(verifier, "verify", interrupted)
+    fill(monkeypatch, 5, 99)
+    # KeyboardInterrupt, the wrong end, is caught here too: loose, it would end the whole test run.
+    with pytest.raises((OSError, KeyboardInterrupt), match="File too large"), room_afterwards():
+        train(configure(tiny_set, tmp_path))

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
-from data.face_sets import FolderFaceSet, RecFaceSet, image_views, open_face_set
+from data.face_sets import FolderFaceSet, RecFaceSet, image_views, open_face_set, write_face_set
 from data.images import (
     ImageError,
     decode_face,
@@ -17,7 +17,7 @@ from data.images import (
     encode_png,
     image_extension,
 )
-from data.joined_sets import FrequentIdentities, JoinedFaceSet
+from data.joined_sets import FrequentIdentities, JoinedFaceSet, open_training_set
 from data.loading import DecodedFaces
 from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordFile, pack_image
 from tiny_faces import tiny_face
@@ -151,3 +151,17 @@ def test_extensions() -> None:
     for extension in (".jpg", ".png", ".bmp", ".webp"):
         assert image_extension(cv2.imencode(extension, face(0))[1].tobytes()) == extension
     assert image_extension(b"unknown") == ".jpg"
+
+
+def test_frequent_identities_are_where_they_lie(tmp_path: Path) -> None:
+    """Without the one image of the first identity, all others have the names and the places that they have."""
+    with write_face_set(tmp_path / "set", SIZE) as out:
+        for identity, shots in enumerate((1, 3, 2)):
+            out.add_identity(tiny_face(identity, shot) for shot in range(shots))
+    whole, frequent = open_face_set(tmp_path / "set"), open_training_set([tmp_path / "set"], 2)
+    assert isinstance(whole, RecFaceSet)
+    assert isinstance(frequent, FrequentIdentities)
+    assert frequent.labels.tolist() == [0, 0, 0, 1, 1]
+    assert [frequent.describe(i) for i in range(5)] == [whole.describe(i) for i in range(1, 6)]
+    (found,), (expected,) = frequent.spans(np.arange(5)), whole.spans(np.arange(1, 6))
+    assert np.array_equal(found.starts, expected.starts)

@@ -264,6 +264,17 @@ def test_a_slot_is_free_when_nothing_looks_at_it() -> None:
     assert memory.lend() is None
 
 
+def test_the_slot_used_last_is_lent_first() -> None:
+    """Its pages are there, and in the caches; those of a slot that is never needed are never taken."""
+    memory = BatchMemory(3, (4, 2))
+    first, second = memory.lend(), memory.lend()
+    for slot in (second, first, first, first):
+        assert slot is not None
+        memory.take(slot, 1)
+        gc.collect()
+        assert memory.lend() == slot
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="workers are forked on Linux only")
 def test_loaders_reuse_memory(faces: DecodedFaces) -> None:
     """Batches that are let go come in the same few places, also after epochs that were left midway."""

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from data.face_sets import open_face_set, write_face_set
 from data.images import encode_png
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge
+from dataset_merge.unit_rows import UnitRows
 from models.embedders import NetworkEmbedder
 from tiny_faces import tiny_face
 
@@ -193,3 +195,10 @@ def test_a_table_of_unknown_sets_is_applied_with_a_remark(
     (tmp_path / "merge.sets.json").write_text("{}")
     with pytest.raises(SystemExit, match=r"merge\.sets\.json is damaged"):
         merge(sets, tmp_path / "c", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
+
+
+def test_taking_unit_vectors_leaves_the_features() -> None:
+    """Their lengths are the model's, and the same memory may be a file's, or another part's."""
+    features = np.full((3, 4), 2.0, np.float32)
+    assert torch.equal(UnitRows(features, str)[0:2], torch.full((2, 4), 0.5))
+    assert (features == 2).all()

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dataset_merge import calibration as calibration_module
@@ -15,6 +16,7 @@ from dataset_merge import scores as scores_module
 from dataset_merge.calibration import (
     Calibration,
     CalibrationError,
+    Impostors,
     expected_cosine,
     half_scores,
     impostor_scores,
@@ -394,3 +396,12 @@ def test_scores_take_off_the_nearest_rival() -> None:
     turned = score_pairs(second, first, _all(cosines.T), 0.5)
     back = np.lexsort((turned.first, turned.second))
     assert np.array_equal(turned.score[back], pairs.score)
+
+
+def test_halves_are_halves() -> None:
+    """Of every identity with two images or more; of an odd number one has one more."""
+    labels = torch.arange(23) % 4
+    embeddings = F.normalize(torch.randn(23, 8, generator=torch.Generator().manual_seed(0)))
+    nothing = Impostors(np.empty(0), 0.0, np.empty(0))
+    halves = half_scores(embeddings, labels, identity_centres(embeddings, labels, 4), nothing, 0)
+    assert halves.sizes.tolist() == [[3, 3], [3, 3], [3, 3], [3, 2]]

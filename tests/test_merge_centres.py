@@ -120,3 +120,13 @@ def test_centres_on_a_card_are_the_same_each_time() -> None:
     first, *others = (identity_centres(embeddings, labels.cuda(), 300, "trimmed").vectors for _ in range(5))
     assert all(torch.equal(first, other) for other in others)
     torch.testing.assert_close(first.cpu(), identity_centres(embeddings, labels, 300, "trimmed").vectors)
+
+
+def test_the_median_of_four_images_is_the_lower_one() -> None:
+    """The upper one would make half of four unlike images wrong: with cosines of 0.9, 0.5 and 0.4 to the first, all
+    are above 0.6 x 0.5, and not above 0.6 x 0.9."""
+    axes = torch.eye(4)
+    images = torch.stack(
+        [axes[0], *(c * axes[0] + (1 - c * c) ** 0.5 * axes[i] for i, c in ((1, 0.9), (2, 0.5), (3, 0.4)))]
+    )
+    assert identity_centres(images, torch.zeros(4, dtype=torch.int64), 1, "trimmed").used.tolist() == [4]

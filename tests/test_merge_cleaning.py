@@ -57,6 +57,32 @@ def test_fewer_images_than_a_cluster_are_outliers() -> None:
     assert [found.finding for found in findings.found] == ["outlier"] * (MIN_CLUSTER - 1)
 
 
+AXES = np.eye(64, dtype=np.float32)
+# The last two of eight have a cosine of 0.26 with the sixth, and of 0.07 with each other.
+ALIKE = np.zeros((8, 64), np.float32)
+ALIKE[6:] = 0.26 * AXES[1] + (np.sqrt(1 - 0.26**2) - 1) * AXES[[2, 3]]
+
+
+@pytest.mark.parametrize(
+    ("vectors", "kinds"),
+    [
+        (AXES[[0, 0, 1]], []),
+        (AXES[[0, 0, 0, 1]], ["outlier"]),
+        (np.concatenate([AXES[[0, 0]], 0.8 * AXES[[1, 2]] - 0.6 * AXES[[0, 0]]]), ["scattered"] * 2),
+        (AXES[[0] * 5 + [1, 2]], ["outlier"] * 2),
+        (AXES[[0] * 5 + [1, 2, 3]] + ALIKE, ["outlier"] * 3),
+    ],
+    ids=["of three", "of four", "half", "less than half", "strangers that are a little alike"],
+)
+def test_what_is_judged_and_how(vectors: np.ndarray, kinds: list[str]) -> None:
+    """Of three images no one is called wrong; where half of them are, nobody can tell who it is; and people who are
+    no more alike than strangers are no second person."""
+    findings = find_wrong(torch.from_numpy(vectors), np.zeros(len(vectors), np.int64), 1, OUTLIER, MIXED)
+    assert [found.finding for found in findings.found] == kinds
+    assert findings.seconds == []
+    assert (findings.labels < 0).sum() == kinds.count("outlier")
+
+
 def test_an_identity_of_strangers_is_only_listed() -> None:
     """When most images would go, nobody can tell who the identity is: all of them stay."""
     embeddings = np.concatenate([person(number, 1) for number in range(16)])

@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,3 +252,26 @@ def test_missing_rows_and_headers_are_named(tmp_path: Path) -> None:
     path.write_text(lines[0] + "\n" + lines[1] + ",x\n")
     with pytest.raises(DecisionsError, match="line 2: 9 fields, expected 8"):
         read_decisions(path, SETS)
+
+
+class Sized:
+    """Identities of as many sets, with an image each."""
+
+    def __init__(self, count: int) -> None:
+        self.source, self.images = np.arange(count), np.ones(count, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def name(self, identity: int) -> str:
+        return str(identity)
+
+
+def test_who_is_excluded_with_somebody_has_that_ones_match() -> None:
+    """Each excluded identity is listed with its own match, and the others of its group with that of the first."""
+    people: Any = Sized(3)
+    excluded = {0: Match("t.bin", "first", 0.9), 2: Match("t.bin", "second", 0.8)}
+    rows = decide_groups(people, np.zeros(3, np.int64), [None] * 3, "join", excluded)
+    assert [(row.decision, row.match_label) for row in rows] == [
+        ("excluded", "first"), ("excluded", "first"), ("excluded", "second")
+    ]  # fmt: skip

@@ -75,3 +75,8 @@ def test_what_is_no_test_set_is_refused(tmp_path: Path) -> None:
         open_held_out(str(tmp_path / "lfw.bin"))
     with pytest.raises(ValueError, match="nowhere does not exist"):
         open_held_out(str(tmp_path / "nowhere"))
+
+
+def test_an_identity_at_the_threshold_is_left_out() -> None:
+    """From --exclude-t on, as its help has it."""
+    assert list(Leaks([Match("a", "b", 0.4), Match("a", "b", 0.5)], 0.5).excluded) == [1]

@@ -58,6 +58,11 @@ def test_within_joins_identities_of_one_set_by_their_own_link_only() -> None:
     assert group([0, 0, 1], *through, (0, 1, 0.6), rule="clusters", within=True).group.tolist() == [0, 0, 0]
 
 
+def test_groups_are_numbered_by_their_first_members() -> None:
+    """Also where the first one came last, to a group that was larger."""
+    assert group([0, 1, 2, 3], (2, 3, 0.9), (0, 2, 0.8), rule="clusters").group.tolist() == [0, 1, 0, 0]
+
+
 def test_nothing_to_compare() -> None:
     """No pair, no match: everybody alone."""
     nothing = Pairs(*(np.empty(0, np.int64) for _ in range(2)), *(np.empty(0) for _ in range(2)))

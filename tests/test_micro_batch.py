@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from live_memory import LiveMemory
 from models.heads import Engine, RowSGD, create_head
 from models.losses import ArcFace
 from utils.micro_batch import LIMIT, bytes_beside, keep_limit, kept_limit, largest_that_fits, trial_pass
@@ -131,6 +132,29 @@ def test_a_trial_keeps_in_memory_what_the_step_keeps() -> None:
     with pytest.raises(RuntimeError, match="memory"):
         attempt(6)
     assert asked == [6]
+
+
+def test_a_trial_has_what_an_optimizer_keeps() -> None:
+    """Tensors as large as the weights, as many as `states`; gone after it, and after one that failed too, whose error
+    whoever called may hold while it tries something else."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 1000), Failing())
+    size = sum(weight.nbytes for weight in network.parameters())
+    peaks = []
+    for fails in (False, True):
+        network[2].fails = fails
+        for states in (0, 2):
+            attempt = trial_pass(network, 4, torch.float32, states)
+            held: list[BaseException] = []
+            with LiveMemory() as memory:
+                try:
+                    attempt(6)
+                except torch.OutOfMemoryError as error:
+                    held.append(error)
+                left = memory.now
+            assert len(held) == fails
+            assert left < size
+            peaks.append(memory.peak)
+    assert [peaks[1] - peaks[0], peaks[3] - peaks[2]] == [2 * size] * 2
 
 
 def test_a_limit_is_kept_for_the_run(tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ def test_balanced_order_shows_identities_equally_often(counts: list[int], seed: 
         assert images.max() - images.min() <= 1
 
 
+def test_balanced_order_is_random_in_both_ways() -> None:
+    """An identity's images come in an order of their own, and identities in another order each time round."""
+    assert balanced_order(np.zeros(50, np.int64), 0, 0).tolist() != list(range(50))
+    labels = np.arange(200) % 50
+    rounds = labels[balanced_order(labels, 0, 0)].reshape(4, 50)
+    assert len({tuple(identities) for identities in rounds.tolist()}) == 4
+
+
 @pytest.mark.parametrize("name", ["exact", "blocks", "balanced"])
 def test_each_order_by_name(name: str) -> None:
     """The names of the config; another seed or epoch is another order."""

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from conftest import ROOT
 from data import prepare_data
 from data.face_sets import FaceSetError, RecFaceSet, identity_order, open_face_set
 from data.fitting import Fit
+from data.identity_choice import choose_identities
 from data.pack_set import pack, select
 from data.prepare_data import JOURNAL, TABLE, JournalError, main, prepare
 from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, pack_image
@@ -568,3 +571,11 @@ def test_real_set_as_folders(tmp_path: Path, face_data: Path) -> None:
 
     assert people(records) == people(folders)
     assert np.bincount(records.labels).tolist() == np.bincount(folders.labels).tolist()
+
+
+def test_a_file_of_names_from_a_text_editor(tmp_path: Path) -> None:
+    """With a byte order mark, empty lines and spaces; identities come in the order of their labels, not of the set."""
+    faces: Any = SimpleNamespace(path=tmp_path, identities=["10", "9", "8"], labels=np.array([0, 1, 2, 1]))
+    (tmp_path / "names.txt").write_text("\ufeff10\n  \n9 \n", encoding="utf-8")
+    chosen = choose_identities(faces, [f"@{tmp_path / 'names.txt'}"], 1)
+    assert [(identity.name, identity.images.tolist()) for identity in chosen] == [("9", [1, 3]), ("10", [0])]

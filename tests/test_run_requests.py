@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -73,17 +74,38 @@ def test_a_signal_ends_a_verification_at_its_next_batch(
 ) -> None:
     """Whoever sends SIGTERM kills soon, and a verification may take longer: it is given up, with no step lost, and made
     again, once, by the run that goes on, to the same end."""
-    with monkeypatch.context() as patch:
-        sizes = signal_at(patch, 2)
-        with pytest.raises(KeyboardInterrupt, match=f"stopped and saved at step {step} of 12"):
-            train(configure(tiny_set, tmp_path, test__batch_size=7, **settings))
-        assert sizes == [7, 7], "of 40 images"
     run = tmp_path / "a"
-    assert saved_steps(run)[-1] == step
+    for resume in ("", str(run)) if step else ("",):
+        with monkeypatch.context() as patch:
+            sizes = signal_at(patch, 2)
+            with pytest.raises(KeyboardInterrupt, match=f"stopped and saved at step {step} of 12"):
+                train(configure(tiny_set, tmp_path, test__batch_size=7, train__resume=resume, **settings))
+            assert sizes == [7, 7], "of 40 images"
+    assert checkpoint_folders(run / CHECKPOINTS)[-1].name == f"step-{step:09}", "saved, and once"
     train(configure(tiny_set, tmp_path, train__resume=str(run), **settings))
     if step:
         assert_same_end(whole, run)
     assert [at for at, _ in verified(run)] == ([6, 12] if step else [0, 6, 12])
+
+
+def test_untrained_weights_are_verified_once(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed before its first checkpoint, a run begins anew, and its record too; resumed from one, it has nothing
+    untrained to verify."""
+    settings = {"train__verify_at_start": True, "train__resume": "auto", "train__checkpoint_every": 4}
+    config = configure(tiny_set, tmp_path, **settings)
+    for method, whole in (("train_on", Trainer.train_on), ("save", Trainer.save)):
+
+        def and_die(*arguments: Any, real: Any = whole, **named: Any) -> None:
+            real(*arguments, **named)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, method, and_die)
+            with pytest.raises(KeyboardInterrupt):
+                train(config)
+        assert [at for at, _ in verified(tmp_path / "a")] == [0]
+    train(config)
+    assert [at for at, _ in verified(tmp_path / "a")] == [0, 6, 12]
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -125,13 +147,19 @@ def test_every_save_sets_the_clock_back(tiny_set: Path, tmp_path: Path, monkeypa
     assert saved_steps(train(config)) == [4, 6, 10, 12]
 
 
+def test_a_process_alone_hears_after_every_step() -> None:
+    """It need not wait for a step at which several would agree."""
+    assert RunRequests(Interrupt(15), Ranks(), 0.0).read(7, always=False) == (15, False, False)
+
+
 def ask(ranks: Ranks) -> list[list[int]]:
     """What this rank hears of signals, clocks and failures of the second one."""
     heard = []
     for number, minutes, failing in ((0, 0.0, False), (15, 0.0, False), (0, 1e-9, False), (0, 0.0, True)):
         requests = RunRequests(Interrupt(0 if ranks.first else number), ranks, 0.0 if ranks.first else minutes)
         time.sleep(0.001)
-        heard.append([*requests.read(7, always=False), *requests.read(10, False, failing and not ranks.first)])
+        own = failing and not ranks.first
+        heard.append([*requests.read(7, False, own), *requests.read(10, False, own), *requests.read(7, True, own)])
         try:
             requests.heed()
         except SignalledError as error:
@@ -165,7 +193,9 @@ def test_ranks_hear_the_same_and_fail_together() -> None:
     """A signal, a clock or a failure of one rank is known to all, at the same steps; an error of one ends the others
     too, in its words, instead of leaving them waiting."""
     nothing = [0, 0, 0]
-    asked = [nothing + nothing, [*nothing, 15, 0, 0, 15], [*nothing, 0, 1, 0], [*nothing, 0, 0, 1]]
+    said = ([0, 0, 0], [15, 0, 0], [0, 1, 0], [0, 0, 1])
+    asked = [[*nothing, *one, *one] for one in said]
+    asked[1].append(15)
     failures = (
         ["KeyError 'of rank 0'", "OtherRankError 'of rank 1'", "0", "text 0", "text 1"],
         ["OtherRankError 'of rank 0'", "KeyError 'of rank 1'", "1", "text 0", "text 1"],

@@ -8,12 +8,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.functional import dropout
 
 from config import Config, LossConfig, ModelConfig, TrainConfig
 from data.augment import Chances
@@ -25,15 +31,18 @@ from data.loading import flips
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin
 from models import create_network, verifier
+from models.backbones.demonet import DemoNet
 from models.heads import DenseHead, RowSGD
 from models.losses import LOSSES, ArcFace
 from tiny_faces import tiny_face
 from tiny_runs import configure
 from train import CHECKPOINTS, Trainer, TrainingError, train
-from utils import training_step
+from utils import training_log, training_step
+from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CheckpointError, load_backbone
+from utils.flops import forward_flops
 from utils.metrics import read_metrics
-from utils.saved_checkpoints import BACKBONE, checkpoint_folders, step_of
+from utils.saved_checkpoints import BACKBONE, Saved, checkpoint_folders, step_of
 from utils.schedules import peak_lr
 from utils.settings import as_flags, build, flatten, from_json
 
@@ -125,11 +134,15 @@ def test_folders_train_like_the_records_they_came_from(tiny_set: Path, tmp_path:
 AUGMENTED = {f"data__augment_{name}": 0.5 for name in Chances._fields}
 
 
-@pytest.mark.parametrize("augmented", [{}, AUGMENTED], ids=["plain", "augmented"])
+@pytest.mark.parametrize("kind", ["plain", "augmented", "dropout"])
 def test_resume_is_exact_in_the_middle_of_an_epoch(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, augmented: dict[str, object]
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """Stopped after 8 of 12 steps (the second of epoch 2) and resumed: the same weights as without the stop."""
+    augmented = AUGMENTED if kind == "augmented" else {}
+    if kind == "dropout":
+        forward = DemoNet.forward
+        monkeypatch.setattr(DemoNet, "forward", lambda self, x: dropout(forward(self, x), 0.2, self.training))
     whole = train(configure(tiny_set, tmp_path, train__name="whole", **augmented))
 
     saved = Trainer.save
@@ -138,10 +151,10 @@ def test_resume_is_exact_in_the_middle_of_an_epoch(
         saved(trainer, wait)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "save", save_then_stop)
-    with pytest.raises(KeyboardInterrupt):
-        train(configure(tiny_set, tmp_path, train__name="cut", train__checkpoint_every=8, **augmented))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", save_then_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(configure(tiny_set, tmp_path, train__name="cut", train__checkpoint_every=8, **augmented))
     cut = tmp_path / "cut"
     settings = from_json((cut / "config.json").read_text())
     assert train(build(Config, {**settings, "train.resume": str(cut)})) == cut
@@ -250,12 +263,17 @@ def test_verification_sets_are_checked_before_the_first_step(tiny_set: Path, tmp
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_can_go_on_in_another_precision(tiny_set: Path, tmp_path: Path) -> None:
-    """A run begun in float32 (no loss scaling) resumes in float16, and back."""
+def test_a_run_can_go_on_in_another_precision(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run begun in float32 (no loss scaling) resumes in float16, goes on with the scale that was found, and back."""
     run = train(configure(tiny_set, tmp_path, train__epochs=1))
-    train(configure(tiny_set, tmp_path, train__epochs=2, train__resume=str(run), train__precision="fp16"))
-    train(configure(tiny_set, tmp_path, train__epochs=3, train__resume=str(run), train__precision="fp32"))
-    assert read_metrics(run)[-1]["step"] == 18
+    half: dict[str, object] = {"train__resume": str(run), "train__precision": "fp16"}
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=512.0))
+        train(configure(tiny_set, tmp_path, train__epochs=2, **half))
+    train(configure(tiny_set, tmp_path, train__epochs=3, **half))
+    assert Saved(checkpoints(run)[-1]).notes["scaler"]["scale"] == 512
+    train(configure(tiny_set, tmp_path, train__epochs=4, train__resume=str(run), train__precision="fp32"))
+    assert read_metrics(run)[-1]["step"] == 24
 
 
 def test_several_sets_and_few_images(tiny_set: Path, tmp_path: Path) -> None:
@@ -398,7 +416,9 @@ def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
         assert settings["data"]["image_size"] == 32
     for picture in ("inputs.png", "loss.png", "accuracy.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
-    assert list(run.glob("events.out.tfevents.*"))
+    board = EventAccumulator(str(run))
+    board.Reload()
+    assert [image.step for image in board.Images("train/inputs")] == [0]
     assert (run / "classes.csv").read_text() == "class,identity\n0,0\n1,1\n2,2\n3,3\n4,4\n5,5\n"
     assert not list(run.glob(".*.partial"))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -406,19 +426,60 @@ def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
     assert [line["step"] for line in lines if "verify/tiny" in line] == [6, 12]
     noted = {"loss", "accuracy", "lr", "images_per_s", "seconds", "gradient_norm", "data_wait", "tflops_per_s", "mfu"}
     assert noted == {name.removeprefix("train/") for name in lines[0] if name != "step"}
-    assert all(line["train/mfu"] > 0 for line in lines if "train/loss" in line)
+    flops = 3 * forward_flops(create_network("demo", 16, 32), 32)  # an image's, forward and backward
+    for line in lines:
+        if "train/loss" in line:
+            assert line["train/tflops_per_s"] == pytest.approx(line["train/images_per_s"] * flops / 1e12)
+            assert line["train/mfu"] > 0
+            assert line["train/lr"] == pytest.approx(0.05 * (13 - line["step"]) / 12), "of the last step before it"
     assert run.stat().st_mode & 0o777 == (run / BEST).stat().st_mode & 0o777 | 0o111
 
 
 def test_the_best_network_is_kept(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A later, worse network does not replace the best one."""
-    real, accuracies = verifier.verify, iter([0.6, 0.9, 0.7, 0.8])
+    """A later network that is worse, or no better, does not replace the best one."""
+    real, accuracies = verifier.verify, iter([0.6, 0.9, 0.9, 0.8])
     monkeypatch.setattr(verifier, "verify", lambda *a: [replace(real(*a)[0], accuracy=next(accuracies))])
     run = train(configure(tiny_set, tmp_path, train__verify_every=3, train__checkpoint_every=6))
     accuracy = [line["verify/tiny"] for line in read_metrics(run) if "verify/tiny" in line]
-    assert accuracy == [0.6, 0.9, 0.7, 0.8]
+    assert accuracy == [0.6, 0.9, 0.9, 0.8]
+    with safe_open(run / BEST, "pt") as file:
+        assert file.metadata()["step"] == "6"
     best, last = weights(run, BEST), weights(run)
     assert not torch.equal(best["head.1.weight"], last["network.head.1.weight"])
+
+
+def test_verifying_changes_no_weight(tiny_set: Path, tmp_path: Path) -> None:
+    """A verification after every step, which puts the network into another mode, is none that training sees."""
+    runs = [train(configure(tiny_set, tmp_path, train__name=str(every), train__verify_every=every)) for every in (1, 6)]
+    assert same(*map(weights, runs))
+
+
+def test_what_is_due_at_which_step(tiny_set: Path, tmp_path: Path) -> None:
+    """Verifications and checkpoints after so many steps, and after the last one, which ends no such interval; each with
+    a line of the log before it, so that nothing that diverged is verified or saved."""
+    intervals = {"train__verify_every": 5, "train__checkpoint_every": 8, "train__log_every": 100}
+    run = train(configure(tiny_set, tmp_path, **intervals, train__checkpoints_kept=9))
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if "verify/tiny" in line] == [5, 10, 12]
+    assert [step_of(folder) for folder in checkpoints(run)] == [8, 12]
+    assert [line["step"] for line in lines if "train/loss" in line] == [5, 8, 10, 12]
+
+
+def test_the_rates_are_those_of_training_alone(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images a second, seconds and the rest of a line are of its steps: an hour of verifying or saving is not in it."""
+    hours = [0.0]
+    clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
+    monkeypatch.setattr(training_log, "time", clock)
+    for owner, name, whole in ((verifier, "verify", verifier.verify), (CheckpointStore, "save", CheckpointStore.save)):
+
+        def an_hour_later(*arguments: object, real: Any = whole) -> object:
+            hours[0] += 1
+            return real(*arguments)
+
+        monkeypatch.setattr(owner, name, an_hour_later)
+    run = train(configure(tiny_set, tmp_path, train__verify_every=3, train__checkpoint_every=4))
+    assert hours == [7]
+    assert all(line["train/seconds"] < 3600 for line in read_metrics(run) if "train/loss" in line)
 
 
 def test_learns(tiny_set: Path, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.loading import Batch
-from utils.metrics import METRICS, read_metrics
+from utils import training_log
+from utils.metrics import METRICS, SECONDS_VERIFYING, read_metrics
 from utils.training_log import Meter, TrainingLog, step_profiler
 from utils.training_step import StepOutput
 
@@ -69,6 +70,20 @@ def test_what_was_given_up_is_forgotten(tmp_path: Path, again: str) -> None:
     assert [(point.step, point.value) for point in board(tmp_path).Scalars("train/loss")] == expected
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_verification_that_is_due_again_is_forgotten(tmp_path: Path, again: bool) -> None:
+    """That of the very step, and of no step before, and not what is noted of training."""
+    with TrainingLog(tmp_path, 0) as log:
+        for step in (2, 4):
+            log.scalars(step, {"train/loss": 1.0})
+            log.scalars(step, {"verify/a": 0.5})
+        log.scalars(4, {SECONDS_VERIFYING: 1.0})
+        log.forget_after(4, again)
+    names = [(line["step"], *(name for name in line if name != "step")) for line in read_metrics(tmp_path)]
+    expected = [(2, "train/loss"), (2, "verify/a"), (4, "train/loss"), (4, "verify/a")]
+    assert names == (expected[:3] if again else [*expected, (4, SECONDS_VERIFYING)])
+
+
 def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
     """The next line starts on a line of its own."""
     (tmp_path / METRICS).write_text('{"step": 2, "train/loss": 1.0}\n{"step": 4, "train/lo')
@@ -116,6 +131,16 @@ def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatc
     with pytest.raises(RuntimeError, match="made up"), log:
         raise RuntimeError("made up")
     assert picture.exists()
+
+
+def test_accuracies_are_drawn_in_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As their axis says; losses as they are."""
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(training_log, "draw_curves", lambda path, curves, *_: drawn.update({path.name: curves}))
+    with TrainingLog(tmp_path, 0) as log:
+        log.scalars(2, {"train/loss": 0.5, "verify/a": 0.75})
+    found = {file: {name: values.tolist() for name, (_, values) in curves.items()} for file, curves in drawn.items()}
+    assert found == {"loss.png": {"loss": [0.5]}, "accuracy.png": {"a": [75.0]}}
 
 
 def test_writing_imports_no_library_of_pictures_or_networks(tmp_path: Path) -> None:
@@ -211,6 +236,12 @@ def test_the_meter_takes_means_and_keeps_each_step() -> None:
     again = meter.read()
     assert again is not None
     assert math.isnan(again.losses[0])
+    assert not {"train/loss", "train/gradient_norm"} & again.means.keys(), "there is no mean of no number"
+    for loss in (math.inf, 5.0):
+        meter.add(8, output(loss), 4)
+    overflowed = meter.read()
+    assert overflowed is not None
+    assert overflowed.means["train/loss"] == 5, "what overflowed in float16, and was skipped, is not in it"
 
 
 def test_the_meter_tells_waiting_from_working(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +274,7 @@ def test_the_profile_is_a_trace(tmp_path: Path) -> None:
             profiler.step()
     assert list(tmp_path.iterdir()) == []
     with step_profiler(2, tmp_path) as profiler:
-        for step in range(15):
+        for step in range(30):
             with torch.profiler.record_function(f"step {step}"):
                 torch.ones(3).add(1)
             profiler.step()

@@ -24,13 +24,14 @@ from models.recompute import recompute_blocks
 from ranks import run_on_ranks
 from train import train
 from utils.checkpoints import BEST
-from utils.compiling import CompiledNetwork
+from utils.compiling import Compiled, CompiledNetwork
 from utils.devices import autocast
 from utils.metrics import read_metrics
 from utils.micro_batch import trial_pass
 from utils.optimizers import train_mode
 from utils.ranks import Ranks
-from utils.step_building import compile_network, part_sizes
+from utils.run_folders import TrainingError
+from utils.step_building import build_step, compile_network, part_sizes
 from utils.training_parts import build_head, build_network
 
 CPU = torch.device("cpu")
@@ -176,6 +177,22 @@ def test_wrong_parts_are_refused(tiny_set: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "micro_batch", "message"),
+    [(4, "auto", "with 1 of the 1 images"), (12, "2", "with 2 of the 3 images")],
+)
+def test_passes_of_a_single_image_are_refused(
+    tiny_set: Path, tmp_path: Path, batch_size: int, micro_batch: str, message: str
+) -> None:
+    """Batch norm cannot train on one: a batch of 4, or one of 12 in passes of 2, shared by 4 ranks, leaves one."""
+    config = configure(tiny_set, tmp_path, train__batch_size=batch_size, train__micro_batch=micro_batch)
+    network, ranks = create_network("demo", 16, 32), SimpleNamespace(size=4)
+    head = build_head(config, 6, CPU, torch.float32, Ranks())
+    optimizer, scaler = torch.optim.SGD(network.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(TrainingError, match=f"train.micro_batch: {message} of a process some pass has a single one"):
+        build_step(config, network, head, optimizer, scaler, torch.float32, CPU, ranks, print)  # type: ignore[arg-type]
+
+
 def test_sync_bn_alone_is_batch_norm(tiny_set: Path, tmp_path: Path, plain: Path) -> None:
     """On one process there is nothing to synchronise: the same run to the bit, saved under the same names."""
     run = train(configure(tiny_set, tmp_path, train__sync_bn=True))
@@ -253,6 +270,31 @@ def test_a_compiler_that_fails_is_said_once() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         compile_network(network, Ranks(), CPU, exhaust, said.append, "aot_eager")
     assert len(said) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("kind", ["network", "function"])
+def test_out_of_memory_is_no_failure_of_the_compiler(kind: str, recwarn: pytest.WarningsRecorder) -> None:
+    """It is for the caller, who tries smaller passes: what is compiled stays so, and nothing is said."""
+    exhausted, said = [True], list[str]()
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        def run(*arguments: Tensor) -> Any:
+            if exhausted:
+                raise torch.OutOfMemoryError("made up")
+            return graph(*arguments)
+
+        return run
+
+    function = nn.Linear(2, 2) if kind == "network" else torch.sin
+    compiled = CompiledNetwork(function, said.append, backend) if kind == "network" else Compiled(torch.sin, backend)
+    with pytest.raises(torch.OutOfMemoryError):
+        compiled(torch.ones(3, 2))
+    exhausted.clear()
+    torch.testing.assert_close(compiled(torch.ones(3, 2)), function(torch.ones(3, 2)))
+    assert compiled._compiled is not None
+    assert not said
+    assert not [warning for warning in recwarn if "uncompiled" in str(warning.message)]
     torch._dynamo.reset()
 
 
