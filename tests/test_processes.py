@@ -65,6 +65,23 @@ def test_what_is_not_wanted_any_more_is_not_done(tmp_path: Path) -> None:
     assert 1 <= len(list(tmp_path.iterdir())) < 100
 
 
+class TwoPartsError(ValueError):
+    """What pickle cannot make anew: it keeps the message alone."""
+
+    def __init__(self, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+
+
+def fail_in_two_parts(item: int) -> int:
+    raise TwoPartsError(f"image {item}", "it is grey")
+
+
+def test_an_error_that_cannot_be_sent_back_is_told() -> None:
+    """Its message arrives, and is not taken for a worker that died for want of memory."""
+    with pytest.raises(WorkerError, match=r"^TwoPartsError: image 3: it is grey$"):
+        list(map_ordered(fail_in_two_parts, [3], 1, set_base, 0))
+
+
 @pytest.mark.parametrize(
     ("cores", "ranks", "workers"), [(2, None, 2), (64, None, 8), (64, 4, 8), (16, 4, 4), (4, 8, 1)]
 )

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ ITEMS_PER_WORKER = 4
 
 
 class WorkerError(OSError):
-    """A worker process ended without an answer."""
+    """A worker process ended without an answer, or its answer cannot be told as it was."""
 
 
 def cause_of_death(exit_codes: Iterable[int | None]) -> str:
@@ -67,7 +68,7 @@ def _map(
     waiting: list[Future] = []
     with _executor(min(workers, len(items)), initialise, arguments) as pool:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(pool.submit(_answer, function, item))
             if len(waiting) == workers * ITEMS_PER_WORKER:
                 yield take(waiting).result()
         while waiting:
@@ -98,6 +99,19 @@ def _executor(workers: int, initialise: Callable[..., None], arguments: tuple) -
             raise WorkerError(cause_of_death(process.exitcode for process in processes)) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _answer(function: Callable[[Any], Any], item: Any) -> Any:
+    """`function(item)` in a worker. An error that would not survive the way back, and would look like a worker's death,
+    is a WorkerError with its message."""
+    try:
+        return function(item)
+    except Exception as error:
+        try:
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            raise WorkerError(f"{type(error).__name__}: {error}") from None
+        raise
 
 
 def _start_worker(initialise: Callable[..., None], *arguments: Any) -> None:
