@@ -23,6 +23,7 @@ from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
 from models.recompute import recompute_blocks
 from ranks import run_on_ranks
 from train import train
+from utils import step_building
 from utils.checkpoints import BEST
 from utils.compiling import Compiled, CompiledNetwork
 from utils.devices import autocast
@@ -33,6 +34,7 @@ from utils.ranks import Ranks
 from utils.run_folders import TrainingError
 from utils.step_building import build_step, compile_network, part_sizes
 from utils.training_parts import build_head, build_network
+from utils.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -186,11 +188,82 @@ def test_passes_of_a_single_image_are_refused(
 ) -> None:
     """Batch norm cannot train on one: a batch of 4, or one of 12 in passes of 2, shared by 4 ranks, leaves one."""
     config = configure(tiny_set, tmp_path, train__batch_size=batch_size, train__micro_batch=micro_batch)
-    network, ranks = create_network("demo", 16, 32), SimpleNamespace(size=4)
-    head = build_head(config, 6, CPU, torch.float32, Ranks())
-    optimizer, scaler = torch.optim.SGD(network.parameters()), torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(TrainingError, match=f"train.micro_batch: {message} of a process some pass has a single one"):
-        build_step(config, network, head, optimizer, scaler, torch.float32, CPU, ranks, print)  # type: ignore[arg-type]
+        step_of(config, create_network("demo", 16, 32), ranks=SimpleNamespace(size=4))
+
+
+def step_of(
+    config: Config,
+    network: nn.Module,
+    ranks: Any = None,
+    say: Callable[[str], object] = print,
+    limit: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> TrainingStep:
+    head = build_head(config, 6, CPU, torch.float32, Ranks())
+    optimizer, scaler = optimizer or torch.optim.SGD(network.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    return build_step(config, network, head, optimizer, scaler, torch.float32, CPU, ranks or Ranks(), say, limit)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "limit", "faces", "lines"),
+    [
+        ("auto", None, 16, 0),
+        ("auto", 16, 16, 0),  # what a run keeps that never ran out of memory
+        ("auto", 6, 6, 1),
+        ("5", None, 5, 0),
+        ("5", 2, 5, 0),
+        ("100", None, 16, 0),
+        ("2", None, 2, 0),
+    ],
+)
+def test_passes_have_what_is_set_or_fitted(
+    tiny_set: Path, tmp_path: Path, micro_batch: str, limit: int | None, faces: int, lines: int
+) -> None:
+    """A number that is set stays, up to the batch; only automatic passes heed what ran out of memory before, which is
+    said, and only they may shrink on the way. The gradient is clipped where it was asked for."""
+    said: list[str] = []
+    config = configure(tiny_set, tmp_path, train__micro_batch=micro_batch, train__gradient_clip=3.5)
+    step = step_of(config, create_network("demo", 16, 32), say=said.append, limit=limit)
+    assert step.micro_batch == faces
+    assert len(said) == lines
+    assert (step.shrinking is not None) == (micro_batch == "auto")
+    assert step.gradient_clip == 3.5
+
+
+def test_norms_of_several_processes_are_joined_on_cards_alone(tiny_set: Path, tmp_path: Path) -> None:
+    """Where torch cannot, train.sync_bn is refused, instead of a run that does without it."""
+    config = configure(tiny_set, tmp_path, train__sync_bn=True)
+    with pytest.raises(TrainingError, match=r"train\.sync_bn: torch has it for CUDA only"):
+        step_of(config, create_network("demo", 16, 32), ranks=SimpleNamespace(size=2))
+
+
+@pytest.mark.parametrize(("stepped", "states"), [(False, 2), (True, 0)])
+def test_every_size_of_pass_is_tried_before_it_trains(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stepped: bool, states: int
+) -> None:
+    """A compiler sees all shapes of a step, in the mode of training, frozen parts aside, and beside the memory that the
+    first step takes for the optimizer, where it has not been made yet."""
+    tried: list[tuple[int, int]] = []
+    network = create_network("demo", 16, 32).eval()
+    optimizer = torch.optim.AdamW(network.parameters())
+    if stepped:
+        network(torch.zeros(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+
+    def trial(module: nn.Module, states: int, **_: object) -> Callable[[int], None]:
+        assert [part.training for part in module.get_submodule("body")][:2] == [False, True]
+        return lambda faces: tried.append((faces, states))
+
+    def compile_it(module: nn.Module, ranks: Ranks, device: torch.device, attempt: Any, say: Any) -> nn.Module:
+        attempt(module)
+        return module
+
+    monkeypatch.setattr(step_building, "trial_pass", trial)
+    monkeypatch.setattr(step_building, "compile_network", compile_it)
+    config = configure(tiny_set, tmp_path, train__compile="on", train__micro_batch="3", train__frozen=("body.0",))
+    step_of(config, network, optimizer=optimizer)
+    assert tried == [(3, states), (2, states)]
 
 
 def test_sync_bn_alone_is_batch_norm(tiny_set: Path, tmp_path: Path, plain: Path) -> None:
