@@ -32,7 +32,7 @@ from utils.micro_batch import trial_pass
 from utils.optimizers import train_mode
 from utils.ranks import Ranks
 from utils.run_folders import TrainingError
-from utils.step_building import build_step, compile_network, part_sizes
+from utils.step_building import build_step, compile_network, part_sizes, spread
 from utils.training_parts import build_head, build_network
 from utils.training_step import TrainingStep
 
@@ -346,6 +346,54 @@ def test_a_compiler_that_fails_is_said_once() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize(
+    ("error", "elsewhere", "told", "ends"),
+    [
+        (None, 0, 0, "compiled"),
+        (None, 1, 0, "on another rank"),
+        (None, 2, 0, "out of memory on another rank"),
+        (RuntimeError("no such instruction"), 0, 1, "no such instruction"),
+        (RuntimeError("no such instruction"), 2, 1, "out of memory on another rank"),
+        (torch.OutOfMemoryError("made up"), 0, 2, "made up"),
+        (torch.OutOfMemoryError("made up"), 1, 2, "made up"),
+    ],
+)
+def test_processes_agree_whether_to_compile(error: Exception | None, elsewhere: int, told: int, ends: str) -> None:
+    """What failed on one is told to all, memory before compilers: one that went on compiled while another did not, or
+    tried smaller passes alone, would wait for gradients that never come."""
+    said, numbers = list[str](), list[int]()
+
+    def most(number: int) -> int:
+        numbers.append(number)
+        return max(number, elsewhere)
+
+    def attempt_it(module: nn.Module) -> None:
+        if error is not None:
+            raise error
+
+    ranks: Any = SimpleNamespace(size=1, most=most)
+    if 2 in (told, elsewhere):
+        with pytest.raises(torch.OutOfMemoryError, match=f"^{ends}$"):
+            compile_network(units(), ranks, CPU, attempt_it, said.append, "eager")
+        assert not said
+    else:
+        compiled = compile_network(units(), ranks, CPU, attempt_it, said.append, "eager")
+        assert isinstance(compiled, CompiledNetwork)
+        assert compiled.gave_up == (ends != "compiled")
+        assert [ends in line for line in said] == [True] * compiled.gave_up
+    assert numbers == [told]
+
+
+def test_a_network_that_gave_up_is_told_to_the_other_processes() -> None:
+    """A compiler that fails in the trial's forward pass, which goes on without it, has failed nevertheless."""
+    numbers, said = list[int](), list[str]()
+    ranks: Any = SimpleNamespace(size=1, most=lambda number: numbers.append(number) or number)
+    compile_network(units(), ranks, CPU, attempt, said.append, failing_backend)
+    assert numbers == [1]
+    assert len(said) == 1
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("kind", ["network", "function"])
 def test_out_of_memory_is_no_failure_of_the_compiler(kind: str, recwarn: pytest.WarningsRecorder) -> None:
     """It is for the caller, who tries smaller passes: what is compiled stays so, and nothing is said."""
@@ -437,23 +485,42 @@ def test_a_compiler_that_fails_later_is_done_without() -> None:
     torch._dynamo.reset()
 
 
+def test_each_shape_of_a_function_is_compiled_by_itself() -> None:
+    """What is compiled for any number of faces is slower."""
+    rows: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        rows.extend(tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor))
+        return graph
+
+    compiled = Compiled(torch.sin, backend)
+    for faces in (3, 4, 5, 4):
+        compiled(torch.ones(faces, 2))
+    assert rows == [3, 4, 5]
+    torch._dynamo.reset()
+
+
 def test_a_spread_network_is_compiled_in_parts() -> None:
     """On two ranks the graph is cut where a bucket of gradients is full, so that their exchange can begin early; the
-    weights after a step are those of the network alone."""
+    weights after a step are those of the network alone. In the trial, which may fail on one of them, no rank waits for
+    the gradients of another."""
     found = run_on_ranks(2, compile_on_a_rank)
-    assert [graphs for graphs, _ in found] == [2, 2]
+    assert [(graphs, tried) for graphs, tried, _, _ in found] == [(2, [False]), (2, [False])]
+    # Statistics of norms are each rank's own; the first rank's, on all, would leave the others' faces out.
+    assert [mean.tolist() for *_, mean in found] == [pytest.approx([0.19 * number] * 3) for number in (1, 2)]
     alone = torch.nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 1000))
     for weight in alone.parameters():
         nn.init.constant_(weight, 1e-3)
     alone(torch.ones(2, 1000)).sum().backward()
-    for _, gradients in found:
+    for _, _, gradients, _ in found:
         for gradient, weight in zip(gradients, alone.parameters(), strict=True):
             torch.testing.assert_close(gradient, weight.grad)
 
 
-def compile_on_a_rank() -> tuple[int, list[Tensor]]:
-    """(graphs that the compiler was given, gradients averaged over the ranks)."""
-    graphs = []
+def compile_on_a_rank() -> tuple[int, list[bool], list[Tensor], Tensor]:
+    """(graphs that the compiler was given, whether the trial exchanges gradients, those averaged over the ranks, the
+    mean of a norm after two batches of rank + 1)."""
+    graphs, exchanges = [], list[bool]()
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         graphs.append(graph)
@@ -465,9 +532,16 @@ def compile_on_a_rank() -> tuple[int, list[Tensor]]:
         nn.init.constant_(weight, 1e-3)
 
     def attempt_it(module: nn.Module) -> None:
+        exchanges.append(bool(module.require_backward_grad_sync))
         module(torch.ones(2, 1000)).sum().backward()
         network.zero_grad(set_to_none=True)
 
     spread_network = compile_network(network, Ranks(dist.group.WORLD), CPU, attempt_it, print, count)
     spread_network(torch.ones(2, 1000)).sum().backward()
-    return len(graphs), [weight.grad for weight in network.parameters() if weight.grad is not None]
+    norm, ranks = nn.BatchNorm1d(3), Ranks(dist.group.WORLD)
+    spread_norm = spread(norm, ranks, CPU)
+    for _ in range(2):
+        spread_norm(torch.full((4, 3), ranks.rank + 1.0)).sum().backward()
+    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
+    assert norm.running_mean is not None
+    return len(graphs), exchanges, gradients, norm.running_mean
