@@ -23,6 +23,7 @@ from data import fitting, resumable_set
 from data.detect import Detection
 from data.face_sets import FaceSetError, open_face_set, write_face_set
 from data.fitting import Fit
+from data.identity_choice import Identity
 from data.images import ImageError, encode_jpeg, encode_png
 from data.pack_set import Packed, main, pack, select
 from data.resumable_set import made_from
@@ -373,6 +374,17 @@ def test_what_the_bytes_depend_on(tmp_path: Path, folder: Path, change: str, mon
     elif change == "threshold":
         fit = replace(FIT, detection=Detection(detector, 0.4, 640, "largest"))
     assert (made_from(faces, identities, fit) == before) == (change == "nothing")
+
+
+def test_a_choice_is_of_images_and_names(folder: Path) -> None:
+    """As many images of as many people, but others of them, or under other names, are another set."""
+    faces, plain = open_source(folder), [Identity("00", np.array([0, 1])), Identity("01", np.array([4, 5]))]
+    choices = [
+        made_from(faces, identities, FIT)["choice of images"]
+        for identities in (plain, [plain[0]._replace(images=np.array([0, 2])), plain[1]],
+                           [plain[0]._replace(name="02"), plain[1]])
+    ]  # fmt: skip
+    assert len(set(choices)) == 3
 
 
 def test_new_bytes_are_counted(tmp_path: Path, folder: Path) -> None:
