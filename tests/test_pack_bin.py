@@ -1,6 +1,8 @@
 """pack_bin: the pairs of a list as a verification set, in order, image bytes as they are."""
 
+import itertools
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
+from data import pair_drawing
 from data.face_sets import FaceSetError
 from data.fitting import Fit
 from data.images import ImageError, decode_rgb
@@ -227,3 +230,17 @@ def test_script_from_another_directory(tmp_path: Path, images: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "out/tiny.bin: 4 pairs, 2 of one person" in done.stdout
     assert len(read_bin(tmp_path / "out" / "tiny.bin").same) == 4
+
+
+def test_every_pair_may_be_drawn() -> None:
+    """Of one person: any of the people where there are more than pairs, any two of a person's images, in any order of
+    the people; not the first of the alphabet, whose images are one photographer's."""
+    people = [list(range(4 * person, 4 * person + 4)) for person in range(5)]
+    drawn = [pair_drawing._of_one(people, 3, random.Random(seed)) for seed in range(200)]
+    assert {pair for pairs in drawn for pair in pairs} == {
+        pair for images in people for pair in itertools.combinations(images, 2)
+    }
+    assert {len({first // 4 for first, _ in pairs}) for pairs in drawn} == {3}
+    assert {pairs[0][0] // 4 for pairs in drawn} == set(range(5))
+    whole = pair_drawing._of_one(people, 100, random.Random(0))
+    assert len(set(whole)) == len(whole) == 30
