@@ -415,7 +415,7 @@ def test_scores_of_halves_are_brought_to_whole_identities() -> None:
     of both, to 1 at most, and the rival is taken off; identities without images are no partners."""
     sizes = np.array([[1, 1], [1, 1]])
     halves = Halves(np.array([0.5, 0.9]), np.array([0.1, 0.2]), sizes, np.array([2, 2]), 0.5)
-    centres: Any = SimpleNamespace(images=torch.tensor([4, 0, 4, 0, 4, 0]))
+    centres: Any = SimpleNamespace(images=torch.tensor([4, *[0] * 20]))
     # Mean lengths of 2 and 4 images whose cosine is 0.5: sqrt(0.75) and sqrt(0.625), of one image 1.
     expected = [0.5 / np.sqrt(0.75 * 0.625) - 0.1, 1 - 0.2]
     assert calibration_module._genuine_scores([halves], [centres], 0) == pytest.approx(expected)

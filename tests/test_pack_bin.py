@@ -13,7 +13,7 @@ import pytest
 
 from conftest import ROOT
 from data import pair_drawing
-from data.face_sets import FaceSetError
+from data.face_sets import IMAGE_ENDINGS, FaceSetError
 from data.fitting import Fit
 from data.images import ImageError, decode_rgb
 from data.pack_bin import PairsError, main, pack_bin, read_pairs
@@ -244,3 +244,46 @@ def test_every_pair_may_be_drawn() -> None:
     assert {pairs[0][0] // 4 for pairs in drawn} == set(range(5))
     whole = pair_drawing._of_one(people, 100, random.Random(0))
     assert len(set(whole)) == len(whole) == 30
+
+
+def test_a_person_called_by_a_number_announces_nothing(tmp_path: Path) -> None:
+    """The first line of a list is a number of pairs only where it has no more than two columns."""
+    (tmp_path / "pairs.txt").write_text("7\t1\t2\n7\t1\t8\t2\n")
+    assert [pair.same for pair in read_pairs(tmp_path / "pairs.txt", tmp_path)] == [True, False]
+
+
+def test_a_comma_in_a_name_makes_no_csv(tmp_path: Path) -> None:
+    """Columns of LFW's list are parted by tabs, whatever is in the first name."""
+    (tmp_path / "pairs.txt").write_text("Lee, Ann\t1\t2\n")
+    (pair,) = read_pairs(tmp_path / "pairs.txt", tmp_path)
+    assert pair.files[1] == tmp_path / "Lee, Ann" / "Lee, Ann_0002.jpg"
+
+
+def test_digits_of_other_scripts_are_no_number(tmp_path: Path) -> None:
+    """A raised 2, which Python calls a digit and cannot read, is told with its line."""
+    (tmp_path / "pairs.txt").write_text("Ann\t1\t\u00b2\n", encoding="utf-8")
+    with pytest.raises(PairsError, match=r"line 1: '\u00b2' is no number of an image"):
+        read_pairs(tmp_path / "pairs.txt", tmp_path)
+
+
+def test_of_several_files_of_an_image_the_jpg_is_taken(tmp_path: Path) -> None:
+    """Then the first by the alphabet, on every machine."""
+    (tmp_path / "Ann").mkdir()
+    for name in ("Ann_0001.jpg", "Ann_0001.bmp", *(f"Ann_0002{ending}" for ending in IMAGE_ENDINGS - {".jpg"})):
+        (tmp_path / "Ann" / name).touch()
+    (tmp_path / "pairs.txt").write_text("Ann\t1\t2\n")
+    (pair,) = read_pairs(tmp_path / "pairs.txt", tmp_path)
+    assert [file.name for file in pair.files] == ["Ann_0001.jpg", f"Ann_0002{min(IMAGE_ENDINGS - {'.jpg'})}"]
+
+
+def test_a_csv_that_a_person_wrote(tmp_path: Path) -> None:
+    """Blanks around fields, capitals in the header and empty lines do not matter; a column too many and a quote without
+    its end do."""
+    table = tmp_path / "pairs.csv"
+    table.write_text("Path1, PATH2 ,same\n\n a/1.jpg , b/2.jpg, 1\n")
+    (pair,) = read_pairs(table, tmp_path)
+    assert pair == ((tmp_path / "a" / "1.jpg", tmp_path / "b" / "2.jpg"), True, 3)
+    for line, message in (("a,b,1,0", "line 2: 4 columns"), ('a,"b,1', "line 2: unexpected end of data")):
+        table.write_text(f"path1,path2,same\n{line}\n")
+        with pytest.raises(PairsError, match=message):
+            read_pairs(table, tmp_path)
