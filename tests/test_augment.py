@@ -19,6 +19,7 @@ from data.augment import (
     augment,
     draw,
 )
+from data.loading import flips
 from data.synthetic_faces import draw_face
 
 ALL = Chances(1, 1, 1, 1, 1)
@@ -203,6 +204,33 @@ def test_chances_and_ranges() -> None:
         assert high - 0.05 < values.max() < 1.03 * high
     assert d.shrink.unique().tolist() == [NEAREST, LINEAR, CUBIC, SHRINK_BY_AREA]
     assert d.enlarge.unique().tolist() == [NEAREST, LINEAR, CUBIC]
+
+
+def test_ranks_get_what_one_process_would(faces: Tensor) -> None:
+    """Each its own part of the batch, in order."""
+    count = len(faces) // 2
+    parts = [augment(faces[rank * count :][:count], ALL, 1, 2, 3, rank, 2) for rank in (0, 1)]
+    assert torch.equal(torch.cat(parts), augment(faces[: 2 * count], ALL, 1, 2, 3))
+
+
+def test_crops_reach_every_edge_and_are_as_often_wide_as_tall() -> None:
+    """Any place is as likely as another, the last one too; the ratio of the sides is drawn by its logarithm."""
+    d = draw(Chances(crop=1), (20_000, 112, 112), 0, 0, 0)
+    height, width = d.bottom - d.top, d.right - d.left
+    wide, tall = (width > height).sum().item(), (width < height).sum().item()
+    assert wide / (wide + tall) == pytest.approx(0.5, abs=0.02)
+    for start, end in ((d.top, d.bottom), (d.left, d.right)):
+        assert ((start > 0) & (end == 112)).any()
+        assert ((start == 0) & (end < 112)).any()
+
+
+def test_what_is_drawn_has_nothing_to_do_with_flips() -> None:
+    """Each kind of random number has a stream of its own: otherwise crops would be of mirrored faces alone."""
+    cropped = (
+        draw(Chances(crop=0.5), (2000, 112, 112), 1, 2, 3).bottom - draw(Chances(), (2000, 112, 112), 1, 2, 3).bottom
+    )
+    mirrored = flips(1, 2, 3, 2000)
+    assert ((cropped < 0) == mirrored).float().mean().item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_seed_epoch_and_batch_decide(faces: Tensor) -> None:

@@ -593,6 +593,45 @@ def test_a_full_disk_of_one_rank(on_ranks: list[dict[str, Any]]) -> None:
         assert recovers
 
 
+def test_what_does_not_fit_makes_room_for_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk the rows that were cut off go before the line is written that tells the first rank of it."""
+    there, put = list[bool](), checkpoint_store._put
+
+    def cut_off(path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    def noted(path: Path, content: dict[str, Any]) -> None:
+        there.append((path.parent / shard_name(0, 1)).exists())
+        put(path, content)
+
+    monkeypatch.setattr(checkpoint_store, "_put", noted)
+    store = CheckpointStore(tmp_path / "checkpoints", Ranks(), say=lambda line: None)
+    monkeypatch.setattr(store._rows, "write", cut_off)
+    assert "rank 0: no space left" in attempt(lambda: save_step(store, 1, Ranks(), wait=True))
+    assert there == [False]
+    attempt(store.finish)
+
+
+def test_only_what_is_said_of_the_save_counts(tmp_path: Path) -> None:
+    """What the first rank said in a run before, of whatever number, is no answer; one save later it has seen more."""
+    with CheckpointStore(tmp_path, Ranks(), patience=0.05) as store:
+        save = checkpoint_store._Save(2, 7, tmp_path, {}, {}, False)
+
+        def heed(token: str, number: int, error: str | None) -> None:
+            said = {"token": token, "number": number, "error": error}
+            checkpoint_store._put(tmp_path / checkpoint_store._OUTCOME, said)
+            store._heed_outcome(save)
+
+        heed(store._token, 2, None)
+        heed(store._token, 3, "a full disk, at a later one")
+        for token, number in (("another", 2), (store._token, 1)):
+            with pytest.raises(TimeoutError):
+                heed(token, number, None)
+        with pytest.raises(OSError, match="the checkpoint of step 7 could not be written: a full disk"):
+            heed(store._token, 2, "a full disk")
+
+
 @pytest.mark.parametrize(("dead", "missed"), [(0, "the first rank"), (1, "the rows of all ranks")])
 def test_a_dead_rank_does_not_hang_the_others(on_ranks: list[dict[str, Any]], dead: int, missed: str) -> None:
     """The others give up after a while, whether it is the one that they wait for or the one that waits for them."""

@@ -20,6 +20,7 @@ from data.verification_bin import write_bin
 from dataset_merge import dataset_merge, deciding, matching, merging
 from dataset_merge.calibration import Calibration
 from dataset_merge.deciding import Decided
+from dataset_merge.merge_report import PICTURES
 from tiny_faces import tiny_face
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,6 +223,8 @@ def test_cleaning_is_reported_and_applied_when_asked(tmp_path: Path, tiny_run: P
         assert [(row["label"], row["finding"]) for row in found] == [("0", "outlier")]
         assert "record 7" in found[0]["image"]
         assert images(tmp_path / flag) == [expected, drawn(1, range(9))]
+    again = ("--decisions", str(tmp_path / "apply" / "merge.csv"))  # which is of the sets as they lie on the disk
+    assert merge(f"{tmp_path / 'one'},{two}", tmp_path / "again", tiny_run, *flags, *again) == rows
 
 
 def test_a_dry_run_writes_no_set_and_its_table_is_applied(
@@ -230,7 +233,11 @@ def test_a_dry_run_writes_no_set_and_its_table_is_applied(
     """Look first, edit, then merge: without a model where bytes decide about duplicates."""
     merged, dry = tmp_path / "merged", tmp_path / "merged.dry_run"
     merge(two_sets, merged, tiny_run, "--dry-run")
-    merge(two_sets, merged, tiny_run, "--dry-run")  # with other settings, say
+    left = [dry / name for name in (*PICTURES, "duplicates.csv", "cleaning.csv")]
+    for path in left:  # of a run with other settings, say
+        path.write_text("stale")
+    merge(two_sets, merged, tiny_run, "--dry-run")
+    assert not [path.name for path in left if path.exists() and path.read_bytes() == b"stale"]
     assert not merged.exists()
     assert not list(dry.glob("*.rec"))
     assert "the set itself would take" in capsys.readouterr().out

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from config import Config, DropNoisyConfig
+from data import drop_noisy
 from data.drop_noisy import (
     Measured,
     load_centres,
@@ -253,6 +254,23 @@ def test_batches_workers_and_sizes_change_no_angle(noisy_set: Path, noisy_run: P
     np.testing.assert_allclose(measured_by(noisy_run, large, resize=True).angle, plain.angle, atol=0.02)
     mirrored = measured_by(noisy_run, noisy_set, mirror=True)
     assert not np.allclose(mirrored.angle, plain.angle, atol=0.5)
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_the_mirror_image_is_added_when_asked(
+    noisy_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mirror: bool
+) -> None:
+    """The flag of the program reaches the measuring."""
+    asked: list[object] = []
+
+    def stop(*arguments: object) -> None:
+        asked.append(arguments[6])
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(drop_noisy, "measure", stop)
+    flags = ["--mirror"] if mirror else []
+    assert "seen enough" in refusal("--run", noisy_run, "--output", tmp_path / "clean", *flags)
+    assert asked == [mirror]
 
 
 def test_broken_images_are_dropped_and_named(

@@ -1,10 +1,14 @@
 """Steps that explode or run out of memory: what a run does about them, and what it says."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -23,6 +27,7 @@ from utils import training_log
 from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST
 from utils.metrics import read_metrics
+from utils.micro_batch import kept_limit
 from utils.saved_checkpoints import Saved, checkpoint_folders
 from utils.settings import as_flags, flatten
 from utils.training_step import StepOutput, TrainingStep
@@ -266,6 +271,48 @@ def test_out_of_memory_says_what_to_lower(
         SystemExit, match=r"^train: CUDA out of memory\. Lower train\.micro_batch, or train\.batch_size$"
     ):
         main(as_flags(flatten(config)))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro_batch", "smaller", "note", "kept"),
+    [
+        (2, "auto", 3, None, 3),
+        (1, "auto", 3, None, None),  # which has tried by itself
+        (2, "6", 3, None, None),
+        (2, "auto", 0, None, None),  # batch norm cannot train on less
+        (2, "auto", 3, "spread the centres over more cards", None),
+    ],
+)
+def test_smaller_passes_are_kept_for_several_processes_where_they_help(
+    tmp_path: Path, ranks: int, micro_batch: str, smaller: int, note: str | None, kept: int | None
+) -> None:
+    """The run that is started again takes them only if it is out of memory for want of them, and then it says so."""
+    config, error = Config(), torch.OutOfMemoryError("made up")
+    if note:
+        error.add_note(note)
+    step = SimpleNamespace(half_a_pass={6: smaller}.__getitem__)
+    trainer: Any = SimpleNamespace(
+        training_step=step, ranks=SimpleNamespace(size=ranks), run=tmp_path,
+        config=replace(config, train=replace(config.train, micro_batch=micro_batch)),
+    )  # fmt: skip
+    Trainer.keep_limit(trainer, error, 6)
+    assert kept_limit(tmp_path) == kept
+    said = [f"Passes have 3 faces from now on: start it again with --resume auto --name {tmp_path.name}"]
+    assert getattr(error, "__notes__", []) == (said if kept else [note] if note else [])
+
+
+def test_every_step_and_process_draws_numbers_of_its_own() -> None:
+    """Dropout of two processes, or of two steps, is not the same; and the average counts steps from 0."""
+    seeds, averaged = list[int](), list[int]()
+    for rank, step in itertools.product(range(2), range(3)):
+        trainer: Any = MagicMock(step=step, skipped=set(), learning_rates=[0.1] * 3)
+        trainer.config.train.seed = 5
+        trainer.ranks = SimpleNamespace(rank=rank, size=2)
+        trainer.training_step = lambda *_: seeds.append(torch.initial_seed())
+        trainer.average.update = lambda network, step: averaged.append(step)
+        Trainer.train_on(trainer, MagicMock())
+    assert len(set(seeds)) == 6
+    assert averaged == [0, 1, 2] * 2
 
 
 def test_out_of_memory_in_the_head_says_what_helps(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from head_cases import BATCH, CLASSES, LR, OPTIMIZERS, SAMPLED, SIZE, STEPS, batch, blockwise, dense, sample_once, train
 from head_cases import train_every_loss as train_every_loss_on_a_rank
-from models.heads import BlockwiseHead, DenseHead, Engine, Head, RowSGD, automatic_block, create_head
+from models.heads import BlockwiseHead, DenseHead, Engine, Head, RowAdamW, RowSGD, automatic_block, create_head
 from models.heads.classes import CLASSES_PER_DRAW, initial_centres
 from models.heads.sampling import sample_classes, sampled_count
 from models.losses import LOSSES, create_loss
@@ -114,6 +114,12 @@ def test_row_optimizers_are_torchs(optimizer: str) -> None:
         reference.step()
         head.update(step)
     torch.testing.assert_close(head.weight.detach(), start.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_not_set_of_a_row_optimizer_is_as_published() -> None:
+    """Betas and eps are no settings: they are torch's, as the network's AdamW has them."""
+    torchs = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).defaults
+    assert (RowAdamW().betas, RowAdamW().eps) == (torchs["betas"], torchs["eps"]) == ((0.9, 0.999), 1e-8)
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.5])

@@ -719,6 +719,21 @@ def test_names() -> None:
         create_loss("arc")
 
 
+@pytest.mark.parametrize("name", ["adaface", "curricularface"])
+def test_losses_with_statistics_know_of_parts(name: str) -> None:
+    """The same faces, in one pass or again in each of three, move every statistic as far."""
+    norm, cosine = torch.tensor([5.0, 9.0, 30.0]), torch.tensor([0.3, 0.1, 0.9])
+    found = []
+    for parts in (1, 3):
+        loss = create_loss(name)
+        loss.parts = parts
+        for loss.part in range(parts):
+            loss.targets(cosine, norm, torch.ones(3, dtype=torch.bool), 0)
+        found.append(list(loss.buffers()))
+    torch.testing.assert_close(*found)
+    assert found[0][0] != next(create_loss(name).buffers())
+
+
 def test_parts_of_a_batch_move_statistics_as_the_batch_does() -> None:
     """A batch that takes four passes: four equal values move a running mean as far as one does."""
     whole, by_parts = torch.tensor(1.0), torch.tensor(1.0)

@@ -1,18 +1,25 @@
 """Merges of awkward sets by the program: odd names, a set with itself, single images, broken embeddings."""
 
 import csv
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from config import MergeConfig
 from data.face_sets import open_face_set, write_face_set
 from data.images import encode_png
 from data.verification_bin import write_bin
-from dataset_merge import dataset_merge
+from dataset_merge import dataset_merge, opening
+from dataset_merge.decisions import DecisionsError
+from dataset_merge.opening import open_sets
+from dataset_merge.table_sources import check_sources, write_sources
 from dataset_merge.unit_rows import UnitRows
+from dataset_merge.writing import needed, stored_sizes
 from models.embedders import NetworkEmbedder
 from tiny_faces import tiny_face
 
@@ -192,9 +199,107 @@ def test_a_table_of_unknown_sets_is_applied_with_a_remark(
     assert merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "edited.csv")) == rows
     assert "merge.sets.json is not there" in capsys.readouterr().out
     assert "merge.sets.json is not there" in (tmp_path / "b" / "report.html").read_text()
-    (tmp_path / "merge.sets.json").write_text("{}")
-    with pytest.raises(SystemExit, match=r"merge\.sets\.json is damaged"):
-        merge(sets, tmp_path / "c", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
+    for damaged in ("{}", "[]", "{"):
+        (tmp_path / "merge.sets.json").write_text(damaged)
+        with pytest.raises(SystemExit, match=r"merge\.sets\.json is damaged"):
+            merge(sets, tmp_path / "c", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
+
+
+def test_a_table_names_what_has_changed(tmp_path: Path) -> None:
+    """The order in which to give three sets; the set whose images or labels are others; how the sets were cleaned, by
+    each limit. Looking for wrong images changes no set."""
+    strangers(tmp_path)
+    with write_face_set(tmp_path / "three", 32) as out:
+        out.add_identity([tiny_face(7, 0)])
+    paths = tuple(str(tmp_path / name) for name in ("one", "two", "three"))
+    sets = [open_face_set(path) for path in paths]
+    table, written = tmp_path / "merge.csv", tmp_path / "merge.sets.json"
+    plain = MergeConfig(sets=paths)
+    write_sources(tmp_path, plain, sets)
+    assert check_sources(table, plain, sets) is None
+    assert check_sources(table, replace(plain, clean="report"), sets) is None
+    turned = replace(plain, sets=(paths[1], paths[2], paths[0]))
+    with pytest.raises(DecisionsError, match=f"in another order: give --merge {','.join(paths)}$"):
+        check_sources(table, turned, [sets[1], sets[2], sets[0]])
+    known = json.loads(written.read_text())
+    for number, what in ((1, "labels"), (2, "images")):
+        changed = json.loads(json.dumps(known))
+        changed["sets"][number][what] = "0"
+        written.write_text(json.dumps(changed))
+        with pytest.raises(
+            DecisionsError, match=rf"made of other {what} than those of set {number} \(.*; then {paths[number]}"
+        ):
+            check_sources(table, plain, sets)
+    cleaned = MergeConfig(sets=paths, clean="apply", clean_outlier=0.2, clean_mixed=0.3)
+    write_sources(tmp_path, cleaned, sets)
+    assert check_sources(table, cleaned, sets) is None
+    for other in (
+        replace(cleaned, clean_outlier=0.1),
+        replace(cleaned, clean_mixed=0.1),
+        replace(cleaned, clean="off"),
+    ):
+        with pytest.raises(
+            DecisionsError, match=r"made with --clean apply --clean-outlier 0\.2 --clean-mixed 0\.3, not"
+        ):
+            check_sources(table, other, sets)
+
+
+def test_sets_are_opened_as_the_settings_allow(tmp_path: Path) -> None:
+    """One set is enough for what one set is for; a table is a file; nothing is written into a test set, nor where
+    something is, unless nothing but a look was asked for; few identities matter to a threshold to be found alone."""
+    one, two = map(str, strangers(tmp_path))
+    table, there = tmp_path / "merge.csv", tmp_path / "there"
+    table.touch()
+    there.mkdir()
+    (there / "photo").touch()
+    pair = MergeConfig(sets=(one, two), output=str(tmp_path / "out"))
+    alone = replace(pair, sets=(one,))
+    for usable in (
+        replace(alone, within=True),
+        replace(alone, clean="report"),
+        replace(alone, exclude=(two,)),
+        replace(alone, decisions=str(table)),
+        replace(pair, output=str(there), dry_run=True),
+        replace(pair, t="auto", decisions=str(table)),
+        replace(alone, t="auto", clean="report"),
+    ):
+        assert len(open_sets(usable).sets) == len(usable.sets)
+    for refused, message in (
+        (alone, "name two sets or more"),
+        (replace(pair, decisions=str(there)), "no table of decisions"),
+        (replace(pair, exclude=(two,), sets=(one,), output=f"{two}/out"), "out lies inside the set .*two"),
+        (replace(alone, t="auto", within=True), "needs 200 identities"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            open_sets(refused)
+    with pytest.raises(FileExistsError, match="there exists"):
+        open_sets(replace(pair, output=str(there)))
+
+
+def test_room_that_a_merge_is_sure_to_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first set's images, where all of them stay whatever is decided; embeddings count too, on the same disk."""
+    one, two = map(str, strangers(tmp_path))
+    asked: list[Path] = []
+    monkeypatch.setattr(opening, "require_space", lambda output, size, embeddings: asked.append(output))
+    monkeypatch.setattr(opening, "features_to_make", lambda *_: 100)
+    pair = MergeConfig(sets=(one, two), output=str(tmp_path / "out"))
+    opened, embedder = open_sets(pair), NetworkEmbedder.__new__(NetworkEmbedder)
+    for sure, settings in (
+        (True, pair),
+        (True, replace(pair, on_match="drop")),
+        (False, replace(pair, on_match="keep-larger")),
+        (False, replace(pair, exclude=(two,))),
+        (False, replace(pair, clean="apply")),
+        (False, replace(pair, decisions="merge.csv")),
+        (False, replace(pair, dry_run=True)),
+    ):
+        asked.clear()
+        opening.tell_size(settings, opened, embedder)
+        assert bool(asked) == sure, settings
+    most = needed(np.concatenate([stored_sizes(faces) for faces in opened.sets]), 6)
+    for free, fits in ((most + 200, True), (most + 199, False)):
+        monkeypatch.setattr(opening, "available", lambda output, free=free: free)
+        assert ("it may not fit" in opening.tell_size(pair, opened, embedder)) != fits
 
 
 def test_taking_unit_vectors_leaves_the_features() -> None:

@@ -2,6 +2,8 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from dataset_merge import scores as scores_module
 from dataset_merge.calibration import (
     Calibration,
     CalibrationError,
+    Halves,
     Impostors,
     expected_cosine,
     half_scores,
@@ -405,3 +408,43 @@ def test_halves_are_halves() -> None:
     nothing = Impostors(np.empty(0), 0.0, np.empty(0))
     halves = half_scores(embeddings, labels, identity_centres(embeddings, labels, 4), nothing, 0)
     assert halves.sizes.tolist() == [[3, 3], [3, 3], [3, 3], [3, 2]]
+
+
+def test_scores_of_halves_are_brought_to_whole_identities() -> None:
+    """A half against a half says too little of two whole identities: by the formula the cosine grows with the images
+    of both, to 1 at most, and the rival is taken off; identities without images are no partners."""
+    sizes = np.array([[1, 1], [1, 1]])
+    halves = Halves(np.array([0.5, 0.9]), np.array([0.1, 0.2]), sizes, np.array([2, 2]), 0.5)
+    centres: Any = SimpleNamespace(images=torch.tensor([4, *[0] * 20]))
+    # Mean lengths of 2 and 4 images whose cosine is 0.5: sqrt(0.75) and sqrt(0.625), of one image 1.
+    expected = [0.5 / np.sqrt(0.75 * 0.625) - 0.1, 1 - 0.2]
+    assert calibration_module._genuine_scores([halves], [centres], 0) == pytest.approx(expected)
+
+
+def test_pairs_that_are_left_to_join_wrongly() -> None:
+    """Who has joined is no one else's: 10 x 8 pairs of two sets become 7 x 5 after three joins, 45 within one of ten
+    become 6 of the four that are left; none are left where more have joined than there are. By clusters all stay."""
+    scores, thresholds = np.array([0.9, 0.7, 0.8]), np.array([0.0, 0.75, 1.0])
+    left = calibration_module._open_pairs
+    assert left([(0, 1, scores)], [10, 8], "mutual", thresholds).tolist() == [35, 48, 80]
+    assert left([(0, 0, scores)], [10], "mutual", thresholds).tolist() == [6, 15, 45]
+    assert left([(0, 1, scores)], [10, 8], "clusters", thresholds).tolist() == [80, 80, 80]
+    assert left([(0, 1, scores), (0, 0, scores)], [2, 1], "mutual", thresholds).tolist() == [0, 0, 3]
+
+
+def test_the_range_is_that_of_nine_fits_in_ten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`expected_wrong_range`, 90 % in the report's words: a twentieth of the fits to resampled scores lies on each side
+    of it."""
+    fitted = []
+
+    def fit(*arguments: Any) -> Any:
+        fitted.extend(fit_tails(*arguments))
+        return fitted
+
+    monkeypatch.setattr(calibration_module, "fit_tails", fit)
+    told = calibrated(run(drawn_sets()))
+    above = np.array([float(tail.above(told.threshold)) for tail in fitted])
+    wrong = above * told.expected_wrong / above[0]
+    low, high = told.expected_wrong_range
+    assert (wrong[1:] < low).mean() == pytest.approx(0.05, abs=0.02)
+    assert (wrong[1:] > high).mean() == pytest.approx(0.05, abs=0.02)

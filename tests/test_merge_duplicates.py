@@ -26,6 +26,7 @@ from dataset_merge.duplicates import (
 )
 from dataset_merge.joined_duplicates import Parts, search
 from models.embedders import load_embedder
+from tiny_faces import tiny_face
 
 
 def scaled(face: np.ndarray, side: int) -> np.ndarray:
@@ -217,6 +218,38 @@ def test_processes_find_what_one_finds(
         with pytest.raises(OSError, match="pulled out"):
             search(tmp_path / "many", sets, JoinedFaceSet(sets), parts, unit, "model", 0)
     assert search(tmp_path / "many", sets, JoinedFaceSet(sets), parts, unit, "model", 2) == found
+
+
+def test_what_was_found_is_for_its_model_limits_and_identities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same search again costs nothing; by another model, by bytes, with other limits, or with the same images
+    under other identities it is made anew, instead of an answer to another question."""
+    for name in ("one", "two"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        for shot in range(3):
+            (tmp_path / name / "a" / f"{shot}.png").write_bytes(tiny_face(0, shot))
+    sets = [open_face_set(tmp_path / name) for name in ("one", "two")]
+    unit = np.eye(6, dtype=np.float32)
+    made, whole = list[Path](), joined_duplicates._search
+
+    def counted(work: Any, *arguments: Any) -> None:
+        made.append(work.path)
+        whole(work, *arguments)
+
+    monkeypatch.setattr(joined_duplicates, "_search", counted)
+
+    def look(first: int, model: str, embeddings: np.ndarray | None) -> int:
+        parts = Parts([[np.arange(first), np.arange(first, 6)]])
+        found = search(tmp_path / "cache", sets, JoinedFaceSet(sets), parts, embeddings, model, 0)
+        assert first != 3 or [(d.image, d.original) for d in found] == [(3, 0), (4, 1), (5, 2)]
+        return len(made)
+
+    assert [look(3, "a", unit), look(3, "a", unit)] == [1, 1]
+    assert look(3, "b", unit) == 2
+    assert [look(3, "a", None), look(2, "a", None)] == [3, 4]
+    for calls, limit in ((5, "SAME_CORRELATION"), (6, "CANDIDATE_COSINE")):
+        monkeypatch.setattr(joined_duplicates, limit, 0.999)
+        assert look(3, "a", unit) == calls
+    assert look(3, "a", None) == 6, "bytes know no limits"
 
 
 def fail_at(identity: int) -> Callable:

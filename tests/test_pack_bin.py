@@ -1,6 +1,8 @@
 """pack_bin: the pairs of a list as a verification set, in order, image bytes as they are."""
 
+import itertools
 import os
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from data.face_sets import FaceSetError
+from data import pair_drawing
+from data.face_sets import IMAGE_ENDINGS, FaceSetError
 from data.fitting import Fit
 from data.images import ImageError, decode_rgb
 from data.pack_bin import PairsError, main, pack_bin, read_pairs
@@ -227,3 +230,60 @@ def test_script_from_another_directory(tmp_path: Path, images: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "out/tiny.bin: 4 pairs, 2 of one person" in done.stdout
     assert len(read_bin(tmp_path / "out" / "tiny.bin").same) == 4
+
+
+def test_every_pair_may_be_drawn() -> None:
+    """Of one person: any of the people where there are more than pairs, any two of a person's images, in any order of
+    the people; not the first of the alphabet, whose images are one photographer's."""
+    people = [list(range(4 * person, 4 * person + 4)) for person in range(5)]
+    drawn = [pair_drawing._of_one(people, 3, random.Random(seed)) for seed in range(200)]
+    assert {pair for pairs in drawn for pair in pairs} == {
+        pair for images in people for pair in itertools.combinations(images, 2)
+    }
+    assert {len({first // 4 for first, _ in pairs}) for pairs in drawn} == {3}
+    assert {pairs[0][0] // 4 for pairs in drawn} == set(range(5))
+    whole = pair_drawing._of_one(people, 100, random.Random(0))
+    assert len(set(whole)) == len(whole) == 30
+
+
+def test_a_person_called_by_a_number_announces_nothing(tmp_path: Path) -> None:
+    """The first line of a list is a number of pairs only where it has no more than two columns."""
+    (tmp_path / "pairs.txt").write_text("7\t1\t2\n7\t1\t8\t2\n")
+    assert [pair.same for pair in read_pairs(tmp_path / "pairs.txt", tmp_path)] == [True, False]
+
+
+def test_a_comma_in_a_name_makes_no_csv(tmp_path: Path) -> None:
+    """Columns of LFW's list are parted by tabs, whatever is in the first name."""
+    (tmp_path / "pairs.txt").write_text("Lee, Ann\t1\t2\n")
+    (pair,) = read_pairs(tmp_path / "pairs.txt", tmp_path)
+    assert pair.files[1] == tmp_path / "Lee, Ann" / "Lee, Ann_0002.jpg"
+
+
+def test_digits_of_other_scripts_are_no_number(tmp_path: Path) -> None:
+    """A raised 2, which Python calls a digit and cannot read, is told with its line."""
+    (tmp_path / "pairs.txt").write_text("Ann\t1\t\u00b2\n", encoding="utf-8")
+    with pytest.raises(PairsError, match=r"line 1: '\u00b2' is no number of an image"):
+        read_pairs(tmp_path / "pairs.txt", tmp_path)
+
+
+def test_of_several_files_of_an_image_the_jpg_is_taken(tmp_path: Path) -> None:
+    """Then the first by the alphabet, on every machine."""
+    (tmp_path / "Ann").mkdir()
+    for name in ("Ann_0001.jpg", "Ann_0001.bmp", *(f"Ann_0002{ending}" for ending in IMAGE_ENDINGS - {".jpg"})):
+        (tmp_path / "Ann" / name).touch()
+    (tmp_path / "pairs.txt").write_text("Ann\t1\t2\n")
+    (pair,) = read_pairs(tmp_path / "pairs.txt", tmp_path)
+    assert [file.name for file in pair.files] == ["Ann_0001.jpg", f"Ann_0002{min(IMAGE_ENDINGS - {'.jpg'})}"]
+
+
+def test_a_csv_that_a_person_wrote(tmp_path: Path) -> None:
+    """Blanks around fields, capitals in the header and empty lines do not matter; a column too many and a quote without
+    its end do."""
+    table = tmp_path / "pairs.csv"
+    table.write_text("Path1, PATH2 ,same\n\n a/1.jpg , b/2.jpg, 1\n")
+    (pair,) = read_pairs(table, tmp_path)
+    assert pair == ((tmp_path / "a" / "1.jpg", tmp_path / "b" / "2.jpg"), True, 3)
+    for line, message in (("a,b,1,0", "line 2: 4 columns"), ('a,"b,1', "line 2: unexpected end of data")):
+        table.write_text(f"path1,path2,same\n{line}\n")
+        with pytest.raises(PairsError, match=message):
+            read_pairs(table, tmp_path)

@@ -23,6 +23,7 @@ from data import fitting, resumable_set
 from data.detect import Detection
 from data.face_sets import FaceSetError, open_face_set, write_face_set
 from data.fitting import Fit
+from data.identity_choice import Identity
 from data.images import ImageError, encode_jpeg, encode_png
 from data.pack_set import Packed, main, pack, select
 from data.resumable_set import made_from
@@ -375,6 +376,25 @@ def test_what_the_bytes_depend_on(tmp_path: Path, folder: Path, change: str, mon
     assert (made_from(faces, identities, fit) == before) == (change == "nothing")
 
 
+def test_a_choice_is_of_images_and_names(folder: Path) -> None:
+    """As many images of as many people, but others of them, or under other names, are another set."""
+    faces, plain = open_source(folder), [Identity("00", np.array([0, 1])), Identity("01", np.array([4, 5]))]
+    choices = [
+        made_from(faces, identities, FIT)["choice of images"]
+        for identities in (plain, [plain[0]._replace(images=np.array([0, 2])), plain[1]],
+                           [plain[0]._replace(name="02"), plain[1]])
+    ]  # fmt: skip
+    assert len(set(choices)) == 3
+
+
+def test_new_bytes_are_counted(tmp_path: Path, folder: Path) -> None:
+    """Of the images those that were resized, which the last line tells: the rest are as they were."""
+    large = encode_png(np.zeros((2 * SIZE, 2 * SIZE, 3), np.uint8))
+    for person in (0, 3):
+        (folder / f"{person:02}" / "1.png").write_bytes(large)
+    assert pack_all(folder, tmp_path / "set", Fit(SIZE, "resize", 95)) == Packed(4, 16, changed=2)
+
+
 def test_another_spelling_of_the_source(tmp_path: Path, folder: Path, interrupted: Path) -> None:
     """The same folder by a relative path, with `..`, or through a link, is the same; so are a list and its images."""
     bad = folder / "03" / "1.png"
@@ -411,9 +431,10 @@ def test_another_spelling_of_a_list(tmp_path: Path, folder: Path, saves: None) -
 
 def test_skipping_leaves_something(tmp_path: Path, folder: Path) -> None:
     """A source without a good image is an error that names the first, and leaves nothing; files that lack stop too."""
-    (tmp_path / "list.csv").write_text("path,label\nfaces/00/0.png,a\n")
+    (tmp_path / "list.csv").write_text("path,label\nfaces/00/0.png,a\nfaces/00/1.png,a\n")
     (folder / "00" / "0.png").write_bytes(b"no image")
-    with pytest.raises(FaceSetError, match=r"not one of 1 images can be packed; the first: .*0\.png: its 8 bytes"):
+    (folder / "00" / "1.png").write_bytes(b"no")
+    with pytest.raises(FaceSetError, match=r"not one of 2 images can be packed; the first: .*0\.png: its 8 bytes"):
         pack_all(tmp_path / "list.csv", tmp_path / "set", SKIP)
     (folder / "00" / "0.png").unlink()
     with pytest.raises(FaceSetError, match=r"list\.csv, line 2: .*0\.png: No such file"):

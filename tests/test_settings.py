@@ -212,6 +212,8 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: 
         (["--set", "faces"], "(did you mean --report.set?)"),
         (["--loss", "cosface"], "there is no setting --loss, but --loss.name, --loss.margin, --loss.scale, ...\n"),
         (["configs/ms1mv3_r50.py"], "(did you mean --preset ms1mv3_r50?)"),
+        (["--model", "a.onnx"], "(did you mean --test.model?)"),  # a section, too
+        (["./t"], "there is no setting ./t\n"),
         (["configs/nobody_r50"], "there is no setting configs/nobody_r50\n"),
     ],
 )
@@ -221,6 +223,13 @@ def test_what_was_meant(capsys: pytest.CaptureFixture[str], argv: list[str], mea
     with pytest.raises(SystemExit):
         parse_settings(config.Config, config.PRESETS, ("train", "common"), "Trains", argv)
     assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"oven": 3}'])
+def test_what_is_no_saved_settings(text: str) -> None:
+    """Broken JSON, and JSON of something else, is an error in words."""
+    with pytest.raises(ConfigError, match="these are no saved settings"):
+        from_json(text)
 
 
 def test_a_path_with_a_comma(tmp_path: Path) -> None:

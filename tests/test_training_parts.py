@@ -23,6 +23,7 @@ from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
 from models.recompute import recompute_blocks
 from ranks import run_on_ranks
 from train import train
+from utils import step_building
 from utils.checkpoints import BEST
 from utils.compiling import Compiled, CompiledNetwork
 from utils.devices import autocast
@@ -31,8 +32,9 @@ from utils.micro_batch import trial_pass
 from utils.optimizers import train_mode
 from utils.ranks import Ranks
 from utils.run_folders import TrainingError
-from utils.step_building import build_step, compile_network, part_sizes
+from utils.step_building import build_step, compile_network, part_sizes, spread
 from utils.training_parts import build_head, build_network
+from utils.training_step import TrainingStep
 
 CPU = torch.device("cpu")
 
@@ -186,11 +188,82 @@ def test_passes_of_a_single_image_are_refused(
 ) -> None:
     """Batch norm cannot train on one: a batch of 4, or one of 12 in passes of 2, shared by 4 ranks, leaves one."""
     config = configure(tiny_set, tmp_path, train__batch_size=batch_size, train__micro_batch=micro_batch)
-    network, ranks = create_network("demo", 16, 32), SimpleNamespace(size=4)
-    head = build_head(config, 6, CPU, torch.float32, Ranks())
-    optimizer, scaler = torch.optim.SGD(network.parameters()), torch.amp.GradScaler("cpu", enabled=False)
     with pytest.raises(TrainingError, match=f"train.micro_batch: {message} of a process some pass has a single one"):
-        build_step(config, network, head, optimizer, scaler, torch.float32, CPU, ranks, print)  # type: ignore[arg-type]
+        step_of(config, create_network("demo", 16, 32), ranks=SimpleNamespace(size=4))
+
+
+def step_of(
+    config: Config,
+    network: nn.Module,
+    ranks: Any = None,
+    say: Callable[[str], object] = print,
+    limit: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> TrainingStep:
+    head = build_head(config, 6, CPU, torch.float32, Ranks())
+    optimizer, scaler = optimizer or torch.optim.SGD(network.parameters()), torch.amp.GradScaler("cpu", enabled=False)
+    return build_step(config, network, head, optimizer, scaler, torch.float32, CPU, ranks or Ranks(), say, limit)
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "limit", "faces", "lines"),
+    [
+        ("auto", None, 16, 0),
+        ("auto", 16, 16, 0),  # what a run keeps that never ran out of memory
+        ("auto", 6, 6, 1),
+        ("5", None, 5, 0),
+        ("5", 2, 5, 0),
+        ("100", None, 16, 0),
+        ("2", None, 2, 0),
+    ],
+)
+def test_passes_have_what_is_set_or_fitted(
+    tiny_set: Path, tmp_path: Path, micro_batch: str, limit: int | None, faces: int, lines: int
+) -> None:
+    """A number that is set stays, up to the batch; only automatic passes heed what ran out of memory before, which is
+    said, and only they may shrink on the way. The gradient is clipped where it was asked for."""
+    said: list[str] = []
+    config = configure(tiny_set, tmp_path, train__micro_batch=micro_batch, train__gradient_clip=3.5)
+    step = step_of(config, create_network("demo", 16, 32), say=said.append, limit=limit)
+    assert step.micro_batch == faces
+    assert len(said) == lines
+    assert (step.shrinking is not None) == (micro_batch == "auto")
+    assert step.gradient_clip == 3.5
+
+
+def test_norms_of_several_processes_are_joined_on_cards_alone(tiny_set: Path, tmp_path: Path) -> None:
+    """Where torch cannot, train.sync_bn is refused, instead of a run that does without it."""
+    config = configure(tiny_set, tmp_path, train__sync_bn=True)
+    with pytest.raises(TrainingError, match=r"train\.sync_bn: torch has it for CUDA only"):
+        step_of(config, create_network("demo", 16, 32), ranks=SimpleNamespace(size=2))
+
+
+@pytest.mark.parametrize(("stepped", "states"), [(False, 2), (True, 0)])
+def test_every_size_of_pass_is_tried_before_it_trains(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stepped: bool, states: int
+) -> None:
+    """A compiler sees all shapes of a step, in the mode of training, frozen parts aside, and beside the memory that the
+    first step takes for the optimizer, where it has not been made yet."""
+    tried: list[tuple[int, int]] = []
+    network = create_network("demo", 16, 32).eval()
+    optimizer = torch.optim.AdamW(network.parameters())
+    if stepped:
+        network(torch.zeros(2, 3, 32, 32)).sum().backward()
+        optimizer.step()
+
+    def trial(module: nn.Module, states: int, **_: object) -> Callable[[int], None]:
+        assert [part.training for part in module.get_submodule("body")][:2] == [False, True]
+        return lambda faces: tried.append((faces, states))
+
+    def compile_it(module: nn.Module, ranks: Ranks, device: torch.device, attempt: Any, say: Any) -> nn.Module:
+        attempt(module)
+        return module
+
+    monkeypatch.setattr(step_building, "trial_pass", trial)
+    monkeypatch.setattr(step_building, "compile_network", compile_it)
+    config = configure(tiny_set, tmp_path, train__compile="on", train__micro_batch="3", train__frozen=("body.0",))
+    step_of(config, network, optimizer=optimizer)
+    assert tried == [(3, states), (2, states)]
 
 
 def test_sync_bn_alone_is_batch_norm(tiny_set: Path, tmp_path: Path, plain: Path) -> None:
@@ -269,6 +342,54 @@ def test_a_compiler_that_fails_is_said_once() -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         compile_network(network, Ranks(), CPU, exhaust, said.append, "aot_eager")
+    assert len(said) == 1
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("error", "elsewhere", "told", "ends"),
+    [
+        (None, 0, 0, "compiled"),
+        (None, 1, 0, "on another rank"),
+        (None, 2, 0, "out of memory on another rank"),
+        (RuntimeError("no such instruction"), 0, 1, "no such instruction"),
+        (RuntimeError("no such instruction"), 2, 1, "out of memory on another rank"),
+        (torch.OutOfMemoryError("made up"), 0, 2, "made up"),
+        (torch.OutOfMemoryError("made up"), 1, 2, "made up"),
+    ],
+)
+def test_processes_agree_whether_to_compile(error: Exception | None, elsewhere: int, told: int, ends: str) -> None:
+    """What failed on one is told to all, memory before compilers: one that went on compiled while another did not, or
+    tried smaller passes alone, would wait for gradients that never come."""
+    said, numbers = list[str](), list[int]()
+
+    def most(number: int) -> int:
+        numbers.append(number)
+        return max(number, elsewhere)
+
+    def attempt_it(module: nn.Module) -> None:
+        if error is not None:
+            raise error
+
+    ranks: Any = SimpleNamespace(size=1, most=most)
+    if 2 in (told, elsewhere):
+        with pytest.raises(torch.OutOfMemoryError, match=f"^{ends}$"):
+            compile_network(units(), ranks, CPU, attempt_it, said.append, "eager")
+        assert not said
+    else:
+        compiled = compile_network(units(), ranks, CPU, attempt_it, said.append, "eager")
+        assert isinstance(compiled, CompiledNetwork)
+        assert compiled.gave_up == (ends != "compiled")
+        assert [ends in line for line in said] == [True] * compiled.gave_up
+    assert numbers == [told]
+
+
+def test_a_network_that_gave_up_is_told_to_the_other_processes() -> None:
+    """A compiler that fails in the trial's forward pass, which goes on without it, has failed nevertheless."""
+    numbers, said = list[int](), list[str]()
+    ranks: Any = SimpleNamespace(size=1, most=lambda number: numbers.append(number) or number)
+    compile_network(units(), ranks, CPU, attempt, said.append, failing_backend)
+    assert numbers == [1]
     assert len(said) == 1
     torch._dynamo.reset()
 
@@ -364,23 +485,42 @@ def test_a_compiler_that_fails_later_is_done_without() -> None:
     torch._dynamo.reset()
 
 
+def test_each_shape_of_a_function_is_compiled_by_itself() -> None:
+    """What is compiled for any number of faces is slower."""
+    rows: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        rows.extend(tensor.shape[0] for tensor in inputs if isinstance(tensor, Tensor))
+        return graph
+
+    compiled = Compiled(torch.sin, backend)
+    for faces in (3, 4, 5, 4):
+        compiled(torch.ones(faces, 2))
+    assert rows == [3, 4, 5]
+    torch._dynamo.reset()
+
+
 def test_a_spread_network_is_compiled_in_parts() -> None:
     """On two ranks the graph is cut where a bucket of gradients is full, so that their exchange can begin early; the
-    weights after a step are those of the network alone."""
+    weights after a step are those of the network alone. In the trial, which may fail on one of them, no rank waits for
+    the gradients of another."""
     found = run_on_ranks(2, compile_on_a_rank)
-    assert [graphs for graphs, _ in found] == [2, 2]
+    assert [(graphs, tried) for graphs, tried, _, _ in found] == [(2, [False]), (2, [False])]
+    # Statistics of norms are each rank's own; the first rank's, on all, would leave the others' faces out.
+    assert [mean.tolist() for *_, mean in found] == [pytest.approx([0.19 * number] * 3) for number in (1, 2)]
     alone = torch.nn.Sequential(nn.Linear(1000, 1000), nn.ReLU(), nn.Linear(1000, 1000))
     for weight in alone.parameters():
         nn.init.constant_(weight, 1e-3)
     alone(torch.ones(2, 1000)).sum().backward()
-    for _, gradients in found:
+    for _, _, gradients, _ in found:
         for gradient, weight in zip(gradients, alone.parameters(), strict=True):
             torch.testing.assert_close(gradient, weight.grad)
 
 
-def compile_on_a_rank() -> tuple[int, list[Tensor]]:
-    """(graphs that the compiler was given, gradients averaged over the ranks)."""
-    graphs = []
+def compile_on_a_rank() -> tuple[int, list[bool], list[Tensor], Tensor]:
+    """(graphs that the compiler was given, whether the trial exchanges gradients, those averaged over the ranks, the
+    mean of a norm after two batches of rank + 1)."""
+    graphs, exchanges = [], list[bool]()
 
     def count(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         graphs.append(graph)
@@ -392,9 +532,16 @@ def compile_on_a_rank() -> tuple[int, list[Tensor]]:
         nn.init.constant_(weight, 1e-3)
 
     def attempt_it(module: nn.Module) -> None:
+        exchanges.append(bool(module.require_backward_grad_sync))
         module(torch.ones(2, 1000)).sum().backward()
         network.zero_grad(set_to_none=True)
 
     spread_network = compile_network(network, Ranks(dist.group.WORLD), CPU, attempt_it, print, count)
     spread_network(torch.ones(2, 1000)).sum().backward()
-    return len(graphs), [weight.grad for weight in network.parameters() if weight.grad is not None]
+    norm, ranks = nn.BatchNorm1d(3), Ranks(dist.group.WORLD)
+    spread_norm = spread(norm, ranks, CPU)
+    for _ in range(2):
+        spread_norm(torch.full((4, 3), ranks.rank + 1.0)).sum().backward()
+    gradients = [weight.grad for weight in network.parameters() if weight.grad is not None]
+    assert norm.running_mean is not None
+    return len(graphs), exchanges, gradients, norm.running_mean

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from utils.metrics import METRICS
-from utils.training_summary import summarise
+from utils.metrics import METRICS, read_metrics
+from utils.training_summary import _duration, summarise
 
 
 def write(folder: Path, *lines: dict[str, float]) -> None:
@@ -57,7 +57,7 @@ def test_a_run_that_learned_nothing_better_says_so(tmp_path: Path) -> None:
     assert said(first, {"step": 8, "verify/a": 0.8, "verify/b": 0.6}, {"step": 9, "verify/a": 0.7, "verify/b": 0.6})
     assert not said(first, {"step": 8, "verify/a": 0.8, "verify/b": 0.7}, {"step": 9, "verify/a": 0.7, "verify/b": 0.6})
     assert not said(first, {"step": 8, "verify/a": 0.8, "verify/b": 0.5, "verify_average/a": 1, "verify_average/b": 1})
-    assert not said({"step": 8, "verify/a": 0.8}, {"step": 9, "verify/a": 0.7})  # the first ones were not verified
+    assert not said({"step": 1, "verify/a": 0.8}, {"step": 9, "verify/a": 0.7})  # the first ones were not verified
     assert not said(first)  # stopped before there was anything to compare
 
 
@@ -67,3 +67,16 @@ def test_a_run_without_verification(tmp_path: Path) -> None:
     assert [line.split()[0] for line in summarise(tmp_path).splitlines()] == ["first", "loss"]
     write(tmp_path)
     assert summarise(tmp_path).split() == ["first", "last", "best"]
+
+
+def test_times_are_told_in_minutes_or_hours() -> None:
+    """As clocks have them."""
+    assert [_duration(seconds) for seconds in (59.6, 3599.4, 3660, 90061)] == [
+        "1 min 00 s", "59 min 59 s", "1 h 01 min", "25 h 01 min"
+    ]  # fmt: skip
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    """And those that a resumed run wrote behind it are not."""
+    (tmp_path / METRICS).write_text('{"step": 1}\n{"ste\n{"step": 2}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
