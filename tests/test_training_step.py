@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.heads import RowAdamW, RowOptimizer, RowSGD, create_head
@@ -309,3 +310,77 @@ def test_centres_are_not_updated_twice(block: int, recovers: bool) -> None:
     with nullcontext() if recovers else pytest.raises(torch.OutOfMemoryError):
         parts.train(1)
     assert len(said) == recovers
+
+
+def test_out_of_memory_without_end_on_the_way_back() -> None:
+    """Halves are not tried for ever: the error ends the step before a pass has a single face."""
+    said: list[str] = []
+    parts = Parts("blockwise", shrinking=said.append)
+
+    def fail(*_: object) -> None:
+        assert len(parts.network.seen) < 20, "tried for ever"
+        raise torch.OutOfMemoryError("made up")
+
+    parts.network[1].register_full_backward_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        parts.train(1)
+    assert [int(line.split()[-2]) for line in said] == [6, 3]
+    assert min(parts.network.seen) >= 2
+
+
+@pytest.mark.parametrize("micro_batch", [FACES, 4])
+def test_a_batch_that_does_not_count_changes_nothing(micro_batch: int) -> None:
+    """All of its faces are broken: no NaN gets into the weights, which do no more than decay."""
+    parts = Parts(micro_batch=micro_batch)
+    before = copy.deepcopy(parts.network.state_dict())
+    inputs, labels = batch(0)
+    output = parts.step(inputs, torch.full_like(labels, -1), 0, LR)
+    assert output.loss == 0
+    for name, value in parts.network.named_parameters():
+        torch.testing.assert_close(value, before[name] * (1 - LR * DECAY), rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_shares_of_parts_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank with broken faces in a part weighs its parts as the others do: by the faces of all of them."""
+    parts = Parts(micro_batch=6)
+    others = torch.tensor([1.0, 5.0])
+    monkeypatch.setattr(parts.step.ranks, "sum", lambda counts: counts + others)
+    labels = torch.tensor([-1, -1, -1, 0, 1, 2, 3, 4, 5, 6, -1])
+    shares = [float(share) for _, _, share in parts.step._parts(batch(0)[0], labels)]
+    assert shares == pytest.approx([(3 + 1) / 13, (4 + 5) / 13])
+
+
+def test_gradients_of_parts_are_exchanged_once() -> None:
+    """By processes that share a step: with the last of its parts, not with each of them."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parts, exchanged = Parts(micro_batch=4), list[int]()
+        network = nn.parallel.DistributedDataParallel(parts.network)
+
+        def note(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+            exchanged.append(bucket.index())
+            done: torch.futures.Future[Tensor] = torch.futures.Future()
+            done.set_result(bucket.buffer())
+            return done
+
+        network.register_comm_hook(None, note)
+        parts.step.network = network
+        parts.train(1)
+        assert len(parts.network.seen) == 3
+        assert exchanged == [0]
+    finally:
+        dist.destroy_process_group()
+
+
+def test_out_of_memory_in_a_head_of_one_pass_has_no_special_advice() -> None:
+    """Smaller passes are what helps then, which the caller says; a head that adds up gradients needs something else."""
+    for micro_batch, notes in ((FACES, 0), (4, 1)):
+        parts = Parts("blockwise", micro_batch=micro_batch)
+
+        def fail(*_: Any) -> None:
+            raise torch.OutOfMemoryError("made up")
+
+        parts.head.block_backward = fail  # type: ignore[assignment]
+        with pytest.raises(torch.OutOfMemoryError) as caught:
+            parts.train(1)
+        assert len(getattr(caught.value, "__notes__", [])) == notes
