@@ -384,3 +384,13 @@ def test_out_of_memory_in_a_head_of_one_pass_has_no_special_advice() -> None:
         with pytest.raises(torch.OutOfMemoryError) as caught:
             parts.train(1)
         assert len(getattr(caught.value, "__notes__", [])) == notes
+
+
+def test_a_loss_knows_which_part_it_sees() -> None:
+    """Random margins are each part's own, and statistics move as far in several parts as in one (see test_losses.py)."""
+    parts, seen = Parts(micro_batch=4), list[tuple[int, int]]()
+    parts.head.register_forward_pre_hook(lambda head, _: seen.append((head.loss.part, head.loss.parts)))
+    parts.train(1)
+    parts.step.micro_batch = FACES
+    parts.train(1)
+    assert seen == [(0, 3), (1, 3), (2, 3), (0, 1)]
