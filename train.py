@@ -204,7 +204,7 @@ class Trainer:
             try:
                 output = self.training_step(inputs, batch.labels, step, float(self.learning_rates[step]))
             except torch.OutOfMemoryError as error:
-                self.keep_limit(error, len(batch.labels))
+                self.limit_passes(error, len(batch.labels))
                 raise
             if self.average is not None:
                 self.average.update(self.network, step)
@@ -423,7 +423,7 @@ class Trainer:
         said = f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}\n"
         raise TrainingError(f"{said}A .rec set without its broken records: python data/report.py SET --repair OUTPUT")
 
-    def keep_limit(self, error: torch.OutOfMemoryError, faces: int) -> None:
+    def limit_passes(self, error: torch.OutOfMemoryError, faces: int) -> None:
         """Let the run, once it is started again, take smaller passes than those that ran out of memory, if that helps.
 
         One process alone did so in the step itself. Of several, the others wait for this one, which cannot make up for

@@ -35,6 +35,21 @@ def kept_embeddings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("embeddings")
 
 
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """The size of each file and folder, by inode, when it was last synced, in the order of their first syncs."""
+    sizes: dict[int, int] = {}
+    real_sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        sizes[status.st_ino] = status.st_size
+        real_sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return sizes
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Small tensors on a busy machine: waiting for a second thread takes many times longer than the work."""

@@ -4,6 +4,7 @@ test_distributed_training.py."""
 import os
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -26,6 +27,6 @@ def _limited(network: DemoNet, faces: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    DemoNet.forward = _limited  # type: ignore[method-assign]
-    main()
+    with patch.object(DemoNet, "forward", _limited):
+        main()
     end_rank()

@@ -218,16 +218,12 @@ def test_the_last_two_stay(tmp_path: Path) -> None:
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o640}
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, synced: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A power cut leaves a checkpoint with all its bytes or none by that name: synced are files, folder, new name."""
-    synced: dict[int, int] = {}  # size of each file and folder, by inode, when it was last synced
-    real_sync, real_replace = os.fsync, Path.replace
+    real_replace = Path.replace
     published: list[Path] = []
-
-    def fsync(descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        synced[status.st_ino] = status.st_size
-        real_sync(descriptor)
 
     def replace(source: Path, target: Path) -> Path:
         if target.name.startswith("step-") and target.parent.name == "checkpoints":
@@ -238,7 +234,6 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
             published.append(target)
         return real_replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
     with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
         for step in (1, 2):

@@ -295,7 +295,7 @@ def test_smaller_passes_are_kept_for_several_processes_where_they_help(
         training_step=step, ranks=SimpleNamespace(size=ranks), run=tmp_path,
         config=replace(config, train=replace(config.train, micro_batch=micro_batch)),
     )  # fmt: skip
-    Trainer.keep_limit(trainer, error, 6)
+    Trainer.limit_passes(trainer, error, 6)
     assert kept_limit(tmp_path) == kept
     said = [f"Passes have 3 faces from now on: start it again with --resume auto --name {tmp_path.name}"]
     assert getattr(error, "__notes__", []) == (said if kept else [note] if note else [])

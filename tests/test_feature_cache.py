@@ -1,6 +1,5 @@
 """Kept features are those that would be computed, whatever happened to the file, and nothing is computed twice."""
 
-import os
 import subprocess
 import sys
 import zlib
@@ -138,16 +137,12 @@ def test_unfinished_blocks_are_checked(tmp_path: Path) -> None:
     assert only_file(cache).read_bytes() == path.read_bytes()
 
 
-def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, synced: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A power cut leaves a finished file with all its bytes or none: synced are the file, and then its new name."""
-    synced: dict[int, int] = {}  # size of each file and folder, by inode, when it was last synced
-    real_sync, real_replace = os.fsync, Path.replace
+    real_replace = Path.replace
     published: list[int] = []
-
-    def fsync(descriptor: int) -> None:
-        status = os.fstat(descriptor)
-        synced[status.st_ino] = status.st_size
-        real_sync(descriptor)
 
     def replace(source: Path, target: Path) -> Path:
         if target.suffix == ".features":
@@ -156,7 +151,6 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: 
             published.append(target.parent.stat().st_ino)
         return real_replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
     embed(CountingEmbedder(), tmp_path)
     assert published == list(synced)

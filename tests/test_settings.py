@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -10,6 +11,7 @@ import pytest
 
 import config
 from models import NETWORKS
+from utils import settings
 from utils.settings import (
     ConfigError,
     as_flags,
@@ -510,3 +512,13 @@ def test_values_of_another_type_are_refused(name: str) -> None:
     """No field takes None, which a hand-edited file might hold."""
     with pytest.raises(ConfigError, match=f"^{name}: must be "):
         build(config.Config, {name: None})
+
+
+def test_settings_of_insightface_lead_to_some_that_there_are() -> None:
+    """The table for those who come from its trainer: every flag in it is one of train.py."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
+    table = text.partition("## Settings of insightface's trainer")[2].partition("\n## ")[0]
+    named = set(re.findall(r"--[a-z][a-z0-9.-]*", table))
+    parser = settings._parser(config.Config, config.PRESETS, ("train", "common"), "")
+    assert len(named) > 15
+    assert named <= {flag for action in parser._actions for flag in action.option_strings}
