@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ import torch
 from models.heads import BlockwiseHead, RowSGD
 from models.heads.block_steps import BlockMaths
 from models.heads.blockwise import Chosen
-from models.heads.fused_steps import FusedMaths, Tile, can_fuse
+from models.heads.fused_steps import ON_CHIP, FusedMaths, Tile, can_fuse
 from models.losses import LOSSES, create_loss
 from utils.compiling import Compiled
 from utils.ranks import Ranks
@@ -35,6 +35,64 @@ def test_kernels_compute_what_blocks_do() -> None:
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout
+
+
+def compile_for(capability: int, kernel: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """`kernel` for cards of a compute capability (90: Hopper), as a launch with these arguments has it compiled."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64"}
+    signature, aligned = {}, {}
+    for place, name in enumerate(kernel.arg_names):
+        value = arguments[place] if place < len(arguments) else None
+        if isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{names[value.base.dtype]}{value.block_shape}>".replace(" ", "")
+        elif isinstance(value, torch.Tensor):
+            signature[name], aligned[place,] = f"*{names[value.dtype]}", [["tt.divisibility", 16]]
+        elif value is not None:
+            signature[name] = "fp32" if isinstance(value, float) else "i32"
+        else:
+            signature[name] = "constexpr"
+    constants = {(kernel.arg_names.index(name),): value for name, value in options.items() if name in signature}
+    rest = {name: value for name, value in options.items() if name not in signature}
+    return compile_kernel(ASTSource(kernel, signature, constants, aligned), GPUTarget("cuda", capability, 32), rest)
+
+
+@pytest.mark.parametrize("matmul", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("faces", "filter_above", "learns"), [(512, 0.0, False), (512, 0.4, True), (64, 0.0, False)])
+def test_kernels_compile_for_cards(
+    faces: int,
+    filter_above: float,
+    learns: bool,
+    matmul: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    """Every kernel, as it is launched, is what the compiler for cards takes, which no interpreter tells, and needs no
+    more shared memory than `can_fuse` asks for: seen without a card, for Hopper's and Blackwell's."""
+    kernels = pytest.importorskip("models.heads.kernels")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    launched = []
+
+    class Recorded:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: object) -> Any:
+            return lambda *arguments, **options: launched.append((self.kernel, arguments, options))
+
+    for kernel in ("log_sum_exp", "gradients_of_products", "sgd_step"):
+        monkeypatch.setattr(kernels, kernel, Recorded(getattr(kernels, kernel)))
+    loss = create_loss("arcface", filter_above=filter_above)
+    FusedMaths(loss, 1, matmul, RowSGD()).attempt(faces, torch.ones(1, 512))
+    assert len(launched) == 3
+    for kernel, arguments, options in launched:
+        own = {name: learns for name in ("SCALE_STRIDE", "LEARNS") if name in options}
+        for capability in (90, 100):
+            assert compile_for(capability, kernel, arguments, {**options, **own}).metadata.shared <= ON_CHIP
 
 
 def test_tiles_fit_small_batches() -> None:
