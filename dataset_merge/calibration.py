@@ -119,9 +119,7 @@ def impostor_scores(
         scores = scores[mutual_best(np.zeros(count, np.int64), pairs, order)]
     else:  # all pairs above this are among those kept, but for identities with eight neighbours that near
         scores = scores[scores >= np.median(nearest)]
-    return Impostors(
-        np.sort(scores), count * (count - 1) / 2, nearest, rival_weight * max(0.0, float(np.median(nearest)))
-    )
+    return Impostors(scores, count * (count - 1) / 2, nearest, rival_weight * max(0.0, float(np.median(nearest))))
 
 
 def _sampled(wanted: Tensor, most: int, seed: int) -> Tensor:
@@ -169,8 +167,7 @@ def expected_cosine(alike: float, first: NDArray[np.int64], second: NDArray[np.i
 
     A mean of n unit vectors with cosine r between any two has the squared length r + (1 - r) / n.
     """
-    lengths = (alike + (1 - alike) / np.maximum(first, 1)) * (alike + (1 - alike) / np.maximum(second, 1))
-    return alike / np.sqrt(lengths)
+    return alike / np.sqrt((alike + (1 - alike) / first) * (alike + (1 - alike) / second))
 
 
 def _solve_alike(cosine: NDArray[np.float64], sizes: NDArray[np.int64]) -> float:

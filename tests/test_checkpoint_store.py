@@ -402,6 +402,62 @@ def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert is_step(store, 1)
 
 
+def test_the_lock_of_a_killed_run_is_waited_for(tmp_path: Path) -> None:
+    """Its workers hold it a little longer than itself: a run that is started again at once gets the folder."""
+    first = CheckpointStore(tmp_path / "checkpoints", Ranks())
+    later = threading.Timer(0.5, first.finish)
+    later.start()
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        save_step(store, 1, Ranks())
+        assert is_step(store, 1)
+    later.join()
+
+
+def test_what_a_failed_save_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    """Beside its own, all that lies in the folder of unfinished ones: a save whose files could not be removed, say."""
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        left = store._partial / "step-000000001-somebody"
+        left.mkdir()
+        (left / "whole.safetensors").touch()
+        save_step(store, 2, Ranks(), wait=True)
+        assert not left.exists()
+        assert is_step(store, 2)
+
+
+def test_a_checkpoint_that_cannot_be_removed_costs_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said; the new one is there."""
+    said: list[str] = []
+
+    def fail(path: Path) -> None:
+        raise OSError(f"{path} is busy")
+
+    with CheckpointStore(tmp_path / "checkpoints", Ranks(), keep=1, say=said.append) as store:
+        save_step(store, 1, Ranks(), wait=True)
+        monkeypatch.setattr(checkpoint_store, "remove", fail)
+        save_step(store, 2, Ranks(), wait=True)
+        monkeypatch.undo()
+        assert is_step(store, 2)
+    (line,) = said
+    assert re.search("step-000000001 could not be removed: .* is busy", line)
+
+
+def test_none_kept_is_refused(tmp_path: Path) -> None:
+    """A run that keeps no checkpoint has nothing to go on from."""
+    with pytest.raises(ValueError, match="keep: at least one"):
+        CheckpointStore(tmp_path / "checkpoints", Ranks(), keep=0)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_folder_is_that_of_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the program goes to another one meanwhile."""
+    monkeypatch.chdir(tmp_path)
+    with CheckpointStore(Path("checkpoints"), Ranks()) as store:
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        save_step(store, 1, Ranks(), wait=True)
+    assert names(tmp_path / "checkpoints") == ["step-000000001"]
+
+
 def test_rows_that_are_not_there(tmp_path: Path) -> None:
     """A wrong name, and rows beyond the last, are errors that say what there is."""
     with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
@@ -660,6 +716,21 @@ def test_rows_have_to_make_up_the_matrix(on_ranks: list[dict[str, Any]], tmp_pat
         store.save(2, {}, {}, {})
     with pytest.raises(ValueError, match="do not make up one centres"):
         store.finish()
+
+
+def test_parts_of_a_matrix() -> None:
+    """From ranks in any order; of one dtype and shape, and from every rank."""
+
+    def part(first: int, stop: int, dtype: str = "F32", width: int = 2) -> dict[str, Any]:
+        return {"a": {"dtype": dtype, "shape": [5, width], "range": [first, stop]}}
+
+    joined = checkpoint_store._joined([part(3, 5), part(0, 3)])
+    assert joined == {"a": {"dtype": "F32", "shape": [5, 2], "ranges": [[3, 5], [0, 3]]}}
+    for other in (part(3, 5, dtype="F16"), part(3, 5, width=3), part(2, 5), part(3, 4)):
+        with pytest.raises(ValueError, match="do not make up one a"):
+            checkpoint_store._joined([part(0, 3), other])
+    with pytest.raises(ValueError, match="do not make up one a"):
+        checkpoint_store._joined([part(0, 5), {}])
 
 
 def run_killed(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -94,6 +94,26 @@ def test_the_share_of_wrong_joins_is_kept(settings: MatchSettings) -> None:
     told = calibrated(found)
     assert told.expected_wrong / told.expected_joins <= settings.wrong_joins
     assert told.expected_wrong_range[0] <= told.expected_wrong <= told.expected_wrong_range[1]
+    said = "\n".join(told.explanation)
+    assert ("Identities that have joined" in said) == (settings.rule == "mutual")
+    assert ("it rests on the fitted tail" in said) == told.extrapolated
+
+
+def test_what_is_told_of_halves_and_rivals() -> None:
+    """All halves are in the picture; recall is the share of them that reach the threshold; the equivalent cosine is the
+    threshold and what the usual rival takes off."""
+    sets = drawn_sets()
+    told = calibrated(run(sets))
+    assert told.genuine.sum() == 2 * 450  # three in four have two images or more
+    reach = told.genuine[told.edges[:-1] >= told.threshold].sum() / told.genuine.sum()
+    assert 0.3 < told.expected_recall < 0.99
+    assert told.expected_recall == pytest.approx(reach, abs=0.03)
+    rivals = [
+        impostor_scores(identity_centres(part.embeddings, part.labels, 600), 0.5, "mutual", 256, 0).usual_rival
+        for part in sets
+    ]
+    assert told.equivalent_cosine == pytest.approx(told.threshold + max(rivals))
+    assert max(rivals) > 0.05
 
 
 @pytest.mark.parametrize("t", [0.65, None])
@@ -179,9 +199,10 @@ def test_the_order_of_the_sets_does_not_show() -> None:
         for place, number in enumerate(order):
             for identity in range(len(sets[number].person)):
                 group.setdefault(int(found.grouping.group[offsets[place] + identity]), set()).add((number, identity))
-        results.append((calibrated(found).threshold, {frozenset(members) for members in group.values()}))
+        told = calibrated(found)
+        results.append((told.threshold, told.equivalent_cosine, {frozenset(members) for members in group.values()}))
     assert results[0] == results[1] == results[2]
-    assert len(results[0][1]) < 900
+    assert len(results[0][2]) < 900
 
 
 def test_the_order_of_two_sets_does_not_show_with_wrong_labels() -> None:
@@ -239,6 +260,7 @@ def test_within_one_set() -> None:
     group = found.grouping.group
     assert (group[800:] == group[:60]).mean() > 0.9
     assert np.isnan(calibrated(found).counted_wrong)  # those who are there twice are the right joins
+    assert "with all that score so" not in calibrated(found).explanation[0]
     assert not calibrated(found).warning
     assert len(np.unique(group)) >= 790
 
@@ -248,7 +270,9 @@ def test_too_many_people_who_are_there_twice_are_refused() -> None:
     says that, not that the answer is too far out.
     """
     part = draw_set(torch.cat([torch.arange(600), torch.arange(200)]), torch.full((800,), 3), seed=0)
-    with pytest.raises(CalibrationError, match=r"cannot keep wrong joins at 1.00%.*take --rule clusters, or give a t"):
+    with pytest.raises(
+        CalibrationError, match=r"1.00%.*a set holds too many people twice.*take --rule clusters, or give a t"
+    ):
         run([part], replace(AUTO, within=True))
 
 
