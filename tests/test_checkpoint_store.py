@@ -188,6 +188,16 @@ def test_the_values_are_those_of_the_call(tmp_path: Path, held_back: threading.E
     assert torch.equal(saved.rows("centres", 0, 2), torch.ones(2, 2))
 
 
+def test_copies_of_all_are_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card copies while the program goes on: weights of every kind are there before the next step may change them."""
+    waited: list[Tensor] = []
+    monkeypatch.setattr(checkpoint_store, "wait_for_copies", waited.extend)
+    whole, centres, weight = torch.zeros(1), torch.zeros(2, 2), torch.zeros(3)
+    with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
+        store.save(1, {"whole": whole}, {"centres": Rows(centres, 0, 2)}, {}, backbone={"weight": weight})
+    assert {id(tensor) for tensor in waited} == {id(tensor) for tensor in (whole, centres, weight)}
+
+
 def test_a_save_waits_for_the_one_before(tmp_path: Path, held_back: threading.Event) -> None:
     """Its memory is not written over while a file is made from it."""
     with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
