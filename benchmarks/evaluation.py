@@ -29,12 +29,13 @@ import torch
 from torch import Tensor
 
 from utils.devices import full_precision
-from utils.evaluation.all_pairs import PairBlocks, all_pairs
+from utils.evaluation.all_pairs import all_pairs
 from utils.evaluation.bootstrap import bootstrap_identities, bootstrap_pairs
 from utils.evaluation.curves import Roc, TarAtFar, roc, tar_at_far
 from utils.evaluation.folds import THRESHOLDS, tar_of_folds, ten_fold_of_distances
 from utils.evaluation.identification import identify_people
 from utils.evaluation.identity_counts import identity_counts
+from utils.evaluation.pair_blocks import PairBlocks
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """What a network expects of a face: its colour order, its scale, the part of the picture that it looks at."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -26,6 +26,11 @@ class InputSpec:
         for name, values in (("normalisation", Normalisation), ("colour", Colour)):
             if getattr(self, name) not in get_args(values):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}")
+
+    def chosen(self, normalisation: str = "auto", colour: str = "auto") -> "InputSpec":
+        """The same, with what is not `auto` as it says. Raises ValueError for what there is not."""
+        said: dict[str, Any] = {"normalisation": normalisation, "colour": colour}
+        return replace(self, **{name: value for name, value in said.items() if value != "auto"})
 
     def to_input(self, faces: Tensor, mirror: bool = False) -> Tensor:
         """uint8 [B, size, size, 3] RGB, on any device, to float32 [B, 3, height, width], channels last in memory."""

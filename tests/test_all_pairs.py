@@ -16,13 +16,12 @@ from utils.evaluation import all_pairs as module
 from utils.evaluation.all_pairs import (
     _BINS,
     AllPairsResult,
-    Block,
-    PairBlocks,
     _first_search,
     _keys,
     _narrowed,
     all_pairs,
 )
+from utils.evaluation.pair_blocks import Block, PairBlocks
 from utils.ranks import Ranks
 
 RATES = (0.9, 0.5, 0.3, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6)

@@ -166,10 +166,9 @@ def _input_spec(
         stated: dict[str, Any] = json.loads(metadata.get(INPUTS_KEY, "{}"))
         if normalisation == "auto":
             normalisation = stated.get("normalisation") or _found_normalisation(path, graph, entry)
-        return InputSpec(
-            normalisation,  # type: ignore[arg-type]
-            stated.get("colour", "rgb") if colour == "auto" else colour,  # type: ignore[arg-type]
-        )
+        colour = stated.get("colour", "rgb") if colour == "auto" else colour
+        chosen: dict[str, Any] = {"normalisation": normalisation, "colour": colour}
+        return InputSpec(**chosen)
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata {INPUTS_KEY!r} cannot be used: {error}") from None
 

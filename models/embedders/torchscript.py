@@ -6,7 +6,6 @@ files only from whom you trust.
 
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,7 @@ class TorchScriptEmbedder(NetworkEmbedder):
             inputs = InputSpec(**stated.get("inputs", {}))
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{path} is no TorchScript file that can be used: {error}") from None
-        if normalisation != "auto":
-            inputs = replace(inputs, normalisation=normalisation)  # type: ignore[arg-type]
-        if colour != "auto":
-            inputs = replace(inputs, colour=colour)  # type: ignore[arg-type]
+        inputs = inputs.chosen(normalisation, colour)
         size = stated.get("image_size", image_size)
         super().__init__(network.eval(), size, device, path.stem, precision, inputs)
         self._fingerprint = digest(path.read_bytes(), size, inputs.as_json(), str(precision))

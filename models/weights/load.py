@@ -63,7 +63,7 @@ def load_network(
     known = stated or _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
     module = create_network(known.network, known.embedding_size, known.image_size)
     _fill(module, _state_for_rgb(origin, module, colour), file, known.network)
-    inputs = InputSpec(origin.normalisation if normalisation == "auto" else normalisation)  # type: ignore[arg-type]
+    inputs = InputSpec(origin.normalisation).chosen(normalisation)
     return Loaded(module, known.network, known.embedding_size, known.image_size, inputs)
 
 

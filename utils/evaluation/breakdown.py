@@ -27,9 +27,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.devices import full_precision
-from utils.evaluation.all_pairs import Block, PairBlocks
 from utils.evaluation.bootstrap import Interval
 from utils.evaluation.curves import TarAtFar
+from utils.evaluation.pair_blocks import Block, PairBlocks
 from utils.ranks import Ranks
 
 MOST_GROUPS = 12

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.devices import full_precision
-from utils.evaluation.all_pairs import AllPairsResult, Block, PairBlocks, uniform_bins
+from utils.evaluation.all_pairs import AllPairsResult, uniform_bins
 from utils.evaluation.curves import crossing
+from utils.evaluation.pair_blocks import Block, PairBlocks
 from utils.ranks import Ranks
 
 # Impostor pairs, from the top, that are listed one by one.

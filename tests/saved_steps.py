@@ -1,0 +1,64 @@
+"""Checkpoints whose values tell their step: what the tests of the store share."""
+
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.checkpoint_store import CheckpointStore, Rows
+from utils.ranks import Ranks
+
+TOTAL = 11
+
+
+def matrix() -> Tensor:
+    """The whole of a matrix that ranks share."""
+    return torch.arange(TOTAL * 3, dtype=torch.float64).reshape(TOTAL, 3) ** 2
+
+
+def own_range(ranks: Ranks) -> range:
+    """The rows that a rank has: not as many on each."""
+    return range(TOTAL * ranks.rank // ranks.size, TOTAL * (ranks.rank + 1) // ranks.size)
+
+
+def own_rows(ranks: Ranks, whole: Tensor) -> Rows:
+    """This rank's part."""
+    held = own_range(ranks)
+    return Rows(whole[held.start : held.stop], held.start, len(whole))
+
+
+def save_step(store: CheckpointStore, step: int, ranks: Ranks, wait: bool = False) -> None:
+    """Save values that tell the step."""
+    rows = {"centres": own_rows(ranks, matrix() + step), "counts": own_rows(ranks, torch.arange(TOTAL) * step)}
+    store.save(step, {"weight": torch.full((4,), step)}, rows, {"best": step / 7}, wait)
+
+
+def is_step(store: CheckpointStore, step: int) -> bool:
+    """Whether the newest checkpoint is that of `step`, with all of its values."""
+    saved = store.newest()
+    return saved is not None and (
+        (saved.step, saved.notes) == (step, {"best": step / 7})
+        and torch.equal(saved.whole()["weight"], torch.full((4,), step))
+        and saved.shape("centres") == (TOTAL, 3)
+        and torch.equal(saved.rows("centres", 0, TOTAL), matrix() + step)
+        and torch.equal(saved.rows("counts", 0, TOTAL), torch.arange(TOTAL) * step)
+    )
+
+
+def names(folder: Path) -> list[str]:
+    """What is in `folder`."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails for this process, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
