@@ -72,6 +72,9 @@ MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
 #: Steps in a row that may overflow in float16 while the gradient scaler lowers its scale.
 MOST_OVERFLOWS = 20
 
+#: What the progress bar has: tag, name and format. A loss that overflowed has no number.
+SHOWN = (("train/loss", "loss", ".3f"), ("train/accuracy", "accuracy", ".1%"))
+
 #: Settings that decide which faces a step shows, and what a saved state is of.
 FIXED = (
     "train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers", "model.network",
@@ -123,8 +126,8 @@ class Trainer:
         self.steps = settings.epochs * self.batches.batches
         self.peak, self.learning_rates = build_schedule(settings, self.batches.batches)
 
-        begun = bool(checkpoint_folders(run / CHECKPOINTS))
-        self.network = build_network(config, device, with_init=not begun)
+        self.begun = bool(checkpoint_folders(run / CHECKPOINTS))
+        self.network = build_network(config, device, with_init=not self.begun)
         self.head = build_head(config, len(self.faces.identities), device, self.precision, ranks)
         self.flops = 3 * forward_flops(self.network, config.data.image_size)  # backward takes twice as many
         groups = parameter_groups(self.network, settings.weight_decay, settings.decay_all, settings.backbone_lr)
@@ -285,7 +288,7 @@ class Trainer:
         }
         self.log.scalars(self.step, {**noted.means, **rates})
         self.log.distributions(self.step, noted.distributions)
-        shown = {"loss": f"{noted.means['train/loss']:.3f}", "accuracy": f"{noted.means['train/accuracy']:.1%}"}
+        shown = {name: format(noted.means[tag], form) for tag, name, form in SHOWN if tag in noted.means}
         self.bar.set_postfix(shown, refresh=False)
 
     def verify(self) -> None:
@@ -351,6 +354,8 @@ class Trainer:
         if saved is None:
             if self.config.train.resume not in ("", "auto"):
                 raise TrainingError(f"train.resume: {self.run} has no whole checkpoint to go on from")
+            if self.begun:
+                self.begin_anew()
             return False
         self.check_notes(saved.notes)
         self.state.restore(saved)
@@ -360,6 +365,13 @@ class Trainer:
         if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(saved.notes["scaler"])
         return True
+
+    def begin_anew(self) -> None:
+        """Load the first weights, which a run that was begun has no need of unless all its checkpoints are damaged."""
+        first = self.ranks.together(lambda: build_network(self.config, self.device)).state_dict()
+        self.network.load_state_dict(first)
+        if self.average is not None:
+            self.average.network.load_state_dict(first)
 
     def check_notes(self, notes: Mapping[str, Any]) -> None:
         """Raise TrainingError when a run with these settings cannot go on from a checkpoint with `notes`."""

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import socket
 import subprocess
 import sys
 import warnings
@@ -115,6 +116,59 @@ def test_wrong_flags_name_the_field() -> None:
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "printed"),
+    [
+        ("ValueError('no such set')", 1, "train: no such set\n"),
+        ("RuntimeError('a fault')", 1, "RuntimeError: a fault\n"),
+        ("KeyboardInterrupt()", 130, "\ntrain: interrupted; all is kept\n"),
+    ],
+)
+def test_a_rank_with_an_error_ends_at_once(error: str, status: int, printed: str) -> None:
+    """What other libraries do at the interpreter's end may wait for the other ranks, which wait for this one, and
+    torchrun would never hear of the error. A process alone ends as any other."""
+    code = "import atexit; from utils.scripts import readable_errors; atexit.register(lambda: print('taken down'))\n"
+    code += f"with readable_errors('train', 'all is kept'): raise {error}"
+    for ranks, at_the_end in ((1, "taken down\n"), (2, "")):
+        environment = {**os.environ, "WORLD_SIZE": str(ranks), "RANK": "0"}
+        ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (status, at_the_end)
+        assert ended.stderr.endswith(printed)
+
+
+def test_a_rank_with_an_error_does_not_wait_for_the_others() -> None:
+    """It leaves the group of processes as it is: to let go of it, nccl would wait for a rank that is in the middle of
+    an exchange with this one."""
+    code = """
+import time, torch
+from utils.ranks import dist, join_ranks
+from utils.scripts import readable_errors
+dist.destroy_process_group = lambda: time.sleep(600)  # as nccl
+with readable_errors('train', ''), join_ranks(torch.device('cpu')) as ranks:
+    if not ranks.first:
+        raise ValueError('no such set')
+    ranks.agree('')
+"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    first, second = (
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env={**common, "RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    )
+    try:
+        _, errors = second.communicate(timeout=60)
+    finally:
+        for process in (first, second):
+            process.kill()
+            process.communicate()
+    assert second.returncode == 1
+    assert errors.endswith("train: no such set\n")
 
 
 def test_a_rank_ends_without_taking_the_interpreter_down() -> None:

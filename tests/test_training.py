@@ -1,5 +1,6 @@
 """The training loop: repeatable, resumable to the bit, and careful with what it has."""
 
+import copy
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from data.face_sets import FaceSetError, write_face_set
 from data.image_sizes import require_size
 from data.images import decode_rgb, encode_png
 from data.joined_sets import open_training_set
-from data.loading import flips
+from data.loading import Batch, flips
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin
 from models import create_network, verifier
@@ -42,7 +43,7 @@ from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CheckpointError, load_backbone
 from utils.flops import forward_flops
 from utils.metrics import read_metrics
-from utils.saved_checkpoints import BACKBONE, Saved, checkpoint_folders, step_of
+from utils.saved_checkpoints import BACKBONE, WHOLE, Saved, checkpoint_folders, step_of
 from utils.schedules import peak_lr
 from utils.settings import as_flags, build, flatten, from_json
 
@@ -261,6 +262,33 @@ def test_verification_sets_are_checked_before_the_first_step(tiny_set: Path, tmp
         with pytest.raises(ValueError, match=message):
             train(configure(tiny_set, tmp_path / "runs", data__verification=(str(tmp_path / f"{name}.bin"),)))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_without_a_whole_checkpoint_begins_with_its_first_weights(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of train.init, its average too: all checkpoints are damaged, and --resume auto starts from the start."""
+    first = load_file(train(configure(tiny_set, tmp_path, train__epochs=1)) / BEST)
+    real, begun = Trainer.train_on, []
+
+    def noted(self: Trainer, batch: Batch) -> None:
+        if self.step == 0:
+            assert self.average is not None
+            begun.extend(copy.deepcopy(network.state_dict()) for network in (self.network, self.average.network))
+        real(self, batch)
+
+    monkeypatch.setattr(Trainer, "train_on", noted)
+    again = configure(
+        tiny_set, tmp_path, train__init=str(tmp_path / "a"), train__name="b", train__resume="auto", train__seed=7,
+        train__epochs=1, train__ema=0.9,
+    )  # fmt: skip
+    for checkpoint in checkpoints(train(again)):
+        (checkpoint / WHOLE).write_bytes(b"")
+    train(again)
+    assert len(begun) == 4
+    for weights_then in begun:
+        for name, value in first.items():
+            assert torch.equal(weights_then[name], value), name
 
 
 def test_a_run_can_go_on_in_another_precision(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,7 +164,5 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         world_size=size,
         device_id=device if on_cuda else None,
     )
-    try:
-        yield Ranks(dist.group.WORLD)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(dist.group.WORLD)
+    dist.destroy_process_group()  # not after an error: nccl would wait for ranks that may be waiting for this one

@@ -4,9 +4,11 @@ import faulthandler
 import gc
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from utils.interrupts import Stopped
 
@@ -17,7 +19,8 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     line each, too.
 
     `when_interrupted` says what an interrupted run left behind; an interrupt's own message comes before it.
-    Errors of other kinds are faults of the program and keep their traceback.
+    Errors of other kinds are faults of the program and keep their traceback. One of several ranks ends at once, so that
+    torchrun ends the others, which may wait for it.
     """
     # In a log file, too, a line should appear when it is printed.
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
@@ -32,23 +35,41 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         # All ranks of a run stop, and the first says so.
         if not isinstance(interrupt, Stopped) or int(os.environ.get("RANK", "0")) == 0:
             print(f"\n{script}: {str(interrupt) or 'interrupted; ' + when_interrupted}", file=sys.stderr)
-        sys.exit(getattr(interrupt, "exit_code", 130))
+        _exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
-        sys.exit(f"{script}: {error}")
+        _exit(f"{script}: {error}")
+    except Exception:
+        if not _one_of_several():
+            raise
+        _exit(traceback.format_exc().rstrip())
     finally:
         warnings.formatwarning = before
 
 
-def end_rank() -> None:
-    """Nothing is left to be done: end this process here, with status 0, if it is one of several that torchrun started.
+def _exit(status: int | str) -> NoReturn:
+    """As `sys.exit`."""
+    if _one_of_several() and isinstance(status, str):
+        print(status, file=sys.stderr)
+        end_rank(1)
+    elif isinstance(status, int):
+        end_rank(status)
+    sys.exit(status)
+
+
+def _one_of_several() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def end_rank(status: int = 0) -> None:
+    """Nothing is left to be done: end this process here, with `status`, if it is one of several that torchrun started.
 
     Taking the interpreter down would be a risk: a thread of torch's that talks to other ranks may then let go of its
     last tensor, which aborts the process, and torchrun takes a run that is complete for a failed one (PyTorch's issue
     190489). One that is alone ends as any other, but does not search torch's million objects for garbage, which takes
     half a second.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _one_of_several():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)
+        os._exit(status)
     gc.freeze()

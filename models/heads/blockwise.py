@@ -21,7 +21,7 @@ from models.heads.block_steps import Block, BlockMaths
 from models.heads.classes import initial_centres
 from models.heads.fused_steps import FusedMaths, can_fuse
 from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
-from models.heads.row_optimizers import RowOptimizer, RowSGD
+from models.heads.row_optimizers import RowOptimizer
 from models.heads.sampling import sample_classes, sampled_count
 from models.losses import MarginLoss, Targets
 from utils.compiling import Compiled
@@ -101,12 +101,9 @@ class BlockwiseHead(Head):
 
     def fuse_blocks(self) -> None:
         """Have what is computed of a block go through kernels of our own (see `can_fuse`)."""
-        plain_update = Compiled(self.maths.update, in_place=True)
         self.maths = fused = FusedMaths.of(self.maths)
         self.block = min(self.block, fused.most_classes())
         self.block_forward, self.block_backward, self.block_update = fused.forward, fused.backward, fused.update
-        if not isinstance(self.optimizer, RowSGD):
-            self.block_update = lambda gradient, *of_rows: plain_update(gradient.still(), *of_rows)
         if self.sample_rate == 1:
             self.forward_block = max(len(self.held), 1)  # nothing in its memory is as long as that
 

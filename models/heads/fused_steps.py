@@ -1,6 +1,7 @@
 """What is computed for one block of classes, by kernels of our own: for margin losses on cards that have the memory on
 chip, where it takes half the time of what a compiler makes of `BlockMaths`."""
 
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from models.heads.block_steps import BlockMaths, multiply
 from models.heads.row_optimizers import RowSGD
 from models.losses import MarginLoss
+from utils.compiling import Compiled
 
 #: Bytes of shared memory that a block of threads needs at most.
 ON_CHIP = 212 * 1024
@@ -146,7 +148,7 @@ class FusedMaths(BlockMaths):
         self, still: ProductsGradient, centres: Tensor, states: list[Tensor], factors: list[Tensor]
     ) -> None:
         if not isinstance(self.optimizer, RowSGD):
-            self.optimizer.step(centres, states, self.gradient(still, centres), factors)
+            self._plain_update(still.still(), centres, states, factors)
             return
         from models.heads.kernels import sgd_step
 
@@ -157,6 +159,14 @@ class FusedMaths(BlockMaths):
             len(unit), len(along), self.optimizer.weight_decay, self.optimizer.momentum, D=size, K=tile.depth,
             CLASSES=tile.rows, WIDTH=tile.columns, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
+        # As torch's own operations do: whoever asks has to see that they were written to.
+        torch.autograd.graph.increment_version((centres, states[0]))
+
+    @cached_property
+    def _plain_update(self) -> Compiled:
+        """BlockMaths's, for optimizers without a kernel."""
+        plain = BlockMaths(self.loss, self.sub_centers, self.matmul, self.optimizer)
+        return Compiled(plain.update, in_place=True)
 
     def _options(self, scale: Tensor, tile: Tile) -> dict[str, Any]:
         return {
