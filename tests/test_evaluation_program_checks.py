@@ -7,11 +7,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from data.face_sets import images_by_identity, open_face_set
 from data.images import decode_rgb, encode_jpeg
 from data.synthetic_faces import draw_face
 from models.embedders import load_embedder
+from ranks import run_on_ranks
 from utils.evaluation.alignment import eye_contrast
 from utils.evaluation.checks import (
     centres,
@@ -27,6 +29,7 @@ from utils.evaluation.checks import (
     shared_people,
 )
 from utils.evaluation.hardest import hardest_of_all, hardest_of_pairs
+from utils.ranks import Ranks
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -231,9 +234,32 @@ def test_names_mean_the_same_only_where_they_are_names() -> None:
     assert shared_names(["1", "2"], ["1", "2"]) == []
 
 
+def hardest_of_a_rank() -> list[Tensor]:
+    vectors, labels = shuffled_people()
+    ranks = Ranks(torch.distributed.group.WORLD)
+    found = hardest_of_all(torch.from_numpy(vectors), torch.from_numpy(labels), 7, 16, ranks=ranks)
+    return [torch.from_numpy(part) for one in found for part in one]
+
+
+def shuffled_people() -> tuple[np.ndarray, np.ndarray]:
+    vectors, labels = people_vectors(15, 4, 1.5)
+    order = np.random.default_rng(1).permutation(len(labels))
+    return vectors[order], labels[order]
+
+
+def test_hardest_pairs_of_several_ranks() -> None:
+    """Protects long tests on several cards: each has its share of the pairs, and all get the same as one alone."""
+    vectors, labels = shuffled_people()
+    alone = hardest_of_all(torch.from_numpy(vectors), torch.from_numpy(labels), 7, 16)
+    for found in run_on_ranks(2, hardest_of_a_rank):
+        for ours, expected in zip(found, (part for one in alone for part in one), strict=True):
+            np.testing.assert_array_equal(ours.numpy(), expected)
+    assert [len(one.pairs) for one in hardest_of_all(torch.from_numpy(vectors), torch.from_numpy(labels), 0)] == [0, 0]
+
+
 def test_hardest_pairs_are_those_of_a_full_sort() -> None:
     """Protects the contact sheets: the hardest pairs of all, whatever the blocks, and none with itself."""
-    vectors, labels = people_vectors(15, 4, 1.5)
+    vectors, labels = shuffled_people()
     upper = np.stack(np.triu_indices(60, 1), 1)
     scores = (vectors @ vectors.T)[upper[:, 0], upper[:, 1]]
     same = labels[upper[:, 0]] == labels[upper[:, 1]]

@@ -1,6 +1,6 @@
 """The pairs that a model errs on most: the most alike of two people, and the least alike of one."""
 
-from collections.abc import Iterator
+import json
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +8,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-_BLOCK = 2048
+from utils.devices import full_precision
+from utils.evaluation.pair_blocks import Block, PairBlocks
+from utils.ranks import Ranks
 
 
 class HardPairs(NamedTuple):
@@ -33,47 +35,73 @@ def hardest_of_pairs(
     return found[0], found[1]
 
 
-@torch.no_grad()
-def hardest_of_all(embeddings: Tensor, labels: Tensor, count: int, block: int = _BLOCK) -> tuple[HardPairs, HardPairs]:
-    """The same of all pairs of a set: embeddings float32 [N, D], unit rows; labels int64 [N].
+def hardest_of_all(
+    embeddings: Tensor,
+    labels: Tensor,
+    count: int,
+    block: int = 0,
+    progress: bool = False,
+    ranks: Ranks | None = None,
+) -> tuple[HardPairs, HardPairs]:
+    """The same of all pairs of a set; takes a pass over them.
 
-    One pass over the pairs in blocks, on the device of the embeddings; memory is that of a few blocks.
+    embeddings, labels, block, progress, ranks: as for `all_pairs`; every rank gets the pairs of all.
     """
-    kept = [_Hardest(count, largest=True), _Hardest(count, largest=False)]
-    for row, column, scores, genuine, wanted in _blocks(embeddings, labels.to(embeddings.device), block):
-        kept[0].add(scores.masked_fill(genuine | ~wanted, -torch.inf), row, column)
-        if bool((genuine & wanted).any()):
-            kept[1].add(scores.masked_fill(~(genuine & wanted), torch.inf), row, column)
-    return kept[0].result(), kept[1].result()
+    ranks = ranks or Ranks()
+    if count == 0:
+        nothing = HardPairs(np.empty((0, 2), np.int64), np.empty(0))
+        return nothing, nothing
+    with full_precision(embeddings.device):
+        blocks = PairBlocks(embeddings, labels, block, ranks, progress)
+        kept = [(_Hardest(count, largest=True), _Hardest(count, largest=False)) for _ in range(blocks.threads)]
 
+        def add(pairs: Block, thread: int) -> None:
+            impostors, genuine = kept[thread]
+            if not pairs.mixed:
+                impostors.add(pairs.scores, pairs)
+                return
+            is_genuine, is_impostor = blocks.masks(pairs)
+            impostors.add(pairs.scores.masked_fill(~is_impostor, -torch.inf), pairs)
+            genuine.add(pairs.scores.masked_fill(~is_genuine, torch.inf), pairs)
 
-def _blocks(vectors: Tensor, labels: Tensor, block: int) -> Iterator[tuple[int, int, Tensor, Tensor, Tensor]]:
-    """(first row, first column, scores, of one person, above the diagonal) of each block of the upper triangle."""
-    for row in range(0, len(vectors), block):
-        for column in range(row, len(vectors), block):
-            scores = vectors[row : row + block] @ vectors[column : column + block].T
-            genuine = labels[row : row + block, None] == labels[None, column : column + block]
-            wanted = torch.ones_like(genuine)
-            yield row, column, scores, genuine, wanted.triu_(1) if row == column else wanted
+        blocks.each(add, "all pairs, the hardest")
+    found = _Hardest(count, largest=True), _Hardest(count, largest=False)
+    for whole, of_threads in zip(found, zip(*kept, strict=True), strict=True):
+        for one in of_threads:
+            whole.take(one.scores, one.pairs)
+        for text in ranks.texts(json.dumps([whole.scores.tolist(), whole.pairs.tolist()])):
+            scores, pairs = json.loads(text)
+            whole.take(np.array(scores, np.float64), np.array(pairs, np.int64).reshape(-1, 2))
+    order = blocks.order.cpu().numpy()
+    impostors, genuine = (HardPairs(np.sort(order[one.pairs], axis=1), one.scores) for one in found)
+    return impostors, genuine
 
 
 class _Hardest:
-    """The `count` most extreme scores of those added, with their places."""
+    """The `count` most extreme scores of those added, as far as they are finite; float64 [K], hardest first.
+
+    pairs: int64 [K, 2], rows of `PairBlocks.vectors`. It does not matter in what order what is added.
+    """
 
     def __init__(self, count: int, largest: bool) -> None:
         self._count, self._largest = count, largest
-        self._scores, self._pairs = np.empty(0), np.empty((0, 2), np.int64)
+        self.scores, self.pairs = np.empty(0), np.empty((0, 2), np.int64)
 
-    def add(self, scores: Tensor, row: int, column: int) -> None:
-        flat = scores.flatten()
-        values, places = flat.topk(min(self._count, len(flat)), largest=self._largest)
+    def add(self, scores: Tensor, block: Block) -> None:
+        """Take in what counts of a block's scores, [rows, columns]."""
+        most = float(scores.amax() if self._largest else scores.amin())
+        if len(self.scores) == self._count and (most < self.scores[-1] if self._largest else most > self.scores[-1]):
+            return
+        values, places = scores.flatten().topk(min(self._count, scores.numel()), largest=self._largest)
         values, places = values[values.isfinite()], places[values.isfinite()]
-        rows = torch.div(places, scores.shape[1], rounding_mode="floor") + row
-        pairs = torch.stack((rows, places % scores.shape[1] + column), 1).cpu().numpy()
-        found = np.concatenate([self._scores, values.double().cpu().numpy()])
-        self._pairs = np.concatenate([self._pairs, pairs])
-        order = np.argsort(-found if self._largest else found, kind="stable")[: self._count]
-        self._scores, self._pairs = found[order], self._pairs[order]
+        rows = torch.div(places, scores.shape[1], rounding_mode="floor") + block.rows.start
+        pairs = torch.stack((rows, places % scores.shape[1] + block.columns.start), 1)
+        self.take(values.double().cpu().numpy(), pairs.cpu().numpy())
 
-    def result(self) -> HardPairs:
-        return HardPairs(self._pairs, self._scores)
+    def take(self, scores: NDArray[np.float64], pairs: NDArray[np.int64]) -> None:
+        """Take in a list of pairs; one that is there already is not taken twice."""
+        scores, pairs = np.concatenate([self.scores, scores]), np.concatenate([self.pairs, pairs])
+        _, once = np.unique(pairs, axis=0, return_index=True)
+        scores, pairs = scores[once], pairs[once]
+        order = np.argsort(-scores if self._largest else scores, kind="stable")[: self._count]
+        self.scores, self.pairs = scores[order], pairs[order]

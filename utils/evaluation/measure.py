@@ -203,6 +203,7 @@ def _measure_all_pairs(
         )
         for title, groups in tables.groups.items()
     }
+    hardest = hardest_of_all(unit, labels, options.hardest, progress=ranks.first, ranks=ranks)
     if not ranks.first:
         return None
     return Measured(
@@ -217,7 +218,7 @@ def _measure_all_pairs(
         bootstrap_identities(counts, result, options.draws, seed=options.seed) if counts else None,
         counts,
         identify_people(unit.cpu().numpy(), faces.labels) if options.identify else None,
-        hardest_of_all(unit, labels, options.hardest),
+        hardest,
         _rejects_of_all(unit, faces.labels, _qualities(features, tables), options.seed),
         breakdowns,
     )
