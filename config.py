@@ -268,8 +268,8 @@ class TrainConfig:
     # Verify and keep a moving average of the weights: the decay a step, such as 0.999. 0: the weights themselves.
     ema: float = 0.0
     # Images of one card in a forward pass. auto: as many as fit of its part of batch_size, fewer when memory runs out
-    # later on. Gradients of several passes add up to those of the whole batch; batch norm, random margins and sampled
-    # classes are each pass's own.
+    # later on. Gradients of several passes add up to those of the whole batch; batch norm and random margins are each
+    # pass's own, and so are those of the sampled classes that its faces belong to.
     micro_batch: str = "auto"
     # Compute the activations of each block anew in the backward pass instead of keeping them: slower, but far smaller.
     activation_checkpointing: bool = False

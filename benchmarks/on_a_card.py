@@ -38,7 +38,7 @@ def jobs(output: Path, faces: Path | None) -> list[Job]:
     All but the last end in time even if each takes as long as it may. Compiling r50 takes 80 s where nothing of it, or
     another batch size, was compiled before.
     """
-    drawn, tests = output / FACES, ("cuda", "head_memory", "prefetch", "augment", "images_decoding")
+    drawn, tests = output / FACES, ("cuda", "head_memory", "prefetch", "augment", "images_decoding", "merge_centres")
     # Enough images for the card to be what a step waits for, not the host that launches kernels.
     same = ["--set", str(faces or drawn), "--steps", "20"]
     step = ["benchmarks/train_step.py", *same, "--rounds", "3"]

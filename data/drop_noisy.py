@@ -37,13 +37,13 @@ from data.joined_sets import identity_keys, open_training_set
 from data.loading import DecodedFaces, sequential_loader
 from models.embedders import Embedder, load_embedder
 from models.heads.sub_centers import angles, dominant, nearest, own_cosines
-from train import CHECKPOINTS
 from utils.checkpoints import CheckpointError
 from utils.devices import pick_device
 from utils.files import require_free, write_csv_atomic
 from utils.plots import draw_curves
 from utils.processes import worker_count
 from utils.progress import progress_bar
+from utils.run_folders import CHECKPOINTS
 from utils.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
 from utils.scripts import readable_errors
 from utils.settings import build, describe, from_json, parse_settings

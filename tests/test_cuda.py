@@ -6,23 +6,31 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny_runs
+from dataset_merge.matching import top_matches
 from head_cases import blockwise, dense
 from head_cases import train as train_head
 from models.heads import BlockwiseHead, RowAdamW, RowOptimizer, RowSGD, create_head
 from models.heads.fused_steps import FusedMaths
 from models.losses import LOSSES, create_loss
+from test_all_pairs import clustered
 from train import train
 from utils.checkpoints import BEST
 from utils.compiling import CompiledNetwork
 from utils.cuda_graph import GraphedNetwork
 from utils.ema import WeightAverage
+from utils.evaluation.all_pairs import all_pairs
+from utils.evaluation.breakdown import Groups, breakdown_all_pairs
+from utils.evaluation.hardest import hardest_of_all
+from utils.evaluation.identity_counts import identity_counts
 from utils.host_copy import HostCopy, wait_for_copies
 from utils.metrics import read_metrics
 from utils.optimizers import create_optimizer, parameter_groups
@@ -304,6 +312,39 @@ def test_state_goes_to_pinned_memory_and_back(tmp_path: Path) -> None:
         copy.write(tmp_path / "state.safetensors")
         assert_same(load_file(tmp_path / "state.safetensors"), tensors, rtol=0, atol=0)
         tensors = {name: value + 1 for name, value in tensors.items()}
+
+
+def test_all_pairs_on_a_card() -> None:
+    """Every pass over all pairs of a set, in many blocks: what the CPU finds, as near as products in another order."""
+    embeddings, labels = clustered(900, 120)
+    groups, found = Groups("age", ("young", "old"), np.arange(900) % 2), []
+    for device in ("cpu", CUDA):
+        unit = F.normalize(embeddings).to(device)
+        result = all_pairs(unit, labels, (1e-1, 1e-2), 256)
+        counts = identity_counts(unit, labels, result, 256)
+        hardest = hardest_of_all(unit, labels, 7, 256)
+        rates = breakdown_all_pairs(unit, labels, groups, result.points, block=256)
+        found.append((result, counts, hardest, rates))
+    (here, counts, hardest, rates), (there, counts_there, hardest_there, rates_there) = found
+    assert (there.genuine, there.impostor) == (here.genuine, here.impostor)
+    assert (there.auc, there.eer) == pytest.approx((here.auc, here.eer), abs=1e-4)
+    assert there.tar == pytest.approx(here.tar, abs=1e-3)
+    assert there.threshold == pytest.approx(here.threshold, abs=1e-5)
+    for sums in ((counts.genuine, counts_there.genuine), (counts.impostor, counts_there.impostor)):
+        np.testing.assert_array_equal(*(each.sum(1) for each in sums))
+    for one, other in zip(hardest, hardest_there, strict=True):
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-5)
+    for one_rate, other_rate in zip(rates.rates, rates_there.rates, strict=True):
+        assert (one_rate.genuine, one_rate.impostor) == (other_rate.genuine, other_rate.impostor)
+
+
+def test_top_matches_on_a_card() -> None:
+    """Merging: the best of every identity, both ways, in many blocks."""
+    first, second = (F.normalize(clustered(rows, rows)[0]) for rows in (700, 500))
+    here = top_matches(first, second, 4, 0.2, 128)
+    for one, other in zip(here, top_matches(first.to(CUDA), second.to(CUDA), 4, 0.2, 128), strict=True):
+        torch.testing.assert_close(other.cosine.cpu(), one.cosine, rtol=0, atol=1e-5)
+        assert (other.index.cpu() == one.index).float().mean() > 0.99
 
 
 def configure(tiny_set: Path, runs: Path, **settings: object) -> Any:

@@ -68,6 +68,7 @@ def test_float32_on_a_card_is_what_was_asked_for(backends: tuple[Any, ...]) -> N
         # The compiler asks in the old way when it tries which kernel is fastest; torch raises where the two differ.
         assert torch.get_float32_matmul_precision() == {"tf32": "high", "ieee": "highest"}[kept]
         assert torch.backends.cuda.matmul.allow_tf32 == (kept == "tf32")
+        assert torch.backends.cudnn.allow_tf32 == (kept == "tf32")
     assert describe_precision(torch.bfloat16, card) == "bfloat16"
     assert describe_precision(torch.float32, torch.device("cpu")) == "float32"
 

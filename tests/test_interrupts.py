@@ -32,18 +32,18 @@ try:
                 os._exit(0)
         else:
             say("ready")
-        while not interrupt.requested:
+        while not interrupt.number:
             time.sleep(0.01)
             if "child" in sys.argv:
                 ended, status = os.waitpid(child, os.WNOHANG)
                 if ended:
                     say(f"child {os.waitstatus_to_exitcode(status)}")
-                    sys.exit(interrupt.exit_code)
-        say(f"asked {interrupt.exit_code}")
+                    sys.exit(128 + interrupt.number)
+        say(f"asked {128 + interrupt.number}")
         if "slow" in sys.argv:
             sys.stdin.readline()
             say("saved")
-        raise Stopped("stopped", interrupt.exit_code)
+        raise Stopped("stopped", 128 + interrupt.number)
 except Stopped as stopped:
     say(str(stopped))
     if "after" in sys.argv:
@@ -132,7 +132,7 @@ def test_who_presses_ctrl_c_again_is_heeded_at_once(start: Start) -> None:
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
-        assert interrupt.exit_code == 143
+        assert 128 + interrupt.number == 143
 
 
 def test_workers_end_when_they_are_told(start: Start) -> None:
@@ -149,12 +149,12 @@ def test_afterwards_signals_do_what_they_did(start: Start) -> None:
     """Handlers are put back as they were, whichever came."""
     before = [signal.getsignal(number) for number in SIGNALS]
     with pytest.raises(Stopped), catch_interrupt() as interrupt:
-        assert not interrupt.requested
+        assert interrupt.number == 0
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        assert interrupt.requested
-        assert interrupt.exit_code == 143
-        raise Stopped("stopped", interrupt.exit_code)
+        assert interrupt.number
+        assert 128 + interrupt.number == 143
+        raise Stopped("stopped", 128 + interrupt.number)
     assert [signal.getsignal(number) for number in SIGNALS] == before
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)

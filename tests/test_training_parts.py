@@ -4,6 +4,7 @@ import pickle
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -382,6 +383,25 @@ def test_processes_agree_whether_to_compile(error: Exception | None, elsewhere: 
         assert compiled.gave_up == (ends != "compiled")
         assert [ends in line for line in said] == [True] * compiled.gave_up
     assert numbers == [told]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("not here"), RuntimeError("cannot")])
+def test_out_of_memory_with_shared_statistics_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    """With train.sync_bn the other processes are in the middle of an exchange, and would not come to agree; what a
+    compiler cannot it cannot on any of them."""
+    network, asked = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.BatchNorm1d(3))), list[int]()
+    monkeypatch.setattr(step_building, "spread", lambda network, *_: network)
+    ranks: Any = SimpleNamespace(size=2, most=lambda number: asked.append(number) or number)
+
+    def fail(_: nn.Module) -> None:
+        raise error
+
+    no_memory = isinstance(error, torch.OutOfMemoryError)
+    with pytest.raises(torch.OutOfMemoryError) if no_memory else nullcontext():
+        compile_network(network, ranks, CPU, fail, lambda _: None, "eager")
+    assert asked == ([] if no_memory else [1])
 
 
 def test_a_network_that_gave_up_is_told_to_the_other_processes() -> None:

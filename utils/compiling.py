@@ -46,10 +46,8 @@ class Compiled:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail in many ways
-            reason = " ".join(str(error).split()[:30]) or type(error).__name__
-            warnings.warn(
-                f"{self._function.__qualname__} runs uncompiled: torch.compile failed ({reason})", stacklevel=2
-            )
+            name = self._function.__qualname__
+            warnings.warn(f"{name} runs uncompiled: torch.compile failed ({shortly(error)})", stacklevel=2)
             self._compiled = None
             return self._function(*arguments)
         self._worked.add(shapes)
@@ -101,6 +99,11 @@ class CompiledNetwork(nn.Module):
         lines = [line.strip() for line in str(error or "on another rank").splitlines() if line.strip()]
         reason = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
         self._say(f"the network runs uncompiled: torch.compile failed ({reason}); train.compile=off says nothing")
+
+
+def shortly(error: BaseException) -> str:
+    """How its message begins; those of compilers are pages long."""
+    return " ".join(str(error).split()[:30]) or type(error).__name__
 
 
 def _copy(value: Any) -> Any:

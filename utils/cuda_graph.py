@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from utils.compiling import shortly
 from utils.devices import autocast
 from utils.micro_batch import statistics_kept
 from utils.run_folders import TrainingError
@@ -56,7 +57,7 @@ def with_graph(network: nn.Module, sample: Tensor, precision: torch.dtype, say: 
     except Exception as error:  # what cannot be captured says so in many ways
         # The end of a capture fails in turn, and says no more than that.
         errors = (each for each in (error.__context__, error) if each is not None)
-        reason = "; ".join(" ".join(str(each).split()[:30]) or type(each).__name__ for each in errors)
+        reason = "; ".join(map(shortly, errors))
         try:
             torch.rand(1, device=sample.device)  # before 2.13, what is random takes itself for captured ever after
         except RuntimeError:

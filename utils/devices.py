@@ -66,6 +66,7 @@ def set_float32_products(name: str, device: torch.device) -> None:
         return
     # First the old way, of which parts of the compiler still ask, and which fail where the two differ.
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = name == "tf32"
     for backend in _cuda_backends():
         backend.fp32_precision = "tf32" if name == "tf32" else "ieee"
 

@@ -13,7 +13,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run stopped where it was asked to; `exit_code` tells whoever started the process why."""
+    """The run stopped where it was asked to; `exit_code` tells whoever started the process why: 128 and the signal's
+    number, which shells and schedulers take for an end by it."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -26,20 +27,10 @@ class Interrupt:
 
     number: int = 0
 
-    @property
-    def requested(self) -> bool:
-        """Whether somebody asked to stop."""
-        return self.number != 0
-
-    @property
-    def exit_code(self) -> int:
-        """What shells and schedulers take for an end by that signal: 130 Ctrl-C, 143 SIGTERM, 138 SIGUSR1."""
-        return 128 + self.number
-
 
 @contextmanager
 def catch_interrupt() -> Iterator[Interrupt]:
-    """Within the block the first Ctrl-C only sets `requested`; a second one interrupts as usual.
+    """Within the block the first Ctrl-C only sets `number`; a second one interrupts as usual.
 
     SIGTERM and SIGUSR1 set it, too, however often they come: whoever sends them kills in the end. In processes forked
     from this one SIGTERM ends as usual and SIGUSR1 does nothing. Only the main thread can enter.

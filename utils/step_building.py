@@ -121,11 +121,14 @@ def compile_network(
     whole = spread(compiled, ranks, device)
     if recomputes(network):
         torch._dynamo.config.optimize_ddp = False
+    together = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()) and ranks.size > 1
     failure: Exception | None = None
     try:
         with whole.no_sync() if isinstance(whole, DistributedDataParallel) else nullcontext():
             attempt(whole)
     except Exception as error:  # compilers fail in many ways
+        if together and isinstance(error, torch.OutOfMemoryError):
+            raise  # the others wait for this rank's statistics, not for its word
         failure = error
     no_memory = isinstance(failure, torch.OutOfMemoryError)
     worst = ranks.most(2 if no_memory else int(failure is not None or compiled.gave_up))  # no rank goes on alone
@@ -150,7 +153,7 @@ def spread(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
     if ranks.size == 1:
         return network
     ids = [device.index if device.index is not None else torch.cuda.current_device()] if device.type == "cuda" else None
-    # The option has a new name since torch 2.15.
+    # The option's newer name, where there is one.
     known = inspect.signature(DistributedDataParallel).parameters
     own_statistics: dict[str, Any] = {
         "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False

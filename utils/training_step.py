@@ -43,9 +43,10 @@ class TrainingStep:
     ranks. `precision`: what the network computes in; float32 is no autocast. `gradient_clip`: largest norm of the
     network's gradient; the head's is left alone, as published. `micro_batch`: faces of this rank in a forward pass at
     most; a batch of more goes through in parts as equal as can be, whose gradients add up to those of the whole batch
-    (batch norm sees the parts; random margins and sampled classes are each part's own), and ranks, which have equally
-    many faces, exchange gradients once. `shrinking`: what to tell (a line for people) when memory runs out, be it in a
-    backward pass, and `micro_batch` is halved for the batch to be tried again; None: that is an error.
+    (batch norm sees the parts; random margins are each part's own, and of sampled classes those of its faces), and
+    ranks, which have equally many faces, exchange gradients once. `shrinking`: what to tell (a line for people) when
+    memory runs out, be it in a backward pass, and `micro_batch` is halved for the batch to be tried again; None: that
+    is an error.
     """
 
     def __init__(

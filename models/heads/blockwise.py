@@ -24,7 +24,7 @@ from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
 from models.heads.row_optimizers import RowOptimizer
 from models.heads.sampling import sample_classes, sampled_count
 from models.losses import MarginLoss, Targets
-from utils.compiling import Compiled
+from utils.compiling import Compiled, shortly
 from utils.ranks import Ranks, share_of
 
 _EPS = 1e-12  # as in torch.nn.functional.normalize
@@ -90,8 +90,9 @@ class BlockwiseHead(Head):
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:  # compilers fail in many ways
-                reason = " ".join(str(error).split()[:30]) or type(error).__name__
-                warnings.warn(f"the head's kernels do not run here, torch.compile's will ({reason})", stacklevel=2)
+                warnings.warn(
+                    f"the head's kernels do not run here, torch.compile's will ({shortly(error)})", stacklevel=2
+                )
             else:
                 self.fuse_blocks()
                 return

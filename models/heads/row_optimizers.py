@@ -21,7 +21,8 @@ class RowSGD:
     states: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def factors(self, lr: float, steps: int) -> tuple[float, ...]:
-        """What `step` needs to know of a step at the rate `lr`, as scalar tensors of the weight's dtype and device.
+        """What `step` needs to know of a step at the rate `lr`; it takes them as scalar tensors of the weight's dtype
+        and device.
 
         `steps`: how many the run has made with this one, for optimizers that start slowly.
         """

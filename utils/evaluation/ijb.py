@@ -275,10 +275,6 @@ class IjbIdentification:
     per_gallery: dict[str, Identification]
     joined: Identification
 
-    def mean_rank(self, k: int) -> float:
-        """The mean over the galleries of the share at rank k, 0..1."""
-        return float(np.mean([found.rank(k) for found in self.per_gallery.values()]))
-
 
 def ijb_identification(
     templates: Templates, ijb: Ijb, ranks: int = 20, fpir: Sequence[float] = (0.01, 0.1)
