@@ -229,26 +229,78 @@ def calibrate(
     maxima = scores if rule == "mutual" else np.concatenate([part.nearest for part in impostors])
     tails = fit_tails(scores, maxima, genuine, seed)
     joins = [(one, other, _join_scores(pairs, one == other, rule)) for one, other, pairs in found]
+    within = any(one == other for one, other, _ in found)
     every = np.sort(np.concatenate([np.empty(0), *(part for _, _, part in joins)]))
     thresholds = np.linspace(tails[0].start, max(1.0, float(scores[-1])), 2001)
-    joined = len(every) - np.searchsorted(every, thresholds)
-    share = _open_pairs(joins, people, rule, thresholds) / compared
-    wrong = tails[0].above(thresholds) * share
-    # From where the share is lowest downwards: below, all that are left to join wrongly may have joined already.
-    shares = wrong / np.maximum(joined, 1)
-    at = _lowest(shares, int(shares.argmin()), wrong_joins)
-    right = np.where(shares < 1 / 3, joined - wrong, 0)
-    many = right >= max(_FEW, right.max() / 2)  # where most of the people in common would be joined
-    if not many[at] and (shares[many] <= wrong_joins).any():  # among the few highest pairs one wrong is a high share
-        at = _lowest(shares, int(np.where(many, shares, np.inf).argmin()), wrong_joins)
-    within = any(one == other for one, other, _ in found)
+    chances = _open_pairs(joins, people, rule, thresholds) / compared
+    expected = _Expected(len(every) - np.searchsorted(every, thresholds), tails[0].above(thresholds) * chances)
+    at = expected.lowest(wrong_joins)
+    threshold, joined = float(thresholds[at]), expected.joined[at]
     advice = f"take --rule clusters, or {_ADVICE}" if within and rule == "mutual" else _ADVICE
-    seen = float(tails[0].above(thresholds[at]))  # of the scores that the sets gave, those expected above it
-    if not joined[at] and many.any():
+    _require_few_wrong(expected, at, threshold, wrong_joins, within, advice)
+    seen = float(tails[0].above(threshold))  # of the scores that the sets gave, those expected above it
+    if joined and seen * _REACH < 1:
         raise CalibrationError(
-            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: about {right.max():,.0f} people seem to be "
-            f"{'there twice' if within else 'in common'}, but to join half of them {shares[many].min():.1%} or more of "
-            f"the joins would be wrong (are there wrong labels in the sets? --clean): allow as many with "
+            f"--t auto cannot answer: {wrong_joins:.2%} wrong among {joined:,} joins needs a threshold that "
+            f"{seen:.2g} of the {compared:,.0f} pairs inside the sets are expected to reach, too far beyond what they "
+            f"show: allow more wrong joins (--wrong-joins), or {advice}"
+        )
+    lowest, highest = np.percentile([float(tail.above(threshold)) * chances[at] for tail in tails[1:]], [5, 95])
+    above = len(scores) - int(np.searchsorted(scores, threshold))
+    edges = np.linspace(min(scores[0], genuine.min(initial=1.0)), thresholds[-1], _BINS + 1)
+    calibration = Calibration(
+        threshold,
+        edges,
+        genuine=np.histogram(genuine, edges)[0],
+        impostor=np.histogram(scores, edges)[0],
+        explanation=[],
+        expected_wrong=float(expected.wrong[at]),
+        expected_wrong_range=(float(lowest), float(highest)),
+        expected_joins=float(joined),
+        extrapolated=seen < _FEW,
+        equivalent_cosine=float(threshold + impostors[largest].usual_rival),
+        expected_recall=float((genuine >= threshold).mean()) if len(genuine) else float("nan"),
+        counted_wrong=float("nan") if within else above * float(chances[at]),
+    )
+    return replace(
+        calibration,
+        explanation=_explain(calibration, tails[0], compared, people, wrong_joins, rule, len(genuine)),
+        warning=_warning(calibration, above, seen, wrong_joins),
+    )
+
+
+class _Expected:
+    """What rising thresholds would come to: pairs `joined`, int64 [T], and `wrong` ones among them, float64 [T], as
+    expected; `shares`: of wrong ones. `right`: the others, 0 where too many are wrong to tell; `many`: where at least
+    half of the people in common would be joined."""
+
+    def __init__(self, joined: NDArray[np.int64], wrong: NDArray[np.float64]) -> None:
+        self.joined, self.wrong = joined, wrong
+        self.shares = wrong / np.maximum(joined, 1)
+        self.right = np.where(self.shares < 1 / 3, joined - wrong, 0)
+        self.many = self.right >= max(_FEW, self.right.max() / 2)
+
+    def lowest(self, wrong_joins: float) -> int:
+        """The number of the lowest threshold that keeps the share of wrong joins."""
+        # From where the share is lowest downwards: below, all that are left to join wrongly may have joined already.
+        at = _lowest(self.shares, int(self.shares.argmin()), wrong_joins)
+        # Among the few highest pairs one wrong is a high share.
+        if not self.many[at] and (self.shares[self.many] <= wrong_joins).any():
+            at = _lowest(self.shares, int(np.where(self.many, self.shares, np.inf).argmin()), wrong_joins)
+        return at
+
+
+def _require_few_wrong(
+    expected: _Expected, at: int, threshold: float, wrong_joins: float, within: bool, advice: str
+) -> None:
+    """Raise CalibrationError where `threshold`, which is number `at`, does not keep the share of wrong joins, or keeps
+    it by joining nothing while there are people to join."""
+    joined, shares, many = expected.joined[at], expected.shares, expected.many
+    if not joined and many.any():
+        raise CalibrationError(
+            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: about {expected.right.max():,.0f} people seem to "
+            f"be {'there twice' if within else 'in common'}, but to join half of them {shares[many].min():.1%} or more "
+            f"of the joins would be wrong (are there wrong labels in the sets? --clean): allow as many with "
             f"--wrong-joins, or {advice}"
         )
     if shares[at] > wrong_joins:
@@ -258,37 +310,10 @@ def calibrate(
             else "different people inside the sets score too high"
         )
         raise CalibrationError(
-            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: at the best threshold, {thresholds[at]:.3f}, "
-            f"{shares[at]:.2%} of {joined[at]:,} joins would be wrong; {reason}: allow as many with --wrong-joins, or "
+            f"--t auto cannot keep wrong joins at {wrong_joins:.2%}: at the best threshold, {threshold:.3f}, "
+            f"{shares[at]:.2%} of {joined:,} joins would be wrong; {reason}: allow as many with --wrong-joins, or "
             f"{advice}"
         )
-    if joined[at] and seen * _REACH < 1:
-        raise CalibrationError(
-            f"--t auto cannot answer: {wrong_joins:.2%} wrong among {joined[at]:,} joins needs a threshold that "
-            f"{seen:.2g} of the {compared:,.0f} pairs inside the sets are expected to reach, too far beyond what they "
-            f"show: allow more wrong joins (--wrong-joins), or {advice}"
-        )
-    lowest, highest = np.percentile([float(tail.above(thresholds[at])) * share[at] for tail in tails[1:]], [5, 95])
-    above = len(scores) - int(np.searchsorted(scores, thresholds[at]))
-    calibration = Calibration(
-        float(thresholds[at]),
-        edges := np.linspace(min(scores[0], genuine.min(initial=1.0)), thresholds[-1], _BINS + 1),
-        np.histogram(genuine, edges)[0],
-        np.histogram(scores, edges)[0],
-        [],
-        float(wrong[at]),
-        (float(lowest), float(highest)),
-        float(joined[at]),
-        seen < _FEW,
-        float(thresholds[at] + impostors[largest].usual_rival),
-        float((genuine >= thresholds[at]).mean()) if len(genuine) else float("nan"),
-        float("nan") if within else above * float(share[at]),
-    )
-    return replace(
-        calibration,
-        explanation=_explain(calibration, tails[0], compared, people, wrong_joins, rule, len(genuine)),
-        warning=_warning(calibration, above, seen, wrong_joins),
-    )
 
 
 def _lowest(shares: NDArray[np.float64], start: int, wrong_joins: float) -> int:
