@@ -552,7 +552,7 @@ def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_
         (
             {"data__image_size": 48, "data__resize": True},
             ValueError,
-            r"image A of pair 0 is 32x32 pixels, expected 48x48",
+            r"image A of pair 0 is 32x32 pixels, expected 48x48: .*data\.resize scales training images only",
         ),
         ({"model__network": "r49"}, ValueError, r"model\.network: there is no network 'r49'.*; there are r18"),
         ({"train__resume": "/nowhere"}, TrainingError, "/nowhere has no checkpoint"),

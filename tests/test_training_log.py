@@ -116,6 +116,18 @@ def test_distributions(tmp_path: Path) -> None:
     assert all(any(low <= number <= high for low, high in filled) for number in range(10)), "bars and edges do not fit"
 
 
+@pytest.mark.parametrize("value", [0.0, 0.25, -(2.0**70), 2.0**100])
+def test_a_distribution_of_one_value(tmp_path: Path, value: float) -> None:
+    """Equal values make a histogram however large they are, as embeddings of a network that diverges: the run goes on
+    to say that it did."""
+    with TrainingLog(tmp_path, 0) as log:
+        log.distributions(3, {"equal": np.full(4, value, np.float32)})
+    shown = board(tmp_path).Histograms("equal")[0].histogram_value
+    (bar,) = np.flatnonzero(shown.bucket)
+    assert shown.bucket[bar] == 4
+    assert shown.bucket_limit[bar - 1] <= value <= shown.bucket_limit[bar]
+
+
 def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever looks at a run that goes on sees curves, and after one that failed; drawing takes little time."""
     now = [0.0]

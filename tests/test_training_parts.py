@@ -170,10 +170,11 @@ def test_what_does_not_learn_at_the_full_rate_is_said(
 
 
 def test_wrong_parts_are_refused(tiny_set: Path, tmp_path: Path) -> None:
-    """Before anything is written: a part that there is not, a network without blocks."""
+    """Before anything is written: a part that there is not, a network without blocks, weights that are not there."""
     for settings, message in (
         ({"train__frozen": ("layer9",)}, r"train\.frozen: the network has no weights in 'layer9'"),
         ({"train__activation_checkpointing": True}, r"train\.activation_checkpointing: DemoNet has no blocks"),
+        ({"train__init": "/nowhere"}, r"train\.init: there is no model at /nowhere"),
     ):
         with pytest.raises(ValueError, match=message):
             train(configure(tiny_set, tmp_path, **settings))

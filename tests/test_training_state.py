@@ -85,10 +85,27 @@ def test_momentum_is_laid_out_like_its_weights(tmp_path: Path) -> None:
     assert parts.optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
 
 
-@pytest.mark.parametrize(("changed", "message"), [({"size": 5}, "network"), ({"loss": "arcface"}, "head")])
-def test_parts_of_another_kind_are_refused(tmp_path: Path, changed: dict[str, object], message: str) -> None:
-    """Resuming with another network or loss names the part that does not fit."""
+@pytest.mark.parametrize("loss", ["arcface", "curricularface"])
+def test_another_loss_goes_on_with_statistics_of_its_own(tmp_path: Path, loss: str) -> None:
+    """From AdaFace, which has some, to a loss with none or others, and back: these start anew, all else is restored."""
+    ours, other, back = Parts("sgd", seed=0), Parts("sgd", seed=1, loss=loss), Parts("sgd", seed=1)
+    anew = {name: value.clone() for parts in (other, back) for name, value in parts.head.loss.state_dict().items()}
+    ours.train(0, 1)
+    with CheckpointStore(tmp_path, Ranks()) as store:
+        other.state.restore(ours.save(store, 2))
+        back.state.restore(other.save(store, 3))
+    expected = ours.everything()
+    for parts in (other, back):
+        reached = parts.everything()
+        statistics = {f"head.loss.{name}" for name in parts.head.loss.state_dict()}
+        assert {name for name in reached if name.startswith("head.loss.")} == statistics
+        assert all(torch.equal(reached[name], anew[name.removeprefix("head.loss.")]) for name in statistics)
+        assert all(torch.equal(reached[name], expected[name]) for name in reached.keys() - statistics)
+
+
+def test_parts_of_another_kind_are_refused(tmp_path: Path) -> None:
+    """Resuming with another network names the part that does not fit."""
     with CheckpointStore(tmp_path, Ranks()) as store:
         saved = Parts("sgd", seed=0).save(store, 1)
-        with pytest.raises(CheckpointError, match=f"step-000000001 does not fit the {message} of the settings"):
-            Parts("sgd", seed=0, **changed).state.restore(saved)  # type: ignore[arg-type]
+        with pytest.raises(CheckpointError, match="step-000000001 does not fit the network of the settings"):
+            Parts("sgd", seed=0, size=5).state.restore(saved)

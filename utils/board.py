@@ -44,10 +44,13 @@ class Board:
         from tensorboard.compat.proto.summary_pb2 import HistogramProto
 
         flat = values.astype(np.float64).reshape(-1)
-        counts, edges = np.histogram(flat, _BINS)
+        low, high = flat.min(), flat.max()
+        # Of equal values numpy makes bars around them that are too narrow to be told apart where the values are huge.
+        margin = max(0.5, 1e-3 * abs(low)) if low == high else 0.0
+        counts, edges = np.histogram(flat, _BINS, (low - margin, high + margin))
         histogram = HistogramProto(
-            min=flat.min(),
-            max=flat.max(),
+            min=low,
+            max=high,
             num=flat.size,
             sum=flat.sum(),
             sum_squares=flat @ flat,

@@ -13,6 +13,7 @@ from models.heads import Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
 from models.recompute import recompute_blocks
 from models.weights import load_weights
+from utils.checkpoints import CheckpointError
 from utils.optimizers import freeze
 from utils.ranks import Ranks
 from utils.run_folders import TrainingError
@@ -30,7 +31,10 @@ def build_network(config: Config, device: torch.device, with_init: bool = True) 
         options["pretrained"] = True
     network = create_network(model.network, model.embedding_size, config.data.image_size, **options)
     if settings.init and with_init:
-        load_weights(network, settings.init, model.network, model.colour)
+        try:
+            load_weights(network, settings.init, model.network, model.colour)
+        except CheckpointError as error:
+            raise CheckpointError(f"train.init: {error}") from None
     freeze(network, settings.frozen)
     if settings.activation_checkpointing:
         recompute_blocks(network)

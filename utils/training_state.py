@@ -71,6 +71,7 @@ class TrainingState:
                 except (KeyError, ValueError, RuntimeError) as error:
                     raise CheckpointError(f"{saved.folder} does not fit the head of the settings: {error}") from None
         here = {name.removeprefix("head."): part.tensor for name, part in rows.items()}
+        tensors = self._with_statistics(tensors)
         _load(saved, self.head, "head", tensors | {f"head.{name}": value for name, value in here.items()})
         states: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(self._optimized()):
@@ -82,6 +83,13 @@ class TrainingState:
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         _match_strides(self.optimizer)
         start_momentum(self.optimizer)  # of parts that did not learn before
+
+    def _with_statistics(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors`, with the loss's statistics as they are where those saved are another loss's: a run may go on with
+        a loss that it did not begin with."""
+        own = {f"head.loss.{name}": value for name, value in self.head.loss.state_dict().items()}
+        others = {name for name in tensors if name.startswith("head.loss.")} - own.keys()
+        return own | {name: value for name, value in tensors.items() if name not in others}
 
     def _optimized(self) -> list[str]:
         """The names of the optimizer's weights, in its order."""
