@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from config import PRESETS, Config
 from data.face_sets import FaceSetError
-from data.verification_bin import find_bins
+from data.verification_bin import chosen_bins
 from models.embedders import Embedder, load_embedder
 from models.embedders.network import Precision
 from utils.checkpoints import BEST, HUB_WEIGHTS, newest_run, run_of, settings_beside
@@ -75,8 +75,7 @@ def saved_settings(settings: Settings) -> Settings:
 def chosen_sets(config: Config) -> list[Path]:
     """The sets to test on: those that are named, else the verification sets of the run or of config.py."""
     named = [Path(path) for path in config.test.sets if not is_model(Path(path))]
-    default = config.data.verification or [path for root in config.data.root for path in find_bins(root)]
-    sets = named or [Path(path) for path in default]
+    sets = named or chosen_bins(config.data.verification, config.data.root)
     if not sets:
         raise FaceSetError(f"nothing to test on: name a set, or put .bin files beside {', '.join(config.data.root)}")
     return sets

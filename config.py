@@ -39,7 +39,7 @@ class DataConfig:
     # Training set: a folder with train.rec and train.idx, a .rec file, or a folder with one folder per identity.
     # Several, comma separated, are joined with their identities kept apart; a path that has a comma itself goes alone.
     root: tuple[str, ...] = ("datasets/ms1mv3",)
-    # Verification sets (.bin), comma separated. Empty: every .bin beside the training set.
+    # Verification sets (.bin), comma separated. Empty: every .bin beside the training set; none: no set.
     verification: tuple[str, ...] = ()
     # Height and width of the aligned faces, pixels. 112 is the field's standard.
     image_size: int = 112

@@ -452,6 +452,7 @@ class Trainer:
         """Say what is about to happen."""
         an_epoch, size = self.batches.batches, self.config.train.batch_size
         tests = ", ".join(pairs.name for pairs in self.verifier.sets)
+        why_not = "data.verification" if self.config.data.verification else "no .bin found"
         on = describe_device(self.device) + (f" x {self.ranks.size}" if self.ranks.size > 1 else "")
         left = len(self.faces) - an_epoch * size
         factor = self.config.train.backbone_lr
@@ -465,7 +466,7 @@ class Trainer:
         for line in (
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
             f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
-            f"verified on: {tests or 'nothing (no .bin found): the last model is kept'}",
+            f"verified on: {tests or f'nothing ({why_not}): the last model is kept'}",
             f"{on}, {describe_precision(self.precision, self.device)}, {self.workers} workers, {self.steps:,} steps",
             rate,
         ):

@@ -113,7 +113,14 @@ def identity_keys(faces: FaceSet) -> list[str]:
 
 
 def open_training_set(paths: Sequence[Path | str], min_images: int) -> FaceSet:
-    """The sets at `paths` as one, without the identities that have fewer than `min_images` images."""
+    """The sets at `paths` as one, without the identities that have fewer than `min_images` images.
+
+    Raises FaceSetError for a set that comes twice, whose people would be two of each.
+    """
     sets = [open_face_set(path) for path in paths]
+    places = [Path(faces.path).resolve() for faces in sets]
+    twice = next((faces.path for faces, place in zip(sets, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise FaceSetError(f"{twice} is named twice")
     faces: FaceSet = sets[0] if len(sets) == 1 else JoinedFaceSet(sets)
     return faces if min_images <= 1 else FrequentIdentities(faces, min_images)

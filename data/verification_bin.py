@@ -155,3 +155,11 @@ def find_bins(root: Path | str) -> list[Path]:
     root = Path(root)
     folder = root.parent if root.is_file() else root
     return sorted(path for path in folder.glob("*.bin") if path.name[0] != ".")
+
+
+def chosen_bins(chosen: Sequence[str], roots: Sequence[Path | str]) -> list[Path]:
+    """The verification sets of `data.verification`: every `.bin` of the sets `roots` where none is `chosen`; nothing
+    for "none"."""
+    if list(chosen) == ["none"]:
+        return []
+    return [Path(path) for path in chosen] or [path for root in roots for path in find_bins(root)]

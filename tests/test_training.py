@@ -319,6 +319,9 @@ def test_several_sets_and_few_images(tiny_set: Path, tmp_path: Path) -> None:
     faces = open_training_set([tiny_set, more], 3)
     assert faces.identities[6:] == [f"{more / 'train.rec'}: 1", f"{more / 'train.rec'}: 2"]
     assert [faces.encoded(i) for i in np.flatnonzero(faces.labels == 7)] == [tiny_face(202, s) for s in range(3)]
+    for again in (tiny_set, tiny_set / "train.rec"):
+        with pytest.raises(FaceSetError, match="is named twice"):
+            open_training_set([tiny_set, more, again], 1)
     with pytest.raises(FaceSetError, match="no identity has 9 images"):
         open_training_set([tiny_set], 9)
 
@@ -535,6 +538,14 @@ def test_without_verification_sets_the_last_network_is_kept(tiny_set: Path, tmp_
     run = train(configure(alone, tmp_path))
     last = weights(run)
     assert all(torch.equal(tensor, last[f"network.{key}"]) for key, tensor in weights(run, BEST).items())
+
+
+def test_verification_can_be_left_out(tiny_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--data.verification none` does without the sets that lie beside the training set."""
+    run = train(configure(tiny_set, tmp_path, data__verification=("none",), train__epochs=1))
+    assert "verified on: nothing (data.verification): the last model is kept" in capsys.readouterr().out
+    assert not [line for line in read_metrics(run) if any(name.startswith("verify/") for name in line)]
+    assert (run / BEST).exists()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from config import Config, DataConfig, TrainConfig
-from data.verification_bin import VerificationPairs, find_bins, read_bin
+from data.verification_bin import VerificationPairs, chosen_bins, read_bin
 from models import create_network
 from models.heads import Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
@@ -91,10 +91,9 @@ def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> tuple[float, n
 
 
 def verification_sets(data: DataConfig) -> list[VerificationPairs]:
-    """The sets of `data.verification`, or every `.bin` beside the training set. Raises TrainingError."""
-    beside = [path for root in data.root for path in find_bins(root)]
+    """The sets of `data.verification`. Raises TrainingError."""
     try:
-        tests = [read_bin(path) for path in data.verification or beside]
+        tests = [read_bin(path) for path in chosen_bins(data.verification, data.root)]
     except FileNotFoundError as error:
         raise TrainingError(f"data.verification: {error.filename} does not exist") from None
     except (ValueError, OSError) as error:
