@@ -19,8 +19,9 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     `when_interrupted` says what an interrupted run left behind; an interrupt's own message comes before it.
     Errors of other kinds are faults of the program and keep their traceback.
     """
-    # In a log file, too, a line should appear when it is printed.
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # In a log file, too, a line should appear when it is printed; and a name that the screen has no letters for is no
+    # reason to end.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     # A read error of a mapped file is a signal that no exception stands for: show at least where it came.
     if not faulthandler.is_enabled():
         faulthandler.enable()
