@@ -8,6 +8,7 @@ import json
 import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +59,8 @@ def load_index(file: RecordFile) -> ImageIndex | None:
             if not np.array_equal(kept["fingerprint"], _fingerprint(file)):
                 return None
             images = ImageIndex(*(kept[name] for name in ImageIndex._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    # RuntimeError: a compression that there is not, a password; what one changed bit makes of an archive.
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         warnings.warn(f"{path} is damaged ({error}): made anew", stacklevel=4)
         return None
     return images if _sample_agrees(file, images) else None

@@ -68,8 +68,8 @@ class PairFiles:
     def encoded(self, i: int) -> bytes:
         try:
             return self._files[i].read_bytes()
-        except OSError as error:
-            raise PairsError(f"{self.describe(i)}: {error.strerror or error}") from None
+        except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
+            raise PairsError(f"{self.describe(i)}: {getattr(error, 'strerror', None) or error}") from None
 
     def describe(self, i: int) -> str:
         return f"{self._source}, line {self._lines[i]}: {self._files[i]}"

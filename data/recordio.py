@@ -124,8 +124,9 @@ class RecordFile:
 
     def _map(self) -> None:
         self.size = self.path.stat().st_size
-        if self.size == 0:
-            raise RecordError(f"{self.path} is empty")
+        if self.size < _RECORD_HEAD.size:
+            found = f"has {self.size} bytes" if self.size else "is empty"
+            raise RecordError(f"{self.path} holds no record: it {found}, copy it again")
         with self.path.open("rb") as file:
             self._bytes = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._view = np.frombuffer(self._bytes, np.uint8)

@@ -213,16 +213,19 @@ def repair(records: Records, survey: Survey, output: Path) -> None:
     """Write the images of `survey.good` in insightface's layout, bytes as they are, identity after identity.
 
     repair.csv in `output` says what became of every identity: its name, its label now (none: it lost all images),
-    images kept and images broken. Raises FileExistsError when `output` is there and not empty.
+    images kept and images broken. Raises FileExistsError when `output` is there and not empty, FaceSetError when no
+    image is good.
     """
     labels, counts = np.unique(survey.labels[survey.labels != NO_LABEL], return_counts=True)
     kept = np.flatnonzero(survey.good)
     kept = kept[np.argsort(survey.labels[kept], kind="stable")]
     stops = np.searchsorted(survey.labels[kept], labels, side="right")
+    if not kept.size:
+        raise FaceSetError(f"{output} is not written: {records.place(0).file} has not one good image")
     image_size = survey.shapes.most_common(1)[0][0][1] if survey.shapes else 0
     with (
         write_face_set(output, image_size) as out,
-        (out.folder / "repair.csv").open("w", newline="", errors="surrogateescape") as file,
+        (out.folder / "repair.csv").open("w", encoding="utf-8", newline="", errors="surrogateescape") as file,
         progress_bar(kept.size, "image", "repair") as bar,
     ):
         lines = csv.writer(file)

@@ -9,7 +9,8 @@ import csv
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,11 @@ class Standing:
     lost_identities: int = 0
     first_left_out: str = ""
     digest: str = ""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if type(getattr(self, field.name)) is not type(field.default):
+                raise TypeError(f"{field.name} is {getattr(self, field.name)!r}")
 
 
 def made_from(faces: FaceSet, identities: Sequence[Identity], fit: Fit) -> dict[str, Any]:
@@ -129,11 +135,12 @@ class ResumableSet:
             return []
         ranges, first = [], 1
         with (self._folder.path / PACKED).open(encoding="utf-8", errors="surrogateescape", newline="") as file:
-            rows = csv.reader(file)
-            next(rows)
-            for _, _, images in rows:
-                ranges.append((first, first + int(images)))
-                first += int(images)
+            try:
+                for _, _, images in islice(csv.reader(file), 1, None):
+                    ranges.append((first, first + int(images)))
+                    first += int(images)
+            except (ValueError, csv.Error) as error:
+                raise JournalError(f"{file.name} is damaged ({error})") from None
         return ranges
 
     @property

@@ -231,8 +231,8 @@ def _csv_columns(header: list[str], path: Path) -> list[int]:
 
 
 def _path(text: str, where: str) -> str:
-    if not text.strip():
-        raise FaceSetError(f"{where}: its path is empty")
+    if not text.strip() or "\0" in text:
+        raise FaceSetError(f"{where}: its path is empty" if not text.strip() else f"{where}: {text!r} is no path")
     return text.strip()
 
 

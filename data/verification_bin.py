@@ -5,6 +5,7 @@ just the few globals that the four spellings in the wild need, and refuses the r
 """
 
 import pickle
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def _scalar(dtype: _Dtype, value: bytes) -> bool | int:
 
 def _encode_latin1(text: str, encoding: str) -> bytes:
     if encoding not in ("latin1", "latin-1"):
-        raise VerificationFileError(f"it asks for the codec {encoding!r}, which no verification set needs: not loaded")
+        raise VerificationFileError(f"it asks for the codec {encoding[:20]!r}, which no set needs: not loaded")
     return text.encode("latin1")
 
 
@@ -138,7 +139,7 @@ def _image_bytes(item: object) -> bytes:
 def _flag(value: object) -> bool:
     if isinstance(value, int) and value in (0, 1):
         return bool(value)
-    raise VerificationFileError(f"a same-person flag must be true or false, found {value!r}")
+    raise VerificationFileError(f"a same-person flag must be true or false, found {reprlib.repr(value)}")
 
 
 def write_bin(path: Path | str, images: Sequence[bytes], same: Sequence[bool]) -> None:

@@ -22,7 +22,7 @@ from dataset_merge.writing import describe_choice, made_from
 from utils.files import csv_line
 from utils.processes import map_ordered
 from utils.progress import progress_bar
-from utils.resumable import GrowingFile, ResumableFolder, resumable_folder
+from utils.resumable import GrowingFile, JournalError, ResumableFolder, resumable_folder
 
 COLUMNS = ("image", "original", "kind", "correlation")
 _TABLE = "duplicates.csv"
@@ -101,10 +101,15 @@ def search(
     if not (folder / _TABLE).exists():
         with resumable_folder(folder, made, restart=False) as work:
             _search(work, everything, joined, embeddings, workers)
-    with (folder / _TABLE).open(newline="") as table:
-        rows = csv.reader(table)
-        next(rows)
-        return [Duplicate(int(row[0]), int(row[1]), row[2], float(row[3])) for row in rows]
+    try:
+        with (folder / _TABLE).open(newline="") as table:
+            rows = csv.reader(table)
+            next(rows, None)
+            return [Duplicate(int(row[0]), int(row[1]), row[2], float(row[3])) for row in rows]
+    except (ValueError, IndexError, csv.Error) as error:
+        raise JournalError(
+            f"{folder / _TABLE} is damaged ({error}): remove {folder}, and duplicates are looked for again"
+        ) from None
 
 
 def _search(

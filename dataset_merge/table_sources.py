@@ -52,7 +52,8 @@ def check_sources(table: Path, merge: MergeConfig, sets: Sequence[FaceSet]) -> s
         made = json.loads(path.read_text())
         before = [(known["images"], known["labels"]) for known in made["sets"]]
         cleaning, paths = made["cleaning"], [known["path"] for known in made["sets"]]
-    except (ValueError, KeyError, TypeError) as error:
+        made_with = _flags(cleaning)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DecisionsError(f"{path} is damaged ({error!r}): take it from the folder of the merge again") from None
     now = [(known["images"], known["labels"]) for known in describe_sources(merge, sets)["sets"]]
     if now != before:
@@ -69,7 +70,7 @@ def check_sources(table: Path, merge: MergeConfig, sets: Sequence[FaceSet]) -> s
             f"{path}"
         )
     if cleaning != _cleaning(merge):
-        raise DecisionsError(f"{table} was made with {_flags(cleaning)}, not with {_flags(_cleaning(merge))}")
+        raise DecisionsError(f"{table} was made with {made_with}, not with {_flags(_cleaning(merge))}")
     return None
 
 

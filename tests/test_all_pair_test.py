@@ -1,7 +1,10 @@
 """all_pair_test.py: what it finds by itself, what it writes, and that nothing is skipped in silence."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 import all_pair_test
+from conftest import ROOT
 from data.face_sets import open_face_set
 from data.loading import to_network_input
 from models import create_network
@@ -73,6 +77,33 @@ def test_results_of_a_runs_file_go_to_its_folder(
     shutil.copy(tiny_run / "best.safetensors", tmp_path / "x.safetensors")
     shown = run(capsys, tiny_set / "tiny.bin", "--model", tmp_path / "x.safetensors", "--runs", tmp_path)
     assert f"numbers and pictures: {tmp_path / 'test-x'}" in shown
+
+
+def test_weights_beside_the_config_of_another_program(
+    tiny_set: Path, tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models that are downloaded come with a config.json of their own, which is neither a run's nor damaged."""
+    shutil.copy(tiny_run / "best.safetensors", tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text('{"architectures": ["Recognition"], "conf": {"color_space": "RGB"}}')
+    shown = run(capsys, tiny_set / "tiny.bin", "--model", tmp_path / "x.safetensors", "--runs", tmp_path)
+    assert f"numbers and pictures: {tmp_path / 'test-x'}" in shown
+
+
+def test_names_that_are_no_utf8(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """A set and people with names of older systems are tested like any others, with a run's board beside it; what the
+    screen cannot show does not end the program."""
+    from data.prepare_data import prepare
+
+    folder, copy = tmp_path / os.fsdecode(b"lid\xe9"), tmp_path / "run"
+    prepare(tiny_set / "train.rec", folder, 0)
+    (folder / "000000").rename(folder / os.fsdecode(b"Andr\xe9"))
+    shutil.copytree(tiny_run, copy)
+    command = [sys.executable, ROOT / "all_pair_test.py", folder, "--model", copy, "--workers", "0", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "lid\\udce9" in done.stdout
+    assert b"lid\xe9" in (copy / "test" / "report.html").read_bytes()
 
 
 def test_numbers_survive_a_set_that_fails(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -300,6 +300,21 @@ def test_another_versions_format_is_not_taken_for_damage(tmp_path: Path) -> None
     assert names(tmp_path / "checkpoints") == ["step-000000001"]
 
 
+@pytest.mark.parametrize("change", [{"format": "x"}, {"step": None}, {"notes": []}, {"rows": 3}, {"files": "x"}])
+def test_a_manifest_of_somebody_else_is_damage(tmp_path: Path, change: dict[str, object]) -> None:
+    """One with a right checksum over something else is passed over, with a word, for the checkpoint before it."""
+    said: list[str] = []
+    with CheckpointStore(tmp_path / "checkpoints", Ranks(), say=said.append) as store:
+        for step in (1, 2):
+            save_step(store, step, Ranks(), wait=True)
+        manifest = tmp_path / "checkpoints" / "step-000000002" / "manifest.json"
+        manifest.write_text(manifest_text({**json.loads(manifest.read_text())["content"], **change}))
+        newest = store.newest()
+    assert newest is not None
+    assert newest.step == 1
+    assert said[0] == f"{manifest} is not as it was written"
+
+
 def test_a_full_disk_costs_one_checkpoint(tmp_path: Path) -> None:
     """The training goes on, the old checkpoint stays, nothing is left behind, and the next save is whole."""
     said: list[str] = []

@@ -1,5 +1,6 @@
 """What a run leaves on disk: complete, readable by others, and refused when it is not what it should be."""
 
+import json
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from utils.checkpoints import (
     Progress,
     load_backbone,
     newest_run,
+    run_settings,
     save_backbone,
 )
 from utils.files import atomic_folder, atomic_write
@@ -36,6 +38,17 @@ def test_backbone_file_is_plain_safetensors_with_its_settings(tmp_path: Path) ->
     state, settings = load_backbone(tmp_path / "b.safetensors")
     assert torch.equal(state["weight"], layer.weight)
     assert settings == {"model": {"network": "demo"}}
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**63, True, 32.0])
+@pytest.mark.parametrize("field", ["embedding_size", "image_size"])
+def test_settings_that_no_network_can_have(field: str, size: object) -> None:
+    """A file may say anything of itself: no network of a size that torch refuses, or memory cannot hold, is made."""
+    good: dict[str, object] = {"network": "demo", "embedding_size": 16, "image_size": 32}
+    for found, usable in ((good, True), ({**good, field: size}, False)):
+        text = json.dumps({"model": found, "data": found})
+        assert bool(run_settings({"settings": text})) == usable
+    assert run_settings({"settings": "[" * 100_000}) == {}
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

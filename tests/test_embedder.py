@@ -343,6 +343,43 @@ def test_torchscript_is_the_network(embedder: NetworkEmbedder, faces: torch.Tens
     assert len({loaded.fingerprint, bgr.fingerprint, load_embedder(path, "cpu", image_size=SIZE).fingerprint}) == 2
 
 
+class _Pair(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x, x
+
+
+class _Sum(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.sum()
+
+
+class _Two(torch.nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+@pytest.mark.parametrize("network", [_Pair(), _Sum(), _Two()])
+def test_torchscript_that_gives_no_embeddings(network: torch.nn.Module, faces: torch.Tensor, tmp_path: Path) -> None:
+    """Somebody else's program, a detector say, is refused with its name, whatever it gives or takes."""
+    path = tmp_path / "x.pt"
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.script(network).save(str(path))
+    loaded = load_embedder(path, CPU, image_size=faces.shape[1])
+    with pytest.raises(CheckpointError, match=r"x\.pt.* faces"):
+        loaded.embed(faces)
+
+
+def test_torchscript_that_was_cut(tmp_path: Path) -> None:
+    """It names itself, not what the system says of a place before its beginning."""
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.script(torch.nn.Flatten()).save(str(tmp_path / "x.pt"))
+    content = (tmp_path / "x.pt").read_bytes()
+    for size in range(0, len(content), 100):
+        (tmp_path / "x.pt").write_bytes(content[:size])
+        with pytest.raises(CheckpointError, match=r"x\.pt"):
+            load_embedder(tmp_path / "x.pt", CPU)
+
+
 def test_torchscript_says_what_it_expects(embedder: NetworkEmbedder, faces: torch.Tensor, tmp_path: Path) -> None:
     """The size and the input that an export wrote into the file hold; damaged files name themselves."""
     stated = '{"image_size": 16, "inputs": {"normalisation": "none", "colour": "bgr"}}'

@@ -1,6 +1,7 @@
 """Rates by group and error-versus-reject curves against plain selections of pairs; pairs read from a list."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -195,6 +196,13 @@ def test_damaged_columns_are_named(text: str, message: str, tmp_path: Path) -> N
     with pytest.raises(ColumnsError, match=message) as caught:
         group_by(read_columns(path), "pose", keys)
     assert str(path) in str(caught.value)
+
+
+def test_names_that_are_no_utf8_are_found(tmp_path: Path) -> None:
+    """Protects tables of older programs: their bytes are those of the files, whatever the encoding."""
+    (tmp_path / "columns.csv").write_bytes(b"image,pose\nAndr\xe9/1.jpg,front\nBob/2.jpg,side\n")
+    groups = group_by(read_columns(tmp_path / "columns.csv"), "pose", [os.fsdecode(b"Andr\xe9/1.jpg"), "Bob/2.jpg"])
+    assert (groups.names, groups.of.tolist()) == (("front", "side"), [0, 1])
 
 
 def test_no_image_in_any_group() -> None:

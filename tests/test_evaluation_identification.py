@@ -315,11 +315,11 @@ def test_ijb_of_real_faces(face_data: Path, tmp_path: Path) -> None:
         np.testing.assert_array_equal(face, align(decode_rgb(crops[i], ""), points[i]), err_msg=row[0])
 
 
-def replaced(file: str, line: int, text: str) -> Callable[[Path], None]:
+def replaced(file: str, line: int, text: str, encoding: str = "utf-8") -> Callable[[Path], None]:
     def change(meta: Path) -> None:
         lines = (meta / file).read_text().splitlines()
         lines[line - 1] = text
-        (meta / file).write_text("\n".join(lines))
+        (meta / file).write_text("\n".join(lines), encoding=encoding)
 
     return change
 
@@ -347,6 +347,12 @@ POINTS = " ".join(["1.0"] * 10)
         (replaced("ijbc_1N_gallery_G1.csv", 3, "100,x,a"), "gallery_G1.csv, line 3: expected the numbers"),
         (replaced("ijbc_1N_gallery_G1.csv", 3, "100,77,a"), "gallery_G1.csv, line 3: template 100 is of subject 77"),
         (replaced("ijbc_1N_probe_mixed.csv", 3, "5,1,a"), "probe_mixed.csv, line 3: template 5 has no images"),
+        (replaced("ijbc_1N_gallery_G1.csv", 3, f"100,{10**19},a"), "gallery_G1.csv, line 3: expected the numbers"),
+        (replaced("ijbc_1N_gallery_G1.csv", 3, "x" * 200_000), "gallery_G1.csv, line 3: field larger than"),
+        (replaced("ijbc_1N_gallery_G1.csv", 3, "100,\xff,a", "latin1"), "gallery_G1.csv, line 3: expected the numbers"),
+        (replaced(NAMES, 3, f"\xff.jpg {POINTS}", "latin1"), rf"{NAMES}, line 3: 11 columns"),
+        (replaced(PLACES, 5, "5.jpg 101.5 2"), rf"{PLACES}, line 5: template and media must be whole numbers"),
+        (replaced(PLACES, 5, "5.jpg 1e30 2"), rf"{PLACES}, line 5: template and media must be whole numbers"),
         (lambda meta: (meta / "ijbc_1N_probe_mixed.csv").unlink(), "1:N needs both galleries"),
         (lambda meta: (meta / "ijbb_face_tid_mid.txt").write_text(""), "found both sets"),
         (lambda meta: (meta / PLACES).unlink(), "found neither"),

@@ -46,7 +46,7 @@ def run(run_folder: Path, output: Path, *flags: str) -> Path:
 def tested_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny run with the results of a test in it, as all_pair_test.py leaves them."""
     folder = tmp_path_factory.mktemp("tested") / "tiny"
-    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("checkpoints"))
+    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("checkpoints", "test"))
     points = [
         {"far": 0.01, "tar": 0.75, "threshold": 0.3, "supported": True},
         {"far": 1e-6, "tar": 0.5, "threshold": 0.6, "supported": False},
@@ -323,8 +323,9 @@ def test_nothing_is_written_into_a_folder_to_upload(tmp_path: Path) -> None:
     """Following its model card, whoever tests it would upload pictures of faces with it."""
     folder, runs = tmp_path / "face-model", Path("runs")
     folder.mkdir()
-    for name in ("model.safetensors", "config.json"):
-        (folder / name).touch()
+    (folder / "model.safetensors").touch()
+    settings = {"model": {"network": "demo", "embedding_size": 16}, "data": {"image_size": 32}}
+    (folder / "config.json").write_text(json.dumps(settings))
     for model in (folder, folder / "model.safetensors"):
         assert all_pair_test.default_output(model, runs) == runs / "test-face-model"
         assert script.default_output(model, "face-model", options(), runs) == runs / "export-face-model/face-model.onnx"
@@ -423,6 +424,17 @@ def test_numbers_of_other_weights_are_not_quoted(tested_run: Path, tmp_path: Pat
     assert load_source(folder, "auto", "", 0, 112, "").facts.accuracies() == {"tiny": 0.9125}
     (folder / "test" / "report.json").write_text(json.dumps({"models": {"x": {"fingerprint": "1"}}}))
     with pytest.warns(UserWarning, match=r"results\.json is of other weights than these"):
+        assert load_source(folder, "auto", "", 0, 112, "").facts.tests == {}
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"precision": "x"}', b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["results.json", "report.json"])
+def test_damaged_numbers_are_not_quoted(tested_run: Path, tmp_path: Path, name: str, content: bytes) -> None:
+    """What is beside the weights is no reason not to export them."""
+    folder = tmp_path / "tiny"
+    shutil.copytree(tested_run, folder)
+    (folder / "test" / name).write_bytes(content)
+    with pytest.warns(UserWarning, match=r"results\.json, or report\.json beside it, is damaged"):
         assert load_source(folder, "auto", "", 0, 112, "").facts.tests == {}
 
 

@@ -79,6 +79,20 @@ def test_a_damaged_index_is_made_anew(tmp_path: Path, damage: bytes | None) -> N
         assert RecFaceSet(rec).identities == ["5", "6"]
 
 
+@pytest.mark.parametrize("changed", [{8: 1}, {8: 12}, {6: 1}, {6: 32}])
+def test_a_changed_bit_in_what_the_archive_says_of_itself(tmp_path: Path, changed: dict[int, int]) -> None:
+    """Another compression, or a password: the index is made anew, as with any other damage."""
+    rec = write_set(tmp_path, [5, 6])
+    RecFaceSet(rec)
+    content = bytearray(cache_path(rec).read_bytes())
+    directory = content.find(b"PK\x01\x02")
+    for place, value in changed.items():
+        content[place] = content[directory + place + 2] = value  # in a file's own head, and in the directory
+    cache_path(rec).write_bytes(content)
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert RecFaceSet(rec).identities == ["5", "6"]
+
+
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read-only set opens all the same, with a warning that each start will take its time."""
 

@@ -199,10 +199,21 @@ def test_a_table_of_unknown_sets_is_applied_with_a_remark(
     assert merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "edited.csv")) == rows
     assert "merge.sets.json is not there" in capsys.readouterr().out
     assert "merge.sets.json is not there" in (tmp_path / "b" / "report.html").read_text()
-    for damaged in ("{}", "[]", "{"):
+    for damaged in ("{}", "[]", "{", '{"sets": [], "cleaning": 3}', "[" * 100_000):
         (tmp_path / "merge.sets.json").write_text(damaged)
         with pytest.raises(SystemExit, match=r"merge\.sets\.json is damaged"):
             merge(sets, tmp_path / "c", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
+
+
+@pytest.mark.parametrize("damage", [b"kept,dropped\n1\n", b"a,b\nx,2,near,0.5\n", b"\xff\n"])
+def test_kept_duplicates_that_are_damaged(tmp_path: Path, tiny_run: Path, damage: bytes) -> None:
+    """What an earlier merge found and a disk has changed names itself and how to have it again."""
+    sets = strangers(tmp_path)
+    merge(sets, tmp_path / "a", tiny_run, "--cache", str(tmp_path / "cache"))
+    (table,) = (tmp_path / "cache").glob("duplicates-*/duplicates.csv")
+    table.write_bytes(damage)
+    with pytest.raises(SystemExit, match=r"duplicates\.csv is damaged .*: remove .*duplicates-"):
+        merge(sets, tmp_path / "b", tiny_run, "--cache", str(tmp_path / "cache"))
 
 
 def test_a_table_names_what_has_changed(tmp_path: Path) -> None:

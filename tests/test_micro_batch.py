@@ -167,3 +167,7 @@ def test_a_limit_is_kept_for_the_run(tmp_path: Path) -> None:
         (tmp_path / LIMIT).write_text(text)
         with pytest.raises(ValueError, match=rf"{LIMIT}: {text!r} is no number of images: remove the file"):
             kept_limit(tmp_path)
+    for damaged in (b"\xff\xfe", b"9" * 5000):
+        (tmp_path / LIMIT).write_bytes(damaged)
+        with pytest.raises(ValueError, match=rf"{LIMIT}: .* is no number of images: remove the file"):
+            kept_limit(tmp_path)

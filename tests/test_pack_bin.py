@@ -125,6 +125,9 @@ def test_bad_images(tmp_path: Path, images: Path) -> None:
     (images / "Bob" / "Bob_0012.jpg").unlink()
     with pytest.raises(PairsError, match=r"pairs, line 3: .*Bob_0012\.jpg: No such file"):
         pack_bin(source, images, output, FIT, 0)
+    written(source, "Bob\0\t3\t12\n")
+    with pytest.raises(PairsError, match=r"pairs, line 1: .*_0003\.jpg: embedded null byte"):
+        pack_bin(source, images, output, FIT, 0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "pairs"]
 
 

@@ -283,6 +283,7 @@ BAD_LISTS = {
     "face2rec aligned": ("1\ta.png\t0\n2\tb.png\t0\n", "list, line 2: the first column .* 0 or 1, found '2'"),
     "face2rec without landmarks": ("0\ta.png\t0\n", "list, line 1: the face is not aligned .* no landmarks"),
     "face2rec landmark": ("0\ta.png\t0" + "\t1" * 13 + "\tx\n", "list, line 1: 'x' is no coordinate"),
+    "zero bytes": ("1\t0\ta.png\n2\t0\tb\0.png\n", r"list, line 2: 'b\\x00\.png' is no path"),
     "no path": ("1\t0\ta.png\n2\t0\t \n", "list, line 2: its path is empty"),
     "unknown kind": ("a\tb\tc\n", "list: its first line .* neither face2rec's .* nor im2rec's"),
     "csv header": (

@@ -90,6 +90,9 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 
 DRAWERS = [roc, histogram, curves, contact_sheet, det, rejection, bars, long_bars, marked, pair_sheet]
 
+#: The name of a folder whose bytes are no UTF-8, and no formula though it has dollars.
+ODD = "Andr\udce9 $x_{$"
+
 
 @pytest.mark.parametrize(("draw", "shape"), [(roc, (600, 960, 3)), (histogram, (768, 960, 3)), (curves, (600, 960, 3))])
 def test_charts_are_pngs_of_the_stated_size(
@@ -124,6 +127,22 @@ def test_no_text_is_cut_off(draw: Callable[[Path], None], tmp_path: Path) -> Non
         margin = int(side.any(axis=1).argmax())
         assert margin >= 1, "something runs out of the picture"
         assert margin <= 40 or draw in (contact_sheet, pair_sheet)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda path: draw_roc(path, {ODD: (FAR, FAR**0.01)}, ODD),
+        lambda path: draw_score_histogram(path, *np.ones((2, 4), np.int64), np.linspace(-1, 1, 5), ODD),
+        lambda path: draw_bars(path, [ODD], {ODD: [99.0], "b": [98.0]}, None, ODD, "TAR, %"),
+        lambda path: draw_contact_sheet(path, faces(2), 2, ODD, [ODD]),
+        lambda path: draw_pair_sheet(path, pairs(1), [[ODD, 9 * ODD]], 1, ODD),
+    ],
+)
+def test_odd_names_are_drawn(draw: Callable[[Path], None], tmp_path: Path) -> None:
+    """Protects pictures of people and sets whose names matplotlib cannot draw, or takes for formulas."""
+    draw(tmp_path / "picture.png")
+    assert (read_rgb(tmp_path / "picture.png") < 255).any()
 
 
 def test_few_scores_near_the_threshold_are_seen(tmp_path: Path) -> None:

@@ -155,7 +155,8 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path) -> None:
             "expected the start of a record at byte 0, found a part with cflag",
         ),
         (lambda b: encode_record(MAGIC_BYTES)[:8] + b, "expected a continuation at byte 8, found a part with cflag 0"),
-        (lambda b: b"", "is empty"),
+        (lambda b: b"", "holds no record: it is empty, copy it again"),
+        (lambda b: b[:3], "holds no record: it has 3 bytes, copy it again"),
     ],
 )
 def test_damaged_records_say_what_and_where(tmp_path: Path, damage, message: str) -> None:

@@ -63,6 +63,31 @@ def test_other_settings(tmp_path: Path) -> None:
         assert list(work.path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"made_from": 3},
+        {"state": []},
+        {"bytes": [1]},
+        {"bytes": {"log": -1}},
+        {"bytes": {"log": "x"}},
+        {"bytes": {"../../precious": 0}},
+    ],
+)
+def test_a_journal_of_somebody_else(tmp_path: Path, change: dict[str, object]) -> None:
+    """One that says anything else than this program writes is refused, and cuts off no file outside of its folder."""
+    (tmp_path / "precious").write_text("mine")
+    begin(tmp_path / "set")
+    journal = partial_folder(tmp_path / "set") / JOURNAL
+    journal.write_text(json.dumps({**json.loads(journal.read_text()), **change}))
+    with (
+        pytest.raises(JournalError, match=r"journal\.json is damaged"),
+        resumable_folder(tmp_path / "set", SETTINGS, restart=False),
+    ):
+        pytest.fail("it was believed")
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 def test_the_journal_never_runs_ahead_of_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At each save the bytes that it vouches for were synced before it, it itself before its name, then its folder."""
     synced: dict[int, int] = {}  # size of each file and folder, by inode, when it was last synced

@@ -1,5 +1,6 @@
 """The folder of a run: what may be started, started again or gone on with, and whether it is still the same run."""
 
+import os
 import shutil
 import struct
 import sys
@@ -16,9 +17,9 @@ from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
 from utils.metrics import read_metrics
-from utils.run_folders import CHECKPOINTS, images_note, run_folder
+from utils.run_folders import CHECKPOINTS, images_note, run_folder, saved_settings
 from utils.saved_checkpoints import checkpoint_folders
-from utils.settings import as_flags, flatten
+from utils.settings import ConfigError, as_flags, flatten
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +143,27 @@ def test_resuming_damaged_checkpoints_only(begun: Path, folders: Path, tmp_path:
     for _ in range(2):
         with pytest.raises(TrainingError, match="has no whole checkpoint to go on from"):
             train(configure(folders, tmp_path, train__resume=str(run), train__epochs=2))
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{}", b"[" * 100_000, b'{"train": ', b"{}", None])
+def test_resuming_without_its_settings(begun: Path, tmp_path: Path, content: bytes | None) -> None:
+    """A run whose config.json is damaged or gone does not go on with the settings of config.py: it says which file is
+    wrong and where its content can be had."""
+    run = tmp_path / "a"
+    shutil.copytree(begun, run)
+    (run / "config.json").unlink()
+    if content is not None:
+        (run / "config.json").write_bytes(content)
+    with pytest.raises((TrainingError, ConfigError), match=r"a/config\.json .* in its manifest\.json"):
+        saved_settings({"train.resume": str(run), "common.runs": str(tmp_path), "train.name": ""})
+
+
+def test_a_run_where_its_files_could_not_be_read(tiny_set: Path, tmp_path: Path) -> None:
+    """safetensors refuses paths that are no UTF-8: better before the training than when its checkpoints are needed."""
+    runs = tmp_path / os.fsdecode(b"runs\xe9")
+    with pytest.raises(TrainingError, match="is no UTF-8"):
+        train(configure(tiny_set, runs))
+    assert not runs.exists()
 
 
 def test_the_command_says_what_to_do(tiny_set: Path, tmp_path: Path) -> None:

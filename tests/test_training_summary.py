@@ -80,3 +80,18 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
     """And those that a resumed run wrote behind it are not."""
     (tmp_path / METRICS).write_text('{"step": 1}\n{"ste\n{"step": 2}\n{"st')
     assert read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+
+
+def test_what_is_no_line_of_numbers_is_left_out(tmp_path: Path) -> None:
+    """A machine that died leaves zero bytes or anything else in a file: the run goes on without those lines."""
+    good = b'{"step": 1, "train/loss": 2.5}\n'
+    lines = [bytes(9), b"\xff\xfe", b"3", b"[]", b"null", b'{"a": 1}', b'{"step": "x"}', b'{"step": 2, "a": "b"}']
+    lines += [b'{"step": 3, "train/loss": NaN}', b"9" * 5000, b"[" * 100_000]
+    (tmp_path / METRICS).write_bytes(good + b"\n".join(lines) + b"\n" + good)
+    assert read_metrics(tmp_path) == 2 * [{"step": 1, "train/loss": 2.5}]
+
+
+def test_a_line_without_all_its_times_is_not_counted(tmp_path: Path) -> None:
+    """A changed letter in the name of a number, on a failing disk, ends no run."""
+    write(tmp_path, {"step": 1, "train/loss": 2.5, "train/seconds": 3.0, "train/imagez_per_s": 5.0})
+    assert "2.5000" in summarise(tmp_path)

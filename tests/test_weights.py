@@ -6,6 +6,7 @@ import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from models import create_network, load_embedder
 from models.backbones import NETWORKS
 from models.weights import load_network, load_weights
-from models.weights.reading import strip_prefixes
+from models.weights.reading import read_checkpoint, strip_prefixes
 from models.weights.recognition import Recognised, Shapes, expected_shapes, recognise
 from test_backbones_keys import edgeface_shapes, ir_shapes, mbf_shapes, vit_shapes
 from test_networks import UNITS, iresnet_shapes
@@ -407,6 +408,47 @@ def test_refusals_say_why(tmp_path: Path, content: bytes, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
         load_network(tmp_path / "x.pth")
     assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_any_damage_names_the_file(tmp_path: Path, legacy: bool) -> None:
+    """Cut anywhere, or with one bit changed in any part that says how it is to be read: a file is read or refused."""
+    path = tmp_path / "x.pth"
+    torch.save({"a.weight": torch.ones(2)}, path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    damaged = [content[:size] for size in range(0, len(content), 3)]
+    for place in range(0, len(content), 2):
+        damaged.append(content[:place] + bytes([content[place] ^ 1 << place // 2 % 8]) + content[place + 1 :])
+    refused = 0
+    for changed in damaged:
+        path.write_bytes(changed)
+        with suppress(CheckpointError):
+            read_checkpoint(path)
+            continue
+        refused += 1
+    assert refused > len(damaged) / 4
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_that_are_no_plain_weights(tmp_path: Path, kind: str) -> None:
+    """Right names and shapes alone fill no network."""
+    state = create_network("demo", 16, 32).state_dict()
+    changed = {
+        name: value.to("meta") if kind == "meta" else value.to_sparse() if value.dim() == 2 else value
+        for name, value in state.items()
+    }
+    torch.save(changed, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth: its tensors are no plain weights: Error"):
+        load_network(tmp_path / "x.pth", "demo", image_size=32)
+
+
+def test_dictionaries_that_hold_each_other(tmp_path: Path) -> None:
+    """A checkpoint that is inside of itself is refused in words."""
+    content: dict[str, Any] = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth is no state dict: its dictionaries hold each other"):
+        load_network(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "network"])

@@ -74,7 +74,8 @@ class Board:
     def _value(self, step: int, name: str, **value: Any) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        self._add(step, summary=Summary(value=[Summary.Value(tag=name, **value)]))
+        tag = name.encode(errors="replace").decode()  # sets are called as their files, which need not be UTF-8
+        self._add(step, summary=Summary(value=[Summary.Value(tag=tag, **value)]))
 
     def _add(self, step: int = 0, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

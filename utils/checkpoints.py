@@ -16,12 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from utils.files import atomic_path
-from utils.settings import Settings, from_json
+from utils.settings import ConfigError, Settings, from_json
 
 BEST = "best.safetensors"
 #: The weights in a folder that `utils.export --format hub` makes.
 HUB_WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
+# No size of a face or an embedding: a network of that size would take all memory.
+_TOO_LARGE = 1 << 14
+#: What to do when a run has lost it.
+CONFIG_ELSEWHERE = "each of the run's checkpoints has it in its manifest.json, as settings in notes: write it anew"
 
 
 class CheckpointError(ValueError):
@@ -65,11 +69,12 @@ def run_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
     """
     try:
         settings = json.loads(metadata.get("settings", "null"))
-        model, size = settings["model"], settings["data"]["image_size"]
-        known = [(model["network"], str), (model["embedding_size"], int), (size, int)]
-    except (ValueError, KeyError, TypeError):
+        name = settings["model"]["network"]
+        sizes = settings["model"]["embedding_size"], settings["data"]["image_size"]
+    except (ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return settings if all(isinstance(value, kind) for value, kind in known) else {}
+    good = isinstance(name, str) and all(type(size) is int and 0 < size < _TOO_LARGE for size in sizes)
+    return settings if good else {}
 
 
 def newest_run(runs: Path) -> Path:
@@ -85,13 +90,22 @@ def run_of(model: Path) -> Path | None:
     for a folder that is to be uploaded, to which nothing is added.
     """
     folder = model if model.is_dir() else model.parent
-    return folder if (folder / CONFIG).exists() and not (folder / HUB_WEIGHTS).exists() else None
+    return folder if settings_beside(folder) and not (folder / HUB_WEIGHTS).exists() else None
 
 
 def settings_beside(model: Path) -> Settings:
-    """The settings of the run that `model`, its folder or a file in it, comes from; none for a model from elsewhere."""
+    """The settings of the run that `model`, its folder or a file in it, comes from; none for a model from elsewhere,
+    beside which there may be another program's config.json. Raises ConfigError, naming the file, for a damaged one.
+    """
     file = (model if model.is_dir() else model.parent) / CONFIG
-    return from_json(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        text = file.read_text(encoding="utf-8")
+        json.loads(text)
+        return from_json(text) if run_settings({"settings": text}) else {}
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file} is damaged ({error}): {CONFIG_ELSEWHERE}") from None
 
 
 def shorten(message: str, lines: int = 6) -> str:

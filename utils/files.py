@@ -151,9 +151,9 @@ def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def write_text_atomic(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, all or nothing."""
+    """Write `text` as UTF-8 to `path`, all or nothing; names that are no UTF-8 keep their bytes."""
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="surrogateescape"))
 
 
 def write_csv_atomic(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

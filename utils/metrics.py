@@ -1,6 +1,7 @@
 """The numbers of a run, `metrics.jsonl`: one JSON object a line."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,20 @@ VERIFIED, VERIFIED_AVERAGE, SECONDS_VERIFYING = "verify/", "verify_average/", "v
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`; a line that a crash cut off is left out."""
+    """The lines of a run's `metrics.jsonl`; what a crash cut off, or made of a line, is left out."""
     lines = []
-    for line in (folder / METRICS).read_text().splitlines():
+    for line in (folder / METRICS).read_text(errors="replace").splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
+            found = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        if _is_line(found):
+            lines.append(found)
     return lines
+
+
+def _is_line(found: Any) -> bool:
+    """Whether it is finite numbers by name, of a step."""
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        return False
+    return all(isinstance(value, int | float) and math.isfinite(value) for value in found.values())

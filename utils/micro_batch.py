@@ -24,10 +24,10 @@ def kept_limit(run: Path) -> int | None:
     """What `keep_limit` wrote, if anything. Raises ValueError, naming the file, when it is no number from 1 on."""
     path = run / LIMIT
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except FileNotFoundError:
         return None
-    if not text.strip().isdecimal() or int(text) < 1:
+    if not text.strip().isdecimal() or len(text) > 20 or int(text) < 1:
         raise ValueError(f"{path}: {text.strip()[:20]!r} is no number of images: remove the file")
     return int(text)
 

@@ -21,6 +21,7 @@ from utils.files import atomic_write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
 
 # Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow, which is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -55,7 +56,7 @@ def draw_roc(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
     lowest = min(float(tar[0]) for _, tar in drawn)
     axes.set_ylim(max(0.0, lowest - 0.05 * (1 - lowest) - 0.002), 1.0 + 0.02 * (1 - lowest) + 0.001)
     axes.grid(True, which="minor", axis="x", color="#f0f0f0", linewidth=0.5)
-    axes.legend(loc="lower right", frameon=False)
+    _legend(axes, loc="lower right")
     _save(figure, path)
 
 
@@ -96,7 +97,7 @@ def draw_score_histogram(
         axes.set_xlim(min([joined[0], *marks.values()]), max([joined[-1], *marks.values()]))
         axes.set_ylabel("density")
     linear.set_ylim(0, 1.25 * linear.dataLim.ymax)  # room for the names of the thresholds
-    linear.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=2, frameon=False)
+    _legend(linear, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=2)
     logarithmic.set_yscale("log")
     logarithmic.set_xlabel("score")
     _mark_thresholds(linear, logarithmic, marks)
@@ -122,7 +123,7 @@ def draw_curves(
         axes.plot(steps, values, label=name, color=colour, linewidth=1.8, marker="o" if few else "", markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.margins(x=0.02)
-    axes.legend(loc="best", frameon=False)
+    _legend(axes, loc="best")
     _save(figure, path)
 
 
@@ -155,13 +156,11 @@ def draw_contact_sheet(
     figure.set_size_inches(width / _DPI, height / _DPI)
 
     if title:
-        figure.text(_GAP / width, 1 - _GAP / height, title, fontsize=11, color=_INK, va="top", parse_math=False)
+        _text(figure, _GAP / width, 1 - _GAP / height, title, fontsize=11, va="top")
     pitch = (sheet.shape[0] - _GAP) / rows
     for row, label in enumerate(row_labels or []):
         middle = sheet.shape[0] - _GAP / 2 - (row + 0.5) * pitch
-        figure.text(
-            _GAP / width, middle / height, label, fontsize=9, color=_INK, va="center_baseline", parse_math=False
-        )
+        _text(figure, _GAP / width, middle / height, label, fontsize=9, va="center_baseline")
     _save(figure, path, [(sheet, height - sheet.shape[0], left)])
 
 
@@ -188,7 +187,7 @@ def draw_det(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
     axes.set_xlim(min(0.1, 0.8 * min(float(far[0]) for far, _ in drawn)), 1.0)
     axes.set_ylim(min(0.1, 0.8 * min(float(frr.min()) for _, frr in drawn)), 1.0)
     axes.grid(True, which="minor", color="#f0f0f0", linewidth=0.5)
-    axes.legend(loc="best", frameon=False)
+    _legend(axes, loc="best")
     _save(figure, path)
 
 
@@ -207,7 +206,7 @@ def draw_rejection(path: str | Path, curves: Mapping[str, tuple[ArrayLike, Array
         axes.plot(x, y, label=name, color=colour, linewidth=1.8, marker="o", markersize=4)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
-    axes.legend(loc="best", frameon=False)
+    _legend(axes, loc="best")
     _save(figure, path)
 
 
@@ -242,7 +241,7 @@ def draw_bars(
             low, high = bounds[name].T
             error = np.stack([numbers - low, high - numbers]).clip(0)
             axes.errorbar(numbers, places, xerr=error, fmt="none", ecolor=_INK, elinewidth=1, capsize=2)
-    axes.set_yticks(np.arange(len(rows)), rows)
+    axes.set_yticks(np.arange(len(rows)), [_shown(row) for row in rows], parse_math=False)
     axes.invert_yaxis()
     shown = np.concatenate([*series.values(), *(interval.ravel() for interval in bounds.values())])
     shown = shown[np.isfinite(shown)]
@@ -251,9 +250,9 @@ def draw_bars(
         axes.set_xlim(max(0.0, float(shown.min()) - 4 * margin), float(shown.max()) + margin)
     axes.grid(False, axis="y")
     axes.set_xlabel(f"{xlabel} (the axis does not begin at 0)" if axes.get_xlim()[0] > 0 else xlabel)
-    axes.set_title(title, color=_INK, loc="left", fontweight="bold", pad=26 if len(series) > 1 else None)
+    _title(axes, title, pad=26 if len(series) > 1 else None)
     if len(series) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=len(series), frameon=False)
+        _legend(axes, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2, ncols=len(series))
     _save(figure, path)
 
 
@@ -304,12 +303,12 @@ def draw_pair_sheet(
         for number in range(len(pairs))
     ]
     figure.set_size_inches(width / _DPI, height / _DPI)
-    figure.text(_GAP / width, 1 - _GAP / height, title, fontsize=11, color=_INK, va="top", parse_math=False)
+    _text(figure, _GAP / width, 1 - _GAP / height, title, fontsize=11, va="top")
     for lines, (top, left) in zip(captions, places, strict=True):
         for number, line in enumerate(lines):
             x, y = left + _GAP, top + cell_height + number * line_height
             text = _fitting(figure, line, cell_width - _GAP)
-            figure.text(x / width, 1 - y / height, text, fontsize=8, color=_INK, va="top", parse_math=False)
+            _text(figure, x / width, 1 - y / height, text, fontsize=8, va="top")
     _save(figure, path, [(cell, top, left) for cell, (top, left) in zip(cells, places, strict=True)])
 
 
@@ -325,6 +324,25 @@ def _fitting(figure: Figure, text: str, width: int) -> str:
     if not wide(text):
         return text
     return ends(max(2, bisect_left(range(len(text)), True, key=lambda kept: wide(ends(kept))) - 1))
+
+
+def _shown(text: str) -> str:
+    """The text as it can be drawn: names of files may hold bytes that are no characters."""
+    return text.encode(errors="replace").decode()
+
+
+def _text(figure: Figure, x: float, y: float, text: str, fontsize: int, va: Any) -> Text:
+    """Put a text into the figure, a name with dollars in it as it is and not as a formula."""
+    return figure.text(x, y, _shown(text), fontsize=fontsize, color=_INK, va=va, parse_math=False)
+
+
+def _title(axes: Axes, title: str, pad: float | None = None) -> None:
+    axes.set_title(_shown(title), color=_INK, loc="left", fontweight="bold", pad=pad, parse_math=False)
+
+
+def _legend(axes: Axes, **place: Any) -> None:
+    for text in axes.legend(frameon=False, **place).get_texts():
+        text.set(text=_shown(text.get_text()), parse_math=False)
 
 
 def _save(figure: Figure, path: str | Path, images: Sequence[tuple[NDArray[np.uint8], int, int]] = ()) -> None:
@@ -378,7 +396,7 @@ def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     axes = figure.add_subplot()
     _style(axes)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_title(title, color=_INK, loc="left", fontweight="bold")
+    _title(axes, title)
     return figure, axes
 
 
@@ -389,7 +407,7 @@ def _panels(title: str) -> tuple[Figure, tuple[Axes, Axes]]:
     for axes in (upper, lower):
         _style(axes)
     figure.align_ylabels()
-    upper.set_title(title, color=_INK, loc="left", fontweight="bold", pad=26)
+    _title(upper, title, pad=26)
     return figure, (upper, lower)
 
 
@@ -476,7 +494,7 @@ def _text_size(figure: Figure, texts: Sequence[str], fontsize: int) -> tuple[int
     """Pixels that the widest and the highest of the texts take with a gap around, (0, 0) when there are none."""
     width = height = 0
     for text in texts:
-        drawn = figure.text(0, 0, text, fontsize=fontsize, parse_math=False)
+        drawn = _text(figure, 0, 0, text, fontsize=fontsize, va="baseline")
         box = drawn.get_window_extent()
         drawn.remove()
         width, height = max(width, int(np.ceil(box.width))), max(height, int(np.ceil(box.height)))

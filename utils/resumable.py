@@ -77,7 +77,8 @@ class ResumableFolder:
         try:
             kept = json.loads(self._journal.read_text())
             made_from, self._sizes, self.state = kept["made_from"], kept["bytes"], kept["state"]
-        except (ValueError, KeyError, TypeError) as error:
+            _require_journal(made_from, self._sizes, self.state)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise JournalError(f"{self._journal} is damaged ({error!r})") from None
         if made_from != self._made_from:
             names = [name for name in {**made_from, **self._made_from} if _differs(name, made_from, self._made_from)]
@@ -124,6 +125,15 @@ class ResumableFolder:
         """Give up the files."""
         for file in self._files.values():
             file.abandon()
+
+
+def _require_journal(made_from: Any, sizes: Any, state: Any) -> None:
+    """Raise TypeError unless they are what `save` writes: no file outside of the folder is ever cut off."""
+    if not all(isinstance(part, dict) for part in (made_from, sizes, state)):
+        raise TypeError("not three objects")
+    for name, size in sizes.items():
+        if Path(name).name != name or type(size) is not int or size < 0:
+            raise TypeError(f"{size!r} bytes of {name!r}")
 
 
 def _differs(name: str, one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

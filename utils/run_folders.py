@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
-from utils.checkpoints import CONFIG, settings_beside
+from utils.checkpoints import CONFIG, CONFIG_ELSEWHERE, settings_beside
 from utils.settings import Settings
 
 CHECKPOINTS = "checkpoints"
@@ -21,6 +21,17 @@ class TrainingError(ValueError):
 
 def run_folder(config: Config) -> Path:
     """The folder of a new run, or of the one to go on with. A run that has no checkpoint yet may be started again."""
+    run = _run_folder(config)
+    try:
+        str(run.resolve()).encode()
+    except UnicodeEncodeError:
+        raise TrainingError(
+            f"{run.resolve()} is no UTF-8, so that its .safetensors could not be read: rename it"
+        ) from None
+    return run
+
+
+def _run_folder(config: Config) -> Path:
     settings = config.train
     if settings.resume not in ("", "auto"):
         run = Path(settings.resume)
@@ -52,11 +63,15 @@ def _begun(run: Path) -> bool:
 
 
 def saved_settings(settings: Settings) -> Settings:
-    """The settings of the run to resume, if there is one."""
+    """The settings of the run to resume, if there is one. Raises TrainingError where it has lost them: those of
+    config.py may be others.
+    """
     resume = settings["train.resume"]
     run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
     named = resume and (resume != "auto" or settings["train.name"])
     saved = settings_beside(run) if named else {}
+    if named and not saved and has_checkpoints(run):
+        raise TrainingError(f"train.resume: {run / CONFIG} has no settings of a run: {CONFIG_ELSEWHERE}")
     return {**saved, "train.resume": resume} if saved else {}
 
 

@@ -25,6 +25,9 @@ MANIFEST = "manifest.json"
 BACKBONE = "backbone.safetensors"
 WHOLE = "whole.safetensors"
 
+# What a manifest has beside its format.
+_PARTS = {"step": int, "ranks": int, "files": dict, "rows": dict, "notes": dict}
+
 # The second number is there when a step is saved again.
 _NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
 
@@ -78,7 +81,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
         content = found["content"]
-        undamaged = found["crc32"] == _checksum(content)
+        undamaged = found["crc32"] == _checksum(content) and type(content["format"]) is int
     except OSError as error:
         raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, TypeError, KeyError, RecursionError):
@@ -89,6 +92,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format {content['format']}, this version reads {FORMAT}: go on with the version that wrote it"
         )
+    if not all(isinstance(content.get(name), kind) for name, kind in _PARTS.items()):
+        raise DamagedError(f"{path} is not as it was written")
     return content
 
 

@@ -22,8 +22,9 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     Errors of other kinds are faults of the program and keep their traceback. One of several ranks ends at once, so that
     torchrun ends the others, which may wait for it.
     """
-    # In a log file, too, a line should appear when it is printed.
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    # In a log file, too, a line should appear when it is printed; and a name that the screen has no letters for is no
+    # reason to end.
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
     # A read error of a mapped file is a signal that no exception stands for: show at least where it came.
     if not faulthandler.is_enabled():
         faulthandler.enable()

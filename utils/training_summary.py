@@ -21,7 +21,7 @@ def summarise(folder: Path) -> str:
     for prefix, kind in ((VERIFIED, ""), (VERIFIED_AVERAGE, " (average)")):
         for name in sorted({name for line in lines for name in line if name.startswith(prefix)}):
             table += _row(lines, name, name.removeprefix(prefix) + kind, "{:.3%}", max)
-    steps = [line for line in lines if "train/seconds" in line]
+    steps = [line for line in lines if line.keys() >= {"train/seconds", "train/images_per_s", "train/data_wait"}]
     if steps:
         seconds = [line["train/seconds"] for line in steps]
         total = math.fsum(seconds)

@@ -169,7 +169,7 @@ def _input_spec(
         colour = stated.get("colour", "rgb") if colour == "auto" else colour
         chosen: dict[str, Any] = {"normalisation": normalisation, "colour": colour}
         return InputSpec(**chosen)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path}: its metadata {INPUTS_KEY!r} cannot be used: {error}") from None
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.embedders.interface import digest
 from models.embedders.network import NetworkEmbedder
 from models.inputs import InputSpec
-from utils.checkpoints import CheckpointError
+from utils.checkpoints import CheckpointError, shorten
 
 #: Extra file of a TorchScript archive in which exports of this project keep {"image_size": ..., "inputs": InputSpec}.
 EXTRA_FILE = "face_embedder.json"
@@ -45,10 +46,27 @@ class TorchScriptEmbedder(NetworkEmbedder):
             raise CheckpointError(f"{path} is no TorchScript file that can be used: {error}") from None
         inputs = inputs.chosen(normalisation, colour)
         size = stated.get("image_size", image_size)
+        if type(size) is not int or size < 1:
+            raise CheckpointError(f"{path} says that it takes faces of {size!r} pixels")
         super().__init__(network.eval(), size, device, path.stem, precision, inputs)
+        self._path = path
         self._fingerprint = digest(path.read_bytes(), size, inputs.as_json(), str(precision))
 
     @property
     def fingerprint(self) -> str:
         """Of the file's bytes, as it was opened."""
         return self._fingerprint
+
+    def _forward(self, faces: Tensor, mirror: bool) -> Tensor:
+        try:
+            features = super()._forward(faces, mirror)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, AttributeError, IndexError, torch.jit.Error) as error:  # a program may do anything
+            raise CheckpointError(
+                f"{self._path} gives no embeddings of {len(faces)} faces: {shorten(str(error), 1)}"
+            ) from error
+        if features.dim() < 2 or len(features) != len(faces):
+            found = list(features.shape)
+            raise CheckpointError(f"{self._path} gives {found} for {len(faces)} faces, not an embedding of each")
+        return features.flatten(1)

@@ -27,7 +27,7 @@ from models.weights.recognition import (
     shapes_of,
 )
 from models.weights.tface import tface
-from utils.checkpoints import CheckpointError, load_backbone, run_settings
+from utils.checkpoints import CheckpointError, load_backbone, run_settings, shorten
 
 #: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
 ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, tface, mxnet_mobilefacenet)
@@ -180,7 +180,10 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, network: s
         raise CheckpointError(
             f"{file} does not hold the weights of {wanted or network}{looks}. {differences(found, expected)}"
         )
-    module.load_state_dict(state)
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:  # sparse or quantised ones, or without values
+        raise CheckpointError(f"{file}: its tensors are no plain weights: {shorten(str(error), 2)}") from None
 
 
 def _flags(known: Recognised, wanted: Recognised | None) -> str:

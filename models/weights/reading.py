@@ -80,11 +80,15 @@ def model_file(path: Path | str) -> Path:
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether the file holds a program: an archive of torch.jit.save has code and constants, a state dict has none."""
-    if not zipfile.is_zipfile(path):
+    """Whether the file holds a program: an archive of torch.jit.save has code and constants, a state dict has none.
+
+    A damaged archive is taken for none: whoever reads it says so.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.split("/")[1:] == ["constants.pkl"] for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.split("/")[1:] == ["constants.pkl"] for name in archive.namelist())
 
 
 def read_checkpoint(file: Path) -> Checkpoint:
@@ -96,7 +100,10 @@ def read_checkpoint(file: Path) -> Checkpoint:
             "here; name the weights that it was made from"
         )
     content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
-    names = unwrap(content, file)
+    try:
+        names = unwrap(content, file)
+    except RecursionError:
+        raise CheckpointError(f"{file} is no state dict: its dictionaries hold each other without an end") from None
     return Checkpoint(file, content, names, strip_prefixes(names))
 
 
@@ -112,7 +119,9 @@ def _read_pickle(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals([(_Note, name) for name in _NOTES]):
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged file torch's reader raises what its bytes lead it to
         raise CheckpointError(_refusal(file, error)) from None
 
 

@@ -63,7 +63,7 @@ def read_columns(path: Path | str) -> Columns:
     Raises ColumnsError, with the line, for another header, a line of another length and a key that comes twice.
     """
     path = Path(path)
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file, strict=True)
         try:
             header = [name.strip() for name in next(rows, [])]

@@ -28,6 +28,7 @@ from utils.evaluation.identification import Identification, identify
 from utils.evaluation.templates import Templates
 
 _PAIRS_AT_ONCE = 1 << 16
+_WHOLE = 2.0**53  # float64 has all whole numbers below
 
 
 class IjbError(ValueError):
@@ -112,6 +113,10 @@ def open_ijb(root: Path | str, size: int = TEMPLATE_SIZE) -> Ijb:
             raise IjbError(f"{media_file}, line {line}: image {other!r}, where {names_file.name} has {name!r}")
     if len(names) != len(same_names):
         raise IjbError(f"{media_file} has {len(same_names)} lines, {names_file.name} has {len(names)}")
+    partial = (places != np.floor(places)) | (np.abs(places) >= _WHOLE)
+    if partial.any():
+        line = int(partial.any(axis=1).argmax())
+        raise IjbError(f"{media_file}, line {line + 1}: template and media must be whole numbers, found {places[line]}")
     templates, media = places.astype(np.int64).T
     pairs_file = _existing(meta / f"{prefix}_template_pair_label.txt")
     pairs = _read_numbers(pairs_file, 3)
@@ -162,7 +167,7 @@ def _either(meta: Path, prefix: str, name: str) -> Path | None:
 def _read_names(path: Path, count: int) -> tuple[list[str], NDArray[np.float64]]:
     """Lines of an image's name and `count` numbers: the names, and float64 [lines, count]."""
     names, numbers = [], []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file, 1):
             fields = line.split()
             if len(fields) != count + 1:
@@ -202,24 +207,30 @@ def _read_enrolment(path: Path, name: str, known: NDArray[np.int64]) -> Enrolmen
     """A CSV with a header, whose first columns are template and subject; a template has a line for each image."""
     subject_of: dict[int, int] = {}
     has_images = set(known.tolist())
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         rows = csv.reader(file)
-        next(rows, None)
-        for row in rows:
-            where = f"{path}, line {rows.line_num}"
-            if len(row) < 2 or not row[0].strip().isdecimal() or not row[1].strip().isdecimal():
-                raise IjbError(f"{where}: expected the numbers of a template and a subject, found {','.join(row)!r}")
-            template, subject = int(row[0]), int(row[1])
-            if subject_of.setdefault(template, subject) != subject:
-                raise IjbError(
-                    f"{where}: template {template} is of subject {subject}, before of {subject_of[template]}"
-                )
-            if template not in has_images:
-                raise IjbError(f"{where}: template {template} has no images")
+        try:
+            next(rows, None)
+            for row in rows:
+                _enrol(row, subject_of, has_images, f"{path}, line {rows.line_num}")
+        except csv.Error as error:
+            raise IjbError(f"{path}, line {rows.line_num}: {error}") from None
     if not subject_of:
         raise IjbError(f"{path} has no templates")
     templates = np.array(list(subject_of), np.int64)
     return Enrolment(name, templates, np.array(list(subject_of.values()), np.int64))
+
+
+def _enrol(row: list[str], subject_of: dict[int, int], has_images: set[int], where: str) -> None:
+    """Add the template and subject of a row."""
+    numbers = [cell.strip() for cell in row[:2]]
+    if len(numbers) < 2 or not all(text.isdecimal() and len(text) < 19 for text in numbers):
+        raise IjbError(f"{where}: expected the numbers of a template and a subject, found {','.join(row)[:200]!r}")
+    template, subject = map(int, numbers)
+    if subject_of.setdefault(template, subject) != subject:
+        raise IjbError(f"{where}: template {template} is of subject {subject}, before of {subject_of[template]}")
+    if template not in has_images:
+        raise IjbError(f"{where}: template {template} has no images")
 
 
 @dataclass(frozen=True, eq=False)

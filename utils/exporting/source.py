@@ -2,9 +2,10 @@
 
 import json
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,11 +16,13 @@ from models.embedders.network import PRECISIONS
 from models.inputs import Normalisation
 from models.weights import load_network, model_file
 from models.weights.reading import is_torchscript
-from utils.checkpoints import BEST, HUB_WEIGHTS, run_settings
+from utils.checkpoints import BEST, HUB_WEIGHTS, CheckpointError, run_settings
 from utils.exporting.exportable import ExportError
 from utils.exporting.facts import ModelFacts, publishable
 
 CPU = torch.device("cpu")
+
+T = TypeVar("T", int, float)
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,8 @@ def load_source(
         image_size=loaded.image_size,
         parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
         settings=publishable(settings),
-        step=int(saved["step"]) if "step" in saved else None,
-        best_accuracy=float(saved.get("best_accuracy", 0)) or None,  # 0 where the run verified on nothing
+        step=_stated(file, saved, "step", int),
+        best_accuracy=_stated(file, saved, "best_accuracy", float) or None,  # 0 where the run verified on nothing
         tests=tested.get("sets", {}),
         mirror=tested.get("mirror", False),
         licence=licence,
@@ -90,17 +93,35 @@ def _tested(folder: Path, model: NetworkEmbedder) -> dict[str, Any]:
     results, report = folder / "results.json", folder / "report.json"
     if not results.is_file():
         return {}
-    found = json.loads(results.read_text())
-    precision = PRECISIONS[found.get("precision", "fp32")]
+    try:
+        found = json.loads(results.read_text())
+        precision = PRECISIONS[found.get("precision", "fp32")]
+        tested = [one["fingerprint"] for one in _models_of(report)] if report.is_file() else []
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        warnings.warn(f"{results}, or {report.name} beside it, is damaged ({error!r}): left out", stacklevel=3)
+        return {}
     known = NetworkEmbedder(model.network, model.image_size, CPU, model.name, precision, model.inputs).fingerprint
-    tested = list(json.loads(report.read_text())["models"].values()) if report.is_file() else []
-    if tested and tested[0]["fingerprint"] != known:
+    if tested and tested[0] != known:
         warnings.warn(
             f"{results} is of other weights than these: its numbers are left out; test these to have theirs",
             stacklevel=3,
         )
         return {}
     return found
+
+
+def _models_of(report: Path) -> list[dict[str, Any]]:
+    return list(json.loads(report.read_text())["models"].values())
+
+
+def _stated(file: Path, saved: Mapping[str, str], name: str, kind: Callable[[str], T]) -> T | None:
+    """What the metadata say of `name`, None if nothing. Raises CheckpointError where that is no number."""
+    try:
+        return kind(saved[name]) if name in saved else None
+    except ValueError:
+        raise CheckpointError(
+            f"{file}: its metadata have {saved[name][:20]!r} for {name}, which is no number"
+        ) from None
 
 
 def _saved_metadata(file: Path) -> dict[str, str]:
