@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from data.orders import OrderName
-from utils.schedules import OptimizerName, ScheduleName
 from utils.settings import check_types, require
+from utils.training.schedules import OptimizerName, ScheduleName
 
 
 @dataclass(frozen=True)

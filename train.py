@@ -32,22 +32,27 @@ from data.joined_sets import identity_keys, open_training_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
-from models.verifier import Verifier
-from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
 from utils.devices import describe_device, describe_precision, pick_device, pick_precision, set_float32_products
-from utils.ema import WeightAverage
-from utils.explosions import ExplodedError
+from utils.evaluation.verification import Verifier
 from utils.files import write_csv_atomic, write_text_atomic
-from utils.flops import forward_flops, quick_matmul_flops_per_s
 from utils.interrupts import Stopped, catch_interrupt
-from utils.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
-from utils.micro_batch import keep_limit, kept_limit
-from utils.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.ranks import Ranks, join_ranks
-from utils.run_folders import (
+from utils.scripts import end_rank, readable_errors
+from utils.settings import describe, flatten, from_json, parse_settings, to_json
+from utils.training.building import build_input, build_step
+from utils.training.checkpoint_store import CheckpointStore
+from utils.training.ema import WeightAverage
+from utils.training.explosions import ExplodedError
+from utils.training.flops import forward_flops, quick_matmul_flops_per_s
+from utils.training.log import Meter, TrainingLog, import_wandb, step_profiler
+from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
+from utils.training.micro_batch import keep_limit, kept_limit
+from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
+from utils.training.parts import build_head, build_network, build_schedule, verification_sets
+from utils.training.run_folders import (
     CHECKPOINTS,
     TrainingError,
     check_images,
@@ -56,15 +61,10 @@ from utils.run_folders import (
     run_folder,
     saved_settings,
 )
-from utils.run_requests import RunRequests, SignalledError
-from utils.saved_checkpoints import checkpoint_folders
-from utils.scripts import end_rank, readable_errors
-from utils.settings import describe, flatten, from_json, parse_settings, to_json
-from utils.step_building import build_input, build_step
-from utils.training_log import Meter, TrainingLog, import_wandb, step_profiler
-from utils.training_parts import build_head, build_network, build_schedule, verification_sets
-from utils.training_state import TrainingState
-from utils.training_summary import summarise
+from utils.training.run_requests import RunRequests, SignalledError
+from utils.training.saved_checkpoints import checkpoint_folders
+from utils.training.state import TrainingState
+from utils.training.summary import summarise
 
 #: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
 MOST_SKIPPED, SKIPPED_AMONG = 20, 1000

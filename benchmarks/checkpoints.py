@@ -26,8 +26,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from utils.checkpoint_store import CheckpointStore, Rows
 from utils.ranks import Ranks
+from utils.training.checkpoint_store import CheckpointStore, Rows
 
 STEPS = 20
 

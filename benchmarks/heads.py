@@ -32,7 +32,7 @@ from torch import Tensor
 
 from models.heads import RowSGD, automatic_block, create_head
 from models.losses import create_loss
-from utils.flops import copy_bytes_per_s, matmul_flops_per_s
+from utils.training.flops import copy_bytes_per_s, matmul_flops_per_s
 
 
 @dataclass(frozen=True)

@@ -47,10 +47,10 @@ from data.pack_set import pack
 from utils.checkpoints import CONFIG
 from utils.devices import describe_device, pick_device
 from utils.files import write_text_atomic
-from utils.metrics import METRICS, VERIFIED, VERIFIED_AVERAGE, read_metrics
 from utils.processes import worker_count
 from utils.scripts import readable_errors
 from utils.settings import flatten, from_json, parse_settings
+from utils.training.metrics import METRICS, VERIFIED, VERIFIED_AVERAGE, read_metrics
 
 RECIPES = {"published": ["--preset", "ms1mv3_r18", "--train.batch-size", "128"], "small": ["--preset", "small"]}
 NEVER = str(10**9)  # steps

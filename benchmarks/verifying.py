@@ -28,8 +28,8 @@ from benchmarks.train_step import SIZE, Case, OurLoop, turn
 from config import Config
 from data.face_sets import open_face_set
 from data.verification_bin import VerificationPairs
-from models.verifier import Verifier
 from utils.devices import pick_device, pick_precision
+from utils.evaluation.verification import Verifier
 from utils.processes import worker_count
 from utils.ranks import Ranks
 

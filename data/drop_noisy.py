@@ -43,10 +43,10 @@ from utils.files import require_free, write_csv_atomic
 from utils.plots import draw_curves
 from utils.processes import worker_count
 from utils.progress import progress_bar
-from utils.run_folders import CHECKPOINTS
-from utils.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
 from utils.scripts import readable_errors
 from utils.settings import build, describe, from_json, parse_settings
+from utils.training.run_folders import CHECKPOINTS
+from utils.training.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
 
 HEAD = "head.weight"
 

@@ -1,4 +1,4 @@
-"""Embeddings of whole sets, and the accuracy on verification sets that follows from them."""
+"""Embeddings of whole sets."""
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
@@ -8,14 +8,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.face_sets import EncodedImages, PairImages
+from data.face_sets import EncodedImages
 from data.images import ImageError
 from data.images_fingerprint import images_fingerprint
 from data.loading import DecodedFaces, sequential_loader
-from data.verification_bin import VerificationPairs
 from models.embedders import Embedder
 from models.feature_cache import features_key, kept_bytes, kept_features
-from utils.evaluation.folds import FOLDS, FoldResult, ten_fold
 from utils.progress import progress_bar
 from utils.ranks import Ranks, share_of
 
@@ -131,44 +129,3 @@ def _unit(features: np.ndarray) -> np.ndarray:
         rows = slice(start, start + _ROWS_AT_ONCE)
         unit[rows] = F.normalize(torch.from_numpy(features[rows])).numpy()
     return unit
-
-
-def verify(
-    embedder: Embedder,
-    sets: Sequence[VerificationPairs],
-    batch_size: int,
-    workers: int,
-    mirror: bool,
-    ranks: Ranks | None = None,
-    poll: Callable[[], None] | None = None,
-) -> list[FoldResult]:
-    """The 10-fold protocol on verification sets; every distinct image of a set is embedded once, by one of the `ranks`.
-
-    All sets go through in one pass: workers start once, and one batch at most is not full. Memory: the embeddings of
-    all of them. `poll`: as for `embed_images`.
-    """
-    if not sets:
-        return []
-    title = sets[0].name if len(sets) == 1 else f"{len(sets)} verification sets"
-    embeddings = embed_images(embedder, PairImages(*sets), batch_size, workers, mirror, title, ranks, poll=poll)
-    ends = np.cumsum([len(pairs.images) for pairs in sets])
-    return [_accuracy(part, pairs) for part, pairs in zip(np.split(embeddings, ends[:-1]), sets, strict=True)]
-
-
-def _accuracy(embeddings: np.ndarray, pairs: VerificationPairs) -> FoldResult:
-    try:
-        return ten_fold(embeddings[pairs.index.reshape(-1)], pairs.same)
-    except ValueError as error:
-        raise ValueError(f"{pairs.name}: {error}") from None
-
-
-def check_pairs(pairs: VerificationPairs, image_size: int) -> None:
-    """Raise ValueError, naming the set, unless the protocol can be run on it: 10 pairs or more, and images that decode.
-
-    Called before training: a set that fails should not fail after an epoch.
-    """
-    if len(pairs.same) < FOLDS:
-        raise ValueError(f"{pairs.name}: {len(pairs.same)} pairs cannot make {FOLDS} folds")
-    faces = DecodedFaces(PairImages(pairs), np.zeros(len(pairs.images), np.int64), image_size)
-    for i in range(len(faces)):
-        faces.__getitems__([i])

@@ -16,9 +16,9 @@ from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowOptimizer, RowSG
 from models.heads.block_steps import BlockMaths
 from models.heads.fused_steps import FusedMaths, Tile, Tiles
 from models.losses import MarginLoss, create_loss
-from utils.optimizers import create_optimizer, parameter_groups
 from utils.ranks import Ranks
-from utils.training_step import TrainingStep
+from utils.training.optimizers import create_optimizer, parameter_groups
+from utils.training.step import TrainingStep
 
 assert os.environ["TRITON_INTERPRET"] == "1"  # read when the kernels are first used
 

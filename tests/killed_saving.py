@@ -21,10 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from utils.checkpoint_store import CheckpointStore, Rows
-from utils.host_copy import HostCopy
 from utils.ranks import Ranks
-from utils.saved_checkpoints import Saved, checkpoint_folders
+from utils.training.checkpoint_store import CheckpointStore, Rows
+from utils.training.host_copy import HostCopy
+from utils.training.saved_checkpoints import Saved, checkpoint_folders
 
 OPERATIONS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.scandir"}
 

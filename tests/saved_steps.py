@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.checkpoint_store import CheckpointStore, Rows
 from utils.ranks import Ranks
+from utils.training.checkpoint_store import CheckpointStore, Rows
 
 TOTAL = 11
 

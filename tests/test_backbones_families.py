@@ -13,8 +13,8 @@ from models.backbones import ir, iresnet
 from models.backbones.ir import SqueezeExcitation
 from models.recompute import recompute_blocks
 from small_networks import SMALL
-from utils.flops import forward_flops
-from utils.optimizers import parameter_groups
+from utils.training.flops import forward_flops
+from utils.training.optimizers import parameter_groups
 
 PIXELS = 32
 # Those with blocks, of networks that differ in numbers alone one.

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ranks import run_on_ranks
 from saved_steps import TOTAL, files_up_to, is_step, matrix, names, own_range, save_step
-from utils import checkpoint_store
-from utils.checkpoint_store import CheckpointStore, Rows
 from utils.ranks import Ranks
-from utils.saved_checkpoints import shard_name
+from utils.training import checkpoint_store
+from utils.training.checkpoint_store import CheckpointStore, Rows
+from utils.training.saved_checkpoints import shard_name
 
 
 def read_part(folder: Path, ranks: Ranks) -> tuple[int, Tensor, Tensor]:
@@ -167,7 +167,7 @@ def test_only_what_holds_the_rows_is_read(
     on_ranks: list[dict[str, Any]], ranks_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows come in pieces, from the files that hold them: the others need not even be there."""
-    monkeypatch.setattr("utils.saved_checkpoints._READ_BYTES", 48)
+    monkeypatch.setattr("utils.training.saved_checkpoints._READ_BYTES", 48)
     with CheckpointStore(ranks_folder / "3to2", Ranks()) as store:
         saved = store.newest()
     assert saved is not None

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from live_memory import LiveMemory
 from saved_steps import files_up_to, is_step, names, save_step
-from utils import checkpoint_store, host_copy
-from utils.checkpoint_store import CheckpointStore, Rows
 from utils.checkpoints import CheckpointError
 from utils.files import BusyError
-from utils.host_copy import DTYPES, HostCopy
 from utils.ranks import Ranks
-from utils.saved_checkpoints import manifest_text
+from utils.training import checkpoint_store, host_copy
+from utils.training.checkpoint_store import CheckpointStore, Rows
+from utils.training.host_copy import DTYPES, HostCopy
+from utils.training.saved_checkpoints import manifest_text
 
 
 def tensors_of_all_dtypes() -> dict[str, Tensor]:
@@ -360,7 +360,7 @@ def test_finish_raises_what_the_last_save_met(tmp_path: Path) -> None:
 
 def test_one_run_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run resumed while it still goes on elsewhere is refused, and leaves the other's unfinished save alone."""
-    monkeypatch.setattr("utils.checkpoint_store._LOCK_SECONDS", 0.1)
+    monkeypatch.setattr("utils.training.checkpoint_store._LOCK_SECONDS", 0.1)
     with CheckpointStore(tmp_path / "checkpoints", Ranks()) as store:
         with pytest.raises(BusyError, match="another process"):
             CheckpointStore(tmp_path / "checkpoints", Ranks())

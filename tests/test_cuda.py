@@ -25,18 +25,18 @@ from test_all_pairs import clustered
 from train import train
 from utils.checkpoints import BEST
 from utils.compiling import CompiledNetwork
-from utils.cuda_graph import GraphedNetwork
-from utils.ema import WeightAverage
 from utils.evaluation.all_pairs import all_pairs
 from utils.evaluation.breakdown import Groups, breakdown_all_pairs
 from utils.evaluation.hardest import hardest_of_all
 from utils.evaluation.identity_counts import identity_counts
-from utils.host_copy import HostCopy, wait_for_copies
-from utils.metrics import read_metrics
-from utils.optimizers import create_optimizer, parameter_groups
 from utils.ranks import Ranks
-from utils.schedules import OptimizerName
-from utils.training_step import TrainingStep
+from utils.training.cuda_graph import GraphedNetwork
+from utils.training.ema import WeightAverage
+from utils.training.host_copy import HostCopy, wait_for_copies
+from utils.training.metrics import read_metrics
+from utils.training.optimizers import create_optimizer, parameter_groups
+from utils.training.schedules import OptimizerName
+from utils.training.step import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
 

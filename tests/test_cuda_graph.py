@@ -6,10 +6,10 @@ from torch import Tensor, nn
 
 from models import create_network
 from models.recompute import recompute_blocks
-from utils.cuda_graph import GraphedNetwork, _same_stream, with_graph
 from utils.ranks import Ranks
-from utils.run_folders import TrainingError
-from utils.step_building import why_no_graph
+from utils.training.building import why_no_graph
+from utils.training.cuda_graph import GraphedNetwork, _same_stream, with_graph
+from utils.training.run_folders import TrainingError
 
 
 class Recorder:

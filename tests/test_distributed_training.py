@@ -18,8 +18,8 @@ from models import create_network
 from tiny_faces import tiny_face
 from train import CHECKPOINTS
 from utils.checkpoints import BEST
-from utils.metrics import read_metrics
-from utils.saved_checkpoints import checkpoint_folders
+from utils.training.metrics import read_metrics
+from utils.training.saved_checkpoints import checkpoint_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d)

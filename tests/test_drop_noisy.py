@@ -30,11 +30,11 @@ from models.heads.sub_centers import angles, dominant, nearest, own_cosines
 from test_training import configure
 from tiny_faces import tiny_face
 from train import CHECKPOINTS, train
-from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CheckpointError
 from utils.ranks import Ranks
-from utils.saved_checkpoints import BACKBONE, checkpoint_folders
 from utils.settings import ConfigError, build
+from utils.training.checkpoint_store import CheckpointStore
+from utils.training.saved_checkpoints import BACKBONE, checkpoint_folders
 
 PEOPLE, RIGHT, WRONG = 10, 17, 3  # faces of an identity: 15 % are of somebody else
 #: What parts the right faces of the tiny net (up to about 40 degrees) from the wrong ones (from about 60).

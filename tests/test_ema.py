@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models import create_network
-from utils.ema import WeightAverage
+from utils.training.ema import WeightAverage
 
 
 def disturb(network: nn.Module, seed: int) -> None:

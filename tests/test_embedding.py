@@ -6,7 +6,8 @@ import torch
 from data.face_sets import PairImages
 from data.images import encode_png
 from data.verification_bin import VerificationPairs
-from models.embedding import embed_images, verify
+from models.embedding import embed_images
+from utils.evaluation.verification import verify
 
 
 class Compass:

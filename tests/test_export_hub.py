@@ -15,7 +15,7 @@ from models import NETWORKS, create_network, load_embedder
 from models.losses import LOSSES
 from utils.checkpoints import CheckpointError
 from utils.exporting.facts import ModelFacts, publishable, set_name
-from utils.model_card import model_card
+from utils.exporting.model_card import model_card
 from utils.settings import build, to_json
 
 ROOT = Path(__file__).resolve().parents[1]

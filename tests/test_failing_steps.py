@@ -23,14 +23,14 @@ from data.joined_sets import open_training_set
 from models.backbones.demonet import DemoNet
 from models.heads.blockwise import BlockwiseHead
 from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train
-from utils import training_log
-from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST
-from utils.metrics import read_metrics
-from utils.micro_batch import kept_limit
-from utils.saved_checkpoints import Saved, checkpoint_folders
 from utils.settings import as_flags, flatten
-from utils.training_step import StepOutput, TrainingStep
+from utils.training import log as training_log
+from utils.training.checkpoint_store import CheckpointStore
+from utils.training.metrics import read_metrics
+from utils.training.micro_batch import kept_limit
+from utils.training.saved_checkpoints import Saved, checkpoint_folders
+from utils.training.step import StepOutput, TrainingStep
 
 
 def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.flops import forward_flops, matmul_flops_per_s
+from utils.training.flops import forward_flops, matmul_flops_per_s
 
 
 def test_operations_are_those_of_a_count_by_hand() -> None:
@@ -30,5 +30,5 @@ def test_counting_leaves_the_network_as_it_was(training: bool) -> None:
 def test_the_rate_of_products_is_their_operations_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """2 n^3 operations a product, the best of three rounds; the clock is made up."""
     seconds = iter([0.0, 4.0, 10.0, 12.0, 20.0, 28.0])
-    monkeypatch.setattr("utils.flops.time.perf_counter", lambda: next(seconds))
+    monkeypatch.setattr("utils.training.flops.time.perf_counter", lambda: next(seconds))
     assert matmul_flops_per_s(torch.device("cpu"), torch.float32, size=16, repeats=3) == 3 * 2 * 16**3 / 2

@@ -11,17 +11,17 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from models import verifier
 from tiny_runs import configure
 from train import train
-from utils import training_log
 from utils.appended_file import AppendedFile
 from utils.checkpoints import BEST
-from utils.host_copy import HostCopy
-from utils.metrics import read_metrics
-from utils.run_folders import CHECKPOINTS
-from utils.saved_checkpoints import checkpoint_folders, step_of
-from utils.training_step import StepOutput, TrainingStep
+from utils.evaluation import verification
+from utils.training import log as training_log
+from utils.training.host_copy import HostCopy
+from utils.training.metrics import read_metrics
+from utils.training.run_folders import CHECKPOINTS
+from utils.training.saved_checkpoints import checkpoint_folders, step_of
+from utils.training.step import StepOutput, TrainingStep
 
 BEFORE = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -154,7 +154,7 @@ def test_a_run_that_could_not_be_saved_does_not_say_that_it_was(
         signal.raise_signal(signal.SIGTERM)
         options[-1]()  # type: ignore[operator]
 
-    monkeypatch.setattr(verifier, "verify", interrupted)
+    monkeypatch.setattr(verification, "verify", interrupted)
     fill(monkeypatch, 5, 99)
     # KeyboardInterrupt, the wrong end, is caught here too: loose, it would end the whole test run.
     with pytest.raises((OSError, KeyboardInterrupt), match="File too large"), room_afterwards():

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from train import CHECKPOINTS
-from utils.metrics import read_metrics
-from utils.saved_checkpoints import checkpoint_folders
+from utils.training.metrics import read_metrics
+from utils.training.saved_checkpoints import checkpoint_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Small tensors: a second thread would only wait.

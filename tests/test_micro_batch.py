@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from live_memory import LiveMemory
 from models.heads import Engine, RowSGD, create_head
 from models.losses import ArcFace
-from utils.micro_batch import LIMIT, bytes_beside, keep_limit, kept_limit, largest_that_fits, trial_pass
+from utils.training.micro_batch import LIMIT, bytes_beside, keep_limit, kept_limit, largest_that_fits, trial_pass
 
 
 class Card:

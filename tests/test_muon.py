@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.muon import Muon, orthogonalise
+from utils.training.muon import Muon, orthogonalise
 
 
 def parameter(*shape: int, seed: int = 0) -> nn.Parameter:

@@ -12,9 +12,9 @@ from models import NETWORKS, backbones, create_network
 from models.backbones.iresnet import IResNet
 from models.backbones.mobilefacenet import MobileFaceNet
 from models.backbones.vit import VisionTransformer
-from utils.flops import forward_flops
 from utils.settings import ConfigError, build
-from utils.training_parts import build_network
+from utils.training.flops import forward_flops
+from utils.training.parts import build_network
 
 UNITS = {
     "r18": (2, 2, 2, 2),

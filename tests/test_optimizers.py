@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from models import create_network
-from utils.muon import Muon
-from utils.optimizers import create_optimizer, freeze, parameter_groups, set_learning_rate, train_mode
-from utils.schedules import OptimizerName
+from utils.training.muon import Muon
+from utils.training.optimizers import create_optimizer, freeze, parameter_groups, set_learning_rate, train_mode
+from utils.training.schedules import OptimizerName
 
 OPTIMIZERS = get_args(OptimizerName)
 NETWORKS = ("r18", "r34", "r50", "r100", "r200", "mbf", "demo")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import create_network
-from utils.flops import forward_flops
+from utils.training.flops import forward_flops
 
 
 @dataclass

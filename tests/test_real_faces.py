@@ -25,7 +25,7 @@ from data.verification_bin import write_bin
 from dataset_merge import dataset_merge
 from models.embedders import OnnxEmbedder
 from train import main as train_main
-from utils.metrics import read_metrics
+from utils.training.metrics import read_metrics
 
 
 @pytest.fixture(scope="session")

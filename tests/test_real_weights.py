@@ -16,8 +16,8 @@ from data.images import decode_rgb
 from data.verification_bin import VerificationPairs
 from models import load_embedder
 from models.embedders import NetworkEmbedder
-from models.embedding import verify
 from models.weights import load_network
+from utils.evaluation.verification import verify
 
 MXNET = "mobilefacenet_y1_mxnetkeys_state_dict.pth"
 XIAOCCER = "mobilefacenet_xiaoccer_068.ckpt"

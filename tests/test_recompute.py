@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from live_memory import LiveMemory
 from models import create_network
 from models.recompute import recompute_blocks
-from utils.ema import WeightAverage
-from utils.optimizers import freeze, train_mode
+from utils.training.ema import WeightAverage
+from utils.training.optimizers import freeze, train_mode
 
 PIXELS = 32
 

@@ -16,10 +16,10 @@ from data.prepare_data import prepare
 from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
-from utils.metrics import read_metrics
-from utils.run_folders import CHECKPOINTS, images_note, run_folder, saved_settings
-from utils.saved_checkpoints import checkpoint_folders
 from utils.settings import ConfigError, as_flags, flatten
+from utils.training.metrics import read_metrics
+from utils.training.run_folders import CHECKPOINTS, images_note, run_folder, saved_settings
+from utils.training.saved_checkpoints import checkpoint_folders
 
 
 @pytest.fixture(scope="module")

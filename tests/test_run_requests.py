@@ -17,14 +17,14 @@ from models.embedders import NetworkEmbedder
 from ranks import run_on_ranks
 from tiny_runs import configure
 from train import Trainer, train
-from utils import run_requests
 from utils.checkpoints import BEST
 from utils.interrupts import Interrupt
-from utils.metrics import read_metrics
 from utils.ranks import OtherRankError, Ranks
-from utils.run_folders import CHECKPOINTS
-from utils.run_requests import RunRequests, SignalledError
-from utils.saved_checkpoints import BACKBONE, checkpoint_folders, step_of
+from utils.training import run_requests
+from utils.training.metrics import read_metrics
+from utils.training.run_folders import CHECKPOINTS
+from utils.training.run_requests import RunRequests, SignalledError
+from utils.training.saved_checkpoints import BACKBONE, checkpoint_folders, step_of
 
 
 def saved_steps(run: Path) -> list[int]:

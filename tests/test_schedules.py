@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from config import PRESETS, Config, TrainConfig
-from utils.schedules import OptimizerName, ScheduleName, learning_rates, peak_lr
 from utils.settings import build
+from utils.training.schedules import OptimizerName, ScheduleName, learning_rates, peak_lr
 
 SCHEDULES = get_args(ScheduleName)
 #: Settings with which every schedule does something.

@@ -16,8 +16,8 @@ from config import CommonConfig, Config, TrainConfig
 from data.face_sets import write_face_set
 from tests.tiny_faces import tiny_face
 from utils.checkpoints import CONFIG
-from utils.metrics import METRICS, read_metrics
 from utils.settings import to_json
+from utils.training.metrics import METRICS, read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -31,21 +31,23 @@ from data.joined_sets import open_training_set
 from data.loading import Batch, flips
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin
-from models import create_network, verifier
+from models import create_network
 from models.backbones.demonet import DemoNet
 from models.heads import DenseHead, RowSGD
 from models.losses import LOSSES, ArcFace
 from tiny_faces import tiny_face
 from tiny_runs import configure
 from train import CHECKPOINTS, Trainer, TrainingError, train
-from utils import training_log, training_step
-from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import BEST, CheckpointError, load_backbone
-from utils.flops import forward_flops
-from utils.metrics import read_metrics
-from utils.saved_checkpoints import BACKBONE, WHOLE, Saved, checkpoint_folders, step_of
-from utils.schedules import peak_lr
+from utils.evaluation import verification
 from utils.settings import as_flags, build, flatten, from_json
+from utils.training import log as training_log
+from utils.training import step as training_step
+from utils.training.checkpoint_store import CheckpointStore
+from utils.training.flops import forward_flops
+from utils.training.metrics import read_metrics
+from utils.training.saved_checkpoints import BACKBONE, WHOLE, Saved, checkpoint_folders, step_of
+from utils.training.schedules import peak_lr
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -205,13 +207,13 @@ def test_an_interrupt_during_verification_is_saved_too(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C while the sets are tested, at a step that has no checkpoint of its own, still loses nothing."""
-    real = verifier.verify
+    real = verification.verify
 
     def interrupted(*arguments: object) -> object:
         signal.raise_signal(signal.SIGINT)
         return real(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(verifier, "verify", interrupted)
+    monkeypatch.setattr(verification, "verify", interrupted)
     with pytest.raises(KeyboardInterrupt, match="stopped and saved at step 2 of 12"):
         train(configure(tiny_set, tmp_path, train__verify_every=2))
     assert checkpoints(tmp_path / "a")
@@ -244,7 +246,7 @@ def test_what_breaks_verification_does_not_cost_the_epoch(
     def no_memory(*arguments: object) -> object:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(verifier, "verify", no_memory)
+    monkeypatch.setattr(verification, "verify", no_memory)
     with pytest.raises(torch.OutOfMemoryError):
         train(configure(tiny_set, tmp_path, train__checkpoint_every=every))
     assert step_of(checkpoints(tmp_path / "a")[-1]) == 6
@@ -468,8 +470,8 @@ def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
 
 def test_the_best_network_is_kept(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A later network that is worse, or no better, does not replace the best one."""
-    real, accuracies = verifier.verify, iter([0.6, 0.9, 0.9, 0.8])
-    monkeypatch.setattr(verifier, "verify", lambda *a: [replace(real(*a)[0], accuracy=next(accuracies))])
+    real, accuracies = verification.verify, iter([0.6, 0.9, 0.9, 0.8])
+    monkeypatch.setattr(verification, "verify", lambda *a: [replace(real(*a)[0], accuracy=next(accuracies))])
     run = train(configure(tiny_set, tmp_path, train__verify_every=3, train__checkpoint_every=6))
     accuracy = [line["verify/tiny"] for line in read_metrics(run) if "verify/tiny" in line]
     assert accuracy == [0.6, 0.9, 0.9, 0.8]
@@ -501,7 +503,10 @@ def test_the_rates_are_those_of_training_alone(tiny_set: Path, tmp_path: Path, m
     hours = [0.0]
     clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
     monkeypatch.setattr(training_log, "time", clock)
-    for owner, name, whole in ((verifier, "verify", verifier.verify), (CheckpointStore, "save", CheckpointStore.save)):
+    for owner, name, whole in (
+        (verification, "verify", verification.verify),
+        (CheckpointStore, "save", CheckpointStore.save),
+    ):
 
         def an_hour_later(*arguments: object, real: Any = whole) -> object:
             hours[0] += 1

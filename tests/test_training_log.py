@@ -16,10 +16,10 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data.loading import Batch
-from utils import training_log
-from utils.metrics import METRICS, SECONDS_VERIFYING, read_metrics
-from utils.training_log import Meter, TrainingLog, step_profiler
-from utils.training_step import StepOutput
+from utils.training import log as training_log
+from utils.training.log import Meter, TrainingLog, step_profiler
+from utils.training.metrics import METRICS, SECONDS_VERIFYING, read_metrics
+from utils.training.step import StepOutput
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -158,7 +158,7 @@ def test_accuracies_are_drawn_in_percent(tmp_path: Path, monkeypatch: pytest.Mon
 def test_writing_imports_no_library_of_pictures_or_networks(tmp_path: Path) -> None:
     """A run does not wait seconds for torchvision, or for a TensorFlow that torch's writer would look for."""
     program = (
-        "import sys, torch; from utils.training_log import TrainingLog\n"
+        "import sys, torch; from utils.training.log import TrainingLog\n"
         "with TrainingLog(__import__('pathlib').Path(sys.argv[1]), 0) as log:\n"
         "    log.scalars(1, {'train/loss': 1.0}); log.distributions(1, {'a': torch.ones(3).numpy()})\n"
         "    log.inputs(torch.zeros(2, 3, 8, 8), 1)\n"

@@ -24,18 +24,18 @@ from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
 from models.recompute import recompute_blocks
 from ranks import run_on_ranks
 from train import train
-from utils import step_building
 from utils.checkpoints import BEST
 from utils.compiling import Compiled, CompiledNetwork
 from utils.devices import autocast
-from utils.metrics import read_metrics
-from utils.micro_batch import trial_pass
-from utils.optimizers import train_mode
 from utils.ranks import Ranks
-from utils.run_folders import TrainingError
-from utils.step_building import build_step, compile_network, part_sizes, spread
-from utils.training_parts import build_head, build_network
-from utils.training_step import TrainingStep
+from utils.training import building as step_building
+from utils.training.building import build_step, compile_network, part_sizes, spread
+from utils.training.metrics import read_metrics
+from utils.training.micro_batch import trial_pass
+from utils.training.optimizers import train_mode
+from utils.training.parts import build_head, build_network
+from utils.training.run_folders import TrainingError
+from utils.training.step import TrainingStep
 
 CPU = torch.device("cpu")
 

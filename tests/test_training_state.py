@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from models.heads import BlockwiseHead, RowAdamW, RowOptimizer, RowSGD
 from models.losses import create_loss
-from utils.checkpoint_store import CheckpointStore
 from utils.checkpoints import CheckpointError
-from utils.ema import WeightAverage
-from utils.optimizers import OptimizerName, create_optimizer, parameter_groups
 from utils.ranks import Ranks
-from utils.saved_checkpoints import Saved
-from utils.training_state import TrainingState
-from utils.training_step import TrainingStep
+from utils.training.checkpoint_store import CheckpointStore
+from utils.training.ema import WeightAverage
+from utils.training.optimizers import OptimizerName, create_optimizer, parameter_groups
+from utils.training.saved_checkpoints import Saved
+from utils.training.state import TrainingState
+from utils.training.step import TrainingStep
 
 CLASSES, SIZE = 9, 6
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from models.heads import RowAdamW, RowOptimizer, RowSGD, create_head
 from models.losses import create_loss
-from utils.optimizers import create_optimizer, parameter_groups
 from utils.ranks import Ranks
-from utils.schedules import OptimizerName
-from utils.training_step import StepOutput, TrainingStep
+from utils.training.optimizers import create_optimizer, parameter_groups
+from utils.training.schedules import OptimizerName
+from utils.training.step import StepOutput, TrainingStep
 
 CLASSES, SIZE, FACES, LR, DECAY = 9, 6, 11, 0.05, 1e-2
 HEADS: dict[str, dict[str, Any]] = {

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from utils.metrics import METRICS, read_metrics
-from utils.training_summary import _duration, summarise
+from utils.training.metrics import METRICS, read_metrics
+from utils.training.summary import _duration, summarise
 
 
 def write(folder: Path, *lines: dict[str, float]) -> None:

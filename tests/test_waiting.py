@@ -11,12 +11,12 @@ from data.loading import to_network_input
 from meta_device import META, on_meta, unwaiting
 from models.heads import RowAdamW, RowOptimizer, RowSGD, create_head
 from models.losses import LOSSES, create_loss
-from utils.ema import WeightAverage
-from utils.optimizers import create_optimizer, parameter_groups
 from utils.ranks import Ranks
-from utils.schedules import OptimizerName
-from utils.training_log import Meter
-from utils.training_step import TrainingStep
+from utils.training.ema import WeightAverage
+from utils.training.log import Meter
+from utils.training.optimizers import create_optimizer, parameter_groups
+from utils.training.schedules import OptimizerName
+from utils.training.step import TrainingStep
 
 __all__ = ["on_meta"]
 

@@ -1,7 +1,7 @@
 """What a run leaves on disk for others to use: weights as safetensors, written whole or not at all, never a pickle.
 
 A backbone file holds a network's state dict under its own names, and JSON in its metadata: the run's settings, and
-where the run stood. What a run goes on from is in utils/checkpoint_store.py.
+where the run stood. What a run goes on from is in utils/training/checkpoint_store.py.
 """
 
 import json

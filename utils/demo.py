@@ -23,9 +23,9 @@ sys.path.insert(0, str(ROOT))
 
 from config import PRESETS, Config
 from data.make_demo_set import set_folders
-from utils.metrics import read_metrics
 from utils.scripts import readable_errors
 from utils.settings import as_flags, build, flatten, parse_settings
+from utils.training.metrics import read_metrics
 
 MARKER = ".made_by_the_demo"
 

@@ -24,9 +24,9 @@ from config import PRESETS, Config, ExportConfig
 from data.verification_bin import read_bin
 from models.embedders import Embedder, NetworkEmbedder, load_embedder
 from models.embedders.onnx_file import INPUTS_KEY
-from models.embedding import verify
 from models.inputs import InputSpec, Normalisation
 from utils.checkpoints import CONFIG, HUB_WEIGHTS, newest_run, run_of
+from utils.evaluation.verification import verify
 from utils.exporting.comparison import (
     LIMITS,
     Deviation,
@@ -38,6 +38,7 @@ from utils.exporting.comparison import (
     load_faces,
 )
 from utils.exporting.exportable import INPUT, Exportable, ExportError, mean_and_scale, outer_normalisation
+from utils.exporting.model_card import card_settings, model_card
 from utils.exporting.onnx_file import (
     prepend_normalisation,
     rename_telltale_nodes,
@@ -50,7 +51,6 @@ from utils.exporting.source import CPU, Source, load_source
 from utils.exporting.torchscript import write_torchscript
 from utils.exporting.weights import settings_of, write_safetensors
 from utils.files import atomic_folder, atomic_path, write_text_atomic
-from utils.model_card import card_settings, model_card
 from utils.processes import worker_count
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings

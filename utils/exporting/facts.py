@@ -13,7 +13,7 @@ import torch
 
 from models.inputs import Normalisation
 from models.losses import LOSSES, create_loss
-from utils.schedules import peak_lr
+from utils.training.schedules import peak_lr
 
 #: Sections of a run's settings that a model's users need; the others name folders of the machine that trained it.
 PUBLISHED_SECTIONS = ("data", "model", "loss", "train")

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from utils.muon import Muon
-from utils.schedules import OptimizerName
+from utils.training.muon import Muon
+from utils.training.schedules import OptimizerName
 
 #: What `torch.optim` takes as a group of parameters, with their names.
 Group = dict[str, Any]

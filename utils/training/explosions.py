@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.run_folders import TrainingError
+from utils.training.run_folders import TrainingError
 
 
 class ExplodedError(TrainingError):

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints import BEST
-from utils.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE, read_metrics
-from utils.run_folders import CHECKPOINTS
+from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE, read_metrics
+from utils.training.run_folders import CHECKPOINTS
 
 
 def summarise(folder: Path) -> str:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from models.heads import Head
-from utils.checkpoint_store import Rows, Saved
 from utils.checkpoints import CheckpointError, shorten
-from utils.ema import WeightAverage
-from utils.optimizers import start_momentum
+from utils.training.checkpoint_store import Rows, Saved
+from utils.training.ema import WeightAverage
+from utils.training.optimizers import start_momentum
 
 
 class TrainingState:

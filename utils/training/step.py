@@ -11,8 +11,8 @@ from torch.nn.utils import clip_grad_norm_
 
 from models.heads import Head, HeadOutput
 from utils.devices import autocast
-from utils.optimizers import set_learning_rate
 from utils.ranks import Ranks
+from utils.training.optimizers import set_learning_rate
 
 #: What to do when memory runs out in the head. Smaller passes would not help.
 _LET_IT_TAKE_ONE = (

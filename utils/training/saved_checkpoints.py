@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from utils.checkpoints import CheckpointError
-from utils.host_copy import DTYPES, FileSum, file_sum
+from utils.training.host_copy import DTYPES, FileSum, file_sum
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -10,8 +10,8 @@ from torch import nn
 
 from data.verification_bin import VerificationPairs, read_bin
 from models import create_network
-from models.verifier import Verifier
 from ranks import run_on_ranks
+from utils.evaluation.verification import Verifier
 from utils.ranks import Ranks
 
 CPU = torch.device("cpu")

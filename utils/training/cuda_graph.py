@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from utils.compiling import shortly
 from utils.devices import autocast
-from utils.micro_batch import statistics_kept
-from utils.run_folders import TrainingError
+from utils.training.micro_batch import statistics_kept
+from utils.training.run_folders import TrainingError
 
 
 class GraphedNetwork(nn.Module):

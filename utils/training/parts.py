@@ -14,10 +14,10 @@ from models.losses import create_loss
 from models.recompute import recompute_blocks
 from models.weights import load_weights
 from utils.checkpoints import CheckpointError
-from utils.optimizers import freeze
 from utils.ranks import Ranks
-from utils.run_folders import TrainingError
-from utils.schedules import learning_rates, peak_lr
+from utils.training.optimizers import freeze
+from utils.training.run_folders import TrainingError
+from utils.training.schedules import learning_rates, peak_lr
 
 
 def build_network(config: Config, device: torch.device, with_init: bool = True) -> nn.Module:

@@ -16,13 +16,13 @@ from data.loading import to_network_input
 from models.heads import Head
 from models.recompute import recomputes
 from utils.compiling import Compiled, CompiledNetwork
-from utils.cuda_graph import with_graph
-from utils.micro_batch import LIMIT, bytes_beside, largest_that_fits, trial_pass
-from utils.optimizers import train_mode
 from utils.ranks import Ranks
-from utils.run_folders import TrainingError
-from utils.training_parts import compiles
-from utils.training_step import TrainingStep
+from utils.training.cuda_graph import with_graph
+from utils.training.micro_batch import LIMIT, bytes_beside, largest_that_fits, trial_pass
+from utils.training.optimizers import train_mode
+from utils.training.parts import compiles
+from utils.training.run_folders import TrainingError
+from utils.training.step import TrainingStep
 
 
 def build_input(settings: TrainConfig, device: torch.device) -> Callable[..., Tensor]:

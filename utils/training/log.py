@@ -18,9 +18,9 @@ from data.loading import Batch
 from utils.appended_file import AppendedFile
 from utils.board import Board
 from utils.files import write_text_atomic
-from utils.metrics import METRICS, VERIFIED, read_metrics
 from utils.plots import draw_contact_sheet, draw_curves, tile
-from utils.training_step import StepOutput
+from utils.training.metrics import METRICS, VERIFIED, read_metrics
+from utils.training.step import StepOutput
 
 #: Curves are drawn no more often than this, and in the end.
 SECONDS_BETWEEN_DRAWINGS = 60.0

@@ -22,9 +22,9 @@ from typing import Any, Self, TypeVar
 from torch import Tensor
 
 from utils.files import LOCK, BusyError, naming, partial_folder, publish, remove, unfinished
-from utils.host_copy import DTYPES, HostCopy, wait_for_copies
 from utils.ranks import Ranks
-from utils.saved_checkpoints import (
+from utils.training.host_copy import DTYPES, HostCopy, wait_for_copies
+from utils.training.saved_checkpoints import (
     BACKBONE,
     FORMAT,
     MANIFEST,
