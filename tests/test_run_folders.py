@@ -16,7 +16,7 @@ from data.prepare_data import prepare
 from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
-from utils.settings import ConfigError, as_flags, flatten
+from utils.settings import as_flags, flatten
 from utils.training.metrics import read_metrics
 from utils.training.run_folders import CHECKPOINTS, images_note, run_folder, saved_settings
 from utils.training.saved_checkpoints import checkpoint_folders
@@ -147,15 +147,22 @@ def test_resuming_damaged_checkpoints_only(begun: Path, folders: Path, tmp_path:
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe{}", b"[" * 100_000, b'{"train": ', b"{}", None])
 def test_resuming_without_its_settings(begun: Path, tmp_path: Path, content: bytes | None) -> None:
-    """A run whose config.json is damaged or gone does not go on with the settings of config.py: it says which file is
-    wrong and where its content can be had."""
+    """A run whose config.json is damaged or gone does not go on with the settings of config.py: it takes those of its
+    newest whole checkpoint, and says so. Without one it says which file is wrong."""
     run = tmp_path / "a"
     shutil.copytree(begun, run)
     (run / "config.json").unlink()
     if content is not None:
         (run / "config.json").write_bytes(content)
-    with pytest.raises((TrainingError, ConfigError), match=r"a/config\.json .* in its manifest\.json"):
-        saved_settings({"train.resume": str(run), "common.runs": str(tmp_path), "train.name": ""})
+    wanted = {"train.resume": str(run), "common.runs": str(tmp_path), "train.name": ""}
+    shutil.copytree(run / CHECKPOINTS / "step-000000006", newer := run / CHECKPOINTS / "step-000000007")
+    (newer / "manifest.json").write_text("{}")
+    with pytest.warns(UserWarning, match=r"a/config\.json .*: its settings are those of .*step-000000006$"):
+        found = saved_settings(wanted)
+    assert found == {**saved_settings({**wanted, "train.resume": str(begun)}), "train.resume": str(run)}
+    (run / CHECKPOINTS / "step-000000006" / "manifest.json").unlink()
+    with pytest.raises(TrainingError, match=r"a/config\.json .*, and no whole checkpoint has them"):
+        saved_settings(wanted)
 
 
 def test_a_run_where_its_files_could_not_be_read(tiny_set: Path, tmp_path: Path) -> None:

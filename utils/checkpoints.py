@@ -24,8 +24,6 @@ HUB_WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 # No size of a face or an embedding: a network of that size would take all memory.
 _TOO_LARGE = 1 << 14
-#: What to do when a run has lost it.
-CONFIG_ELSEWHERE = "each of the run's checkpoints has it in its manifest.json, as settings in notes: write it anew"
 
 
 class CheckpointError(ValueError):
@@ -105,7 +103,9 @@ def settings_beside(model: Path) -> Settings:
         json.loads(text)
         return from_json(text) if run_settings({"settings": text}) else {}
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file} is damaged ({error}): {CONFIG_ELSEWHERE}") from None
+        raise ConfigError(
+            f"{file} is damaged ({error}); if it is a run's: python train.py --resume {file.parent} writes it anew"
+        ) from None
 
 
 def shorten(message: str, lines: int = 6) -> str:

@@ -1,5 +1,7 @@
 """The folder of a run: a new one, or one to go on with; and whether it is the same run that goes on."""
 
+import json
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -9,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from config import Config
-from utils.checkpoints import CONFIG, CONFIG_ELSEWHERE, settings_beside
-from utils.settings import Settings
+from utils.checkpoints import CONFIG, settings_beside
+from utils.settings import ConfigError, Settings, from_json
+from utils.training.saved_checkpoints import DamagedError, Saved, checkpoint_folders
 
 CHECKPOINTS = "checkpoints"
 
@@ -63,16 +66,35 @@ def _begun(run: Path) -> bool:
 
 
 def saved_settings(settings: Settings) -> Settings:
-    """The settings of the run to resume, if there is one. Raises TrainingError where it has lost them: those of
-    config.py may be others.
+    """The settings of the run to resume, if there is one: those of its config.json, or, which is said, where that is
+    lost those of its newest checkpoint. Raises TrainingError when that has none: those of config.py may be others.
     """
     resume = settings["train.resume"]
     run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
     named = resume and (resume != "auto" or settings["train.name"])
-    saved = settings_beside(run) if named else {}
-    if named and not saved and has_checkpoints(run):
-        raise TrainingError(f"train.resume: {run / CONFIG} has no settings of a run: {CONFIG_ELSEWHERE}")
+    if not named:
+        return {}
+    try:
+        saved, lost = settings_beside(run), f"{run / CONFIG} has no settings of a run"
+    except ConfigError as error:
+        if not has_checkpoints(run):
+            raise
+        saved, lost = {}, str(error).split(";")[0]
+    if not saved and has_checkpoints(run):
+        saved = _noted_settings(run, lost)
     return {**saved, "train.resume": resume} if saved else {}
+
+
+def _noted_settings(run: Path, lost: str) -> Settings:
+    """Those that the newest undamaged checkpoint has in its notes."""
+    for checkpoint in reversed(checkpoint_folders(run / CHECKPOINTS)):
+        try:
+            notes = Saved(checkpoint).notes
+        except DamagedError:
+            continue
+        warnings.warn(f"{lost}: its settings are those of {checkpoint}", stacklevel=2)
+        return from_json(json.dumps(notes["settings"]))
+    raise TrainingError(f"train.resume: {lost}, and no whole checkpoint has them")
 
 
 def checksum(identities: Sequence[str]) -> int:
