@@ -42,10 +42,11 @@ from utils.progress import progress_bar
 from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, from_json, parse_settings, to_json
+from utils.training.broken_images import BrokenImages
 from utils.training.building import build_input, build_step
 from utils.training.checkpoint_store import CheckpointStore
 from utils.training.ema import WeightAverage
-from utils.training.explosions import ExplodedError
+from utils.training.explosions import ExplodedError, ExplosionWatch
 from utils.training.flops import forward_flops, quick_matmul_flops_per_s
 from utils.training.log import Meter, TrainingLog, import_wandb, step_profiler
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
@@ -65,12 +66,6 @@ from utils.training.run_requests import RunRequests, SignalledError
 from utils.training.saved_checkpoints import checkpoint_folders
 from utils.training.state import TrainingState
 from utils.training.summary import summarise
-
-#: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
-MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
-
-#: Steps in a row that may overflow in float16 while the gradient scaler lowers its scale.
-MOST_OVERFLOWS = 20
 
 #: What the progress bar has: tag, name and format. A loss that overflowed has no number.
 SHOWN = (("train/loss", "loss", ".3f"), ("train/accuracy", "accuracy", ".1%"))
@@ -138,9 +133,8 @@ class Trainer:
 
         self.step, self.best_accuracy = 0, 0.0
         self.verify_due = False  # whether the weights of this step are to be verified
-        self.bad_in_a_row = 0
-        self.skipped: set[int] = set()
-        self.broken: set[str] = set()
+        self.explosions = ExplosionWatch(settings.loss_limit, self.scaler.is_enabled())
+        self.broken = BrokenImages(config.data.broken_limit, ranks)
 
     def train(self) -> None:
         """From where the run stands to its end.
@@ -197,8 +191,8 @@ class Trainer:
     def train_on(self, batch: Batch) -> None:
         """One step, and what is due after it."""
         settings, step = self.config.train, self.step
-        self.note_broken(batch.broken)
-        if step not in self.skipped:
+        self.broken.note(batch.broken)
+        if step not in self.explosions.skipped:
             inputs = self.prepare(batch.faces)
             if step == 0:
                 self.log.inputs(inputs[:64], step)
@@ -225,9 +219,9 @@ class Trainer:
         save_now = last or step % (settings.checkpoint_every or an_epoch) == 0
         note_now = step % settings.log_every == 0 or verify_now or save_now
         # A signal from here on is for the verification or the next step to see.
-        asked = self.requests.read(step, note_now, failing=len(self.broken) > self.config.data.broken_limit)
+        asked = self.requests.read(step, note_now, failing=self.broken.too_many)
         if asked.failing:
-            self.refuse_broken()
+            self.broken.refuse()
         if note_now or asked.signal:
             self.note()
         self.verify_due = verify_now
@@ -273,13 +267,8 @@ class Trainer:
         noted = self.meter.read()
         if noted is None:
             return
-        # A gradient scaler skips steps with an overflow, and finds its scale by them.
-        allowed = MOST_OVERFLOWS if self.scaler.is_enabled() else 0
-        for step, loss, norm in zip(noted.steps, noted.losses, noted.gradient_norms, strict=True):
-            good = loss <= self.config.train.loss_limit and math.isfinite(norm)
-            self.bad_in_a_row = 0 if good else self.bad_in_a_row + 1
-            if self.bad_in_a_row > allowed:
-                self.explode(step, loss, norm)
+        if exploded := self.explosions.exploded(noted):
+            self.explode(*exploded)
         flops = noted.means["train/images_per_s"] * self.flops
         rates = {
             "train/lr": float(self.learning_rates[self.step - 1]),
@@ -338,7 +327,7 @@ class Trainer:
             "verify_due": self.verify_due,
             **self.images,
             "scaler": self.scaler.state_dict(),
-            "skipped": sorted(self.skipped),
+            "skipped": sorted(self.explosions.skipped),
             "identities": checksum(identity_keys(self.faces)),
             "torch": torch.__version__,
         }
@@ -360,7 +349,7 @@ class Trainer:
         self.check_notes(saved.notes)
         self.state.restore(saved)
         self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
-        self.skipped |= set(saved.notes["skipped"])
+        self.explosions.skipped |= set(saved.notes["skipped"])
         self.verify_due = saved.notes.get("verify_due", False)
         if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(saved.notes["scaler"])
@@ -397,11 +386,7 @@ class Trainer:
             raise error
         if not self.restore_newest():
             raise TrainingError(f"{error}. There is no checkpoint yet to go back to: lower train.checkpoint_every")
-        # The loss of a step is that of the weights before it: the step before may be the one that broke them.
-        self.skipped |= {error.step - 1, error.step}
-        lately = sum(error.step - SKIPPED_AMONG < step <= error.step for step in self.skipped)
-        if lately > MOST_SKIPPED:
-            raise TrainingError(f"{error}. {lately} of the last {SKIPPED_AMONG:,} steps exploded or led to it")
+        self.explosions.leave_out(error)
         self.meter = Meter(self.device)
         self.bar.reset()
         self.bar.update(self.step * self.config.train.batch_size)
@@ -421,19 +406,6 @@ class Trainer:
             write_text_atomic(listed, "".join(f"{self.faces.describe(int(i))}\n" for i in positions))
         advise_skipping = self.config.train.on_explosion == "stop"
         raise ExplodedError(step, loss, norm, float(self.learning_rates[step]), listed, advise_skipping)
-
-    def note_broken(self, found: Sequence[str]) -> None:
-        """Say which images are broken, each once."""
-        for message in set(found) - self.broken:
-            tqdm.write(f"left out: {message}")
-        self.broken.update(found)
-
-    def refuse_broken(self) -> NoReturn:
-        """End the run for its broken images, those that any rank saw."""
-        broken = {message for part in self.ranks.texts(json.dumps(list(self.broken))) for message in json.loads(part)}
-        listed, limit = "\n  ".join(sorted(broken)), self.config.data.broken_limit
-        said = f"{len(broken)} images are broken, data.broken_limit allows {limit}:\n  {listed}\n"
-        raise TrainingError(f"{said}A .rec set without its broken records: python data/report.py SET --repair OUTPUT")
 
     def limit_passes(self, error: torch.OutOfMemoryError, faces: int) -> None:
         """Let the run, once it is started again, take smaller passes than those that ran out of memory, if that helps.

@@ -17,14 +17,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import tiny_runs
-import train as training
 from config import Config
 from data.joined_sets import open_training_set
 from models.backbones.demonet import DemoNet
 from models.heads.blockwise import BlockwiseHead
-from train import CHECKPOINTS, MOST_SKIPPED, ExplodedError, Trainer, TrainingError, main, train
+from train import CHECKPOINTS, ExplodedError, Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
 from utils.settings import as_flags, flatten
+from utils.training import explosions
 from utils.training import log as training_log
 from utils.training.checkpoint_store import CheckpointStore
 from utils.training.metrics import read_metrics
@@ -117,7 +117,7 @@ def test_what_exploded_is_left_out(
 
         def without(self: Trainer, *arguments: object) -> None:
             initialise(self, *arguments)  # type: ignore[arg-type]
-            self.skipped |= {6, 7}
+            self.explosions.skipped |= {6, 7}
 
         patch.setattr(Trainer, "__init__", without)
         reference = train(configure(tiny_set, tmp_path, train__name="without"))
@@ -140,7 +140,7 @@ def test_a_resumed_run_leaves_it_out_too(tiny_set: Path, tmp_path: Path, monkeyp
 
         def save_then_die(self: Trainer, wait: bool) -> None:
             save(self, wait)
-            if self.skipped:
+            if self.explosions.skipped:
                 raise KeyboardInterrupt
 
         patch.setattr(Trainer, "save", save_then_die)
@@ -186,7 +186,9 @@ def test_endless_explosions_end_the_run(tiny_set: Path, tmp_path: Path, monkeypa
     """When whatever follows explodes, the batches are not at fault: the run stops and says so, instead of leaving out
     one after the other and saving checkpoints on the way."""
     made = explode(monkeypatch, range(4, 1000))
-    with pytest.raises(TrainingError, match=rf"\. {MOST_SKIPPED + 1} of the last 1,000 steps exploded or led to it"):
+    with pytest.raises(
+        TrainingError, match=rf"\. {explosions.MOST_SKIPPED + 1} of the last 1,000 steps exploded or led to it"
+    ):
         train(configure(tiny_set, tmp_path, train__on_explosion="skip", train__epochs=9, train__log_every=1))
     assert len(made) < 60
     assert all(value.isfinite().all() for value in newest(tmp_path / "a").values())
@@ -194,8 +196,8 @@ def test_endless_explosions_end_the_run(tiny_set: Path, tmp_path: Path, monkeypa
 
 def test_explosions_far_apart_do_not(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only those among so many steps count."""
-    monkeypatch.setattr(training, "MOST_SKIPPED", 2)
-    monkeypatch.setattr(training, "SKIPPED_AMONG", 4)
+    monkeypatch.setattr(explosions, "MOST_SKIPPED", 2)
+    monkeypatch.setattr(explosions, "SKIPPED_AMONG", 4)
     explode(monkeypatch, {5, 9})
     assert skipped(train(configure(tiny_set, tmp_path, train__on_explosion="skip"))) == [4, 5, 8, 9]
 
@@ -215,7 +217,7 @@ def test_some_overflows_in_a_row_are_no_explosion(
         return output
 
     monkeypatch.setattr(TrainingStep, "__call__", overflow)
-    monkeypatch.setattr(training, "MOST_OVERFLOWS", 2)
+    monkeypatch.setattr(explosions, "MOST_OVERFLOWS", 2)
     monkeypatch.setattr(torch.amp.GradScaler, "is_enabled", lambda _: True)
     if explodes:
         with pytest.raises(ExplodedError, match="at step 6"):
@@ -307,7 +309,7 @@ def test_every_step_and_process_draws_numbers_of_its_own() -> None:
     """Dropout of two processes, or of two steps, is not the same; and the average counts steps from 0."""
     seeds, averaged = list[int](), list[int]()
     for rank, step in itertools.product(range(2), range(3)):
-        trainer: Any = MagicMock(step=step, skipped=set(), learning_rates=[0.1] * 3)
+        trainer: Any = MagicMock(step=step, explosions=SimpleNamespace(skipped=set()), learning_rates=[0.1] * 3)
         trainer.config.train.seed = 5
         trainer.ranks = SimpleNamespace(rank=rank, size=2)
         trainer.training_step = lambda *_: seeds.append(torch.initial_seed())

@@ -1,8 +1,16 @@
-"""The end of a run, or of an attempt at some steps, whose loss exploded."""
+"""Steps whose loss explodes: seen before anything of them is saved, and left out where that helps."""
 
+import math
 from pathlib import Path
 
+from utils.training.log import Noted
 from utils.training.run_folders import TrainingError
+
+#: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
+MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
+
+#: Steps in a row that may overflow in float16 while the gradient scaler lowers its scale.
+MOST_OVERFLOWS = 20
 
 
 class ExplodedError(TrainingError):
@@ -20,3 +28,33 @@ class ExplodedError(TrainingError):
             + (", or leave such batches out: --on-explosion skip" if advise_skipping else "")
         )
         self.step = step
+
+
+class ExplosionWatch:
+    """Watches the numbers of a run. `skipped`: the steps to leave out.
+
+    `loss_limit`: above it a loss has exploded. `overflows`: whether a gradient scaler skips steps whose gradients are
+    no numbers, and finds its scale by them.
+    """
+
+    def __init__(self, loss_limit: float, overflows: bool) -> None:
+        self.skipped: set[int] = set()
+        self._limit, self._overflows, self._bad_in_a_row = loss_limit, overflows, 0
+
+    def exploded(self, noted: Noted) -> tuple[int, float, float] | None:
+        """The first step of `noted` that exploded, its loss and its gradient's norm; None: all are well."""
+        allowed = MOST_OVERFLOWS if self._overflows else 0
+        for step, loss, norm in zip(noted.steps, noted.losses, noted.gradient_norms, strict=True):
+            good = loss <= self._limit and math.isfinite(norm)
+            self._bad_in_a_row = 0 if good else self._bad_in_a_row + 1
+            if self._bad_in_a_row > allowed:
+                return step, loss, norm
+        return None
+
+    def leave_out(self, error: ExplodedError) -> None:
+        """Skip the step of `error` and the one before. Raises TrainingError when there were too many lately."""
+        # The loss of a step is that of the weights before it: the step before may be the one that broke them.
+        self.skipped |= {error.step - 1, error.step}
+        lately = sum(error.step - SKIPPED_AMONG < step <= error.step for step in self.skipped)
+        if lately > MOST_SKIPPED:
+            raise TrainingError(f"{error}. {lately} of the last {SKIPPED_AMONG:,} steps exploded or led to it")
