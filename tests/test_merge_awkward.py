@@ -189,6 +189,24 @@ def test_a_table_is_of_its_sets_in_their_order(tmp_path: Path, tiny_run: Path) -
     assert merge([one, two], tmp_path / "b", tiny_run, *table) == rows
 
 
+def test_a_table_is_checked_before_anything_is_embedded(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in it need not wait for hours of embedding."""
+    sets = strangers(tmp_path)
+    (tmp_path / "merge.csv").write_text("nonsense\n")
+
+    def features(*_: object) -> object:
+        raise AssertionError("embedded")
+
+    merge(sets, tmp_path / "a", tiny_run)
+    monkeypatch.setattr(NetworkEmbedder, "features", features)
+    monkeypatch.setattr("dataset_merge.dataset_merge.tell_size", lambda *_: "")
+    for flags in ([], ["--clean", "report"]):
+        with pytest.raises(SystemExit, match=r"merge\.csv, line 1: the first line must be source,label"):
+            merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "merge.csv"), *flags)
+
+
 def test_a_table_of_unknown_sets_is_applied_with_a_remark(
     tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture
 ) -> None:
