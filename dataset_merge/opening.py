@@ -54,7 +54,7 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
         raise FaceSetError(
             "name two sets or more to merge: --merge A,B (one will do with --within, --clean or --exclude)"
         )
-    if not merge.output:
+    if not Path(merge.output).name:
         raise FaceSetError("name a folder for the merged set: --output C")
     if merge.decisions and merge.exclude:
         raise FaceSetError(
@@ -76,7 +76,14 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
 
 
 def _require_outside(merge: MergeConfig) -> None:
-    """Raise FaceSetError when something would be written into a set: the next to open it may take it for a person."""
+    """Raise FaceSetError when something would be written into a set, as the next to open it may take it for a
+    person, or the cache into the output.
+    """
+    if cache_folder(merge).resolve().is_relative_to(Path(merge.output).resolve()):
+        raise FaceSetError(
+            f"the cache {cache_folder(merge)} lies inside the output {merge.output}, which has to be empty: name a "
+            "folder outside of it with --cache"
+        )
     for flag, folder in (("--output", Path(merge.output)), ("--cache", cache_folder(merge))):
         for source in map(Path, (*merge.sets, *merge.exclude)):
             if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
@@ -98,7 +105,9 @@ def tell_size(merge: MergeConfig, opened: OpenedSets, embedder: Embedder | None)
             f"{as_size(kept - room)}, or name a folder on another disk (--cache)"
         )
     shared = kept if there_already(cache).stat().st_dev == there_already(output).stat().st_dev else 0
-    first_stays = merge.on_match != "keep-larger" and not (merge.exclude or merge.clean == "apply" or merge.decisions)
+    # A second copy within the first set may go, too, where its identities are joined.
+    whole = merge.on_match != "keep-larger" and (not merge.within or merge.duplicates == "keep")
+    first_stays = whole and not (merge.exclude or merge.clean == "apply" or merge.decisions)
     if first_stays and not merge.dry_run:
         require_space(output, needed(sizes[0], 0), shared)
     free = available(output)

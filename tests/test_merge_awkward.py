@@ -297,6 +297,9 @@ def test_sets_are_opened_as_the_settings_allow(tmp_path: Path) -> None:
         (alone, "name two sets or more"),
         (replace(pair, decisions=str(there)), "no table of decisions"),
         (replace(pair, exclude=(two,), sets=(one,), output=f"{two}/out"), "out lies inside the set .*two"),
+        (replace(pair, output="."), "name a folder for the merged set"),
+        (replace(pair, cache=pair.output), "cache .*out lies inside the output .*out, .*outside of it with --cache"),
+        (replace(pair, cache=f"{pair.output}/kept", dry_run=True), "cache .*kept lies inside the output"),
         (replace(alone, t="auto", within=True), "needs 200 identities"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -318,6 +321,8 @@ def test_room_that_a_merge_is_sure_to_need(tmp_path: Path, monkeypatch: pytest.M
         (True, replace(pair, on_match="drop")),
         (False, replace(pair, on_match="keep-larger")),
         (False, replace(pair, exclude=(two,))),
+        (False, replace(pair, within=True)),
+        (True, replace(pair, within=True, duplicates="keep")),
         (False, replace(pair, clean="apply")),
         (False, replace(pair, decisions="merge.csv")),
         (False, replace(pair, dry_run=True)),
