@@ -1,5 +1,6 @@
 """The sets of a merge, opened and checked before hours of work, and the room that they will take on the disk."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
         raise FaceSetError(f"there is no table of decisions at {merge.decisions}: give the merge.csv of a merge")
     if not merge.dry_run:
         require_free(merge.output)
+    _require_writable(Path(merge.output))
     _require_outside(merge)
     sets = [open_face_set(path) for path in merge.sets]
     if merge.t == "auto" and not merge.decisions and (len(sets) > 1 or merge.within):
@@ -73,6 +75,15 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
     for test in held_out:
         require_faces_of(test.images, test.path, size, sets[0].path)
     return OpenedSets(sets, held_out, size)
+
+
+def _require_writable(output: Path) -> None:
+    """Raise FaceSetError where nothing can be put beside `output`: its first byte comes after hours of work."""
+    place = there_already(output.parent)
+    if not place.is_dir():
+        raise FaceSetError(f"{output} cannot be written, as {place} is a file: name another output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise FaceSetError(f"{output} cannot be written, as {place} may not be written to: name another output")
 
 
 def _require_outside(merge: MergeConfig) -> None:

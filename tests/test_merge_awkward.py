@@ -308,6 +308,21 @@ def test_sets_are_opened_as_the_settings_allow(tmp_path: Path) -> None:
         open_sets(replace(pair, output=str(there)))
 
 
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the cache, which is written first, lies elsewhere."""
+    one, two = map(str, strangers(tmp_path))
+    pair = MergeConfig(sets=(one, two), output=str(tmp_path / "new" / "out"), cache=str(tmp_path / "cache"))
+    (tmp_path / "file").touch()
+    for dry_run in (False, True):
+        with pytest.raises(ValueError, match=r"out cannot be written, as .*file is a file"):
+            open_sets(replace(pair, output=str(tmp_path / "file" / "new" / "out"), dry_run=dry_run))
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=rf"out cannot be written, as {tmp_path} may not be written to"):
+        open_sets(pair)
+
+
 def test_room_that_a_merge_is_sure_to_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first set's images, where all of them stay whatever is decided; embeddings count too, on the same disk."""
     one, two = map(str, strangers(tmp_path))
