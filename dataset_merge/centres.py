@@ -2,7 +2,7 @@
 
 The mirrored image comes in through the embeddings (see `models.embedders`). The mean is best while all images are the
 person's; the trimmed mean and the medoid hold as long as more than half of an identity's images are. Of two images
-neither can be called the wrong one, so both count there (mean, trimmed) or the first is taken (medoid).
+neither can be called the wrong one, so both count there (mean, trimmed) or, as rounding has it, one of them (medoid).
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -109,8 +109,13 @@ def decide(
     )
     threshold = calibration.threshold if calibration else settings.t
     assert threshold is not None
-    grouping = group_identities(source, pairs, threshold, settings.rule, settings.within)
     everyone = Centres(*(v.cpu() for v in (everyone.vectors, everyone.images, everyone.used, everyone.spread)))
+    vectors = everyone.vectors.numpy()
+
+    def score(one: int, other: int) -> float:  # within sets it is the plain cosine
+        return float(vectors[one].astype(np.float64) @ vectors[other])
+
+    grouping = group_identities(source, pairs, threshold, settings.rule, settings.within, score)
     return Decided(everyone, torch.from_numpy(source), grouping, calibration)
 
 

@@ -17,6 +17,7 @@ from data.verification_bin import read_bin
 from dataset_merge.centres import identity_centres
 from dataset_merge.decisions import Match
 from dataset_merge.matching import top_matches
+from dataset_merge.scores import pair_cosines
 from dataset_merge.unit_rows import Rows
 from utils.ranks import Ranks
 
@@ -88,12 +89,16 @@ class Leaks:
 
 
 def find_leaks(centres: Tensor, sets: Sequence[tuple[HeldOutSet, Rows]], t: float, ranks: Ranks | None = None) -> Leaks:
-    """Compare centres, unit float32 [identities, D], with the people of test sets, given with their embeddings."""
-    best = torch.full((len(centres),), -torch.inf)
-    where, who = torch.zeros(len(centres), dtype=torch.int64), torch.zeros(len(centres), dtype=torch.int64)
+    """Compare centres, unit float32 [identities, D], with the people of test sets, given with their embeddings.
+
+    Cosines with the nearest are computed anew in float64, so that neither blocks nor ranks show in them.
+    """
+    best = np.full(len(centres), -np.inf)
+    where, who = np.zeros(len(centres), np.int64), np.zeros(len(centres), np.int64)
     for number, (test_set, embeddings) in enumerate(sets):
-        found = top_matches(centres, test_set.people(embeddings, centres.device), k=1, ranks=ranks)[0]
-        cosine, index = found.cosine[:, 0].cpu(), found.index[:, 0].cpu()
+        people = test_set.people(embeddings, centres.device)
+        index = top_matches(centres, people, k=1, ranks=ranks)[0].index[:, 0].cpu().numpy()
+        cosine = pair_cosines(centres, people, np.arange(len(centres)), index)
         better = cosine > best
         best[better], where[better], who[better] = cosine[better], number, index[better]
     rows = zip(where.tolist(), who.tolist(), best.tolist(), strict=True)

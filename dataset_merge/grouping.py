@@ -5,6 +5,7 @@ pair that reaches the threshold joins. Either way the links are taken from the s
 would bring together two identities which one set holds apart is refused: of a chain A-B-C it is the weakest link.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,18 +60,29 @@ class Grouping:
 
 
 def group_identities(
-    source: NDArray[np.int64], pairs: Pairs, threshold: float, rule: Rule = "mutual", within: bool = False
+    source: NDArray[np.int64],
+    pairs: Pairs,
+    threshold: float,
+    rule: Rule = "mutual",
+    within: bool = False,
+    score: Callable[[int, int], float] = lambda first, second: -np.inf,
 ) -> Grouping:
     """Groups of the identities of several sets. `source`: int64 [identities], the set of each.
 
-    Identities of one set are held apart; with `within` only those are whose own pair does not reach the threshold. Of
-    equal scores the higher cosine goes first, then the lower numbers.
+    Identities of one set are held apart; with `within` only those are whose own pair does not reach the threshold;
+    `score` is asked for that of a pair that is not among `pairs`, which hold the best ones of each identity. Of equal
+    scores the higher cosine goes first, then the lower numbers.
     """
     order = np.lexsort((pairs.second, pairs.first, -pairs.cosine, -pairs.score))
     enough = pairs.score >= threshold
     best = mutual_best(source, pairs, order)
     decision: list[Decision] = ["below"] * len(pairs)
-    groups = _Groups(source, set(zip(pairs.first[enough], pairs.second[enough], strict=True)) if within else None)
+    near = set(zip(pairs.first[enough].tolist(), pairs.second[enough].tolist(), strict=True)) if within else set()
+
+    def allowed(one: int, other: int) -> bool:
+        return within and ((one, other) in near or score(one, other) >= threshold)
+
+    groups = _Groups(source, allowed)
     splits = []
     for pair in order[enough[order]]:
         first, second = int(pairs.first[pair]), int(pairs.second[pair])
@@ -81,8 +93,7 @@ def group_identities(
         decision[pair] = "split" if held_apart else "joined"
         if held_apart:
             splits.append(Split(first, second, float(pairs.score[pair]), float(pairs.cosine[pair]), held_apart))
-    match, cosine, score = best_of_each(len(source), pairs, order)
-    return Grouping(groups.numbers(), match, cosine, score, threshold, pairs, decision, splits)
+    return Grouping(groups.numbers(), *best_of_each(len(source), pairs, order), threshold, pairs, decision, splits)
 
 
 def mutual_best(source: NDArray[np.int64], pairs: Pairs, order: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -117,9 +128,11 @@ def best_of_each(
 
 
 class _Groups:
-    """Disjoint groups that keep apart what has to be. `allowed`: pairs of one set that may be together; None: none."""
+    """Disjoint groups that keep apart what has to be. `allowed`: whether two of one set, the lower number first, may be
+    together.
+    """
 
-    def __init__(self, source: NDArray[np.int64], allowed: set[tuple[int, int]] | None) -> None:
+    def __init__(self, source: NDArray[np.int64], allowed: Callable[[int, int], bool]) -> None:
         self._source, self._allowed = source, allowed
         self._members: dict[int, list[int]] = {}
         self._root = np.arange(len(source))
@@ -136,7 +149,7 @@ class _Groups:
         for member in others:
             for twin in seen.get(int(self._source[member]), []):
                 pair = (min(twin, member), max(twin, member))
-                if self._allowed is None or pair not in self._allowed:
+                if not self._allowed(*pair):
                     return pair
         if len(ones) < len(others):
             one, ones, others = other, others, ones

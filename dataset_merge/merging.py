@@ -57,7 +57,11 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
     """
     merge, cache = config.merge, cache_folder(config.merge)
     sets: Sequence[FaceSet] = opened.sets
-    remark = check_sources(Path(merge.decisions), merge, sets) if merge.decisions else None
+    remark, decisions = None, None
+    if merge.decisions:
+        remark = check_sources(Path(merge.decisions), merge, sets)
+        if merge.clean != "apply":  # else who there is to decide on is known once the sets are cleaned
+            decisions = read_decisions(Path(merge.decisions), sets)
     cache.mkdir(parents=True, exist_ok=True)
     workers = worker_count(config.common.workers)
 
@@ -89,7 +93,8 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
         compared = _compare(merge, sets, embeddings, probes, embedder.device, ranks, cache)
     if not ranks.first:
         return None
-    decisions = _decisions(merge, sets, compared) if compared else read_decisions(Path(merge.decisions), sets)
+    if decisions is None:
+        decisions = _decisions(merge, sets, compared) if compared else read_decisions(Path(merge.decisions), sets)
     if not any(row.new_label is not None for row in decisions):
         raise FaceSetError("every identity is excluded: nothing is left to write")
     done = Merge(

@@ -1,5 +1,6 @@
 """The sets of a merge, opened and checked before hours of work, and the room that they will take on the disk."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +55,7 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
         raise FaceSetError(
             "name two sets or more to merge: --merge A,B (one will do with --within, --clean or --exclude)"
         )
-    if not merge.output:
+    if not Path(merge.output).name:
         raise FaceSetError("name a folder for the merged set: --output C")
     if merge.decisions and merge.exclude:
         raise FaceSetError(
@@ -64,6 +65,7 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
         raise FaceSetError(f"there is no table of decisions at {merge.decisions}: give the merge.csv of a merge")
     if not merge.dry_run:
         require_free(merge.output)
+    _require_writable(Path(merge.output))
     _require_outside(merge)
     sets = [open_face_set(path) for path in merge.sets]
     if merge.t == "auto" and not merge.decisions and (len(sets) > 1 or merge.within):
@@ -75,8 +77,24 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
     return OpenedSets(sets, held_out, size)
 
 
+def _require_writable(output: Path) -> None:
+    """Raise FaceSetError where nothing can be put beside `output`: its first byte comes after hours of work."""
+    place = there_already(output.parent)
+    if not place.is_dir():
+        raise FaceSetError(f"{output} cannot be written, as {place} is a file: name another output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise FaceSetError(f"{output} cannot be written, as {place} may not be written to: name another output")
+
+
 def _require_outside(merge: MergeConfig) -> None:
-    """Raise FaceSetError when something would be written into a set: the next to open it may take it for a person."""
+    """Raise FaceSetError when something would be written into a set, as the next to open it may take it for a
+    person, or the cache into the output.
+    """
+    if cache_folder(merge).resolve().is_relative_to(Path(merge.output).resolve()):
+        raise FaceSetError(
+            f"the cache {cache_folder(merge)} lies inside the output {merge.output}, which has to be empty: name a "
+            "folder outside of it with --cache"
+        )
     for flag, folder in (("--output", Path(merge.output)), ("--cache", cache_folder(merge))):
         for source in map(Path, (*merge.sets, *merge.exclude)):
             if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
@@ -98,7 +116,9 @@ def tell_size(merge: MergeConfig, opened: OpenedSets, embedder: Embedder | None)
             f"{as_size(kept - room)}, or name a folder on another disk (--cache)"
         )
     shared = kept if there_already(cache).stat().st_dev == there_already(output).stat().st_dev else 0
-    first_stays = merge.on_match != "keep-larger" and not (merge.exclude or merge.clean == "apply" or merge.decisions)
+    # A second copy within the first set may go, too, where its identities are joined.
+    whole = merge.on_match != "keep-larger" and (not merge.within or merge.duplicates == "keep")
+    first_stays = whole and not (merge.exclude or merge.clean == "apply" or merge.decisions)
     if first_stays and not merge.dry_run:
         require_space(output, needed(sizes[0], 0), shared)
     free = available(output)

@@ -37,7 +37,7 @@ def score_pairs(
     else:
         low, high = (np.concatenate(side) for side in zip(rows, columns[::-1], strict=True))
     i, j = np.divmod(np.unique(low * width + high), width)
-    cosine = _cosines(first, first if second is None else second, i, j)
+    cosine = pair_cosines(first, first if second is None else second, i, j)
     score = cosine - rival_weight * _rivals(i, j, cosine, second is None) if rival_weight else cosine.copy()
     return Pairs(i, j, cosine, score)
 
@@ -49,7 +49,8 @@ def _entries(matches: TopMatches) -> tuple[NDArray[np.int64], NDArray[np.int64]]
     return rows, index[rows, places]
 
 
-def _cosines(first: Tensor, second: Tensor, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.float64]:
+def pair_cosines(first: Tensor, second: Tensor, i: NDArray[np.int64], j: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The cosine of each of the rows `i` of `first` with the row of `second` at the same place in `j`, float64."""
     cosine = np.empty(len(i))
     for start in range(0, len(i), _CHUNK):
         part = slice(start, start + _CHUNK)

@@ -80,6 +80,8 @@ def kept_features(
                 found = _check(path, key, count)  # another process may have made it meanwhile
                 if _missing(found, count):
                     found = _prepare(path, found, count)
+                    if not _missing(found, count):  # whoever made the last block was killed before it had its name
+                        _finish(path, key, count, found[0].dimension)
         missing: list[int] = json.loads(ranks.agree(json.dumps(_missing(found or [], count))))
         if missing:
             own = [missing[i] for i in share_of(len(missing), ranks.rank, ranks.size)]

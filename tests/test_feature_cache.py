@@ -93,6 +93,22 @@ def test_a_killed_call_is_gone_on_with(tmp_path: Path) -> None:
     only_file(cache)
 
 
+def test_a_call_that_ended_before_the_file_had_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks are made, and the file is not finished: the next call does that, and embeds nothing."""
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(feature_cache, "_finish", full)
+        with pytest.raises(OSError, match="no space left"):
+            embed(CountingEmbedder(), tmp_path)
+    again = CountingEmbedder()
+    np.testing.assert_array_equal(embed(again, tmp_path), wanted(COUNT))
+    assert again.seen == 0
+    only_file(tmp_path)
+
+
 def test_two_processes_embed_once(tmp_path: Path) -> None:
     """The one that comes second waits, and takes what the first has made."""
     assert run_processes([tmp_path / "cache"], 0, 0) == ["0 0"]

@@ -189,6 +189,24 @@ def test_a_table_is_of_its_sets_in_their_order(tmp_path: Path, tiny_run: Path) -
     assert merge([one, two], tmp_path / "b", tiny_run, *table) == rows
 
 
+def test_a_table_is_checked_before_anything_is_embedded(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mistake in it need not wait for hours of embedding."""
+    sets = strangers(tmp_path)
+    (tmp_path / "merge.csv").write_text("nonsense\n")
+
+    def features(*_: object) -> object:
+        raise AssertionError("embedded")
+
+    merge(sets, tmp_path / "a", tiny_run)
+    monkeypatch.setattr(NetworkEmbedder, "features", features)
+    monkeypatch.setattr("dataset_merge.dataset_merge.tell_size", lambda *_: "")
+    for flags in ([], ["--clean", "report"]):
+        with pytest.raises(SystemExit, match=r"merge\.csv, line 1: the first line must be source,label"):
+            merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "merge.csv"), *flags)
+
+
 def test_a_table_of_unknown_sets_is_applied_with_a_remark(
     tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -279,12 +297,30 @@ def test_sets_are_opened_as_the_settings_allow(tmp_path: Path) -> None:
         (alone, "name two sets or more"),
         (replace(pair, decisions=str(there)), "no table of decisions"),
         (replace(pair, exclude=(two,), sets=(one,), output=f"{two}/out"), "out lies inside the set .*two"),
+        (replace(pair, output="."), "name a folder for the merged set"),
+        (replace(pair, cache=pair.output), "cache .*out lies inside the output .*out, .*outside of it with --cache"),
+        (replace(pair, cache=f"{pair.output}/kept", dry_run=True), "cache .*kept lies inside the output"),
         (replace(alone, t="auto", within=True), "needs 200 identities"),
     ):
         with pytest.raises(ValueError, match=message):
             open_sets(refused)
     with pytest.raises(FileExistsError, match="there exists"):
         open_sets(replace(pair, output=str(there)))
+
+
+def test_an_output_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the cache, which is written first, lies elsewhere."""
+    one, two = map(str, strangers(tmp_path))
+    pair = MergeConfig(sets=(one, two), output=str(tmp_path / "new" / "out"), cache=str(tmp_path / "cache"))
+    (tmp_path / "file").touch()
+    for dry_run in (False, True):
+        with pytest.raises(ValueError, match=r"out cannot be written, as .*file is a file"):
+            open_sets(replace(pair, output=str(tmp_path / "file" / "new" / "out"), dry_run=dry_run))
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(ValueError, match=rf"out cannot be written, as {tmp_path} may not be written to"):
+        open_sets(pair)
 
 
 def test_room_that_a_merge_is_sure_to_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,6 +336,8 @@ def test_room_that_a_merge_is_sure_to_need(tmp_path: Path, monkeypatch: pytest.M
         (True, replace(pair, on_match="drop")),
         (False, replace(pair, on_match="keep-larger")),
         (False, replace(pair, exclude=(two,))),
+        (False, replace(pair, within=True)),
+        (True, replace(pair, within=True, duplicates="keep")),
         (False, replace(pair, clean="apply")),
         (False, replace(pair, decisions="merge.csv")),
         (False, replace(pair, dry_run=True)),

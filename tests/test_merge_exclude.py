@@ -38,6 +38,18 @@ def test_every_image_of_a_bin_counts_and_every_identity_of_a_set(tmp_path: Path)
     assert leaks.scores == pytest.approx(np.cos(np.deg2rad([1, 1, 2, 60])), abs=1e-6)
 
 
+def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many processes share the comparing: who reaches the threshold by a hair does so in all of them."""
+    write_bin(tmp_path / "b.bin", [tiny_face(0, shot) for shot in range(50)], [True] * 25)
+    generator = torch.Generator().manual_seed(0)
+    centres, images = (torch.nn.functional.normalize(torch.randn(n, 128, generator=generator)) for n in (40, 50))
+    probe = open_held_out(str(tmp_path / "b.bin")), images
+    whole = find_leaks(centres, [probe], 0.2)
+    for block in (1, 3, 7):
+        monkeypatch.setattr("dataset_merge.matching.usual_block", lambda _, block=block: block)
+        assert find_leaks(centres, [probe], 0.2).match == whole.match
+
+
 def test_people_of_lfw_are_found_by_one_image(face_data: Path, tmp_path: Path) -> None:
     """People who are in both: found at insightface's threshold of 0.4; strangers hardly ever."""
     folders = sorted((face_data / "lfw" / "images").iterdir())

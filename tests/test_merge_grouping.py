@@ -2,8 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 
+from dataset_merge.deciding import MatchSettings, decide
 from dataset_merge.grouping import Grouping, Pairs, Rule, group_identities
+from merge_people import draw_set
 
 
 def pairs_of(*links: tuple[int, int, float]) -> Pairs:
@@ -56,6 +59,14 @@ def test_within_joins_identities_of_one_set_by_their_own_link_only() -> None:
     through = ((0, 2, 0.9), (1, 2, 0.8))
     assert group([0, 0, 1], *through, rule="clusters", within=True).group.tolist() == [0, 1, 0]
     assert group([0, 0, 1], *through, (0, 1, 0.6), rule="clusters", within=True).group.tolist() == [0, 0, 0]
+
+
+def test_within_joins_a_person_of_more_identities_than_matches_are_kept() -> None:
+    """30 identities of one person in a set, of each the best 8 pairs are kept: all pairs reach the threshold."""
+    one = draw_set(torch.zeros(30, dtype=torch.int64), torch.full((30,), 3), seed=0)
+    settings = MatchSettings(t=0.5, rule="clusters", within=True)
+    found = decide([one.embeddings], [one.labels], [30], settings, ["one"], torch.device("cpu")).grouping
+    assert found.group.tolist() == [0] * 30
 
 
 def test_groups_are_numbered_by_their_first_members() -> None:
