@@ -55,8 +55,8 @@ _MODEL_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx")
 
 
 def is_model(path: Path) -> bool:
-    """Whether a path named without `--model` is one: a run folder, or a file with the ending of weights."""
-    return path.suffix in _MODEL_ENDINGS or (path / BEST).exists()
+    """Whether a path named without `--model` is one: a run folder, one to upload, or a file of weights."""
+    return path.suffix in _MODEL_ENDINGS or (path / BEST).exists() or (path / HUB_WEIGHTS).exists()
 
 
 def chosen_models(models: Sequence[str], sets: Sequence[str], runs: str) -> list[Path]:

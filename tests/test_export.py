@@ -366,6 +366,7 @@ def test_settings_of_a_hub_folder_are_settings(tested_run: Path, faces: torch.Te
     assert settings["export.normalisation"] == "(rgb - 127.5) / 127.5, to be done by the caller"
     embedder = load_embedder(folder, CPU)
     assert embedder.name == "face-model"
+    assert all_pair_test.is_model(folder), "it needs no --model beside a set"
     assert torch.equal(embedder.embed(faces, True), load_embedder(tested_run, CPU).embed(faces, True))
     for file in folder.iterdir():
         assert str(tested_run.parent).encode() not in file.read_bytes()
