@@ -16,7 +16,7 @@ pairs pass (FAR), exact to the last pair. A folder of IJB-B or IJB-C gets its ow
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +55,8 @@ _MODEL_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx")
 
 
 def is_model(path: Path) -> bool:
-    """Whether a path named without `--model` is one: a run folder, or a file with the ending of weights."""
-    return path.suffix in _MODEL_ENDINGS or (path / BEST).exists()
+    """Whether a path named without `--model` is one: a run folder, one to upload, or a file of weights."""
+    return path.suffix in _MODEL_ENDINGS or (path / BEST).exists() or (path / HUB_WEIGHTS).exists()
 
 
 def chosen_models(models: Sequence[str], sets: Sequence[str], runs: str) -> list[Path]:
@@ -161,10 +161,20 @@ class Test:
         sample = self.config.test.training_sample
         self.training = sample_training_set(roots, sample, self.embedders[0], self.options)
 
+    def look_ahead(self, sets: Mapping[str, Path]) -> None:
+        """Open each set once, and the tables with it: what is wrong with the last one is to be said before hours of
+        work on the others, not after."""
+        for name, path in sets.items():
+            self._tables(self._open(name, path))
+
+    def _open(self, name: str, path: Path) -> TestSet:
+        images = self.config.test.images
+        return open_test_set(path, name, Path(images) if images else None, self.embedders[0].image_size)
+
     def run(self, name: str, path: Path) -> TestedSet | None:
         """All models on one set, with its checks and pictures. Only the first rank has the result."""
         chosen = self.config.test
-        test_set = open_test_set(path, name, Path(chosen.images) if chosen.images else None)
+        test_set = self._open(name, path)
         tables = self._tables(test_set)
         title = f"{name}, {', '.join(self.names)}"
         features = embed_by_all(self.embedders, test_set.images, title, self.options, self.ranks)
@@ -202,7 +212,8 @@ class Test:
             groups[title] = group_by(columns, column, keys_of(test_set, columns.key))
         for spec in self.config.test.quality:
             file, _, column = spec.rpartition(":")
-            title = column if column not in qualities else f"{column} of {file}"
+            # `norm` is the model's, see Tables.
+            title = f"{column} of {file}" if column in qualities or (file and column == "norm") else column
             qualities[title] = qualities_by(file, column, test_set)
         return Tables(groups, qualities)
 
@@ -238,6 +249,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
     names = set_names(sets)
     output = Path(config.test.output) if config.test.output else default_output(paths[0], Path(config.common.runs))
     test = Test(config, paths, output, ranks)
+    test.look_ahead(dict(zip(names, sets, strict=True)))
     if ranks.first:
         mirror = "with" if config.test.mirror else "without"
         for model in test.models():

@@ -15,6 +15,7 @@ import all_pair_test
 from conftest import ROOT
 from data.face_sets import open_face_set
 from data.loading import to_network_input
+from data.verification_bin import write_bin
 from models import create_network
 from utils.checkpoints import load_backbone
 from utils.evaluation.test_sets import set_names
@@ -107,10 +108,10 @@ def test_names_that_are_no_utf8(tiny_set: Path, tiny_run: Path, tmp_path: Path) 
 
 
 def test_numbers_survive_a_set_that_fails(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
-    """What was measured before an error is in results.json."""
-    (tmp_path / "bad.bin").write_bytes(b"nonsense")
+    """What was measured before an error is in results.json; here a broken image, seen when it is read."""
+    write_bin(tmp_path / "bad.bin", [b"nonsense"] * 20, [True, False] * 5)
     arguments = [tiny_set / "tiny.bin", tmp_path / "bad.bin", "--model", tiny_run, "--output", tmp_path]
-    with pytest.raises(SystemExit, match=r"bad\.bin"):
+    with pytest.raises(SystemExit, match="bad, image A of pair 0"):
         all_pair_test.main([*map(str, arguments), "--workers", "0"])
     assert list(json.loads((tmp_path / "results.json").read_text())["sets"]) == ["tiny"]
 

@@ -1,11 +1,13 @@
 """Identification and templates against loops in float64, and IJB sets made in the layout of the real ones."""
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from data.align import TEMPLATE, align
@@ -15,7 +17,11 @@ from utils.evaluation import identification
 from utils.evaluation.curves import tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import gallery_split, identify, identify_people
 from utils.evaluation.ijb import IjbError, ijb_identification, ijb_verification, open_ijb, pair_scores
+from utils.evaluation.measure import Options, Tables, measure
+from utils.evaluation.report import numbers
 from utils.evaluation.templates import PUBLISHED, Pooling, image_features, pool_templates
+from utils.evaluation.test_sets import open_test_set
+from utils.ranks import Ranks
 
 FPIR = (0.01, 0.1, 0.3)
 
@@ -296,6 +302,22 @@ def test_ijb_numbers_equal_loops(small_ijb: tuple[Path, NDArray[np.float64]], mo
         assert [point.dir for point in one.open_set] == pytest.approx(open_set)
         if not gallery:
             assert [point.dir for point in one.over_scores] == pytest.approx(published)
+
+
+def test_an_ijb_set_whose_highest_score_is_of_two_people_has_a_report(
+    small_ijb: tuple[Path, NDArray[np.float64]],
+) -> None:
+    """The nearest point of the ROC to a low FAR is then the one that accepts nothing, at an infinite score, which JSON
+    has no number for."""
+    test_set = open_test_set(small_ijb[0], "set")
+    features = np.random.default_rng(4).normal(size=(96, 6)).astype(np.float32)
+    features[0:4] = features[12:16] = 1  # a template of one person and one of another
+    options = Options(16, 0, False, None, 0, 0, False, 0)
+    measured = measure(features, torch.device("cpu"), "model", test_set, Tables(), options, Ranks())
+    assert measured is not None
+    points = json.loads(json.dumps(numbers(test_set, measured, False), allow_nan=False))["nearest_points"]
+    assert [point["threshold"] for point in points][-1] is None
+    assert points[-1]["tar"] == 0
 
 
 def test_ijb_of_real_faces(face_data: Path, tmp_path: Path) -> None:

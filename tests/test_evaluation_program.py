@@ -245,6 +245,49 @@ def test_a_folder_of_ijb_gets_its_own_protocol(tiny_set: Path, tiny_run: Path, t
     assert {"G1", "G2"} <= set(numbers["identification"])
     assert numbers["identification"]["G1"]["gallery"] == 3
     assert "detector" in numbers["pooling"]
+    smaller = run(tmp_path / "small", root, "--model", tiny_run, "--training-set", "none", "--no-checks")
+    assert smaller["sets"]["IJBC"]["images"] == 48, "faces are aligned to the size that the model takes"
+
+
+@pytest.mark.parametrize(
+    ("later", "options", "message"),
+    [
+        ("gone.bin", [], "gone.bin does not exist"),
+        ("of_one_kind.csv", [], "of_one_kind: all of its 12 pairs are of one kind"),
+        ("few.csv", [], "few: 3 pairs cannot make 10 folds"),
+        ("tiny.bin", ["--breakdown", "people.csv:age"], "does not say who is who"),
+    ],
+)
+def test_what_is_wrong_with_the_last_set_is_said_before_the_first_is_embedded(
+    later: str, options: list[str], message: str, tiny_set: Path, tiny_run: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Protects hours of work on the sets before it."""
+    prepare(tiny_set / "train.rec", tmp_path / "images", 0)
+    files = sorted(path.relative_to(tmp_path / "images") for path in (tmp_path / "images").glob("*/*.png"))
+    header = "path1,path2,same\n"
+    (tmp_path / "of_one_kind.csv").write_text(header + "".join(f"{files[0]},{files[1 + i % 7]},1\n" for i in range(12)))
+    (tmp_path / "few.csv").write_text(header + "".join(f"{files[0]},{files[7 + i]},{int(i < 1)}\n" for i in range(3)))
+    (tmp_path / "people.csv").write_text("identity,age\n000000,3\n")
+    shutil.copy(tiny_set / "tiny.bin", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for work in ("embed_by_all", "sample_training_set"):
+        monkeypatch.setattr(all_pair_test, work, lambda *_: pytest.fail("something was embedded"))
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "out", tmp_path / "images", later, "--model", tiny_run, *options)
+    assert message in str(stopped.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_column_called_norm_is_not_the_models(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """A quality of a table is taken from the table, whatever its column is called."""
+    scores = "".join(f"{i},{i % 7},{i % 7}\n" for i in range(80))
+    (tmp_path / "q.csv").write_text("image,norm,sharp\n" + scores)
+    columns = f"{tmp_path / 'q.csv'}:norm,{tmp_path / 'q.csv'}:sharp"
+    report = run(tmp_path / "out", tiny_set / "tiny.bin", "--model", tiny_run, "--no-checks", "--quality", columns)
+    curves = report["sets"]["tiny"]["models"]["tiny"]["error_versus_reject"]
+    assert list(curves) == [f"norm of {tmp_path / 'q.csv'}", "sharp"]
+    assert curves[f"norm of {tmp_path / 'q.csv'}"] == curves["sharp"]
 
 
 def test_a_tested_run_gets_a_record_for_tensorboard(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:

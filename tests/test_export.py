@@ -20,6 +20,8 @@ from torch import nn
 import all_pair_test
 from config import Config
 from data.face_sets import FaceSetError
+from data.images import encode_png
+from data.verification_bin import write_bin
 from models import create_network, load_embedder
 from models.embedders import NetworkEmbedder
 from models.embedders.network import Precision
@@ -174,6 +176,26 @@ def test_fp16_and_int8_onnx(
     graph = onnx.load(small).graph
     assert sum(node.op_type == "QuantizeLinear" for node in graph.node) >= 6
     assert any(weight.data_type == onnx.TensorProto.INT8 for weight in graph.initializer)
+
+
+def test_a_bin_that_cannot_be_tested_on_leaves_no_export(tested_run: Path, tmp_path: Path) -> None:
+    """Its accuracy is measured before the export is written: an error after it would look as if there were none."""
+    face = encode_png(np.zeros((48, 48, 3), np.uint8))
+    write_bin(tmp_path / "large.bin", [face] * 20, [True, False] * 5)
+    with pytest.raises(SystemExit, match="large, image A of pair 0 is 48x48 pixels, expected 32x32"):
+        run(tested_run, tmp_path / "x.onnx", "--precision", "fp16", "--set", str(tmp_path / "large.bin"))
+    assert not (tmp_path / "x.onnx").exists()
+
+
+def test_a_hub_folder_that_is_there_is_refused_before_any_face_is_embedded(
+    tested_run: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measuring the accuracy of a large network takes an hour on a CPU."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "README.md").touch()
+    monkeypatch.setattr(script, "verify", lambda *_: pytest.fail("faces were embedded"))
+    with pytest.raises(SystemExit, match="there exists and is not empty"):
+        run(tested_run, tmp_path / "there", "--format", "hub", "--precision", "fp16", "--set", f"{tiny_set}/tiny.bin")
 
 
 @pytest.mark.parametrize("flags", [(), ("--fold-normalisation",), ("--precision", "fp16")])
@@ -344,6 +366,7 @@ def test_settings_of_a_hub_folder_are_settings(tested_run: Path, faces: torch.Te
     assert settings["export.normalisation"] == "(rgb - 127.5) / 127.5, to be done by the caller"
     embedder = load_embedder(folder, CPU)
     assert embedder.name == "face-model"
+    assert all_pair_test.is_model(folder), "it needs no --model beside a set"
     assert torch.equal(embedder.embed(faces, True), load_embedder(tested_run, CPU).embed(faces, True))
     for file in folder.iterdir():
         assert str(tested_run.parent).encode() not in file.read_bytes()

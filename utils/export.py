@@ -50,7 +50,7 @@ from utils.exporting.quantize import quantize
 from utils.exporting.source import CPU, Source, load_source
 from utils.exporting.torchscript import write_torchscript
 from utils.exporting.weights import settings_of, write_safetensors
-from utils.files import atomic_folder, atomic_path, write_text_atomic
+from utils.files import atomic_folder, atomic_path, require_free, write_text_atomic
 from utils.processes import worker_count
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
@@ -197,11 +197,9 @@ def describe_export(done: Done, options: ExportConfig) -> str:
     return "\n".join(lines)
 
 
-def accuracies(model: Embedder, exported: Embedder, path: Path, batch_size: int, workers: int) -> str:
-    """The 10-fold accuracy on a `.bin` before and after, mirror image added, for the screen."""
-    pairs = read_bin(path)
-    before, after = (verify(embedder, [pairs], batch_size, workers, True)[0].accuracy for embedder in (model, exported))
-    return f"accuracy on {pairs.name}: {100 * before:.3f} % by the model, {100 * after:.3f} % by the export"
+def accuracy(model: Embedder, path: Path, batch_size: int, workers: int) -> float:
+    """The 10-fold accuracy on a `.bin`, mirror image added, 0..1."""
+    return verify(model, [read_bin(path)], batch_size, workers, True)[0].accuracy
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -232,12 +230,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         output = Path(options.output or default_output(path, facts.name, options, Path(config.common.runs)))
         if output.suffix != _SUFFIXES[options.format] and options.format != "hub":
             raise ExportError(f"export.output: the name must end with {_SUFFIXES[options.format]}, got {output}")
+        _require_possible(source.normalisation, options)
+        if options.format == "hub":
+            require_free(output)
+        measured = options.precision != "fp32" and options.set.endswith(".bin")
+        how = Path(options.set), options.batch_size, worker_count(config.common.workers)
+        # First, so that a set that cannot be tested on ends the program before anything is written.
+        before = accuracy(source.embedder, *how) if measured else 0.0
         done = export(source, output, options)
         print(describe_export(done, options))
-        if options.precision != "fp32" and options.set.endswith(".bin"):
-            exported = load_embedder(output / HUB_WEIGHTS if options.format == "hub" else output, CPU)
-            workers = worker_count(config.common.workers)
-            print(accuracies(source.embedder, exported, Path(options.set), options.batch_size, workers))
+        if measured:
+            after = accuracy(load_embedder(output / HUB_WEIGHTS if options.format == "hub" else output, CPU), *how)
+            name = Path(options.set).stem
+            print(f"accuracy on {name}: {100 * before:.3f} % by the model, {100 * after:.3f} % by the export")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def all_pairs(
     """
     check_embeddings(embeddings, labels, block)
     check_rates(far)
-    genuine, impostor = _count_pairs(labels)
+    genuine, impostor = count_pairs(labels)
     ranks = ranks or Ranks()
     with torch.no_grad(), full_precision(embeddings.device):
         blocks = PairBlocks(embeddings, labels, block, ranks, progress)
@@ -155,8 +155,8 @@ def all_pairs(
     )
 
 
-def _count_pairs(labels: Tensor) -> tuple[int, int]:
-    """The number of genuine and of impostor pairs."""
+def count_pairs(labels: Tensor) -> tuple[int, int]:
+    """The number of genuine and of impostor pairs. Raises ValueError without any of a kind."""
     images = len(labels)
     genuine = sum(count * (count - 1) // 2 for count in labels.unique(return_counts=True)[1].tolist())
     impostor = images * (images - 1) // 2 - genuine

@@ -147,7 +147,9 @@ def _points(points: Sequence[TarAtFar], intervals: Intervals | None) -> list[dic
             "far": point.far,
             "tar": point.tar,
             "interval": _bounds(bounds.get(point.far)),
-            "threshold": point.threshold,
+            # Infinite where no pair at all is accepted: at the point of the ROC nearest to a FAR that the set is too
+            # small for, if two people have its highest score.
+            "threshold": _finite([point.threshold])[0],
             "supported": point.supported,
             "support": point.support,
         }

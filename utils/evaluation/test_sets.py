@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from data.align import TEMPLATE_SIZE
 from data.face_sets import EncodedImages, FaceSet, FaceSetError, FolderFaceSet, open_face_set
+from utils.evaluation.all_pairs import count_pairs
+from utils.evaluation.folds import FOLDS
 from utils.evaluation.ijb import Ijb, open_ijb
 from utils.evaluation.pair_sets import PairSet, open_pair_set
 
@@ -45,20 +49,46 @@ class TestSet:
         return self.images.describe(image).rsplit("/", 1)[-1]
 
 
-def open_test_set(path: Path, name: str, images: Path | None = None) -> TestSet:
+def open_test_set(path: Path, name: str, images: Path | None = None, size: int = TEMPLATE_SIZE) -> TestSet:
     """Open a `.bin`, a list of pairs with its folder of `images`, a face set, or a folder of IJB-B or IJB-C.
 
-    A list without a folder takes `images` beside it, else the folder where it lies. Raises FaceSetError and the errors
-    of the formats for anything else.
+    A list without a folder takes `images` beside it, else the folder where it lies. Faces of IJB are aligned to size x
+    size pixels. Raises FaceSetError and the errors of the formats for anything else, and FaceSetError for a set that
+    lacks pairs of one kind.
     """
+    if not path.exists():
+        raise FaceSetError(f"{path} does not exist")
+    opened = _open(path, name, images, size)
+    try:
+        _require_pairs(opened)
+    except ValueError as error:
+        raise FaceSetError(f"{name}: {error}") from None
+    return opened
+
+
+def _open(path: Path, name: str, images: Path | None, size: int) -> TestSet:
     if path.suffix == ".bin" or (path.suffix in _LISTS and path.is_file()):
         pairs = open_pair_set(path, None if path.suffix == ".bin" else images or _images_beside(path))
         return TestSet(name, path, pairs.images, pairs.people, None, pairs=pairs)
     if is_ijb(path):
-        ijb = open_ijb(path)
+        ijb = open_ijb(path, size)
         return TestSet(name, path, ijb.images, None, None, ijb=ijb)
     faces = open_face_set(path)
     return TestSet(name, path, faces, faces.labels, list(faces.identities), faces=faces)
+
+
+def _require_pairs(test_set: TestSet) -> None:
+    """Raise ValueError for a set that has no protocol: now, not when all of it is embedded."""
+    if test_set.faces is not None:
+        count_pairs(torch.from_numpy(test_set.faces.labels))
+        return
+    listed = test_set.pairs or test_set.ijb
+    assert listed is not None
+    same = listed.same
+    if test_set.pairs is not None and len(same) < FOLDS:
+        raise ValueError(f"{len(same)} pairs cannot make {FOLDS} folds")
+    if same.all() or not same.any():
+        raise ValueError(f"all of its {len(same):,} pairs are of one kind: it needs pairs of one person and of two")
 
 
 def is_ijb(path: Path) -> bool:
