@@ -16,7 +16,7 @@ pairs pass (FAR), exact to the last pair. A folder of IJB-B or IJB-C gets its ow
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -161,22 +161,17 @@ class Test:
         sample = self.config.test.training_sample
         self.training = sample_training_set(roots, sample, self.embedders[0], self.options)
 
-    def look_ahead(self, sets: Mapping[str, Path]) -> None:
-        """Open each set once, and the tables with it: what is wrong with the last one is to be said before hours of
-        work on the others, not after."""
-        for name, path in sets.items():
-            self._tables(self._open(name, path))
-
-    def _open(self, name: str, path: Path) -> TestSet:
+    def open(self, name: str, path: Path) -> tuple[TestSet, Tables]:
+        """A set and its tables. All are opened before the first is tested: what is wrong with the last one is to be
+        said before hours of work on the others, not after."""
         images = self.config.test.images
-        return open_test_set(path, name, Path(images) if images else None, self.embedders[0].image_size)
+        test_set = open_test_set(path, name, Path(images) if images else None, self.embedders[0].image_size)
+        return test_set, self._tables(test_set)
 
-    def run(self, name: str, path: Path) -> TestedSet | None:
+    def run(self, test_set: TestSet, tables: Tables) -> TestedSet | None:
         """All models on one set, with its checks and pictures. Only the first rank has the result."""
         chosen = self.config.test
-        test_set = self._open(name, path)
-        tables = self._tables(test_set)
-        title = f"{name}, {', '.join(self.names)}"
+        title = f"{test_set.name}, {', '.join(self.names)}"
         features = embed_by_all(self.embedders, test_set.images, title, self.options, self.ranks)
         measured = [
             measure(rows, embedder.device, model, test_set, tables, self.options, self.ranks)
@@ -249,7 +244,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
     names = set_names(sets)
     output = Path(config.test.output) if config.test.output else default_output(paths[0], Path(config.common.runs))
     test = Test(config, paths, output, ranks)
-    test.look_ahead(dict(zip(names, sets, strict=True)))
+    opened = [test.open(name, path) for name, path in zip(names, sets, strict=True)]
     if ranks.first:
         mirror = "with" if config.test.mirror else "without"
         for model in test.models():
@@ -260,8 +255,8 @@ def run_test(config: Config, ranks: Ranks) -> None:
         if config.test.checks:
             test.look_at_training_set()
     tested: list[TestedSet] = []
-    for name, path in zip(names, sets, strict=True):
-        one = test.run(name, path)
+    for test_set, tables in opened:
+        one = test.run(test_set, tables)
         if one is not None:
             tested.append(one)
             write_reports(test, tested)

@@ -80,7 +80,8 @@ class FusedMaths(BlockMaths):
         given = unit, centres, place, place[0], weight.new_ones(1, 1), None
         total, best = self.forward(*given, zeros, zeros)
         gradient, _, _ = self.backward(*given, total, best, zeros, weight.new_zeros(faces, size), None)
-        self.update(gradient, centres, states, [zeros[0] for _ in self.optimizer.factors(0.1, 1)])
+        if isinstance(self.optimizer, RowSGD):  # others have no kernel to try
+            self.update(gradient, centres, states, [zeros[0] for _ in self.optimizer.factors(0.1, 1)])
         if weight.is_cuda:
             torch.cuda.synchronize(weight.device)
 
