@@ -27,8 +27,8 @@ from data.images import ImageError, decode_rgb, encode_png
 from models import create_network
 from models.embedders import load_embedder
 from models.heads.sub_centers import angles, dominant, nearest, own_cosines
-from test_training import configure
 from tiny_faces import tiny_face
+from tiny_runs import configure
 from train import CHECKPOINTS, train
 from utils.checkpoints import BEST, CheckpointError
 from utils.ranks import Ranks

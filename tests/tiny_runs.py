@@ -1,9 +1,14 @@
-"""Settings of training runs that take a second."""
+"""Settings of training runs that take a second, and what is in their folders."""
 
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 from config import Config
 from utils.settings import build
+from utils.training.run_folders import CHECKPOINTS
+from utils.training.saved_checkpoints import BACKBONE, checkpoint_folders
 
 
 def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
@@ -24,3 +29,22 @@ def configure(tiny_set: Path, runs: Path, **settings: object) -> Config:
         "train.log_every": 2,
     }
     return build(Config, {**base, **{name.replace("__", "."): value for name, value in settings.items()}})
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's checkpoints, oldest first."""
+    return checkpoint_folders(run / CHECKPOINTS)
+
+
+def weights(run: Path, file: str | None = None) -> dict[str, torch.Tensor]:
+    """The tensors in a file of the run, or all of its newest checkpoint, the network's as `network.*`."""
+    if file is not None:
+        return load_file(run / file)
+    newest = checkpoints(run)[-1]
+    network = {f"network.{name}": value for name, value in load_file(newest / BACKBONE).items()}
+    parts = [load_file(part) for part in newest.glob("*.safetensors") if part.name != BACKBONE]
+    return network | {name: value for part in parts for name, value in part.items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
