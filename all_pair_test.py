@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from config import PRESETS, Config
 from data.face_sets import FaceSetError
+from data.images import decode_face
 from data.verification_bin import chosen_bins
 from models.embedders import Embedder, load_embedder
 from models.embedders.network import Precision
@@ -166,6 +167,8 @@ class Test:
         said before hours of work on the others, not after."""
         images = self.config.test.images
         test_set = open_test_set(path, name, Path(images) if images else None, self.embedders[0].image_size)
+        for size in {embedder.image_size for embedder in self.embedders}:
+            decode_face(test_set.images.encoded(0), size, False, test_set.images.describe(0))
         return test_set, self._tables(test_set)
 
     def run(self, test_set: TestSet, tables: Tables) -> TestedSet | None:

@@ -17,6 +17,7 @@ from data.face_sets import open_face_set
 from data.loading import to_network_input
 from data.verification_bin import write_bin
 from models import create_network
+from tiny_faces import tiny_face
 from utils.checkpoints import load_backbone
 from utils.evaluation.test_sets import set_names
 
@@ -109,9 +110,9 @@ def test_names_that_are_no_utf8(tiny_set: Path, tiny_run: Path, tmp_path: Path) 
 
 def test_numbers_survive_a_set_that_fails(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
     """What was measured before an error is in results.json; here a broken image, seen when it is read."""
-    write_bin(tmp_path / "bad.bin", [b"nonsense"] * 20, [True, False] * 5)
+    write_bin(tmp_path / "bad.bin", [tiny_face(0, 0)] + [b"nonsense"] * 19, [True, False] * 5)
     arguments = [tiny_set / "tiny.bin", tmp_path / "bad.bin", "--model", tiny_run, "--output", tmp_path]
-    with pytest.raises(SystemExit, match="bad, image A of pair 0"):
+    with pytest.raises(SystemExit, match="bad, image B of pair 0"):
         all_pair_test.main([*map(str, arguments), "--workers", "0"])
     assert list(json.loads((tmp_path / "results.json").read_text())["sets"]) == ["tiny"]
 

@@ -15,7 +15,9 @@ import torch
 
 import all_pair_test
 from data.face_sets import open_face_set
+from data.images import encode_jpeg
 from data.prepare_data import prepare
+from data.verification_bin import write_bin
 from models import create_network
 from models.embedders import NetworkEmbedder
 from tiny_runs import configure
@@ -256,6 +258,7 @@ def test_a_folder_of_ijb_gets_its_own_protocol(tiny_set: Path, tiny_run: Path, t
         ("of_one_kind.csv", [], "of_one_kind: all of its 12 pairs are of one kind"),
         ("few.csv", [], "few: 3 pairs cannot make 10 folds"),
         ("tiny.bin", ["--breakdown", "people.csv:age"], "does not say who is who"),
+        ("large.bin", [], "large, image A of pair 0 is 40x48 pixels, expected 32x32"),
     ],
 )
 def test_what_is_wrong_with_the_last_set_is_said_before_the_first_is_embedded(
@@ -270,6 +273,8 @@ def test_what_is_wrong_with_the_last_set_is_said_before_the_first_is_embedded(
     (tmp_path / "few.csv").write_text(header + "".join(f"{files[0]},{files[7 + i]},{int(i < 1)}\n" for i in range(3)))
     (tmp_path / "people.csv").write_text("identity,age\n000000,3\n")
     shutil.copy(tiny_set / "tiny.bin", tmp_path)
+    large = encode_jpeg(np.zeros((48, 40, 3), np.uint8))
+    write_bin(tmp_path / "large.bin", [large] * 40, [pair % 2 == 0 for pair in range(20)])
     monkeypatch.chdir(tmp_path)
     for work in ("embed_by_all", "sample_training_set"):
         monkeypatch.setattr(all_pair_test, work, lambda *_: pytest.fail("something was embedded"))
