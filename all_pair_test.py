@@ -200,8 +200,9 @@ class Test:
         groups: dict[str, Groups] = {}
         qualities: dict[str, NDArray[np.float64]] = {}
         if test_set.ijb is not None:
-            if self.config.test.breakdown:
-                raise FaceSetError(f"{test_set.path}: --breakdown is for face sets and pairs of images, not templates")
+            if self.config.test.breakdown or set(self.config.test.quality) - {"norm"}:
+                what = "--breakdown" if self.config.test.breakdown else "--quality FILE.csv:COLUMN"
+                raise FaceSetError(f"{test_set.path}: {what} is for face sets and pairs of images, not templates")
             return Tables()
         for spec in self.config.test.breakdown:
             file, _, column = spec.rpartition(":")

@@ -249,6 +249,9 @@ def test_a_folder_of_ijb_gets_its_own_protocol(tiny_set: Path, tiny_run: Path, t
     assert "detector" in numbers["pooling"]
     smaller = run(tmp_path / "small", root, "--model", tiny_run, "--training-set", "none", "--no-checks")
     assert smaller["sets"]["IJBC"]["images"] == 48, "faces are aligned to the size that the model takes"
+    for table in (["--breakdown", "people.csv:age"], ["--quality", "norm,people.csv:sharp"]):
+        with pytest.raises(SystemExit, match=f"{table[0]}.* is for face sets and pairs of images, not templates"):
+            run(tmp_path / "small", root, "--model", tiny_run, *table)
 
 
 @pytest.mark.parametrize(
