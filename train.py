@@ -15,7 +15,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NoReturn
@@ -141,52 +141,59 @@ class Trainer:
 
         Raises TrainingError when it cannot go on, Stopped once a signal was heeded and the state is saved.
         """
-        settings, ranks = self.config.train, self.ranks
         self.describe()
-        limit = ranks.least(ranks.together(lambda: kept_limit(self.run) or settings.batch_size))
-        self.training_step = build_step(  # before anything is written: it may find that the run cannot be
-            self.config, self.network, self.head, self.optimizer, self.scaler, self.precision, self.device, ranks,
-            self.say, limit,
-        )  # fmt: skip
-        self.to_input = build_input(settings, self.device)
+        self.set_up_step()
         with ExitStack() as stack:
-            self.store = stack.enter_context(
-                CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
-            )
-            self.restore_newest()
-            self.say_where()
-            self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
-            self.log = stack.enter_context(ranks.together(self.open_record))
-            self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
-            self.requests = RunRequests(stack.enter_context(catch_interrupt()), ranks, settings.checkpoint_minutes)
-            self.bar = stack.enter_context(
-                progress_bar(
-                    self.steps * settings.batch_size,
-                    "image",
-                    initial=self.step * settings.batch_size,
-                    smoothing=0.05,
-                    disable=not ranks.first,
-                )
-            )
-            self.meter = Meter(self.device)
-            if self.verify_due or (self.step == 0 and settings.verify_at_start):
+            self.open_run(stack)
+            if self.verify_due or (self.step == 0 and self.config.train.verify_at_start):
                 self.verify_or_stop(saved=self.verify_due)
-            decoded = DecodedFaces(
-                self.faces, self.faces.labels, self.config.data.image_size, self.config.data.resize, tolerant=True
-            )
-            loader = training_loader(decoded, self.batches, self.workers, self.device, self.config.data.decode)
+            loader = self.load_faces()
             while self.step < self.steps:
                 epoch, first_batch = divmod(self.step, self.batches.batches)
                 self.batches.start_at(epoch, first_batch)
-                self.bar.set_description(f"epoch {epoch + 1}/{settings.epochs}", refresh=False)
-                train_mode(self.network, settings.frozen)
+                self.bar.set_description(f"epoch {epoch + 1}/{self.config.train.epochs}", refresh=False)
+                train_mode(self.network, self.config.train.frozen)
                 try:
                     for batch in self.meter.waiting(on_device(loader, self.device)):
                         self.train_on(batch)
                 except ExplodedError as error:
                     self.roll_back(error)
-        if ranks.first:
+        if self.ranks.first:
             self.say(summarise(self.run))
+
+    def set_up_step(self) -> None:
+        """Build and try the step, before anything is written: it may find that the run cannot be."""
+        settings, ranks = self.config.train, self.ranks
+        limit = ranks.least(ranks.together(lambda: kept_limit(self.run) or settings.batch_size))
+        self.training_step = build_step(
+            self.config, self.network, self.head, self.optimizer, self.scaler, self.precision, self.device, ranks,
+            self.say, limit,
+        )  # fmt: skip
+        self.to_input = build_input(settings, self.device)
+
+    def open_run(self, stack: ExitStack) -> None:
+        """Go to where the run stands, and open what it writes and shows, which `stack` closes."""
+        settings, ranks = self.config.train, self.ranks
+        self.store = stack.enter_context(
+            CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
+        )
+        self.restore_newest()
+        self.say_where()
+        self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
+        self.log = stack.enter_context(ranks.together(self.open_record))
+        self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
+        self.requests = RunRequests(stack.enter_context(catch_interrupt()), ranks, settings.checkpoint_minutes)
+        size = settings.batch_size
+        self.bar = stack.enter_context(
+            progress_bar(self.steps * size, "image", initial=self.step * size, smoothing=0.05, disable=not ranks.first)
+        )
+        self.meter = Meter(self.device)
+
+    def load_faces(self) -> Iterable[Batch]:
+        """What gives the batches that `batches` says."""
+        data = self.config.data
+        decoded = DecodedFaces(self.faces, self.faces.labels, data.image_size, data.resize, tolerant=True)
+        return training_loader(decoded, self.batches, self.workers, self.device, data.decode)
 
     def train_on(self, batch: Batch) -> None:
         """One step, and what is due after it."""
