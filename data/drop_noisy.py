@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -283,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         cleaned = write_clean(faces, measured, options.angle, Path(options.output), embedder.image_size)
     print(summary(cleaned, options.angle, options.output))
-    print(f"train on it with: python train.py --data.root {options.output}")
+    print(f"train on it with: python train.py --data.root {quote(options.output)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def test_a_warning_is_one_line() -> None:
         shown = warnings.formatwarning(UserWarning("the disk is slow"), UserWarning, __file__, 1)
     assert shown == "pack_set: warning: the disk is slow\n"
     assert warnings.formatwarning is before
+
+
+def test_commands_that_are_advised_have_their_paths_quoted() -> None:
+    """What a message says to type is typed as it stands: a path with a blank or an apostrophe is one word of it."""
+    flags = "resume|name|data[.]root|source|model"
+    unquoted = re.compile(rf"(?:[.]py|--(?:{flags})) \{{(?!quote\()[^}}]*\}}")
+    found = [f"{file.name}: {text}" for file in product_files() for text in unquoted.findall(file.read_text())]
+    assert not found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs SIGBUS")
