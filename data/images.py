@@ -25,17 +25,18 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     # Some versions of OpenCV fill up a cut JPEG with grey. Its end marker follows the start of its last scan.
     if encoded.startswith(b"\xff\xd8") and encoded.rfind(JPEG_END) < encoded.rfind(b"\xff\xda"):
         raise ImageError(f"{where}: its JPEG of {len(encoded)} bytes has no end: it was cut off")
-    image = _decode(np.frombuffer(encoded, np.uint8))
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        if "MAX_IMAGE" in str(error):
+            raise ImageError(
+                f"{where}: its {len(encoded)} bytes claim to be a gigantic image: not decoded (the environment variable "
+                "OPENCV_IO_MAX_IMAGE_PIXELS says how many pixels are allowed)"
+            ) from None
+        image = None  # there are no bytes at all
     if image is None:
         raise ImageError(f"{where}: its {len(encoded)} bytes are no image that OpenCV can decode")
     return image
-
-
-def _decode(encoded: np.ndarray) -> np.ndarray | None:
-    try:
-        return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # no bytes at all, or a header that claims a gigantic size
-        return None
 
 
 def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) -> list[int]:
@@ -48,7 +49,10 @@ def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) ->
     for row, jpeg in enumerate(jpegs):  # this runs for every image of every epoch: no call more than it needs
         image = None  # its memory, warm in the cache, is the next one's
         if jpeg is not None and jpeg[-2:].tobytes() == JPEG_END:
-            image = _decode(jpeg)
+            try:
+                image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB)
+            except cv2.error:  # its header claims a gigantic size
+                image = None
         if image is not None and image.shape == shape:
             faces[row] = image
         else:
