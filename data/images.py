@@ -30,8 +30,8 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     except cv2.error as error:
         if "MAX_IMAGE" in str(error):
             raise ImageError(
-                f"{where}: its {len(encoded)} bytes claim to be a gigantic image: not decoded (the environment variable "
-                "OPENCV_IO_MAX_IMAGE_PIXELS says how many pixels are allowed)"
+                f"{where}: its {len(encoded)} bytes claim to be a gigantic image: not decoded "
+                "(OPENCV_IO_MAX_IMAGE_PIXELS in the environment says how many pixels are allowed)"
             ) from None
         image = None  # there are no bytes at all
     if image is None:

@@ -132,5 +132,5 @@ def test_onnx_files_whose_weights_are_elsewhere(tmp_path: Path, location: str) -
         next(entry for entry in tensor.external_data if entry.key == "location").value = location
     path.write_bytes(model.SerializeToString())
     (tmp_path / "weights.data").unlink()
-    with pytest.raises(CheckpointError, match=rf"net\.onnx: its weights are in '{location}', which is no file beside it"):
+    with pytest.raises(CheckpointError, match=rf"net\.onnx: its weights are in '{location}', which is no file there"):
         load_embedder(path, CPU)

@@ -105,7 +105,8 @@ def settings_beside(model: Path) -> Settings:
         return from_json(text) if run_settings({"settings": text}) else {}
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{file} is damaged ({error}); if it is a run's: python train.py --resume {quote(str(file.parent))} writes it anew"
+            f"{file} is damaged ({error}); if it is a run's: python train.py --resume "
+            f"{quote(str(file.parent))} writes it anew"
         ) from None
 
 

@@ -69,7 +69,7 @@ class OnnxEmbedder(FaceEmbedder):
                          if entry.key == "location"})  # fmt: skip
         for name in beside:
             if not (path.parent / name).is_file():  # a device has no end
-                raise CheckpointError(f"{path}: its weights are in {name!r}, which is no file beside it: copy that, too")
+                raise CheckpointError(f"{path}: its weights are in {name!r}, which is no file there: copy that, too")
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))  # scores are quoted in float32

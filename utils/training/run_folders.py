@@ -49,7 +49,9 @@ def _run_folder(config: Config) -> Path:
     if settings.resume == "auto" or not run.exists():
         return run
     if has_checkpoints(run):
-        raise TrainingError(f"{run} exists: name another with --name, go on with --resume {quote(str(run))}, or remove it")
+        raise TrainingError(
+            f"{run} exists: name another with --name, go on with --resume {quote(str(run))}, or remove it"
+        )
     if not _begun(run):
         raise TrainingError(f"{run} exists: name another with --name, or remove it")
     return run
