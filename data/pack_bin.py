@@ -66,6 +66,10 @@ class PairFiles:
     def __len__(self) -> int:
         return len(self._files)
 
+    def file(self, i: int) -> Path:
+        """The file of image `i`."""
+        return self._files[i]
+
     def encoded(self, i: int) -> bytes:
         try:
             return self._files[i].read_bytes()

@@ -75,7 +75,7 @@ def test_a_name_is_no_command_to_the_terminal(capfd: pytest.CaptureFixture[str],
 
 def test_commands_that_are_advised_have_their_paths_quoted() -> None:
     """What a message says to type is typed as it stands: a path with a blank or an apostrophe is one word of it."""
-    flags = "resume|name|data[.]root|source|model"
+    flags = "merge|resume|name|data[.]root|source|model"
     unquoted = re.compile(rf"(?:[.]py|--(?:{flags})) \{{(?!quote\()[^}}]*\}}")
     found = [f"{file.name}: {text}" for file in product_files() for text in unquoted.findall(file.read_text())]
     assert not found
