@@ -3,12 +3,15 @@
 OpenCV is BGR unless told otherwise; this is the one place that tells it.
 """
 
+import re
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 JPEG_END = b"\xff\xd9"
+# Not within what is compressed, where no others occur: 0xff itself, as ff 00, and those of restarts, ff d0 to ff d7.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 EXTENSIONS = (".jpg", ".png", ".bmp", ".webp")
 
 
@@ -23,7 +26,8 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     `where`, as text, names the image in the ImageError that undecodable bytes raise, and a JPEG that was cut off.
     """
     # Some versions of OpenCV fill up a cut JPEG with grey. Its end marker follows the start of its last scan.
-    if encoded.startswith(b"\xff\xd8") and encoded.rfind(JPEG_END) < encoded.rfind(b"\xff\xda"):
+    is_jpeg = encoded.startswith(b"\xff\xd8")
+    if is_jpeg and encoded.rfind(JPEG_END) < encoded.rfind(b"\xff\xda") and not _has_end(encoded):
         raise ImageError(f"{where}: its JPEG of {len(encoded)} bytes has no end: it was cut off")
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
@@ -37,6 +41,16 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     if image is None:
         raise ImageError(f"{where}: its {len(encoded)} bytes are no image that OpenCV can decode")
     return image
+
+
+def _has_end(jpeg: bytes) -> bool:
+    """Whether a JPEG has its end marker, whatever follows it: phones append a film, whose bytes may look like a scan."""
+    place = 2
+    while marker := _MARKER.search(jpeg, place):
+        if marker[0] == JPEG_END:
+            return True
+        place = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")  # of a segment
+    return False
 
 
 def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) -> list[int]:
