@@ -44,7 +44,7 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
 
 
 def _has_end(jpeg: bytes) -> bool:
-    """Whether a JPEG has its end marker, whatever follows it: phones append a film, whose bytes may look like a scan."""
+    """Whether a JPEG has its end marker, whatever follows it: phones append a film, with any bytes in it."""
     place = 2
     while marker := _MARKER.search(jpeg, place):
         if marker[0] == JPEG_END:

@@ -193,6 +193,6 @@ def test_a_link_in_place_of_the_working_folder(tmp_path: Path, leads_to: str) ->
     (tmp_path / "somebodys" / "file").write_text("kept")
     partial_folder(tmp_path / "out").symlink_to(tmp_path / leads_to)
     for begin in (atomic_folder, atomic_path):
-        with pytest.raises(FileExistsError, match="is a link.*remove the link"), begin(tmp_path / "out"):
+        with pytest.raises(FileExistsError, match=r"is a link.*remove the link"), begin(tmp_path / "out"):
             pass
     assert (tmp_path / "somebodys" / "file").read_text() == "kept"
