@@ -49,7 +49,7 @@ from utils.evaluation.test_sets import TestSet, keys_of, open_test_set, set_name
 from utils.files import write_text_atomic
 from utils.processes import worker_count
 from utils.ranks import Ranks, join_ranks
-from utils.scripts import end_rank, readable_errors
+from utils.scripts import end_rank, printable, readable_errors
 from utils.settings import Settings, describe, flatten, parse_settings
 
 _MODEL_ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".onnx")
@@ -267,9 +267,9 @@ def run_test(config: Config, ranks: Ranks) -> None:
     if ranks.first:
         if run_of(paths[0]) == paths[0]:
             write_board(output, test.names[0], tested)
-        print(table(tested))
+        print(printable(table(tested)))
         for note in test.notes:
-            print(f"note: {note.text}")
+            print(printable(f"note: {note.text}"))
         print(f"numbers and pictures: {output} (open {output / 'report.html'})")
 
 

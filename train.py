@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from shlex import quote
 from typing import Any, NoReturn
 
 import torch
@@ -243,7 +244,7 @@ class Trainer:
     def stop(self, signal: int) -> NoReturn:
         """End the run, whose state is saved, as `signal` asked for."""
         self.store.wait()
-        go_on = f"go on with: python train.py --resume {self.run}"
+        go_on = f"go on with: python train.py --resume {quote(str(self.run))}"
         raise Stopped(f"stopped and saved at step {self.step:,} of {self.steps:,}; {go_on}", 128 + signal)
 
     def verify_or_stop(self, saved: bool) -> None:
@@ -424,8 +425,8 @@ class Trainer:
         special = bool(getattr(error, "__notes__", []))  # smaller passes are not what it wants
         if self.ranks.size > 1 and self.config.train.micro_batch == "auto" and smaller and not special:
             keep_limit(self.run, smaller)
-            name = self.run.name
-            error.add_note(f"Passes have {smaller} faces from now on: start it again with --resume auto --name {name}")
+            again = f"start it again with --resume auto --name {quote(self.run.name)}"
+            error.add_note(f"Passes have {smaller} faces from now on: {again}")
 
     def describe(self) -> None:
         """Say what is about to happen."""
@@ -499,7 +500,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             (advice,) = getattr(error, "__notes__", ["Lower train.micro_batch, or train.batch_size"])[:1]
             raise TrainingError(f"{str(error).split('. ')[0]}. {advice}") from None
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {run}")
+        print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {quote(str(run))}")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -43,7 +44,7 @@ from utils.files import require_free, write_csv_atomic
 from utils.plots import draw_curves
 from utils.processes import worker_count
 from utils.progress import progress_bar
-from utils.scripts import readable_errors
+from utils.scripts import printable, readable_errors
 from utils.settings import build, describe, from_json, parse_settings
 from utils.training.run_folders import CHECKPOINTS
 from utils.training.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
@@ -162,7 +163,7 @@ def measure(
     with progress_bar(len(faces), "image", "measure") as bar:
         for batch, batch_labels, messages in sequential_loader(decoded, batch_size, workers, embedder.device):
             for message in messages:
-                tqdm.write(f"left out: {message}")
+                tqdm.write(printable(f"left out: {message}"))
             broken += len(messages)
             if broken > broken_limit:
                 raise ImageError(f"{broken} images are broken, data.broken_limit allows {broken_limit}: {messages[-1]}")
@@ -282,8 +283,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             trained.data.broken_limit,
         )
         cleaned = write_clean(faces, measured, options.angle, Path(options.output), embedder.image_size)
-    print(summary(cleaned, options.angle, options.output))
-    print(f"train on it with: python train.py --data.root {options.output}")
+    print(printable(summary(cleaned, options.angle, options.output)))
+    print(f"train on it with: python train.py --data.root {quote(options.output)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -118,7 +119,7 @@ class RecFaceSet:
             raise RecordError(
                 f"{self.path}, record {keys[first]} at byte {offsets[first]}: label {labels[first]} is no identity "
                 f"number ({wrong.size} such records): labels must be whole numbers from 0; the set is written without "
-                f"such records by data/report.py {self.path} --repair OUT"
+                f"such records by data/report.py {quote(str(self.path))} --repair OUT"
             )
         identities, classes = np.unique(labels.astype(np.int64), return_inverse=True)
         images = ImageIndex(keys, offsets, classes, identities)

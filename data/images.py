@@ -3,12 +3,15 @@
 OpenCV is BGR unless told otherwise; this is the one place that tells it.
 """
 
+import re
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 JPEG_END = b"\xff\xd9"
+# Not within what is compressed, where no others occur: 0xff itself, as ff 00, and those of restarts, ff d0 to ff d7.
+_MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 EXTENSIONS = (".jpg", ".png", ".bmp", ".webp")
 
 
@@ -23,19 +26,31 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     `where`, as text, names the image in the ImageError that undecodable bytes raise, and a JPEG that was cut off.
     """
     # Some versions of OpenCV fill up a cut JPEG with grey. Its end marker follows the start of its last scan.
-    if encoded.startswith(b"\xff\xd8") and encoded.rfind(JPEG_END) < encoded.rfind(b"\xff\xda"):
+    is_jpeg = encoded.startswith(b"\xff\xd8")
+    if is_jpeg and encoded.rfind(JPEG_END) < encoded.rfind(b"\xff\xda") and not _has_end(encoded):
         raise ImageError(f"{where}: its JPEG of {len(encoded)} bytes has no end: it was cut off")
-    image = _decode(np.frombuffer(encoded, np.uint8))
+    try:
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
+    except cv2.error as error:
+        if "MAX_IMAGE" in str(error):
+            raise ImageError(
+                f"{where}: its {len(encoded)} bytes claim to be a gigantic image: not decoded "
+                "(OPENCV_IO_MAX_IMAGE_PIXELS in the environment says how many pixels are allowed)"
+            ) from None
+        image = None  # there are no bytes at all
     if image is None:
         raise ImageError(f"{where}: its {len(encoded)} bytes are no image that OpenCV can decode")
     return image
 
 
-def _decode(encoded: np.ndarray) -> np.ndarray | None:
-    try:
-        return cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB)
-    except cv2.error:  # no bytes at all, or a header that claims a gigantic size
-        return None
+def _has_end(jpeg: bytes) -> bool:
+    """Whether a JPEG has its end marker, whatever follows it: phones append a film, with any bytes in it."""
+    place = 2
+    while marker := _MARKER.search(jpeg, place):
+        if marker[0] == JPEG_END:
+            return True
+        place = marker.end() + int.from_bytes(jpeg[marker.end() : marker.end() + 2], "big")  # of a segment
+    return False
 
 
 def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) -> list[int]:
@@ -48,7 +63,10 @@ def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) ->
     for row, jpeg in enumerate(jpegs):  # this runs for every image of every epoch: no call more than it needs
         image = None  # its memory, warm in the cache, is the next one's
         if jpeg is not None and jpeg[-2:].tobytes() == JPEG_END:
-            image = _decode(jpeg)
+            try:
+                image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB)
+            except cv2.error:  # its header claims a gigantic size
+                image = None
         if image is not None and image.shape == shape:
             faces[row] = image
         else:

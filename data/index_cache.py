@@ -60,7 +60,17 @@ def load_index(file: RecordFile) -> ImageIndex | None:
                 return None
             images = ImageIndex(*(kept[name] for name in ImageIndex._fields))
     # RuntimeError: a compression that there is not, a password; what one changed bit makes of an archive.
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    # MemoryError: more images than there are.
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        EOFError,
+        RuntimeError,
+        MemoryError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         warnings.warn(f"{path} is damaged ({error}): made anew", stacklevel=4)
         return None
     return images if _sample_agrees(file, images) else None

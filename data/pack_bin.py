@@ -17,6 +17,7 @@ import csv
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -64,6 +65,10 @@ class PairFiles:
 
     def __len__(self) -> int:
         return len(self._files)
+
+    def file(self, i: int) -> Path:
+        """The file of image `i`."""
+        return self._files[i]
 
     def encoded(self, i: int) -> bytes:
         try:
@@ -219,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{chosen.pairs}: {chosen.draw:,} pairs of one person and {chosen.draw:,} of two, drawn")
         pairs, same = pack_bin(Path(chosen.pairs), Path(chosen.images), Path(chosen.output), fit, workers)
     print(f"{chosen.output}: {pairs:,} pairs, {same:,} of one person")
-    print(f"test on it with: python all_pair_test.py {chosen.output}")
+    print(f"test on it with: python all_pair_test.py {quote(chosen.output)}")
 
 
 if __name__ == "__main__":

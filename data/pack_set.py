@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers = worker_count(config.common.workers)
         packed = pack(faces, identities, Path(pick.output), fit, workers, pick.restart)
     print(summary(packed, pick.source, pick.output))
-    print(f"train on it with: python train.py --data.root {pick.output}")
+    print(f"train on it with: python train.py --data.root {quote(pick.output)}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
@@ -353,7 +354,7 @@ class IndexedRecordReader:
             raise RecordError(
                 f"{index}: key {repeated[0]} occurs more than once ({repeated.size} such keys): move it away, and it "
                 "is rebuilt from the .rec; or have the set written with new keys by "
-                f"data/report.py {rec_path} --repair OUT"
+                f"data/report.py {quote(str(rec_path))} --repair OUT"
             )
 
     def __len__(self) -> int:

@@ -32,7 +32,7 @@ from utils.files import require_free, write_csv_atomic, write_text_atomic
 from utils.plots import draw_contact_sheet, draw_curves
 from utils.processes import worker_count
 from utils.progress import progress_bar
-from utils.scripts import readable_errors
+from utils.scripts import printable, readable_errors
 from utils.settings import describe, parse_settings
 
 # The contact sheet: pixels of a face, faces of an identity.
@@ -296,8 +296,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if options.repair:
             require_free(options.repair)
         report, records, survey = make_report(path, output, options, worker_count(config.common.workers))
-        print(as_text(report))
-        print(broken_as_text(records, survey), end="")
+        print(printable(as_text(report)))
+        print(printable(broken_as_text(records, survey)), end="")
         pictures = ", images_per_identity.png, faces.png" if report.images else ""
         print(f"{output}: report.json, broken.csv{pictures}")
         if options.repair:

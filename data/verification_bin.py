@@ -6,10 +6,11 @@ just the few globals that the four spellings in the wild need, and refuses the r
 
 import pickle
 import reprlib
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -78,7 +79,15 @@ for _numpy in ("numpy.core", "numpy._core"):
     _GLOBALS[f"{_numpy}.numeric", "_frombuffer"] = _array_from_buffer
 
 
-class _PairsUnpickler(pickle.Unpickler):
+class _PairsUnpickler(pickle._Unpickler):
+    """Python's unpickler that is written in Python: that in C takes memory for whatever number a file states, 64 GB for
+    one damaged bit. A `bytearray`, for which this one does, is read as bytes.
+    """
+
+    dispatch: ClassVar = pickle._Unpickler.dispatch | {
+        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]]
+    }
+
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
         if (module, name) not in _GLOBALS:
             raise VerificationFileError(f"it asks for {module}.{name}, which no verification set needs: not loaded")
@@ -118,6 +127,7 @@ def read_bin(path: Path | str) -> VerificationPairs:
         KeyError,
         MemoryError,  # a damaged length
         OverflowError,
+        struct.error,
     ) as error:
         raise VerificationFileError(f"{path} is no verification set (a pickle of images and flags): {error}") from error
     if len(encoded) != 2 * len(flags) or not encoded:

@@ -17,6 +17,7 @@ the comparing. docs/merging.md explains all of it.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -88,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.merge.dry_run:
         print(f"{dry_run_folder(output)}: merge.csv and report.html; the set itself would take {as_size(done.size)}")
     else:
-        print(f"{output}: report.html tells how; train on it with: python train.py --data.root {output}")
+        print(f"{output}: report.html tells how; train on it with: python train.py --data.root {quote(str(output))}")
 
 
 if __name__ == "__main__":

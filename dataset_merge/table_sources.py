@@ -7,6 +7,7 @@ that is applied to the sets in another order would join strangers.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from config import MergeConfig
@@ -59,7 +60,7 @@ def check_sources(table: Path, merge: MergeConfig, sets: Sequence[FaceSet]) -> s
     if now != before:
         if sorted(now) == sorted(before):
             order = ",".join(str(merge.sets[now.index(key)]) for key in before)
-            raise DecisionsError(f"{table} was made of these sets in another order: give --merge {order}")
+            raise DecisionsError(f"{table} was made of these sets in another order: give --merge {quote(order)}")
         if len(now) != len(before):
             raise DecisionsError(f"{table} was made of {len(before)} sets, {', '.join(paths)}: give these to --merge")
         number = next(i for i in range(len(now)) if now[i] != before[i])

@@ -5,6 +5,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -117,8 +118,8 @@ def how_to_mend(path: Path | str) -> str:
     if Path(path).suffix == ".bin":
         return "write the pairs anew with data/pack_bin.py --other-sizes resize, or do without the set"
     return (
-        f"write a set that can be merged with data/pack_set.py --source {path} --output NAME: --other-sizes resize "
-        "--image-size N scales its faces, --bad-images skip leaves broken ones out"
+        f"write a set that can be merged with data/pack_set.py --source {quote(str(path))} --output NAME: "
+        "--other-sizes resize --image-size N scales its faces, --bad-images skip leaves broken ones out"
     )
 
 

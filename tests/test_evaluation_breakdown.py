@@ -28,6 +28,7 @@ from utils.evaluation.curves import TarAtFar, tar_at_far
 from utils.evaluation.folds import ten_fold
 from utils.evaluation.pair_sets import open_pair_set
 from utils.evaluation.rejection import error_versus_reject, pair_quality
+from utils.evaluation.test_sets import keys_of, open_test_set
 from utils.ranks import Ranks
 
 NAMES = ("young", "old", "")
@@ -171,6 +172,20 @@ def test_columns_of_a_csv(tmp_path: Path) -> None:
     cut = groups_of("age", ages)
     assert cut.names == ("below 10.75", "10.75 to 20.5", "20.5 to 30.25", "30.25 and above")
     assert np.bincount(cut.of + 1).tolist() == [1, 10, 10, 10, 10]
+
+
+def test_keys_of_listed_images_whose_names_have_colons(tmp_path: Path) -> None:
+    """Protects people and images called `A: B` from being looked for in a table by what follows the colon."""
+    for name in ("Dr: A", "B"):
+        (tmp_path / name).mkdir()
+        for image in range(6):
+            (tmp_path / name / f"{image}: x.png").touch()
+    sides = [(f"{name}/{image}: x.png", same) for name, same in (("Dr: A", 1), ("B", 0)) for image in range(1, 6)]
+    rows = "".join(f"Dr: A/0: x.png,{other},{same}\n" for other, same in sides)
+    (tmp_path / "pairs.csv").write_text(f"path1,path2,same\n{rows}")
+    listed = open_test_set(tmp_path / "pairs.csv", "pairs")
+    assert keys_of(listed, "identity")[:2] == ["Dr: A", "Dr: A"]
+    assert keys_of(listed, "image")[:2] == ["Dr: A/0: x.png", "Dr: A/1: x.png"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from data.face_sets import (
     open_face_set,
     write_face_set,
 )
-from data.images import ImageError, decode_rgb, encode_jpeg, encode_png, image_extension
+from data.images import ImageError, decode_plain_jpegs, decode_rgb, encode_jpeg, encode_png, image_extension
 from data.recordio import (
     MAGIC,
     MAGIC_BYTES,
@@ -582,10 +582,23 @@ def test_what_is_no_image(encoded: bytes) -> None:
         decode_rgb(encoded, "set.rec, record 7")
 
 
-def test_image_whose_header_claims_a_gigantic_size() -> None:
-    """OpenCV raises its own error for sizes beyond its limit; it too must name the image."""
-    with pytest.raises(ImageError, match="record 7"):
-        decode_rgb(_png(100_000, 100_000, b"\0"), "record 7")
+@pytest.mark.parametrize("side", [12_000, 100_000])
+def test_image_whose_header_claims_a_gigantic_size(side: int) -> None:
+    """A few bytes can claim to be gigabytes of pixels: refused by the header, before memory is taken for them."""
+    with pytest.raises(ImageError, match=r"record 7: its \d+ bytes claim to be a gigantic image"):
+        decode_rgb(_png(side, side, b"\0"), "record 7")
+    jpeg = bytearray(encode_jpeg(np.zeros((8, 8, 3), np.uint8)))
+    frame = jpeg.index(b"\xff\xc0")
+    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", *[min(side, 65_000)] * 2)
+    assert decode_plain_jpegs([np.frombuffer(jpeg, np.uint8)], np.zeros((1, 8, 8, 3), np.uint8)) == [0]
+    with pytest.raises(ImageError, match="claim to be a gigantic image"):
+        decode_rgb(bytes(jpeg), "record 7")
+
+
+def test_photos_of_large_cameras_are_decoded() -> None:
+    """Those of 100 million pixels are below the limit: the header is not what is wrong with this one."""
+    with pytest.raises(ImageError, match="are no image that OpenCV can decode"):
+        decode_rgb(_png(11_648, 8_736, b""), "photo")
 
 
 def _png(width: int, height: int, pixels: bytes, colour_type: int = 2) -> bytes:

@@ -184,3 +184,15 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refuse(errno.EIO)
     with pytest.raises(OSError, match=r"Input/output error: .*\.y\.partial/\.lock"), atomic_path(tmp_path / "y"):
         pytest.fail("the block must not be entered")
+
+
+@pytest.mark.parametrize("leads_to", ["somebodys", "nowhere"])
+def test_a_link_in_place_of_the_working_folder(tmp_path: Path, leads_to: str) -> None:
+    """What lies where a link leads is never removed, and one that leads nowhere is no reason to wait for ever."""
+    (tmp_path / "somebodys").mkdir()
+    (tmp_path / "somebodys" / "file").write_text("kept")
+    partial_folder(tmp_path / "out").symlink_to(tmp_path / leads_to)
+    for begin in (atomic_folder, atomic_path):
+        with pytest.raises(FileExistsError, match=r"is a link.*remove the link"), begin(tmp_path / "out"):
+            pass
+    assert (tmp_path / "somebodys" / "file").read_text() == "kept"

@@ -146,6 +146,18 @@ def test_a_cut_jpeg_is_no_image() -> None:
             decode_rgb(whole[:size], "x")
 
 
+def test_a_jpeg_with_a_film_behind_it_is_whole() -> None:
+    """Phones append the film of a "motion photo", in which the bytes of a scan's start come by chance, half of them
+    behind the last that look like an end; a progressive JPEG has several scans, whose ends are none.
+    """
+    _, progressive = cv2.imencode(".jpg", face(0), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])
+    for jpeg in (encode_jpeg(face(0)), progressive.tobytes()):
+        film = b"ftyp \xff\xd9 \xff\xda \xff"
+        assert np.array_equal(decode_rgb(jpeg + film, "x"), decode_rgb(jpeg, "x"))
+        with pytest.raises(ImageError, match="has no end: it was cut off"):
+            decode_rgb(jpeg[:-2], "x")
+
+
 def test_extensions() -> None:
     """A file's ending says what its bytes are, so that readers which go by it can read it."""
     for extension in (".jpg", ".png", ".bmp", ".webp"):

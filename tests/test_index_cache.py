@@ -2,6 +2,7 @@
 
 import os
 import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +91,20 @@ def test_a_changed_bit_in_what_the_archive_says_of_itself(tmp_path: Path, change
         content[place] = content[directory + place + 2] = value  # in a file's own head, and in the directory
     cache_path(rec).write_bytes(content)
     with pytest.warns(UserWarning, match="is damaged"):
+        assert RecFaceSet(rec).identities == ["5", "6"]
+
+
+def test_a_number_of_images_that_there_are_not(tmp_path: Path) -> None:
+    """Memory that nobody has is asked for before what is missing is noticed: that, too, is damage."""
+    rec = write_set(tmp_path, [5, 6])
+    RecFaceSet(rec)
+    with zipfile.ZipFile(cache_path(rec)) as whole:
+        parts = {name: whole.read(name) for name in whole.namelist()}
+    parts["keys.npy"] = parts["keys.npy"].replace(b"(2,), }" + b" " * 13, b"(%d,), }" % 99**7)
+    with zipfile.ZipFile(cache_path(rec), "w") as changed:
+        for name, part in parts.items():
+            changed.writestr(name, part)
+    with pytest.warns(UserWarning, match="is damaged .*Unable to allocate"):
         assert RecFaceSet(rec).identities == ["5", "6"]
 
 

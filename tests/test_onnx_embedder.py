@@ -116,3 +116,21 @@ def test_onnx_files_that_run_wrong(tmp_path: Path, capfd: pytest.CaptureFixture[
     onnx.save(model, tmp_path / "closed.onnx")
     with pytest.raises(CheckpointError, match=r"closed\.onnx takes nothing: expected one input"):
         load_embedder(tmp_path / "closed.onnx", CPU)
+
+
+@pytest.mark.parametrize("location", ["weights.data", "/dev/null"])
+def test_onnx_files_whose_weights_are_elsewhere(tmp_path: Path, location: str) -> None:
+    """A large model comes as two files: where the second was left behind, it is named. A device is never read: some
+    have no end, and a file of other people's can name any.
+    """
+    path = tmp_path / "net.onnx"
+    model = onnx.load(write_onnx(path))
+    onnx.save(model, path, save_as_external_data=True, location="weights.data", size_threshold=0)
+    assert load_embedder(path, CPU).embed(FACES).shape == (7, 5)
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        next(entry for entry in tensor.external_data if entry.key == "location").value = location
+    path.write_bytes(model.SerializeToString())
+    (tmp_path / "weights.data").unlink()
+    with pytest.raises(CheckpointError, match=rf"net\.onnx: its weights are in '{location}', which is no file there"):
+        load_embedder(path, CPU)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -419,6 +420,14 @@ def test_errors_on_the_command_line(tmp_path: Path, folder: Path, arguments: lis
         main([argument.format(here=tmp_path) for argument in arguments] + ["--workers", "0"])
     assert str(error.value).startswith("pack_set: ")
     assert message in str(error.value)
+
+
+def test_the_command_to_train_can_be_typed(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last line is a command for a shell, also where the name of the set has a blank and an apostrophe in it."""
+    output = str(tmp_path / "Ann's set")
+    main(["--source", str(folder), "--output", output, "--image-size", str(SIZE), "--workers", "0"])
+    _, command = capsys.readouterr().out.splitlines()[-1].split(": ")
+    assert shlex.split(command) == ["python", "train.py", "--data.root", output]
 
 
 def test_the_summary_counts_new_bytes() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -143,6 +144,17 @@ def test_odd_names_are_drawn(draw: Callable[[Path], None], tmp_path: Path) -> No
     """Protects pictures of people and sets whose names matplotlib cannot draw, or takes for formulas."""
     draw(tmp_path / "picture.png")
     assert (read_rgb(tmp_path / "picture.png") < 255).any()
+
+
+def test_names_in_any_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no font has the letters, there is not a warning for each; where one of the system has them, it is used."""
+    for fonts in ([], ["DejaVu Sans Mono"]):  # only the latter has U+2335
+        monkeypatch.setattr("utils.plots._other_fonts", lambda fonts=fonts: fonts)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            draw_contact_sheet(tmp_path / f"{len(fonts)}.png", faces(2), 2, "王小明", ["\u2335\u2336\u2337"])
+    boxes, letters = read_rgb(tmp_path / "0.png"), read_rgb(tmp_path / "1.png")
+    assert boxes.shape != letters.shape or (boxes != letters).any()
 
 
 def test_few_scores_near_the_threshold_are_seen(tmp_path: Path) -> None:

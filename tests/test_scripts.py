@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from data.report import main as report_main
 from utils.scripts import readable_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,6 +54,31 @@ def test_a_warning_is_one_line() -> None:
         shown = warnings.formatwarning(UserWarning("the disk is slow"), UserWarning, __file__, 1)
     assert shown == "pack_set: warning: the disk is slow\n"
     assert warnings.formatwarning is before
+
+
+def test_a_name_is_no_command_to_the_terminal(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Escapes in names of other people's files are shown, in warnings, errors and reports, and not obeyed."""
+    clear, shown = "\x1b[2J\x9b2J\r", "\\x1b[2J\\x9b2J\\x0d"
+    with readable_errors("pack_set", ""):
+        assert warnings.formatwarning(UserWarning(clear), UserWarning, __file__, 1) == f"pack_set: warning: {shown}\n"
+    with pytest.raises(SystemExit, match=re.escape(f"pack_set: {shown}")), readable_errors("pack_set", ""):
+        raise ValueError(clear)
+    (tmp_path / "set" / clear).mkdir(parents=True)
+    (tmp_path / "set" / clear / f"{clear}.jpg").write_bytes(b"no image")
+    with pytest.raises(SystemExit):
+        report_main([str(tmp_path / "set"), "--check", "--output", str(tmp_path / "report"), "--workers", "0"])
+    printed = capfd.readouterr().out
+    assert f"every image of identity {shown} is broken" in printed
+    assert f"{shown}.jpg: its 8 bytes are no image" in printed
+    assert "\x1b" not in printed
+
+
+def test_commands_that_are_advised_have_their_paths_quoted() -> None:
+    """What a message says to type is typed as it stands: a path with a blank or an apostrophe is one word of it."""
+    flags = "merge|resume|name|data[.]root|source|model"
+    unquoted = re.compile(rf"(?:[.]py|--(?:{flags})) \{{(?!quote\()[^}}]*\}}")
+    found = [f"{file.name}: {text}" for file in product_files() for text in unquoted.findall(file.read_text())]
+    assert not found
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs SIGBUS")

@@ -3,6 +3,7 @@
 import pickle
 import pickletools
 import struct
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -75,6 +76,7 @@ SPELLINGS = {
     "_codecs.encode": pickle.dumps((IMAGES, SAME), 2),
     "_codecs.encode, protocol 0": pickle.dumps((IMAGES, SAME), 0),
     "arrays of Python 2": protocol2([python2_array(image) for image in IMAGES]),
+    "bytearrays": pickle.dumps(([*map(bytearray, IMAGES)], SAME), 5),
     "flags as numpy bools": pickle.dumps((IMAGES, [np.True_, np.False_]), 4),
     "flags as an array": pickle.dumps((IMAGES, np.array(SAME)), 2),
     "flags as numbers": pickle.dumps((IMAGES, [1, 0]), 4),
@@ -305,6 +307,17 @@ def test_damaged_inside(tmp_path: Path, opcodes: bytes) -> None:
     (tmp_path / "x.bin").write_bytes(b"\x80\x04](" + opcodes + python2_string(b"b") + b"e](\x88e\x86.")
     with pytest.raises(VerificationFileError, match=r"x\.bin"):
         read_bin(tmp_path / "x.bin")
+
+
+def test_a_damaged_number_takes_no_memory(tmp_path: Path) -> None:
+    """The place of an object in the pickle's memo, of 32 bits: a table as long as it states would end the program."""
+    (tmp_path / "x.bin").write_bytes(protocol2([b"U\x01ar" + struct.pack("<I", 2**24), b"U\x01b", b"U\x01c", b"h\0"]))
+    tracemalloc.start()
+    with pytest.raises(VerificationFileError, match=r"x\.bin"):
+        read_bin(tmp_path / "x.bin")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 1 << 20
 
 
 def test_missing_file(tmp_path: Path) -> None:

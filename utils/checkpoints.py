@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -104,7 +105,8 @@ def settings_beside(model: Path) -> Settings:
         return from_json(text) if run_settings({"settings": text}) else {}
     except (ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{file} is damaged ({error}); if it is a run's: python train.py --resume {file.parent} writes it anew"
+            f"{file} is damaged ({error}); if it is a run's: python train.py --resume "
+            f"{quote(str(file.parent))} writes it anew"
         ) from None
 
 

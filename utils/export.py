@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -209,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         options = config.export
         if config.test.model and not options.model:
             raise ExportError(
-                f"test.model is what all_pair_test.py tests: to export it, --model {config.test.model[0]}"
+                f"test.model is what all_pair_test.py tests: to export it, --model {quote(config.test.model[0])}"
             )
         print(describe(config, ("export",)))
         path = Path(options.model[0]) if options.model else newest_run(Path(config.common.runs))

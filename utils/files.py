@@ -78,11 +78,11 @@ def _lock(partial: Path, path: Path, wait: bool) -> int:
     while True:
         with suppress(FileExistsError):
             partial.mkdir()
+        if partial.is_symlink():  # it may have come with other people's files; what it leads to would be removed
+            raise FileExistsError(f"{partial} is a link, where unfinished work on {path} would lie: remove the link")
         try:
             lock = os.open(partial / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            if partial.is_symlink():
-                raise
             continue  # whoever had the folder has just removed it
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -7,10 +7,12 @@ none does not wait for it. A picture is written under a temporary name and then 
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,7 +36,40 @@ _BARS = (20, 160)
 # Pixels between the faces of a contact sheet, and between them and the texts.
 _GAP = 4
 
+# Names of people are in any writing. These fonts, where the system has them, have the letters that matplotlib's lacks.
+_OTHER_FONTS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei",
+    "Droid Sans Fallback", "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Arial Unicode MS",
+    "Malgun Gothic", "Apple SD Gothic Neo",
+)  # fmt: skip
 
+P = ParamSpec("P")
+
+
+@cache
+def _other_fonts() -> list[str]:
+    from matplotlib import font_manager
+
+    known = set(font_manager.get_font_names())
+    return [name for name in _OTHER_FONTS if name in known]
+
+
+def _with_any_names(draw: Callable[P, None]) -> Callable[P, None]:
+    """`draw`, with the fonts that there are; letters that none of them has are boxes, and not a warning each."""
+
+    @wraps(draw)
+    def drawing(*arguments: P.args, **options: P.kwargs) -> None:
+        import matplotlib
+
+        families = [*matplotlib.rcParams["font.family"], *_other_fonts()]
+        with matplotlib.rc_context({"font.family": families}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+            draw(*arguments, **options)
+
+    return drawing
+
+
+@_with_any_names
 def draw_roc(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> None:
     """Receiver operating characteristics with a logarithmic FAR axis.
 
@@ -60,6 +95,7 @@ def draw_roc(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
     _save(figure, path)
 
 
+@_with_any_names
 def draw_score_histogram(
     path: str | Path,
     genuine_counts: NDArray[np.integer],
@@ -104,6 +140,7 @@ def draw_score_histogram(
     _save(figure, path)
 
 
+@_with_any_names
 def draw_curves(
     path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], xlabel: str, ylabel: str, title: str
 ) -> None:
@@ -127,6 +164,7 @@ def draw_curves(
     _save(figure, path)
 
 
+@_with_any_names
 def draw_contact_sheet(
     path: str | Path,
     images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]],
@@ -164,6 +202,7 @@ def draw_contact_sheet(
     _save(figure, path, [(sheet, height - sheet.shape[0], left)])
 
 
+@_with_any_names
 def draw_det(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> None:
     """Detection error trade-offs: false reject rate over false accept rate, both axes logarithmic.
 
@@ -191,6 +230,7 @@ def draw_det(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
     _save(figure, path)
 
 
+@_with_any_names
 def draw_rejection(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], title: str) -> None:
     """Errors that are left when the pairs of the lowest quality are rejected, in percent.
 
@@ -210,6 +250,7 @@ def draw_rejection(path: str | Path, curves: Mapping[str, tuple[ArrayLike, Array
     _save(figure, path)
 
 
+@_with_any_names
 def draw_bars(
     path: str | Path,
     rows: Sequence[str],
@@ -256,6 +297,7 @@ def draw_bars(
     _save(figure, path)
 
 
+@_with_any_names
 def draw_marked_scores(path: str | Path, scores: NDArray[np.floating], mark: float, name: str, label: str) -> None:
     """How often scores [N], N >= 1, are how high, on a logarithmic scale, so that the few near a threshold are seen.
 
@@ -271,6 +313,7 @@ def draw_marked_scores(path: str | Path, scores: NDArray[np.floating], mark: flo
     _save(figure, path)
 
 
+@_with_any_names
 def draw_pair_sheet(
     path: str | Path,
     pairs: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],

@@ -12,6 +12,16 @@ from typing import NoReturn
 
 from utils.interrupts import Stopped
 
+# What a terminal takes for commands, or for the beginning of one.
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+
+
+def printable(text: str) -> str:
+    """`text` for the screen, control characters written out, an escape as `\\x1b`: names of files and identities are
+    other people's, and would be obeyed by the terminal, which could then hide what is said.
+    """
+    return text.translate(_CONTROLS)
+
 
 @contextmanager
 def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
@@ -29,7 +39,7 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     if not faulthandler.is_enabled():
         faulthandler.enable()
     before = warnings.formatwarning
-    warnings.formatwarning = lambda message, *_: f"{script}: warning: {message}\n"
+    warnings.formatwarning = lambda message, *_: f"{script}: warning: {printable(str(message))}\n"
     try:
         yield
     except KeyboardInterrupt as interrupt:
@@ -38,7 +48,7 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
             print(f"\n{script}: {str(interrupt) or 'interrupted; ' + when_interrupted}", file=sys.stderr)
         _exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
-        _exit(f"{script}: {error}")
+        _exit(printable(f"{script}: {error}"))
     except Exception:
         if not _one_of_several():
             raise

@@ -63,11 +63,13 @@ class OnnxEmbedder(FaceEmbedder):
             ) from error
         try:
             model = onnx.load(path, load_external_data=False)
-            beside = sorted({entry.value for tensor in model.graph.initializer for entry in tensor.external_data
-                             if entry.key == "location"})  # fmt: skip
-            files = [(path.parent / name).read_bytes() for name in beside]
         except Exception as error:  # protobuf's own exception types differ between its versions
             raise CheckpointError(f"{path} is no ONNX model: {error}") from None
+        beside = sorted({entry.value for tensor in model.graph.initializer for entry in tensor.external_data
+                         if entry.key == "location"})  # fmt: skip
+        for name in beside:
+            if not (path.parent / name).is_file():  # a device has no end
+                raise CheckpointError(f"{path}: its weights are in {name!r}, which is no file there: copy that, too")
         providers: list[Any] = ["CPUExecutionProvider"]
         if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
             providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))  # scores are quoted in float32
@@ -92,7 +94,8 @@ class OnnxEmbedder(FaceEmbedder):
             self.inputs = replace(self.inputs, columns=NARROW_COLUMNS)
         self.device, self.name, self._path = device, path.stem, path
         self.runs_on = f"onnxruntime {self._session.get_providers()[0].removesuffix('ExecutionProvider')}"
-        self._fingerprint = digest(path.read_bytes(), *files, self.inputs.as_json(), self.image_size)
+        weights = [(path.parent / name).read_bytes() for name in beside]
+        self._fingerprint = digest(path.read_bytes(), *weights, self.inputs.as_json(), self.image_size)
 
     @property
     def fingerprint(self) -> str:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from data.align import TEMPLATE_SIZE
 from data.face_sets import EncodedImages, FaceSet, FaceSetError, FolderFaceSet, open_face_set
+from data.pack_bin import PairFiles
 from utils.evaluation.all_pairs import count_pairs
 from utils.evaluation.folds import FOLDS
 from utils.evaluation.ijb import Ijb, open_ijb
@@ -150,4 +151,5 @@ def keys_of(test_set: TestSet, kind: str) -> list[str]:
 
 def _place(test_set: TestSet, image: int) -> Path:
     """The file of an image of a list."""
-    return Path(test_set.images.describe(image).rsplit(": ", 1)[-1])
+    assert isinstance(test_set.images, PairFiles)
+    return test_set.images.file(image)

@@ -7,6 +7,7 @@ from typing import NoReturn
 from tqdm import tqdm
 
 from utils.ranks import Ranks
+from utils.scripts import printable
 from utils.training.run_folders import TrainingError
 
 
@@ -20,7 +21,7 @@ class BrokenImages:
     def note(self, found: Sequence[str]) -> None:
         """Say which images are broken, what is said of each being in `found`."""
         for message in set(found) - self._found:
-            tqdm.write(f"left out: {message}")
+            tqdm.write(printable(f"left out: {message}"))
         self._found.update(found)
 
     @property

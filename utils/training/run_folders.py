@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ def _run_folder(config: Config) -> Path:
     if settings.resume not in ("", "auto"):
         run = Path(settings.resume)
         if not has_checkpoints(run):
-            again = f"; start it again with --name {run.name}" if _begun(run) else ""
+            again = f"; start it again with --name {quote(run.name)}" if _begun(run) else ""
             raise TrainingError(f"train.resume: {run} has no {CHECKPOINTS} to go on from{again}")
         return run
     if settings.resume == "auto" and not settings.name:
@@ -48,7 +49,9 @@ def _run_folder(config: Config) -> Path:
     if settings.resume == "auto" or not run.exists():
         return run
     if has_checkpoints(run):
-        raise TrainingError(f"{run} exists: name another with --name, go on with --resume {run}, or remove it")
+        raise TrainingError(
+            f"{run} exists: name another with --name, go on with --resume {quote(str(run))}, or remove it"
+        )
     if not _begun(run):
         raise TrainingError(f"{run} exists: name another with --name, or remove it")
     return run
