@@ -23,7 +23,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from config import PRESETS, Config
 from data.augment import Chances, augment
@@ -39,7 +38,7 @@ from utils.evaluation.verification import Verifier
 from utils.files import write_csv_atomic, write_text_atomic
 from utils.interrupts import Stopped, catch_interrupt
 from utils.processes import worker_count
-from utils.progress import progress_bar
+from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, from_json, parse_settings, to_json
@@ -472,7 +471,7 @@ class Trainer:
     def say(self, line: str) -> None:
         """A line on the screen, from the first rank."""
         if self.ranks.first:
-            tqdm.write(line)
+            say(line)
 
 
 def train(config: Config) -> Path:

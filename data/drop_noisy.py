@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from config import PRESETS, Config
 from data.face_sets import FaceSet, FaceSetError, images_by_identity, write_face_set
@@ -43,7 +42,7 @@ from utils.devices import pick_device
 from utils.files import require_free, write_csv_atomic
 from utils.plots import draw_curves
 from utils.processes import worker_count
-from utils.progress import progress_bar
+from utils.progress import progress_bar, say
 from utils.scripts import printable, readable_errors
 from utils.settings import build, describe, from_json, parse_settings
 from utils.training.run_folders import CHECKPOINTS
@@ -87,7 +86,7 @@ def newest_checkpoint(run: Path) -> Saved:
             saved = Saved(folder)
             saved.check(saved.files)
         except DamagedError as error:
-            tqdm.write(f"passed over: {error}")
+            say(f"passed over: {error}")
             continue
         return saved
     raise CheckpointError(f"drop_noisy.run: {run} has no whole checkpoint in {CHECKPOINTS}: name the folder of a run")
@@ -163,7 +162,7 @@ def measure(
     with progress_bar(len(faces), "image", "measure") as bar:
         for batch, batch_labels, messages in sequential_loader(decoded, batch_size, workers, embedder.device):
             for message in messages:
-                tqdm.write(printable(f"left out: {message}"))
+                say(f"left out: {message}")
             broken += len(messages)
             if broken > broken_limit:
                 raise ImageError(f"{broken} images are broken, data.broken_limit allows {broken_limit}: {messages[-1]}")

@@ -1,9 +1,11 @@
 """Progress in a log file: lines, not carriage returns."""
 
+import subprocess
 import sys
 
 import pytest
 
+from conftest import ROOT
 from utils.progress import progress_bar
 
 
@@ -17,3 +19,18 @@ def test_a_log_file_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert "\r" not in shown
     assert shown.splitlines()[-1].startswith("embed: 100%")
     assert "3/3" in shown
+
+
+def test_a_bar_starts_no_process() -> None:
+    """Where processes are not forked (from Python 3.14 on), a lock of theirs takes one, which warns at a rank's end."""
+    program = (
+        "import multiprocessing\n"
+        "from multiprocessing.resource_tracker import _resource_tracker\n"
+        "from utils.progress import progress_bar, say\n"
+        "multiprocessing.set_start_method('forkserver')\n"
+        "with progress_bar(1, 'image') as bar:\n"
+        "    say('\\x1b a line'); bar.update()\n"
+        "assert _resource_tracker._fd is None, 'a process was started'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "\\x1b a line\n"

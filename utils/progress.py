@@ -1,9 +1,18 @@
 """Progress bars with rate and ETA: live on a terminal, a line now and then in a log file."""
 
 import sys
+from threading import RLock
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from utils.scripts import printable
+
+
+class Bar(tqdm):
+    """A bar of one process. tqdm's own lock is for several, which from Python 3.14 on takes a process of its own."""
+
+    _lock = RLock()
 
 
 class _Lines:
@@ -20,9 +29,14 @@ class _Lines:
         self._stream.flush()
 
 
-def progress_bar(total: int, unit: str, title: str = "", **options: Any) -> tqdm:
+def progress_bar(total: int, unit: str, title: str = "", **options: Any) -> Bar:
     """A bar over `total` things called `unit`; `options` are tqdm's."""
     live = sys.stderr.isatty()
     if not live:
         options |= {"file": _Lines(sys.stderr), "mininterval": 20.0, "leave": True}
-    return tqdm(total=total, unit=unit, unit_scale=total >= 10_000, desc=title, **options)
+    return Bar(total=total, unit=unit, unit_scale=total >= 10_000, desc=title, **options)
+
+
+def say(line: str) -> None:
+    """A line on the screen, above the bar if there is one."""
+    Bar.write(printable(line))

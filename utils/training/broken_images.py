@@ -4,10 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import NoReturn
 
-from tqdm import tqdm
-
+from utils.progress import say
 from utils.ranks import Ranks
-from utils.scripts import printable
 from utils.training.run_folders import TrainingError
 
 
@@ -21,7 +19,7 @@ class BrokenImages:
     def note(self, found: Sequence[str]) -> None:
         """Say which images are broken, what is said of each being in `found`."""
         for message in set(found) - self._found:
-            tqdm.write(printable(f"left out: {message}"))
+            say(f"left out: {message}")
         self._found.update(found)
 
     @property
