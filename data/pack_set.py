@@ -29,6 +29,7 @@ from data.detect import Detection
 from data.face_sets import FaceSet, FaceSetError
 from data.fitting import Fit, check_detector, fit_images
 from data.identity_choice import Identity, choose_identities
+from data.images import ImageError
 from data.resumable_set import ResumableSet, made_from
 from data.set_sources import open_source
 from utils.files import require_free
@@ -75,9 +76,13 @@ def pack(
     interrupted is another set. Images that `fit` leaves out, and identities without another image, are named in
     `left_out.csv`; FaceSetError when nothing is left.
     """
+    made = made_from(faces, identities, fit)
+    refusing = {**made, "bad_images": "refuse"}  # the same set, up to the first bad image, which ends it
     try:
-        with resumable_folder(output, made_from(faces, identities, fit), restart) as folder:
+        with resumable_folder(output, made, restart, or_from=refusing) as folder:
             return _pack(ResumableSet(folder, faces, identities), faces, fit, workers)
+    except ImageError as error:
+        raise ImageError(f"{error}; --bad-images skip goes on without such images, and lists them") from None
     except JournalError as error:
         raise JournalError(
             f"{error}: go on with the settings and images of that run, or discard what it packed with --restart"
