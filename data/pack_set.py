@@ -15,6 +15,8 @@ too, leaves `.NAME.partial` beside it, and the same command goes on from there; 
 """
 
 import sys
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -63,6 +65,25 @@ def select(faces: FaceSet, pick: PackConfig) -> list[Identity]:
         shuffled = [identities[i] for i in rng.permutation(len(identities))]
         identities = [Identity(name, rng.permutation(images)) for name, images in shuffled]
     return identities[: pick.limit or None]
+
+
+def warn_of_like_names(identities: Sequence[Identity]) -> None:
+    """Warn of names that differ in case or in Unicode's form alone: most likely one person, spelled in two ways."""
+    first: dict[str, str] = {}
+    alike = [
+        (earlier, identity.name)
+        for identity in identities
+        if (earlier := first.setdefault(unicodedata.normalize("NFC", identity.name).casefold(), identity.name))
+        != identity.name
+    ]
+    if alike:
+        named = ", ".join(f"{earlier} and {name}" for earlier, name in alike[:3])
+        more = f" and {len(alike) - 3:,} more" if len(alike) > 3 else ""
+        warnings.warn(
+            f"{named}{more} are names that differ in case or in the form of their letters alone: they are packed as "
+            "two people each",
+            stacklevel=2,
+        )
 
 
 def pack(
@@ -135,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_free(pick.output)
         faces = open_source(pick.source, pick.image_root or None, detected=bool(pick.detector))
         identities = select(faces, pick)
+        warn_of_like_names(identities)
         threshold, size = pick.detector_threshold, pick.detector_size
         detection = Detection(Path(pick.detector), threshold, size, pick.face) if pick.detector else None
         fit = Fit(pick.image_size, pick.other_sizes, pick.quality, detection, pick.bad_images)
