@@ -123,7 +123,10 @@ def _lfw_pair(number: int, fields: Sequence[str], path: Path, images: Path) -> P
 
 def _number(text: str, path: Path, line: int) -> int:
     if not _is_count(text):
-        raise PairsError(f"{path}, line {line}: {text!r} is no number of an image")
+        raise PairsError(
+            f"{path}, line {line}: {text!r} is no number of an image, as in 'name i j' or 'name1 i name2 j': "
+            f"paths go into a CSV with the header {','.join(COLUMNS)}"
+        )
     return int(text)
 
 
