@@ -28,6 +28,7 @@ from data.detect import Detection
 from data.face_sets import IMAGE_ENDINGS
 from data.fitting import Fit, LeftOut, check_detector, fit_images
 from data.pair_drawing import COLUMNS, draw_pairs
+from data.set_sources import csv_separator
 from data.verification_bin import write_bin
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -84,8 +85,9 @@ def read_pairs(path: Path | str, images: Path | str) -> list[Pair]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = list(file)
     first = next((line for line in lines if line.strip()), "")
-    if "," in first and "\t" not in first:
-        pairs = list(_csv_pairs(lines, path, images))
+    separator = csv_separator(first, COLUMNS[0]) or ("," if "," in first and "\t" not in first else "")
+    if separator:
+        pairs = list(_csv_pairs(lines, path, images, separator))
     else:
         pairs = _lfw_pairs(lines, path, images)
     if not pairs:
@@ -146,8 +148,8 @@ def _image_file(images: Path, name: str, number: int) -> Path:
 _FLAGS: dict[str, bool] = {"1": True, "true": True, "0": False, "false": False}
 
 
-def _csv_pairs(lines: Sequence[str], path: Path, images: Path) -> Iterator[Pair]:
-    rows = csv.reader(lines, strict=True)
+def _csv_pairs(lines: Sequence[str], path: Path, images: Path, separator: str) -> Iterator[Pair]:
+    rows = csv.reader(lines, strict=True, delimiter=separator)
     try:
         header = [name.strip().lower() for name in next(rows)]
         if header != list(COLUMNS):

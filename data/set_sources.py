@@ -6,8 +6,8 @@ A list is a text file, told apart by what is in it:
   (insightface's `face_preprocess.parse_lst_line`); the box is not used, nor are the landmarks of an aligned face (1);
   one that is not aligned (0) needs them, unless faces are going to be found;
 - im2rec's `.lst`: `index  label  path`, tab-separated (mxnet's `tools/im2rec.py`);
-- CSV with a header: `path` and `label` (or `name`), for landmarks also `x1,y1,x2,y2,x3,y3,x4,y4,x5,y5`; a label `7.0`
-  is 7, as pandas writes whole numbers of a column with gaps.
+- CSV with a header, separated by commas, semicolons or tabs: `path` and `label` (or `name`), for landmarks also
+  `x1,y1,x2,y2,x3,y3,x4,y4,x5,y5`; a label `7.0` is 7, as pandas writes whole numbers of a column with gaps.
 
 Paths are relative to a folder that the caller names.
 """
@@ -153,13 +153,23 @@ def stamp(path: Path) -> str:
 def _read_lines(file: TextIO, path: Path) -> Iterator[ListLine]:
     first = next((line for line in file if line.strip()), "")
     file.seek(0)
-    if "\t" in first:
+    separator = csv_separator(first, "path")
+    if not separator and "\t" in first:
         parse = _parse_face2rec if _is_face2rec(first, path) else _parse_im2rec
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield parse(number, line.rstrip("\r\n").split("\t"), path)
     else:
-        yield from _read_csv(file, path)
+        yield from _read_csv(file, path, separator or ",")
+
+
+def csv_separator(header: str, column: str) -> str:
+    """What stands between the columns of `header`, of which one is called `column`: a comma, a semicolon, as Excel
+    writes in half of the world, or a tab; nothing where there is no such column."""
+    for separator in ",;\t":
+        if column in [name.strip().strip('"').lower() for name in header.split(separator)]:
+            return separator
+    return ""
 
 
 def _is_face2rec(first: str, path: Path) -> bool:
@@ -195,8 +205,8 @@ def _parse_im2rec(number: int, fields: list[str], path: Path) -> ListLine:
     return ListLine(number, _path(fields[2], where), _label(fields[1], where))
 
 
-def _read_csv(file: TextIO, path: Path) -> Iterator[ListLine]:
-    rows = csv.reader(file)
+def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
+    rows = csv.reader(file, delimiter=separator)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         columns = _csv_columns(header, path)

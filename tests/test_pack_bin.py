@@ -50,8 +50,8 @@ def written(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize(
     "text",
-    [LFW, LFW.removeprefix("2\t1\n"), LFW.replace("2\t1\n", "2\n", 1).replace("\n", "\r\n"), CSV, "\ufeff" + CSV],
-    ids=["LFW", "without header", "one fold, CRLF", "CSV", "CSV with byte order mark"],
+    [LFW, LFW.removeprefix("2\t1\n"), LFW.replace("2\t1\n", "2\n", 1).replace("\n", "\r\n"), CSV, "\ufeff" + CSV, CSV.replace(",", ";")],
+    ids=["LFW", "without header", "one fold, CRLF", "CSV", "CSV with byte order mark", "semicolons"],
 )
 def test_every_list_gives_the_same_set(tmp_path: Path, images: Path, text: str) -> None:
     """Images, order and flags are those of the list, with and without a header, in either format."""
