@@ -262,8 +262,10 @@ class FolderFaceSet:
         for _, path, reason in self.not_taken:
             by_reason.setdefault(reason, []).append(str(path.relative_to(self.path)))
         kinds = [
-            ", ".join(paths[:_NAMED]) + (f" and {more:,} more" if (more := len(paths) - _NAMED) > 0 else "") + f" ({why})"
-            for why, paths in by_reason.items()
+            ", ".join(paths[:_NAMED])
+            + (f" and {len(paths) - _NAMED:,} more" if paths[_NAMED:] else "")
+            + f" ({reason})"
+            for reason, paths in by_reason.items()
         ]
         return introduction + "; ".join(kinds) if kinds else ""
 

@@ -113,7 +113,7 @@ class ListedFaceSet:
         try:
             return self.file(i).read_bytes()
         except OSError as error:
-            relative = self._default_root and not os.path.isabs(self.relative_file(i))
+            relative = self._default_root and not Path(self.relative_file(i)).is_absolute()
             advice = ": paths are relative to the list's folder, or to --image-root" if relative else ""
             raise FaceSetError(f"{self.describe(i)}: {error.strerror or error}{advice}") from None
 

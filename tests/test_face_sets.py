@@ -416,8 +416,8 @@ def test_folder_set(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_bytes(name.encode())
     told = (
-        r"not taken are stray\.jpg \(in no folder\); Ada/2\.tif, Ada/3\.tif, Ada/4\.tif and 2 more \(not named \.bmp, .*"
-        r"\.webp\); Cleo, Dora \(a folder without images\); Dora/2019 \(a folder within that of an identity\)$"
+        r"not taken are stray\.jpg \(in no folder\); Ada/2\.tif, Ada/3\.tif, Ada/4\.tif and 2 more \(not named \.bmp, "
+        r".*\.webp\); Cleo, Dora \(a folder without images\); Dora/2019 \(a folder within that of an identity\)$"
     )
     with pytest.warns(UserWarning, match=told):
         faces = open_face_set(tmp_path)
@@ -442,7 +442,9 @@ def test_folder_set_that_lies_deeper(tmp_path: Path) -> None:
     """A tree with one level more is refused, and the message shows the level."""
     (tmp_path / "train" / "Ada").mkdir(parents=True)
     (tmp_path / "train" / "Ada" / "1.jpg").write_bytes(b"x")
-    with pytest.raises(FaceSetError, match=r"no folders of images .*: train/Ada \(a folder within .*/train, name that$"):
+    with pytest.raises(
+        FaceSetError, match=r"no folders of images .*: train/Ada \(a folder within .*/train, name that$"
+    ):
         open_face_set(tmp_path)
 
 

@@ -144,7 +144,9 @@ def test_a_set_of_one_identity_is_refused_at_once(tiny_set: Path, tmp_path: Path
     """A folder of images beside their list looks like one person: it is named, and what a set has to look like."""
     (tmp_path / "mine" / "images").mkdir(parents=True)
     (tmp_path / "mine" / "images" / "1.png").write_bytes(tiny_face(0, 0))
-    message = r"data\.root: .*mine: all of its 1 images are of one identity, images: a set has a folder, or a label, for"
+    message = (
+        r"data\.root: .*mine: all of its 1 images are of one identity, images: a set has a folder, or a label, for"
+    )
     with pytest.raises(FaceSetError, match=message):
         train(configure(tiny_set, tmp_path / "runs", data__root=(str(tmp_path / "mine"),)))
     assert not (tmp_path / "runs").exists()
