@@ -358,6 +358,8 @@ def test_bad_images_of_a_list(tmp_path: Path, folder: Path, workers: int, monkey
     (folder / "carl" / "3.png").unlink()
     with pytest.raises(FaceSetError, match=r"faces\.lst, line 8: .*carl/3\.png: No such file.*--image-root$"):
         pack_all(source, tmp_path / "set", workers=workers)
+    with pytest.raises(FaceSetError, match=r"carl/3\.png: No such file or directory$"):
+        pack(faces := open_source(source, folder), select(faces, PackConfig()), tmp_path / "set", FIT, workers)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces"]
 
 
