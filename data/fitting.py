@@ -128,6 +128,7 @@ _worker: dict[str, Any] = {}
 
 def _open(images: EncodedImages, fit: Fit) -> None:
     cv2.setNumThreads(0)  # the processes are the parallelism
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # its warnings name no file; errors here do
     _worker.update(images=images, fit=fit, detector=None)
 
 

@@ -364,6 +364,16 @@ def test_bad_images_of_a_list(tmp_path: Path, folder: Path, workers: int, monkey
 
 
 @pytest.mark.parametrize("workers", [0, 2])
+def test_a_cut_png_is_told_once(tmp_path: Path, folder: Path, workers: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """With its file, by this program; OpenCV's own warning names none, and would break the progress bar."""
+    face = encode_png(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+    (folder / "carl" / "3.png").write_bytes(face[: len(face) // 2])
+    pack_all(folder, tmp_path / "set", fit=Fit(SIZE, "refuse", 95, bad_images="skip"), workers=workers)
+    assert "carl/3.png" in (tmp_path / "set" / "left_out.csv").read_text()
+    assert "incomplete" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_of_another_size_is_named(tmp_path: Path, folder: Path, workers: int) -> None:
     """The first one stops the run with its size and the ways out, also when a worker process found it: an error that
     cannot be sent from there looked like a lack of memory."""
