@@ -24,9 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, Config
-from data.detect import Detection
 from data.face_sets import IMAGE_ENDINGS
-from data.fitting import Fit, LeftOut, check_detector, fit_images
+from data.fitting import Fit, LeftOut, check_detector, chosen_detection, fit_images
 from data.pair_drawing import COLUMNS, draw_pairs
 from data.set_sources import csv_separator
 from data.verification_bin import write_bin
@@ -213,8 +212,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise PairsError(f"--{name} is missing: list of pairs, folder of images and .bin to write are needed")
         if Path(chosen.output).suffix != ".bin":
             raise PairsError(f"--output {chosen.output}: verification sets are found by the ending .bin")
-        threshold, size = chosen.detector_threshold, chosen.detector_size
-        detection = Detection(Path(chosen.detector), threshold, size, chosen.face) if chosen.detector else None
+        detection = chosen_detection(chosen)
         fit = Fit(chosen.image_size, chosen.other_sizes, chosen.quality, detection)
         check_detector(fit)
         workers = worker_count(config.common.workers)

@@ -27,9 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, Config, PackConfig
-from data.detect import Detection
 from data.face_sets import FaceSet, FaceSetError
-from data.fitting import Fit, check_detector, fit_images
+from data.fitting import Fit, check_detector, chosen_detection, fit_images
 from data.identity_choice import Identity, choose_identities
 from data.images import ImageError
 from data.resumable_set import ResumableSet, made_from
@@ -157,8 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         faces = open_source(pick.source, pick.image_root or None, detected=bool(pick.detector))
         identities = select(faces, pick)
         warn_of_like_names(identities)
-        threshold, size = pick.detector_threshold, pick.detector_size
-        detection = Detection(Path(pick.detector), threshold, size, pick.face) if pick.detector else None
+        detection = chosen_detection(pick)
         fit = Fit(pick.image_size, pick.other_sizes, pick.quality, detection, pick.bad_images)
         check_detector(fit)
         workers = worker_count(config.common.workers)

@@ -469,6 +469,8 @@ def test_the_default_network_exists() -> None:
         ("merge.on_match", "merge"),
         ("pack.detector_threshold", 0.0),
         ("pack.detector_size", 100),
+        ("pack.smallest_face", -1),
+        ("pack_bin.smallest_face", -1),
         ("pack.face", "leftmost"),
         ("pack_bin.detector_threshold", 1.1),
         ("pack_bin.detector_size", 0),
