@@ -552,12 +552,14 @@ class PackConfig:
     detector_threshold: float = 0.5
     # Height and width that photos are scaled to for a detector that takes any, pixels. 640 as published.
     detector_size: int = 640
+    # Faces that are narrower or lower, in pixels of the photo, are not seen: enlarged, they are blurs. 0: all are.
+    smallest_face: int = 0
     # Which of several faces in a photo: the largest, or the one nearest to the centre.
     face: Literal["largest", "central"] = "largest"
 
     def __post_init__(self) -> None:
         check_types(self, "pack")
-        for name in ("min_images", "limit", "seed"):
+        for name in ("min_images", "limit", "seed", "smallest_face"):
             value = getattr(self, name)
             require(value >= 0, f"pack.{name}", f"must be 0 or more, got {value}")
         require(self.image_size >= 16, "pack.image_size", f"must be 16 or more, got {self.image_size}")
@@ -593,12 +595,14 @@ class PackBinConfig:
     detector_threshold: float = 0.5
     # Height and width that photos are scaled to for a detector that takes any, pixels. 640 as published.
     detector_size: int = 640
+    # Faces that are narrower or lower, in pixels of the photo, are not seen: enlarged, they are blurs. 0: all are.
+    smallest_face: int = 0
     # Which of several faces in a photo: the largest, or the one nearest to the centre.
     face: Literal["largest", "central"] = "largest"
 
     def __post_init__(self) -> None:
         check_types(self, "pack_bin")
-        for name in ("draw", "seed"):
+        for name in ("draw", "seed", "smallest_face"):
             value = getattr(self, name)
             require(value >= 0, f"pack_bin.{name}", f"must be 0 or more, got {value}")
         require(self.image_size >= 16, "pack_bin.image_size", f"must be 16 or more, got {self.image_size}")

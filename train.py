@@ -97,6 +97,11 @@ class Trainer:
                 )
         try:
             self.faces: FaceSet = open_training_set(config.data.root, config.data.min_images)
+            if len(self.faces.identities) == 1:
+                raise FaceSetError(
+                    f"{self.faces.path}: all of its {len(self.faces):,} images are of one identity, "
+                    f"{self.faces.identities[0]}: a set has a folder, or a label, for each person, two or more"
+                )
             if not config.data.resize:
                 require_size(self.faces, config.data.image_size, config.data.broken_limit)
         except FaceSetError as error:

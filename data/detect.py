@@ -41,21 +41,26 @@ class Face(NamedTuple):
 
 @dataclass(frozen=True)
 class Detection:
-    """How faces are found: the SCRFD file, the lowest score, the input size of a net that takes any, which face."""
+    """How faces are found: the SCRFD file, the lowest score, the input size of a net that takes any, which face.
+
+    `smallest`: how many pixels of the photo a face is wide and high at least.
+    """
 
     path: Path
     threshold: float
     size: int
     face: FaceChoice
+    smallest: int = 0
 
 
 class FaceDetector:
     """An SCRFD net, run by onnxruntime on one thread of the CPU; many processes can have one each.
 
-    `size`: height and width of the input, pixels, where the file leaves them open. Raises DetectorError.
+    `size`: height and width of the input, pixels, where the file leaves them open. `smallest`: of the faces that are
+    seen, pixels of the photo. Raises DetectorError.
     """
 
-    def __init__(self, path: Path, threshold: float = 0.5, size: int = 640) -> None:
+    def __init__(self, path: Path, threshold: float = 0.5, size: int = 640, smallest: int = 0) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -69,7 +74,7 @@ class FaceDetector:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own exception types have no common base
             raise DetectorError(f"onnxruntime cannot run {path}: {error}") from None
-        self._path, self._threshold = path, threshold
+        self._path, self._threshold, self._smallest = path, threshold, smallest
         inputs, outputs = self._session.get_inputs(), len(self._session.get_outputs())
         if outputs in WITHOUT_LANDMARKS:
             raise DetectorError(
@@ -91,7 +96,10 @@ class FaceDetector:
         self._height, self._width = (extent if isinstance(extent, int) else size for extent in shape[2:])
 
     def detect(self, image: np.ndarray) -> list[Face]:
-        """The faces of `image` (uint8 [height, width, 3], RGB) with the threshold's score or more, best first."""
+        """The faces of `image` (uint8 [height, width, 3], RGB) with the threshold's score or more, best first.
+
+        Those that are too small are left out.
+        """
         pixels, scale = scale_into(image, self._height, self._width)
         levels = len(self._strides)
         outputs = self._run(pixels)
@@ -110,6 +118,7 @@ class FaceDetector:
         return [
             Face(boxes[i].astype(np.float32), float(scores[i]), landmarks[i].astype(np.float32))
             for i in without_overlaps(boxes, scores)
+            if min(boxes[i, 2:] - boxes[i, :2]) >= self._smallest
         ]
 
     def _run(self, pixels: np.ndarray) -> Sequence[np.ndarray]:
@@ -130,6 +139,11 @@ class FaceDetector:
                 f"expected {[count, width]}: it is no SCRFD, or not for this size (--detector-size)"
             )
         return output.reshape(count, width).astype(np.float64)
+
+
+def open_detector(detection: Detection) -> FaceDetector:
+    """The detector that finds faces as `detection` says. Raises DetectorError."""
+    return FaceDetector(detection.path, detection.threshold, detection.size, detection.smallest)
 
 
 def scale_into(image: np.ndarray, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

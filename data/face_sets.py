@@ -36,7 +36,10 @@ from utils.progress import progress_bar
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 _HEADERS_AT_ONCE = 1 << 16
-_NAMED = 5  # of what is not taken, in a message
+# What Windows puts beside images, as other systems do under names that begin with a dot.
+_HIDDEN = ("thumbs.db", "desktop.ini")
+_NAMED = 3  # of what is not taken for one reason, in a message
+_DEEPER = "a folder within that of an identity"
 
 
 class FaceSetError(ValueError):
@@ -220,7 +223,7 @@ class FolderFaceSet:
         counts = []
         folders = self._folders()
         for folder in (folders[position] for position in identity_order([entry.name for entry in folders])):
-            entries = sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")
+            entries = sorted(entry for entry in folder.iterdir() if not _is_hidden(entry))
             images = [entry for entry in entries if _is_image(entry)]
             self.not_taken += [
                 NotTaken(folder.name, entry, _no_image(entry)) for entry in entries if not _is_image(entry)
@@ -232,7 +235,11 @@ class FolderFaceSet:
             else:
                 self.not_taken.append(NotTaken(folder.name, folder, "a folder without images"))
         if not counts:
-            raise FaceSetError(f"{self.path} has no folders of images (one folder per identity){self._others(': ')}")
+            deeper = next((path.parent for _, path, reason in self.not_taken if reason == _DEEPER), None)
+            raise FaceSetError(
+                f"{self.path} has no folders of images (one folder per identity){self._others(': ')}"
+                + (f": if the identities are the folders in {deeper}, name that" if deeper else "")
+            )
         if self.not_taken:
             warnings.warn(self._others(f"{self.path}: not taken are "), stacklevel=3)
         self.labels = np.repeat(np.arange(len(counts)), counts)
@@ -240,21 +247,28 @@ class FolderFaceSet:
     def _folders(self) -> list[Path]:
         folders = []
         for entry in self.path.iterdir():
-            if entry.name[0] == ".":
+            if _is_hidden(entry):
                 continue
             if entry.is_dir():
                 folders.append(entry)
             elif not entry.exists():
                 raise FaceSetError(f"{entry} is a link to {entry.readlink()}, which is not there: mend or remove it")
             elif _is_image(entry):
-                self.not_taken.append(NotTaken("", entry, "it lies in no folder"))
+                self.not_taken.append(NotTaken("", entry, "in no folder"))
         return folders
 
     def _others(self, introduction: str) -> str:
-        """The first ones that are not taken, for messages."""
-        named = [f"{path.relative_to(self.path)} ({reason})" for _, path, reason in self.not_taken[:_NAMED]]
-        more = len(self.not_taken) - len(named)
-        return introduction + ", ".join(named) + (f" and {more:,} more" if more else "") if named else ""
+        """The first ones of each kind that are not taken, for messages."""
+        by_reason: dict[str, list[str]] = {}
+        for _, path, reason in self.not_taken:
+            by_reason.setdefault(reason, []).append(str(path.relative_to(self.path)))
+        kinds = [
+            ", ".join(paths[:_NAMED])
+            + (f" and {len(paths) - _NAMED:,} more" if paths[_NAMED:] else "")
+            + f" ({reason})"
+            for reason, paths in by_reason.items()
+        ]
+        return introduction + "; ".join(kinds) if kinds else ""
 
     def __len__(self) -> int:
         return len(self._files)
@@ -280,13 +294,17 @@ class FolderFaceSet:
 
 def _no_image(entry: Path) -> str:
     if entry.is_dir():
-        return "a folder within that of an identity"
-    return f"its name does not end in {', '.join(sorted(IMAGE_ENDINGS))}"
+        return _DEEPER
+    return f"not named {', '.join(sorted(IMAGE_ENDINGS))}"
+
+
+def _is_hidden(entry: Path) -> bool:
+    # macOS leaves a `._face.jpg` beside each face that it copies.
+    return entry.name[0] == "." or entry.name.lower() in _HIDDEN
 
 
 def _is_image(file: Path) -> bool:
-    # Hidden ones are no faces: macOS leaves a `._face.jpg` beside each face that it copies.
-    return file.suffix.lower() in IMAGE_ENDINGS and file.name[0] != "."
+    return file.suffix.lower() in IMAGE_ENDINGS and not _is_hidden(file)
 
 
 def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
@@ -356,7 +374,10 @@ def open_face_set(path: Path | str) -> FaceSet:
         raise FaceSetError(f"{path} does not exist")
     if path.is_file():
         if path.suffix != ".rec":
-            raise FaceSetError(f"{path} is no face set: expected a .rec file or a folder")
+            raise FaceSetError(
+                f"{path} is no face set: expected a .rec file or a folder, which "
+                "data/pack_set.py makes of a list or CSV"
+            )
         return RecFaceSet(path)
     rec_path = find_rec(path)
     return RecFaceSet(rec_path) if rec_path else FolderFaceSet(path)

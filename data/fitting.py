@@ -5,13 +5,15 @@ An image that fits already keeps its bytes.
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import cv2
 import numpy as np
 
+from config import PackBinConfig, PackConfig
 from data.align import align
-from data.detect import Detection, FaceChoice, FaceDetector, choose_face
+from data.detect import Detection, FaceChoice, FaceDetector, choose_face, open_detector
 from data.face_sets import EncodedImages
 from data.images import ImageError, decode_rgb, encode_jpeg
 from data.set_sources import ListedFaceSet
@@ -128,6 +130,7 @@ _worker: dict[str, Any] = {}
 
 def _open(images: EncodedImages, fit: Fit) -> None:
     cv2.setNumThreads(0)  # the processes are the parallelism
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # its warnings name no file; errors here do
     _worker.update(images=images, fit=fit, detector=None)
 
 
@@ -153,14 +156,22 @@ def _fit_block(block: np.ndarray) -> list[Fitted | LeftOut]:
     return fitted
 
 
+def chosen_detection(chosen: PackConfig | PackBinConfig) -> Detection | None:
+    """How faces are found, by the settings of a packer; None without a detector."""
+    if not chosen.detector:
+        return None
+    path, threshold, size = Path(chosen.detector), chosen.detector_threshold, chosen.detector_size
+    return Detection(path, threshold, size, chosen.face, chosen.smallest_face)
+
+
 def check_detector(fit: Fit) -> None:
     """Raise DetectorError for a detector that cannot be run: now, not after hours of images that do not need it."""
     if fit.detection is not None:
-        FaceDetector(fit.detection.path, fit.detection.threshold, fit.detection.size)
+        open_detector(fit.detection)
 
 
 def _detector(detection: Detection) -> FaceDetector:
     """This process's detector. It is opened here, not in `_open`, so that what is wrong with it can be told."""
     if _worker["detector"] is None:
-        _worker["detector"] = FaceDetector(detection.path, detection.threshold, detection.size)
+        _worker["detector"] = open_detector(detection)
     return _worker["detector"]

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, Config
-from data.detect import Detection
 from data.face_sets import IMAGE_ENDINGS
-from data.fitting import Fit, LeftOut, check_detector, fit_images
+from data.fitting import Fit, LeftOut, check_detector, chosen_detection, fit_images
 from data.pair_drawing import COLUMNS, draw_pairs
+from data.set_sources import csv_separator
 from data.verification_bin import write_bin
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -89,8 +89,9 @@ def read_pairs(path: Path | str, images: Path | str) -> list[Pair]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         lines = list(file)
     first = next((line for line in lines if line.strip()), "")
-    if "," in first and "\t" not in first:
-        pairs = list(_csv_pairs(lines, path, images))
+    separator = csv_separator(first, COLUMNS[0]) or ("," if "," in first and "\t" not in first else "")
+    if separator:
+        pairs = list(_csv_pairs(lines, path, images, separator))
     else:
         pairs = _lfw_pairs(lines, path, images)
     if not pairs:
@@ -128,7 +129,10 @@ def _lfw_pair(number: int, fields: Sequence[str], path: Path, images: Path) -> P
 
 def _number(text: str, path: Path, line: int) -> int:
     if not _is_count(text):
-        raise PairsError(f"{path}, line {line}: {text!r} is no number of an image")
+        raise PairsError(
+            f"{path}, line {line}: {text!r} is no number of an image, as in 'name i j' or 'name1 i name2 j': "
+            f"paths go into a CSV with the header {','.join(COLUMNS)}"
+        )
     return int(text)
 
 
@@ -148,8 +152,8 @@ def _image_file(images: Path, name: str, number: int) -> Path:
 _FLAGS: dict[str, bool] = {"1": True, "true": True, "0": False, "false": False}
 
 
-def _csv_pairs(lines: Sequence[str], path: Path, images: Path) -> Iterator[Pair]:
-    rows = csv.reader(lines, strict=True)
+def _csv_pairs(lines: Sequence[str], path: Path, images: Path, separator: str) -> Iterator[Pair]:
+    rows = csv.reader(lines, strict=True, delimiter=separator)
     try:
         header = [name.strip().lower() for name in next(rows)]
         if header != list(COLUMNS):
@@ -213,8 +217,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 raise PairsError(f"--{name} is missing: list of pairs, folder of images and .bin to write are needed")
         if Path(chosen.output).suffix != ".bin":
             raise PairsError(f"--output {chosen.output}: verification sets are found by the ending .bin")
-        threshold, size = chosen.detector_threshold, chosen.detector_size
-        detection = Detection(Path(chosen.detector), threshold, size, chosen.face) if chosen.detector else None
+        detection = chosen_detection(chosen)
         fit = Fit(chosen.image_size, chosen.other_sizes, chosen.quality, detection)
         check_detector(fit)
         workers = worker_count(config.common.workers)

@@ -15,6 +15,8 @@ too, leaves `.NAME.partial` beside it, and the same command goes on from there; 
 """
 
 import sys
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,10 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, Config, PackConfig
-from data.detect import Detection
 from data.face_sets import FaceSet, FaceSetError
-from data.fitting import Fit, check_detector, fit_images
+from data.fitting import Fit, check_detector, chosen_detection, fit_images
 from data.identity_choice import Identity, choose_identities
+from data.images import ImageError
 from data.resumable_set import ResumableSet, made_from
 from data.set_sources import open_source
 from utils.files import require_free
@@ -65,6 +67,25 @@ def select(faces: FaceSet, pick: PackConfig) -> list[Identity]:
     return identities[: pick.limit or None]
 
 
+def warn_of_like_names(identities: Sequence[Identity]) -> None:
+    """Warn of names that differ in case or in Unicode's form alone: most likely one person, spelled in two ways."""
+    first: dict[str, str] = {}
+    alike = [
+        (earlier, identity.name)
+        for identity in identities
+        if (earlier := first.setdefault(unicodedata.normalize("NFC", identity.name).casefold(), identity.name))
+        != identity.name
+    ]
+    if alike:
+        named = ", ".join(f"{earlier} and {name}" for earlier, name in alike[:3])
+        more = f" and {len(alike) - 3:,} more" if len(alike) > 3 else ""
+        warnings.warn(
+            f"{named}{more} are names that differ in case or in the form of their letters alone: they are packed as "
+            "two people each",
+            stacklevel=2,
+        )
+
+
 def pack(
     faces: FaceSet, identities: Sequence[Identity], output: Path, fit: Fit, workers: int, restart: bool = False
 ) -> Packed:
@@ -76,9 +97,13 @@ def pack(
     interrupted is another set. Images that `fit` leaves out, and identities without another image, are named in
     `left_out.csv`; FaceSetError when nothing is left.
     """
+    made = made_from(faces, identities, fit)
+    refusing = {**made, "bad_images": "refuse"}  # the same set, up to the first bad image, which ends it
     try:
-        with resumable_folder(output, made_from(faces, identities, fit), restart) as folder:
+        with resumable_folder(output, made, restart, or_from=refusing) as folder:
             return _pack(ResumableSet(folder, faces, identities), faces, fit, workers)
+    except ImageError as error:
+        raise ImageError(f"{error}; --bad-images skip goes on without such images, and lists them") from None
     except JournalError as error:
         raise JournalError(
             f"{error}: go on with the settings and images of that run, or discard what it packed with --restart"
@@ -131,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_free(pick.output)
         faces = open_source(pick.source, pick.image_root or None, detected=bool(pick.detector))
         identities = select(faces, pick)
-        threshold, size = pick.detector_threshold, pick.detector_size
-        detection = Detection(Path(pick.detector), threshold, size, pick.face) if pick.detector else None
+        warn_of_like_names(identities)
+        detection = chosen_detection(pick)
         fit = Fit(pick.image_size, pick.other_sizes, pick.quality, detection, pick.bad_images)
         check_detector(fit)
         workers = worker_count(config.common.workers)

@@ -6,7 +6,8 @@ A list is a text file, told apart by what is in it:
   (insightface's `face_preprocess.parse_lst_line`); the box is not used, nor are the landmarks of an aligned face (1);
   one that is not aligned (0) needs them, unless faces are going to be found;
 - im2rec's `.lst`: `index  label  path`, tab-separated (mxnet's `tools/im2rec.py`);
-- CSV with a header: `path` and `label` (or `name`), for landmarks also `x1,y1,x2,y2,x3,y3,x4,y4,x5,y5`.
+- CSV with a header, separated by commas, semicolons or tabs: `path` and `label` (or `name`), for landmarks also
+  `x1,y1,x2,y2,x3,y3,x4,y4,x5,y5`; a label `7.0` is 7, as pandas writes whole numbers of a column with gaps.
 
 Paths are relative to a folder that the caller names.
 """
@@ -51,6 +52,7 @@ class ListedFaceSet:
         self.path = Path(path)
         #: What the paths of the list are relative to.
         self.image_root = self.path.parent if image_root is None else Path(image_root)
+        self._default_root = image_root is None
         # Lists have millions of lines, and every worker gets a copy: no object a line.
         codes, lines, ends, landmarks = array("q"), array("q"), array("q", [0]), array("f")
         names: dict[str, int] = {}
@@ -111,7 +113,9 @@ class ListedFaceSet:
         try:
             return self.file(i).read_bytes()
         except OSError as error:
-            raise FaceSetError(f"{self.describe(i)}: {error.strerror or error}") from None
+            relative = self._default_root and not Path(self.relative_file(i)).is_absolute()
+            advice = ": paths are relative to the list's folder, or to --image-root" if relative else ""
+            raise FaceSetError(f"{self.describe(i)}: {error.strerror or error}{advice}") from None
 
     def describe(self, i: int) -> str:
         return f"{self.path}, line {self.lines[i]}: {self.file(i)}"
@@ -149,13 +153,23 @@ def stamp(path: Path) -> str:
 def _read_lines(file: TextIO, path: Path) -> Iterator[ListLine]:
     first = next((line for line in file if line.strip()), "")
     file.seek(0)
-    if "\t" in first:
+    separator = csv_separator(first, "path")
+    if not separator and "\t" in first:
         parse = _parse_face2rec if _is_face2rec(first, path) else _parse_im2rec
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield parse(number, line.rstrip("\r\n").split("\t"), path)
     else:
-        yield from _read_csv(file, path)
+        yield from _read_csv(file, path, separator or ",")
+
+
+def csv_separator(header: str, column: str) -> str:
+    """What stands between the columns of `header`, of which one is called `column`: a comma, a semicolon, as Excel
+    writes in half of the world, or a tab; nothing where there is no such column."""
+    for separator in ",;\t":
+        if column in [name.strip().strip('"').lower() for name in header.split(separator)]:
+            return separator
+    return ""
 
 
 def _is_face2rec(first: str, path: Path) -> bool:
@@ -191,8 +205,8 @@ def _parse_im2rec(number: int, fields: list[str], path: Path) -> ListLine:
     return ListLine(number, _path(fields[2], where), _label(fields[1], where))
 
 
-def _read_csv(file: TextIO, path: Path) -> Iterator[ListLine]:
-    rows = csv.reader(file)
+def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
+    rows = csv.reader(file, delimiter=separator)
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         columns = _csv_columns(header, path)
@@ -209,7 +223,7 @@ def _read_csv(file: TextIO, path: Path) -> Iterator[ListLine]:
             yield ListLine(
                 rows.line_num,
                 _path(image, where),
-                identity.strip(),
+                _whole(identity.strip()),
                 _numbers(landmarks, where) if given else (),
             )
     except csv.Error as error:
@@ -218,7 +232,7 @@ def _read_csv(file: TextIO, path: Path) -> Iterator[ListLine]:
 
 def _csv_columns(header: list[str], path: Path) -> list[int]:
     """Positions of path, label and, where the header has them, the ten landmarks."""
-    label = "label" if "label" in header else "name"
+    label = "name" if "name" in header and "label" not in header else "label"
     wanted = ["path", label, *(LANDMARK_COLUMNS if set(LANDMARK_COLUMNS) & set(header) else [])]
     missing = [name for name in wanted if name not in header]
     if missing:
@@ -242,6 +256,12 @@ def _label(text: str, where: str) -> str:
     if not (0 <= value <= LARGEST_LABEL and value.is_integer()):
         raise FaceSetError(f"{where}: label {text!r} is no identity number: expected a whole number from 0")
     return str(int(value))
+
+
+def _whole(label: str) -> str:
+    """The label of a CSV, `7` for `7.0`."""
+    number, point, zeros = label.partition(".")
+    return number if point and number.isascii() and number.isdigit() and not zeros.strip("0") else label
 
 
 def _numbers(texts: Iterable[str], where: str) -> list[float]:

@@ -204,7 +204,9 @@ def open_records(path: Path) -> tuple[Records, list[str]]:
         faces = FolderFaceSet(path)
         return FolderRecords([faces.describe(i) for i in range(len(faces))], faces.labels, faces.identities), []
     if rec_path.suffix != ".rec":
-        raise FaceSetError(f"{path} is no face set: expected a .rec file or a folder")
+        raise FaceSetError(
+            f"{path} is no face set: expected a .rec file or a folder, which data/pack_set.py makes of a list or CSV"
+        )
     return _open_rec(rec_path)
 
 

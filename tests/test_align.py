@@ -68,6 +68,36 @@ def test_landmarks_at_the_template_change_nothing() -> None:
     assert np.array_equal(twice[:222:2, :222:2], image[:111, :111])
 
 
+def test_large_faces_are_averaged() -> None:
+    """Of a face as large photos have it every pixel counts: noise that means nothing leaves no trace."""
+    face = np.random.default_rng(0).integers(60, 196, (112, 112, 3), np.uint8)
+    noise = np.tile([50, -50, -50, 50, 50, -50, -50, 50], 112)[:, None]
+    photo = (face.repeat(8, axis=0).repeat(8, axis=1) + noise).astype(np.uint8)
+    points = (TEMPLATE + 0.5) * 8 - 0.5
+    assert np.array_equal(align(photo, points), face)
+    published = align(photo, points, shrink=False).astype(int)
+    assert np.abs(published - face).mean() > 10, "which looks at four pixels of 64"
+
+
+@pytest.mark.parametrize(("height", "width"), [(2003, 897), (901, 2311)])
+def test_large_photos_of_any_size_keep_the_place_of_the_face(height: int, width: int) -> None:
+    """Sides that are no multiple of what they are divided by move nothing: smooth photos come out the same."""
+    y, x = np.indices((height, width))
+    photo = np.stack([x * 255 / width, y * 255 / height, (x + y) * 255 / (width + height)], axis=-1).astype(np.uint8)
+    points = (TEMPLATE + 0.5) * 7.6 - 0.5
+    difference = align(photo, points).astype(int) - align(photo, points, shrink=False)
+    assert np.abs(difference[:-2, :-2]).max() <= 1
+    assert np.abs(difference.mean(axis=(0, 1))).max() < 0.6, "the rounding of the photo's means"
+
+
+def test_faces_less_than_twice_as_large_are_as_published() -> None:
+    """Their pixels stay those that networks were trained on."""
+    photo = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
+    points = TEMPLATE * 1.99
+    assert np.array_equal(align(photo, points), align(photo, points, shrink=False))
+    assert not np.array_equal(align(photo, points * 1.01), align(photo, points * 1.01, shrink=False))
+
+
 def test_outside_of_the_photo_is_black() -> None:
     """A face at the photo's edge is filled up with black, as in published sets."""
     face = align(np.full((112, 112, 3), 200, np.uint8), TEMPLATE - [40, 0])

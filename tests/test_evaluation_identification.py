@@ -263,6 +263,12 @@ def test_ijb_layout_is_read(small_ijb: tuple[Path, NDArray[np.float64]], monkeyp
     for face, i in zip(decoded, (0, 50), strict=True):
         stored = decode_rgb((root / "loose_crop" / f"{i + 1}.jpg").read_bytes(), "")
         np.testing.assert_array_equal(face, align(stored, landmarks[i]))
+    ijb.images.landmarks[0] = TEMPLATE * 3  # a large face is aligned as published, as published numbers are
+    large = decode_rgb(ijb.images.encoded(0), "")
+    first = decode_rgb((root / "loose_crop" / ijb.images.names[0]).read_bytes(), "")
+    np.testing.assert_array_equal(large, align(first, TEMPLATE * 3, shrink=False))
+    assert not np.array_equal(large, align(first, TEMPLATE * 3))
+    ijb.images.landmarks[0] = landmarks[0]
     assert decode_rgb(open_ijb(root, 64).images.encoded(3), "").shape == (64, 64, 3)
     monkeypatch.setattr("data.images_fingerprint.EXACT_BYTES", 0)  # as of large sets
     before = ijb.images.fingerprint()

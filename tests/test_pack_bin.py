@@ -50,8 +50,15 @@ def written(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize(
     "text",
-    [LFW, LFW.removeprefix("2\t1\n"), LFW.replace("2\t1\n", "2\n", 1).replace("\n", "\r\n"), CSV, "\ufeff" + CSV],
-    ids=["LFW", "without header", "one fold, CRLF", "CSV", "CSV with byte order mark"],
+    [
+        LFW,
+        LFW.removeprefix("2\t1\n"),
+        LFW.replace("2\t1\n", "2\n", 1).replace("\n", "\r\n"),
+        CSV,
+        "\ufeff" + CSV,
+        CSV.replace(",", ";"),
+    ],
+    ids=["LFW", "without header", "one fold, CRLF", "CSV", "CSV with byte order mark", "semicolons"],
 )
 def test_every_list_gives_the_same_set(tmp_path: Path, images: Path, text: str) -> None:
     """Images, order and flags are those of the list, with and without a header, in either format."""
@@ -98,6 +105,10 @@ def test_blanks_and_other_endings(tmp_path: Path, images: Path) -> None:
 BAD_LISTS = {
     "columns": ("Bob\t3\t12\nBob\t3\n", "pairs, line 2: 2 columns, expected 'name i j'"),
     "number": ("Bob\t3\t12\n\nBob\t3\tx\n", "pairs, line 3: 'x' is no number of an image"),
+    "paths": (
+        "a/1.jpg b/2.jpg 0\n",
+        "line 1: 'b/2.jpg' is no number .*: paths go into a CSV with .* path1,path2,same$",
+    ),
     "cut off": (LFW.rpartition("Bob")[0], "pairs: its first line announces 4 pairs, found 3"),
     "nothing": ("", "pairs has no pairs"),
     "only a header": ("path1,path2,same\n", "pairs has no pairs"),

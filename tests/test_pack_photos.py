@@ -206,7 +206,8 @@ def test_one_of_several_faces(tmp_path: Path, choice: str) -> None:
 
 
 def test_flags_of_the_detector(tmp_path: Path, photos: Path) -> None:
-    """--detector-threshold and --detector-size reach the detector: too high a score, and too small an input, miss."""
+    """--detector-threshold, --detector-size and --smallest-face reach the detector: too high a score, too small an
+    input, and too small a face, miss."""
     red_block_detector(tmp_path / "net.onnx")
     start = ["--source", str(photos), "--detector", str(tmp_path / "net.onnx"), "--image-size", str(SIZE)]
     start += ["--workers", "0", "--output", str(tmp_path / "set")]
@@ -215,7 +216,9 @@ def test_flags_of_the_detector(tmp_path: Path, photos: Path) -> None:
     with pytest.raises(SystemExit, match="not one of 6 images can be packed"):
         main([*start, "--detector-size", "32"])
     assert not (tmp_path / "set").exists()
-    main([*start, "--detector-size", "128", "--detector-threshold", "0.99"])
+    with pytest.raises(SystemExit, match="not one of 6 images can be packed"):
+        main([*start, "--detector-size", "128", "--smallest-face", "33"])  # the boxes have 4 x 6 blocks of 8 pixels
+    main([*start, "--detector-size", "128", "--detector-threshold", "0.99", "--smallest-face", "32"])
     assert len(open_face_set(tmp_path / "set")) == len(FACES)
 
 
@@ -291,6 +294,8 @@ def test_verification_set_from_the_command_line(tmp_path: Path, photos: Path) ->
     flags = {"pairs": "pairs", "images": "photos", "detector": "net.onnx", "output": "a.bin"}
     arguments = [text for name, value in flags.items() for text in (f"--{name}", str(tmp_path / value))]
     arguments += ["--image-size", str(SIZE), "--detector-size", "128", "--face", "central", "--workers", "0"]
+    with pytest.raises(SystemExit, match="no face was found in 2 of 2 images"):
+        pack_bin_main([*arguments, "--smallest-face", "33"])
     with pytest.raises(SystemExit, match="no face was found in 2 of 2 images"):
         pack_bin_main([*arguments, "--detector-threshold", "0.999"])
     pack_bin_main([*arguments, "--detector-threshold", "0.99"])

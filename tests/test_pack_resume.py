@@ -194,10 +194,6 @@ def one_more_image(folder: Path) -> tuple[Fit, PackConfig]:
     return Fit(SIZE, "refuse", 90), PackConfig()
 
 
-def other_bad_images(folder: Path) -> tuple[Fit, PackConfig]:
-    return Fit(SIZE, "refuse", 90, bad_images="skip"), PackConfig()
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -209,7 +205,6 @@ def other_bad_images(folder: Path) -> tuple[Fit, PackConfig]:
         ),
         (another_name, "begun with other files: one of the first 10 images was changed"),
         (one_more_image, r"begun with another choice of images \("),
-        (other_bad_images, r"another bad_images \('refuse', now 'skip'\)"),
     ],
 )
 def test_another_set_is_never_mixed_in(
@@ -225,6 +220,28 @@ def test_another_set_is_never_mixed_in(
     pack_all(folder, tmp_path / "whole", fit, pick=pick)
     assert content(interrupted) == content(tmp_path / "whole")
     assert not (tmp_path / ".set.partial").exists()
+
+
+def interrupt(*arguments: object) -> int:
+    raise KeyboardInterrupt
+
+
+def test_bad_images_are_skipped_from_an_interruption_on(
+    tmp_path: Path, folder: Path, saves: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packing that a bad image stopped goes on without such images: nothing is packed twice. Not the other way
+    round, as what was left out would stay so."""
+    spoil(folder)
+    with pytest.raises(ImageError, match=r"01/2\.png has 24x20 .*; --bad-images skip goes on without such images"):
+        pack_all(folder, tmp_path / "set")
+    assert pack_all(folder, tmp_path / "set", SKIP).taken_over == 6
+    pack_all(folder, tmp_path / "whole", SKIP)
+    assert content(tmp_path / "set") == content(tmp_path / "whole")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(resumable_set.ResumableSet, "finish", interrupt)
+        pack_all(folder, tmp_path / "other", SKIP)
+    with pytest.raises(JournalError, match=r"another bad_images \('skip', now 'refuse'\)"):
+        pack_all(folder, tmp_path / "other")
 
 
 def test_a_changed_rec(tmp_path: Path, folder: Path, saves: None) -> None:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from data import fitting
 from data.align import TEMPLATE, align
 from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set, write_face_set
 from data.fitting import Fit, fit_image, fit_images
+from data.identity_choice import Identity
 from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
-from data.pack_set import Packed, main, pack, select, summary
+from data.pack_set import Packed, main, pack, select, summary, warn_of_like_names
 from data.prepare_data import prepare
 from data.recordio import IndexedRecordWriter, pack_image
 from data.set_sources import LANDMARK_COLUMNS, ListedFaceSet, open_source
@@ -79,6 +81,17 @@ def as_csv(folder: Path) -> Path:
     return written(folder / "faces.csv", "\ufeffPath,source,label\n" + "".join(lines))
 
 
+def with_semicolons(folder: Path) -> Path:
+    """As Excel writes a CSV in half of the world."""
+    lines = [f"{name};{path};a, b\n" for name, path in files(folder)]
+    return written(folder / "faces.csv", '"name";"path";"other"\n' + "".join(lines))
+
+
+def with_tabs(folder: Path) -> Path:
+    lines = [f"{path}\t{name}\n" for name, path in files(folder)]
+    return written(folder / "faces.tsv", "path\tlabel\n" + "".join(lines))
+
+
 def as_rec(folder: Path) -> Path:
     """Records in the order of no identity, without record 0, labels with holes."""
     with IndexedRecordWriter(folder / "some.rec") as writer:
@@ -106,7 +119,7 @@ EXPECTED = [(list(PEOPLE).index(name), image) for name, image in CONTENT]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("kind", [as_folders, as_im2rec, as_face2rec, as_csv, as_rec])
+@pytest.mark.parametrize("kind", [as_folders, as_im2rec, as_face2rec, as_csv, with_semicolons, with_tabs, as_rec])
 def test_every_source_gives_the_same_set(
     tmp_path: Path, folder: Path, kind: Callable[[Path], Path], workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +128,7 @@ def test_every_source_gives_the_same_set(
     packed = pack_all(kind(folder), tmp_path / "set", workers=workers)
     assert content(packed) == EXPECTED
     assert (tmp_path / "set" / "property").read_text() == f"3,{SIZE},{SIZE}"
-    names = list(PEOPLE) if kind in (as_folders, as_csv) else [str(NUMBERS[name]) for name in PEOPLE]
+    names = list(PEOPLE) if kind not in (as_im2rec, as_face2rec, as_rec) else [str(NUMBERS[name]) for name in PEOPLE]
     with (tmp_path / "set" / "packed.csv").open(newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
@@ -208,6 +221,29 @@ def test_what_folders_hold_beside_images_is_listed(tmp_path: Path, folder: Path)
     assert rows == [("anna", str(folder / "anna" / "notes.txt")), ("empty", str(folder / "empty"))]
 
 
+def test_labels_that_pandas_wrote(tmp_path: Path, folder: Path) -> None:
+    """`7.0` and `7` are one person, and numbers keep their order; what is no whole number stays a name."""
+    labels = ["10.0", "9", "10", "9.", "1.5", "v2.0", ".0", "7.0.0"]
+    paths = [path for _, path in files(folder)]
+    written(folder / "a.csv", "path,label\n" + "".join(map("{},{}\n".format, paths, labels)))
+    assert set(open_source(folder / "a.csv").identities) == {"10", "9", "1.5", "v2.0", ".0", "7.0.0"}
+    written(folder / "a.csv", "path,label\n" + "".join(map("{},{}\n".format, paths, labels[:4])))
+    assert open_source(folder / "a.csv").identities == ["9", "10"]
+
+
+def test_names_that_look_alike(tmp_path: Path, folder: Path) -> None:
+    """One person under two spellings becomes two classes: not in silence."""
+    names = ["Jos\u00e9", "Jose\u0301", "anna", "Anna", "bert"]
+    paths = [path for _, path in files(folder)]
+    written(folder / "a.csv", "path,label\n" + "".join(map("{},{}\n".format, paths, names)))
+    arguments = ["--image-size", str(SIZE), "--workers", "0", "--output", str(tmp_path / "set")]
+    with pytest.warns(UserWarning, match="^Jose\u0301 and Jos\u00e9, Anna and anna are names that differ in case"):
+        main(["--source", str(folder / "a.csv"), *arguments])
+    assert len(open_face_set(tmp_path / "set").identities) == 5
+    with warnings.catch_warnings(action="error"):
+        warn_of_like_names([Identity(name, np.zeros(0)) for name in ("anna", "bert", "annna")])
+
+
 def test_shuffle(folder: Path) -> None:
     """A seed gives one order of identities and images, another seed another; every image stays with its person."""
     orders = set()
@@ -289,7 +325,7 @@ BAD_LISTS = {
     "unknown kind": ("a\tb\tc\n", "list: its first line .* neither face2rec's .* nor im2rec's"),
     "csv header": (
         "path,who\na.png,0\n",
-        "list: its header 'path,who' lacks name; expected a .rec file, a tab-separated",
+        "list: its header 'path,who' lacks label; expected a .rec file, a tab-separated",
     ),
     "csv landmark columns": ("path,label,x1,y1\na.png,0,1,1\n", "lacks x2, y2"),
     "csv columns": ("path,label\na.png,0\n\nb.png\n", "list, line 4: 1 columns, expected 2"),
@@ -321,9 +357,21 @@ def test_bad_images_of_a_list(tmp_path: Path, folder: Path, workers: int, monkey
     with pytest.raises(ImageError, match=r"faces\.lst, line 8: .*carl/3\.png: its 4 bytes are no image"):
         pack_all(source, tmp_path / "set", workers=workers)
     (folder / "carl" / "3.png").unlink()
-    with pytest.raises(FaceSetError, match=r"faces\.lst, line 8: .*carl/3\.png: No such file"):
+    with pytest.raises(FaceSetError, match=r"faces\.lst, line 8: .*carl/3\.png: No such file.*--image-root$"):
         pack_all(source, tmp_path / "set", workers=workers)
+    with pytest.raises(FaceSetError, match=r"carl/3\.png: No such file or directory$"):
+        pack(faces := open_source(source, folder), select(faces, PackConfig()), tmp_path / "set", FIT, workers)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["faces"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cut_png_is_told_once(tmp_path: Path, folder: Path, workers: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """With its file, by this program; OpenCV's own warning names none, and would break the progress bar."""
+    face = encode_png(np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), np.uint8))
+    (folder / "carl" / "3.png").write_bytes(face[: len(face) // 2])
+    pack_all(folder, tmp_path / "set", fit=Fit(SIZE, "refuse", 95, bad_images="skip"), workers=workers)
+    assert "carl/3.png" in (tmp_path / "set" / "left_out.csv").read_text()
+    assert "incomplete" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from utils import plots
 from utils.plots import (
     draw_bars,
     draw_contact_sheet,
@@ -40,6 +41,19 @@ def histogram(path: Path) -> None:
 
 def curves(path: Path) -> None:
     draw_curves(path, {"loss": (range(100), np.linspace(9, 1, 100)), "once": ([50], [4.0])}, "step", "loss", "title")
+
+
+def test_an_axis_ends_where_values_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An accuracy that stays what it is has no axis up to 105 %."""
+    tops = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: tops.append(figure.axes[0].get_ylim()[1]))
+    curve = {"lfw": ([0, 9], [100.0, 100.0])}
+    draw_curves(tmp_path / "a.png", curve, "step", "accuracy, %", "run", highest=100.0)
+    draw_curves(tmp_path / "a.png", curve, "step", "loss", "run")
+    draw_curves(tmp_path / "a.png", {"lfw": ([0, 9], [90.0, 95.0])}, "step", "accuracy, %", "run", highest=100.0)
+    assert 100 < tops[0] < 100.5
+    assert tops[1] > 102
+    assert tops[2] < 96
 
 
 def contact_sheet(path: Path) -> None:

@@ -216,7 +216,8 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: 
         (["configs/ms1mv3_r50.py"], "(did you mean --preset ms1mv3_r50?)"),
         (["--model", "a.onnx"], "(did you mean --test.model?)"),  # a section, too
         (["./t"], "there is no setting ./t\n"),
-        (["configs/nobody_r50"], "there is no setting configs/nobody_r50\n"),
+        (["configs/nobody_r50"], "no setting configs/nobody_r50 (docs/training.md has a table of what the fields of"),
+        (["my_r50.py"], "no setting my_r50.py (docs/training.md has a table of what the fields of insightface's"),
     ],
 )
 def test_what_was_meant(capsys: pytest.CaptureFixture[str], argv: list[str], meant: str) -> None:
@@ -468,6 +469,8 @@ def test_the_default_network_exists() -> None:
         ("merge.on_match", "merge"),
         ("pack.detector_threshold", 0.0),
         ("pack.detector_size", 100),
+        ("pack.smallest_face", -1),
+        ("pack_bin.smallest_face", -1),
         ("pack.face", "leftmost"),
         ("pack_bin.detector_threshold", 1.1),
         ("pack_bin.detector_size", 0),

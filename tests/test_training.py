@@ -140,6 +140,18 @@ def test_several_sets_and_few_images(tiny_set: Path, tmp_path: Path) -> None:
         open_training_set([tiny_set], 9)
 
 
+def test_a_set_of_one_identity_is_refused_at_once(tiny_set: Path, tmp_path: Path) -> None:
+    """A folder of images beside their list looks like one person: it is named, and what a set has to look like."""
+    (tmp_path / "mine" / "images").mkdir(parents=True)
+    (tmp_path / "mine" / "images" / "1.png").write_bytes(tiny_face(0, 0))
+    message = (
+        r"data\.root: .*mine: all of its 1 images are of one identity, images: a set has a folder, or a label, for"
+    )
+    with pytest.raises(FaceSetError, match=message):
+        train(configure(tiny_set, tmp_path / "runs", data__root=(str(tmp_path / "mine"),)))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_set_of_another_size_is_refused_at_once(tiny_set: Path, tmp_path: Path) -> None:
     """One line that says what to set, before anything is written, not a line for each image; a few images of another
     size are left to `data.broken_limit`, and `data.resize` takes all.

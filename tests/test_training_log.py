@@ -148,9 +148,15 @@ def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatc
 def test_accuracies_are_drawn_in_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As their axis says; losses as they are."""
     drawn: dict[str, Any] = {}
-    monkeypatch.setattr(training_log, "draw_curves", lambda path, curves, *_: drawn.update({path.name: curves}))
+    highest: dict[str, float] = {}
+    monkeypatch.setattr(
+        training_log,
+        "draw_curves",
+        lambda path, curves, *more: (drawn.update({path.name: curves}), highest.update({path.name: more[-1]})),
+    )
     with TrainingLog(tmp_path, 0) as log:
         log.scalars(2, {"train/loss": 0.5, "verify/a": 0.75})
+    assert highest == {"loss.png": np.inf, "accuracy.png": 100}
     found = {file: {name: values.tolist() for name, (_, values) in curves.items()} for file, curves in drawn.items()}
     assert found == {"loss.png": {"loss": [0.5]}, "accuracy.png": {"a": [75.0]}}
 

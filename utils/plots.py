@@ -142,11 +142,17 @@ def draw_score_histogram(
 
 @_with_any_names
 def draw_curves(
-    path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]], xlabel: str, ylabel: str, title: str
+    path: str | Path,
+    curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    highest: float = np.inf,
 ) -> None:
     """Lines over the steps of a training: loss, accuracy, learning rate.
 
     curves: for each name the steps and the values, of equal length. A curve of one point is drawn as a dot.
+    highest: what values can be at most; the axis does not go on beyond.
 
     Raises ValueError if there is no curve.
     """
@@ -160,6 +166,8 @@ def draw_curves(
         axes.plot(steps, values, label=name, color=colour, linewidth=1.8, marker="o" if few else "", markersize=4)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.margins(x=0.02)
+    lower, upper = axes.get_ylim()
+    axes.set_ylim(top=min(upper, highest + 0.02 * (upper - lower)))  # room for the line
     _legend(axes, loc="best")
     _save(figure, path)
 

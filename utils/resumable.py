@@ -62,10 +62,12 @@ class ResumableFolder:
     `state`: what the maker gave to the last `save`, empty when there is nothing to go on with.
     """
 
-    def __init__(self, path: Path, journal: Path, made_from: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, journal: Path, made_from: Mapping[str, Any], or_from: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = path
         self.state: dict[str, Any] = {}
-        self._journal, self._made_from = journal, json.loads(json.dumps(made_from))
+        self._journal, self._made_from, self._or_from = journal, json.loads(json.dumps(made_from)), or_from
         self._sizes: dict[str, int] = {}
         self._files: dict[str, GrowingFile] = {}
         if journal.exists():
@@ -80,7 +82,7 @@ class ResumableFolder:
             _require_journal(made_from, self._sizes, self.state)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise JournalError(f"{self._journal} is damaged ({error!r})") from None
-        if made_from != self._made_from:
+        if made_from not in (self._made_from, json.loads(json.dumps(self._or_from))):
             names = [name for name in {**made_from, **self._made_from} if _differs(name, made_from, self._made_from)]
             raise JournalError(
                 f"{self._journal.parent} was begun with another "
@@ -145,12 +147,15 @@ def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> st
 
 
 @contextmanager
-def resumable_folder(folder: Path | str, made_from: Mapping[str, Any], restart: bool) -> Iterator[ResumableFolder]:
+def resumable_folder(
+    folder: Path | str, made_from: Mapping[str, Any], restart: bool, or_from: Mapping[str, Any] | None = None
+) -> Iterator[ResumableFolder]:
     """Yield a ResumableFolder that becomes `folder` when the block ends without error.
 
     `made_from`, of what JSON holds, is all that the content depends on. What a run with the same one saved is gone on
-    with, unless `restart` discards it. Raises JournalError when one with another was interrupted, FileExistsError when
-    `folder` exists and is not empty, BusyError when another process is writing it.
+    with, unless `restart` discards it; so is one with `or_from`, whose content up to an interruption is the same.
+    Raises JournalError when one with another was interrupted, FileExistsError when `folder` exists and is not empty,
+    BusyError when another process is writing it.
     """
     folder = Path(folder).resolve()
     require_free(folder)
@@ -161,7 +166,7 @@ def resumable_folder(folder: Path | str, made_from: Mapping[str, Any], restart: 
         if restart or not (journal.exists() and (partial / folder.name).exists()):
             clear_partial(partial)
         sync_folder(folder.parent)
-        work = ResumableFolder(partial / folder.name, journal, made_from)
+        work = ResumableFolder(partial / folder.name, journal, made_from, or_from)
         try:
             yield work
             work.sync()

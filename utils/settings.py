@@ -278,6 +278,8 @@ def _unknown_flag(argument: str, parser: argparse.ArgumentParser, presets: Conta
     said = f"there is no setting {argument}"
     if preset in presets:
         return f"{said} (did you mean --preset {preset}?)"
+    if name.endswith(".py") or name.startswith("configs/"):
+        return f"{said} (docs/training.md has a table of what the fields of insightface's configs are called here)"
     if of_section and not of_this_name:
         return f"{said}, but {', '.join(of_section[:3])}{', ...' if len(of_section) > 3 else ''}"
     close = of_this_name or difflib.get_close_matches(name, known, n=1)

@@ -54,7 +54,7 @@ class IjbImages:
             stored = (self._folder / self.names[i]).read_bytes()
         except OSError as error:
             raise IjbError(f"{self.describe(i)}: {error.strerror or error}") from None
-        return encode_png(align(decode_rgb(stored, self.describe(i)), self.landmarks[i], self._size))
+        return encode_png(align(decode_rgb(stored, self.describe(i)), self.landmarks[i], self._size, shrink=False))
 
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""

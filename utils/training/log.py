@@ -210,7 +210,10 @@ class TrainingLog:
         if not self._write:
             return
         lines = read_metrics(self.folder)
-        for prefix, file, label in (("train/loss", "loss.png", "loss"), (VERIFIED, "accuracy.png", "accuracy, %")):
+        for prefix, file, label, highest in (
+            ("train/loss", "loss.png", "loss", np.inf),
+            (VERIFIED, "accuracy.png", "accuracy, %", 100.0),
+        ):
             names = sorted({name for line in lines for name in line if name.startswith(prefix)})
             curves = {}
             for name in names:
@@ -219,7 +222,7 @@ class TrainingLog:
                 curves[name.split("/", 1)[1]] = (steps, 100 * values if prefix == VERIFIED else values)
             if curves:
                 with self._drawing():
-                    draw_curves(self.folder / file, curves, "step", label, self.folder.name)
+                    draw_curves(self.folder / file, curves, "step", label, self.folder.name, highest)
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
