@@ -247,8 +247,8 @@ def run_test(config: Config, ranks: Ranks) -> None:
     opened = [test.open(name, path) for name, path in zip(names, sets, strict=True)]
     if config.test.identify and all(test_set.pairs is not None for test_set, _ in opened):
         raise FaceSetError(
-            f"--identify: {', '.join(names)} {'has' if len(names) == 1 else 'have'} pairs only, which do not say who is "
-            "on an image: leave it out, or name a face set"
+            f"--identify: in {', '.join(names)} there are only pairs, which do not say who is on an image: leave it "
+            "out, or name a face set"
         )
     if ranks.first:
         mirror = "with" if config.test.mirror else "without"

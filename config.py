@@ -362,8 +362,8 @@ class TestConfig:
     # What to test on: .bin files and lists of pairs (10-fold protocol), face sets (all pairs), folders of IJB-B or
     # IJB-C. Empty: the verification sets of `data`.
     sets: tuple[str, ...] = field(default=(), metadata={"positional": True})
-    # Models, comma separated: folders of runs or to upload, .safetensors, .pth, .pt, .ckpt or .onnx. Several are compared,
-    # each with the first. Empty: the newest run's best.
+    # Models, comma separated: run folders, folders to upload, .safetensors, .pth, .pt, .ckpt or .onnx. Several are
+    # compared, each with the first. Empty: the newest run's best.
     model: tuple[str, ...] = ()
     # Folder of the images that a list of pairs (pairs.txt, .csv) names. Empty: `images` beside the list, or its folder.
     images: str = ""
@@ -451,8 +451,8 @@ class MergeConfig:
     duplicates: Literal["near", "bytes", "keep"] = "near"
     # Sets whose people are left out, comma separated: .bin files, rec sets or folders of identities.
     exclude: tuple[str, ...] = ()
-    # Cosine from which an identity is a person of an excluded set. 0.4 as in insightface is for large networks; small ones
-    # take many strangers for them at it, and want 0.5 or more.
+    # Cosine from which an identity is a person of an excluded set. 0.4, as in insightface, is for large networks: small
+    # ones take many strangers for such people there, and want 0.5 or more.
     exclude_t: float = 0.4
     # Images that do not belong to their identity, identities of two people: off does not look, report lists them in
     # cleaning.csv, apply leaves the images out and parts the identities as well.

@@ -193,8 +193,8 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
     unmixed = _unmixed_folds(same)
     if unmixed:
         warnings.warn(
-            f"{pairs_path}: {unmixed} of the {FOLDS} folds that a test cuts it into have pairs of one kind only, so that "
-            "accuracies hang on the order of the pairs: mix the kinds, in turn say",
+            f"{pairs_path}: {unmixed} of the {FOLDS} folds that a test cuts it into have pairs of one kind only, so "
+            "that accuracies hang on the order of the pairs: mix the kinds, in turn say",
             stacklevel=2,
         )
     write_bin(output, [encoded[i] for i in files.index.ravel()], same)

@@ -281,7 +281,7 @@ def test_what_is_wrong_with_the_last_set_is_said_before_the_first_is_embedded(
 
 def test_identification_needs_people(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
     """--identify with pairs alone is refused, not passed over: no ranks at the end would be all that told."""
-    with pytest.raises(SystemExit, match="--identify: tiny has pairs only"):
+    with pytest.raises(SystemExit, match="--identify: in tiny there are only pairs"):
         run(tmp_path / "out", tiny_set / "tiny.bin", "--model", tiny_run, "--identify")
     assert not (tmp_path / "out").exists()
 

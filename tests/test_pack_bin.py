@@ -215,7 +215,7 @@ def test_too_few_pairs_to_draw(tmp_path: Path, images_of: list[int], count: int,
 
 @pytest.mark.parametrize(("flags", "unmixed"), [([1] * 10 + [0] * 10, 10), ([1, 0] * 9 + [1, 1], 1), ([1, 0] * 10, 0)])
 def test_folds_of_one_kind_are_warned_of(tmp_path: Path, images: Path, flags: list[int], unmixed: int) -> None:
-    """A list sorted by kind gives folds that have one kind, whose accuracy says little: it is packed, with a warning."""
+    """A list sorted by kind gives folds of one kind, whose accuracy says little: it is packed, with a warning."""
     rows = "".join(f"Bob/Bob_0003.jpg,Bob/Bob_0012.jpg,{flag}\n" for flag in flags)
     pairs = written(tmp_path / "pairs.csv", f"path1,path2,same\n{rows}")
     with warnings.catch_warnings(record=True) as said:

@@ -262,7 +262,8 @@ def test_keys_that_occur_twice(tmp_path: Path) -> None:
         open_face_set(tmp_path / "a.rec")
     records, survey = make_report(tmp_path / "a.rec", tmp_path / "out", ReportConfig(check=True), 0)[1:]
     report_module.repair(records, survey, tmp_path / "mended")
-    assert json.loads((tmp_path / "out" / "report.json").read_text())["remarks"][0].startswith("some keys occur more than once")
+    remarks = json.loads((tmp_path / "out" / "report.json").read_text())["remarks"]
+    assert remarks[0].startswith("some keys occur more than once")
     assert people(open_face_set(tmp_path / "mended")) == [(0, PNG), (0, PNG), (1, PNG)]
 
 
