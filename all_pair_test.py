@@ -249,6 +249,11 @@ def run_test(config: Config, ranks: Ranks) -> None:
     output = Path(config.test.output) if config.test.output else default_output(paths[0], Path(config.common.runs))
     test = Test(config, paths, output, ranks)
     opened = [test.open(name, path) for name, path in zip(names, sets, strict=True)]
+    if config.test.identify and all(test_set.pairs is not None for test_set, _ in opened):
+        raise FaceSetError(
+            f"--identify: in {', '.join(names)} there are only pairs, which do not say who is on an image: leave it "
+            "out, or name a face set"
+        )
     if ranks.first:
         mirror = "with" if config.test.mirror else "without"
         for model in test.models():

@@ -139,7 +139,7 @@ class LossConfig:
     ] = "arcface"
     # The margin m; 0: as published. Radians: arcface, curricularface and elastic_arc 0.5, adaface 0.4. Cosine: cosface
     # and elastic_cos 0.35 (insightface takes 0.4 for cosface). Factor on the angle: sphereface 4, sphereface_r 1.5.
-    # combined and magface have settings of their own.
+    # combined and magface have settings of their own. Presets have margins, which another loss.name keeps.
     margin: float = 0.0
     # Factor on the cosines before the softmax (s); 0: as published, which is 64, for sphereface_r 30. Smaller for a few
     # hundred identities. softmax and sphereface have the embedding's length in its place.
@@ -259,7 +259,7 @@ class TrainConfig:
     # Let norms, slopes of PReLUs and biases decay too, as insightface published; else only weights of convolutions and
     # linear layers do.
     decay_all: bool = False
-    # Weights to start from: a run's folder, its .safetensors, or the .pth or .pt of a backbone. Empty: random ones.
+    # Weights to start from: a run's folder, or a file of weights that test.model takes, no .onnx. Empty: random ones.
     init: str = ""
     # Parts of the network that do not learn, comma separated: conv1,bn1,prelu,layer1 are the first of IResNet.
     frozen: tuple[str, ...] = ()
@@ -362,8 +362,8 @@ class TestConfig:
     # What to test on: .bin files and lists of pairs (10-fold protocol), face sets (all pairs), folders of IJB-B or
     # IJB-C. Empty: the verification sets of `data`.
     sets: tuple[str, ...] = field(default=(), metadata={"positional": True})
-    # Models, comma separated: run folders, .safetensors, .pth, .pt or .ckpt, or .onnx. Several are compared, each with
-    # the first. Empty: the newest run's best.
+    # Models, comma separated: run folders, folders to upload, .safetensors, .pth, .pt, .ckpt or .onnx. Several are
+    # compared, each with the first. Empty: the newest run's best.
     model: tuple[str, ...] = ()
     # Folder of the images that a list of pairs (pairs.txt, .csv) names. Empty: `images` beside the list, or its folder.
     images: str = ""
@@ -451,7 +451,8 @@ class MergeConfig:
     duplicates: Literal["near", "bytes", "keep"] = "near"
     # Sets whose people are left out, comma separated: .bin files, rec sets or folders of identities.
     exclude: tuple[str, ...] = ()
-    # Cosine from which an identity is a person of an excluded set. insightface: 0.4. Leaving out too many costs little.
+    # Cosine from which an identity is a person of an excluded set. 0.4, as in insightface, is for large networks: small
+    # ones take many strangers for such people there, and want 0.5 or more.
     exclude_t: float = 0.4
     # Images that do not belong to their identity, identities of two people: off does not look, report lists them in
     # cleaning.csv, apply leaves the images out and parts the identities as well.

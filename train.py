@@ -52,7 +52,7 @@ from utils.training.log import Meter, TrainingLog, import_wandb, step_profiler
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
-from utils.training.parts import build_head, build_network, build_schedule, verification_sets
+from utils.training.parts import build_head, build_network, build_schedule, unused_by_schedule, verification_sets
 from utils.training.run_folders import (
     CHECKPOINTS,
     TrainingError,
@@ -182,7 +182,11 @@ class Trainer:
         self.store = stack.enter_context(
             CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
         )
-        self.restore_newest()
+        if self.restore_newest() and not settings.resume:
+            raise TrainingError(
+                f"{self.run} was made by another process meanwhile: name another with --name, or go on with "
+                f"--resume {quote(str(self.run))}"
+            )
         self.say_where()
         self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
         self.log = stack.enter_context(ranks.together(self.open_record))
@@ -447,6 +451,9 @@ class Trainer:
             weights = [(value.numel(), value.requires_grad) for value in self.network.parameters()]
             still = sum(count for count, learns in weights if not learns)
             rate += f"; {still:,} of the network's {sum(count for count, _ in weights):,} weights are frozen"
+        unused = unused_by_schedule(self.config.train)
+        if unused:
+            rate += f"; {', '.join(unused)} not used: train.schedule is {self.config.train.schedule}"
         for line in (
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
             f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",

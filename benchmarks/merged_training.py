@@ -104,7 +104,8 @@ def merge(folder: Path, model: Path, t: str, wrong_joins: float) -> tuple[int, i
     """Merge the two sets into `merged`: joins that are right, joins that are wrong, people who are in both."""
     sets = [folder / "first", folder / "second"]
     flags = ["--merge", ",".join(map(str, sets)), "--output", str(folder / "merged"), "--model", str(model), "--t", t]
-    dataset_merge.main([*flags, "--wrong-joins", str(wrong_joins), "--device", "cpu"])
+    share = ["--wrong-joins", str(wrong_joins)] if t == "auto" else []
+    dataset_merge.main([*flags, *share, "--device", "cpu"])
     people = [
         {row["label"]: row["person"] for row in csv.DictReader((path / "identities.csv").open())} for path in sets
     ]

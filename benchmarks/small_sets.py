@@ -2,8 +2,8 @@
 """Recipes for a small training set, side by side on one card: which one comes out best on LFW.
 
     python benchmarks/small_sets.py --output small
-    python benchmarks/small_sets.py --output grid --seeds 1 --recipes published \
-        --variant 'mild: --loss.scale 32 --loss.margin 0.3' --variant 'more decay: --preset small --weight-decay 5e-3'
+    python benchmarks/small_sets.py --output grid --seeds 1 --recipes published \\
+        --variant 'mild: --loss.scale 32 --loss.margin 0.3' --variant 'more decay: --preset small --weight-decay 2e-2'
 
 The face sets of `--train`, without the identities that `--overlap` lists as people of LFW, are packed into OUTPUT once,
 and LFW's pairs into OUTPUT/lfw.bin, unless `--lfw` is a .bin. Then each recipe is trained with each seed by train.py,

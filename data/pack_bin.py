@@ -15,6 +15,7 @@ Images keep their bytes, unless a resize is asked for, or a detector: then they 
 
 import csv
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from shlex import quote
@@ -30,6 +31,7 @@ from data.fitting import Fit, LeftOut, check_detector, chosen_detection, fit_ima
 from data.pair_drawing import COLUMNS, draw_pairs
 from data.set_sources import csv_separator
 from data.verification_bin import write_bin
+from utils.evaluation.folds import FOLDS, fold_numbers
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
@@ -177,7 +179,7 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
 
     `workers` processes read and check the images; 0 means this one. Raises PairsError and ImageError, with the line,
     FileExistsError when `output` is there. Photos without a face are an error that lists them all: without their pairs
-    the ten folds would be others.
+    the ten folds would be others. Warns of folds that have pairs of one kind only.
     """
     _require_free(output)
     pairs = read_pairs(pairs_path, images)
@@ -197,8 +199,23 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
             "pairs out of the list\n" + "\n".join(f"  {image.where}: {image.reason}" for image in missed)
         )
     same = [pair.same for pair in pairs]
+    unmixed = _unmixed_folds(same)
+    if unmixed:
+        warnings.warn(
+            f"{pairs_path}: {unmixed} of the {FOLDS} folds that a test cuts it into have pairs of one kind only, so "
+            "that accuracies hang on the order of the pairs: mix the kinds, in turn say",
+            stacklevel=2,
+        )
     write_bin(output, [encoded[i] for i in files.index.ravel()], same)
     return len(same), sum(same)
+
+
+def _unmixed_folds(same: Sequence[bool]) -> int:
+    """How many of the folds lack one of the two kinds of pairs; 0 where there are fewer than two pairs a fold."""
+    if len(same) < 2 * FOLDS:
+        return 0
+    folds = fold_numbers(len(same), FOLDS)
+    return sum(len(set(np.array(same)[folds == fold].tolist())) == 1 for fold in range(FOLDS))
 
 
 def _require_free(output: Path) -> None:

@@ -217,14 +217,13 @@ def _open_rec(path: Path) -> tuple[RecRecords, list[str]]:
         _require_index_of(file, index, offsets)
         indexed = True
     except (RecordError, FileNotFoundError) as error:
-        remarks.append(f"the index is not used, records were searched in {path.name}: {error}")
+        reason = f"there is no {index.name}" if isinstance(error, FileNotFoundError) else error
+        remarks.append(f"the index is not used, records were searched in {path.name}: {reason}")
         keys, offsets = find_records(file)
         indexed = False
     repeated = keys.size - np.unique(keys).size
     if repeated:
-        remarks.append(
-            f"{repeated:,} keys occur more than once, so that training refuses the set; --repair numbers anew"
-        )
+        remarks.append("some keys occur more than once, so that training refuses the set; --repair numbers anew")
     zero = offsets[keys == 0]
     order = np.lexsort((keys, offsets))
     keys, offsets = keys[order], offsets[order]

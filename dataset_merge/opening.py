@@ -61,6 +61,10 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
         raise FaceSetError(
             "--exclude cannot be combined with --decisions, which say who is excluded: edit them, or compare anew"
         )
+    if merge.t != "auto" and merge.wrong_joins != MergeConfig.wrong_joins and not merge.decisions:
+        raise FaceSetError(
+            f"--wrong-joins is for --t auto, which finds a threshold; --t {merge.t} is one: leave one out"
+        )
     if merge.decisions and not Path(merge.decisions).is_file():
         raise FaceSetError(f"there is no table of decisions at {merge.decisions}: give the merge.csv of a merge")
     if not merge.dry_run:

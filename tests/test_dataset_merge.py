@@ -334,6 +334,7 @@ def test_a_full_disk_is_told_before_the_writing(
         (["--merge", "{sets}", "--output", "c", "--decisions", "/nowhere.csv"], "no table of decisions at /nowhere"),
         (["--merge", "a,b", "--output", "c", "--decisions", "d", "--exclude", "e"], "cannot be combined"),
         (["--merge", "{sets}", "--output", "c", "--t", "auto", "--model", "/no"], "needs 200 identities or more"),
+        (["--merge", "{sets}", "--output", "c", "--wrong-joins", "0.02", "--model", "/no"], "--t 0.65 is one: leave"),
     ],
 )
 def test_errors_say_what_is_missing(flags: list[str], message: str, two_sets: str) -> None:

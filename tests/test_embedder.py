@@ -15,7 +15,7 @@ from PIL import Image
 
 from models import create_network
 from models.backbones.mobilefacenet_original import OriginalMobileFaceNet
-from models.embedders import InputSpec, NetworkEmbedder, OnnxEmbedder, TorchScriptEmbedder, load_embedder
+from models.embedders import FaceEmbedder, InputSpec, NetworkEmbedder, OnnxEmbedder, TorchScriptEmbedder, load_embedder
 from models.embedders.onnx_file import INPUTS_KEY
 from models.embedders.torchscript import EXTRA_FILE
 from models.weights import load_network
@@ -467,6 +467,27 @@ def test_half_precision_is_near_and_has_a_fingerprint_of_its_own(tmp_path: Path)
         load_embedder(write_onnx(tmp_path / "x.onnx"), "cpu", precision="bf16")
     with pytest.raises(ValueError, match="precision must be one of fp32, bf16, fp16, got 'half'"):
         load_embedder(tmp_path / "x.pth", "cpu", precision="half")  # type: ignore[arg-type]
+
+
+class Mine(FaceEmbedder):
+    """As docs/embedders.md has it: a network whose weights want gradients."""
+
+    name, runs_on, image_size, device, fingerprint = "mine", "CPU", SIZE, CPU, "mine 1"  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        self.network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * SIZE * SIZE, 5))
+
+    def _forward(self, faces: torch.Tensor, mirror: bool) -> torch.Tensor:
+        return self.network(InputSpec().to_input(faces, mirror))
+
+
+def test_an_embedder_of_ones_own(faces: torch.Tensor) -> None:
+    """Its author need not think of gradients: arrays come out, and no graph is kept from batch to batch."""
+    mine = Mine()
+    vectors = mine.embed(faces.numpy())
+    assert vectors.shape == (7, 5)
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1)
+    assert not mine.embed(faces).requires_grad
 
 
 def test_importing_models_is_light() -> None:

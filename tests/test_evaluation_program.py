@@ -287,6 +287,13 @@ def test_what_is_wrong_with_the_last_set_is_said_before_the_first_is_embedded(
     assert not (tmp_path / "out").exists()
 
 
+def test_identification_needs_people(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
+    """--identify with pairs alone is refused, not passed over: no ranks at the end would be all that told."""
+    with pytest.raises(SystemExit, match="--identify: in tiny there are only pairs"):
+        run(tmp_path / "out", tiny_set / "tiny.bin", "--model", tiny_run, "--identify")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_column_called_norm_is_not_the_models(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
     """A quality of a table is taken from the table, whatever its column is called."""
     scores = "".join(f"{i},{i % 7},{i % 7}\n" for i in range(80))

@@ -3,8 +3,10 @@
 import itertools
 import os
 import random
+import re
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -220,6 +222,18 @@ def test_too_few_pairs_to_draw(tmp_path: Path, images_of: list[int], count: int,
     with pytest.raises(FaceSetError, match=message):
         draw_pairs(people(tmp_path / "images", images_of), count, 0, tmp_path / "a.csv")
     assert not (tmp_path / "a.csv").exists()
+
+
+@pytest.mark.parametrize(("flags", "unmixed"), [([1] * 10 + [0] * 10, 10), ([1, 0] * 9 + [1, 1], 1), ([1, 0] * 10, 0)])
+def test_folds_of_one_kind_are_warned_of(tmp_path: Path, images: Path, flags: list[int], unmixed: int) -> None:
+    """A list sorted by kind gives folds of one kind, whose accuracy says little: it is packed, with a warning."""
+    rows = "".join(f"Bob/Bob_0003.jpg,Bob/Bob_0012.jpg,{flag}\n" for flag in flags)
+    pairs = written(tmp_path / "pairs.csv", f"path1,path2,same\n{rows}")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert pack_bin(pairs, images, tmp_path / "a.bin", FIT, 0) == (20, sum(flags))
+    told = [f"{unmixed} of the 10 folds"] if unmixed else []
+    assert [re.findall(r"\d+ of the 10 folds", str(warning.message)) for warning in said] == [told][: len(told)]
 
 
 def test_drawing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -90,6 +90,16 @@ def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> tuple[float, n
     )
 
 
+def unused_by_schedule(settings: TrainConfig) -> list[str]:
+    """The settings that were given and that `train.schedule` does not look at, by name."""
+    uses = {"milestones": ("step",), "decay_epochs": ("wsd",), "final_lr": ("poly", "cosine", "wsd")}
+    return [
+        f"train.{name}"
+        for name, schedules in uses.items()
+        if getattr(settings, name) and settings.schedule not in schedules
+    ]
+
+
 def verification_sets(data: DataConfig) -> list[VerificationPairs]:
     """The sets of `data.verification`. Raises TrainingError."""
     try:
