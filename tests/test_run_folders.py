@@ -5,7 +5,9 @@ import shutil
 import struct
 import sys
 import zlib
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +100,21 @@ def test_a_run_that_cannot_be_leaves_no_folder(
     with pytest.raises(ValueError, match=message):
         train(configure(tiny_set, tmp_path, **settings))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several started at once, each on a card, say: one had to wait for the other, and ended or went on with it. One
+    that cannot begin leaves nothing."""
+    clock = SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5))
+    monkeypatch.setattr("utils.training.run_folders.datetime", clock)
+    config = configure(tiny_set, tmp_path, train__name="")
+    names = [run_folder(config).name for _ in range(3)]
+    assert names == ["20260102-030405-demo", "20260102-030405-demo-2", "20260102-030405-demo-3"]
+    with pytest.raises(ValueError, match=r"train\.batch_size is 64"):
+        train(configure(tiny_set, tmp_path / "fails", train__name="", train__batch_size=64))
+    assert list((tmp_path / "fails").iterdir()) == []
 
 
 def test_a_run_without_a_checkpoint_starts_again(
