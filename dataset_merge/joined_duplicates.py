@@ -87,8 +87,8 @@ def search(
     workers: int,
 ) -> list[Duplicate]:
     """All duplicates under the labels of several identities, looked for by `workers` processes where there are many.
-    `embeddings`: None to go by bytes only; `model`: what made them. What is found is kept in the folder `cache`; another
-    merge that is at the same search is waited for.
+    `embeddings`: None to go by bytes only; `model`: what made them. What is found is kept in the folder `cache`;
+    another merge that is at the same search is waited for.
     """
     joined = [images for images in parts.of_label if len(images) > 1]
     choice = [np.concatenate(images) for images in joined]
