@@ -23,7 +23,7 @@ from data.jpeg_decoding import EncodedBatch, decode_jpegs, device_decoder, join_
 from data.orders import Order
 from data.read_ahead import expect_random_reads, read_soon, why_unreadable
 from data.recordio import RecordError
-from utils.processes import WorkerError, cause_of_death
+from utils.processes import WorkerError, cause_of_death, starting_workers
 from utils.settings import require
 
 _REQUESTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
@@ -265,7 +265,7 @@ class _Loader(DataLoader):
     def __iter__(self) -> Any:
         before, when_one_ends = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS), signal.getsignal(signal.SIGCHLD)
         try:
-            with self._reasons():  # workers that stay may have died since the last epoch
+            with starting_workers(), self._reasons():  # workers that stay may have died since the last epoch
                 batches = super().__iter__()
             return self._with_reasons(batches)
         finally:

@@ -1,9 +1,11 @@
 """Loading: the order of faces, where it can be entered, ranks, the pixels, memory, reading ahead, broken images."""
 
 import ctypes
+import errno
 import gc
 import mmap
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -586,6 +588,20 @@ def test_a_worker_that_dies_between_epochs_is_named(tmp_path: Path, quick_looks_
     worker.kill()
     worker.join()
     with pytest.raises(WorkerError, match=r"a worker process died \(out of memory\?\); try fewer with --workers"):
+        list(loader)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch, which stops half-way
+def test_a_loader_whose_workers_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for their locks it says so."""
+    records = write_set(tmp_path, {})
+    loader = sequential_loader(DecodedFaces(records, records.labels, SIZE), 5, 1, CPU)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
+    with pytest.raises(WorkerError, match=r"cannot be started \(No space left on device on /dev/shm\)"):
         list(loader)
 
 
