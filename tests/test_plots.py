@@ -97,9 +97,7 @@ def long_curve(path: Path) -> None:
 
 
 def many_bars(path: Path) -> None:
-    draw_bars(
-        path, ["one", "two"], {f"model in a folder {number}": [99.0, 98.0] for number in range(6)}, None, "", ""
-    )
+    draw_bars(path, ["one", "two"], {f"model in a folder {number}": [99.0, 98.0] for number in range(6)}, None, "", "")
 
 
 DRAWERS = [
