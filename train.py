@@ -153,7 +153,11 @@ class Trainer:
             self.store = stack.enter_context(
                 CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
             )
-            self.restore_newest()
+            if self.restore_newest() and not settings.resume:
+                raise TrainingError(
+                    f"{self.run} was made by another process meanwhile: name another with --name, or go on with "
+                    f"--resume {self.run}"
+                )
             self.say_where()
             self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
             self.log = stack.enter_context(ranks.together(self.open_record))

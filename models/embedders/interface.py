@@ -63,7 +63,6 @@ class FaceEmbedder(ABC):
     def _forward(self, faces: Tensor, mirror: bool) -> Tensor:
         """uint8 [B, image_size, image_size, 3] RGB, mirrored or not, to float32 [B, D] on `device`."""
 
-    @torch.no_grad()
     def features(self, faces: Tensor, mirror: bool) -> Tensor:
         """Embeddings as they leave the model; see Embedder. Raises ValueError for faces of another shape or dtype."""
         self._check(faces)
