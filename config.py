@@ -222,7 +222,7 @@ class LossConfig:
 class TrainConfig:
     """The training run."""
 
-    # Name of the run's folder. Empty: date, time and network.
+    # Name of the run's folder. Empty: date, time and network, and a number where several start in the same second.
     name: str = ""
     # Run to go on with (its folder): its settings hold, save for the flags given. auto: the run called train.name if it
     # is there already, else a new one, so that the same command starts a run and goes on with it.

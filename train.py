@@ -16,7 +16,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any, NoReturn
@@ -495,7 +495,12 @@ def train(config: Config) -> Path:
     device = pick_device(config.common.device)
     with join_ranks(device) as ranks:
         run = Path(ranks.agree(ranks.together(lambda: str(run_folder(config)) if ranks.first else "")))
-        ranks.together(lambda: Trainer(config, run, device, ranks)).train()
+        try:
+            ranks.together(lambda: Trainer(config, run, device, ranks)).train()
+        finally:
+            if ranks.first:
+                with suppress(OSError):  # there is something in it, unless the run could not begin
+                    run.rmdir()
     return run
 
 

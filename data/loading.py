@@ -7,6 +7,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import cv2
@@ -22,7 +23,7 @@ from data.jpeg_decoding import EncodedBatch, decode_jpegs, device_decoder, join_
 from data.orders import Order
 from data.read_ahead import expect_random_reads, read_soon, why_unreadable
 from data.recordio import RecordError
-from utils.processes import WorkerError, cause_of_death
+from utils.processes import WorkerError, cause_of_death, starting_workers
 from utils.settings import require
 
 _REQUESTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
@@ -264,7 +265,9 @@ class _Loader(DataLoader):
     def __iter__(self) -> Any:
         before, when_one_ends = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS), signal.getsignal(signal.SIGCHLD)
         try:
-            return self._with_reasons(super().__iter__())
+            with starting_workers(), self._reasons():  # workers that stay may have died since the last epoch
+                batches = super().__iter__()
+            return self._with_reasons(batches)
         finally:
             if when_one_ends is not None and threading.current_thread() is threading.main_thread():
                 # Torch's handler would raise wherever the program is, in the middle of a step or a save.
@@ -272,11 +275,18 @@ class _Loader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def _with_reasons(self, batches: Any) -> Iterator[Any]:
-        """`batches`; WorkerError when a worker died, of which torch does not say why."""
-        try:
+        with self._reasons(batches):
             yield from batches
+
+    @contextmanager
+    def _reasons(self, batches: Any = None) -> Iterator[None]:
+        """WorkerError when a worker died in the block, of which torch does not say why. `batches`: what it makes, None
+        for what was made in the epoch before."""
+        try:
+            yield
         except RuntimeError as error:
-            exit_codes = [process.exitcode for process in getattr(batches, "_workers", ())]
+            made = self._iterator if batches is None else batches
+            exit_codes = [process.exitcode for process in getattr(made, "_workers", ())]
             if not any(exit_codes):
                 raise
             positions = [i for batch in self._recent for i in (batch.positions if isinstance(batch, _Job) else batch)]

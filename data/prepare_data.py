@@ -16,6 +16,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -30,7 +31,7 @@ from data.identity_choice import Identity, choose_identities
 from data.images import EXTENSIONS, image_extension
 from data.set_sources import ListedFaceSet, open_source, stamp
 from data.unpacked_names import UnpackedNames
-from utils.files import naming, write_csv_atomic
+from utils.files import lock_file, naming, write_csv_atomic
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
@@ -70,7 +71,8 @@ def prepare(
     `source`, `image_root`: as in data/set_sources.py. `names`, `min_images`, `limit` and `unaligned`: as in
     `config.PrepareConfig`. `workers` processes write; 0 means this one. Raises FaceSetError when no identity is left, a
     listed image is not aligned or an image is missing, RecordError for damaged records, JournalError when `output`
-    holds something else, OSError with the file when the disk is full: after any of them, the same call goes on.
+    holds something else, BusyError when another process writes there, OSError with the file when the disk is full:
+    after any of them, the same call goes on.
     """
     faces = open_source(source, image_root, detected=True)  # what is not aligned gets a message of its own, see below
     identities = choose_identities(faces, names, min_images)[: limit or None]
@@ -192,7 +194,7 @@ def _fingerprint(faces: FaceSet, order: np.ndarray, unpacked: UnpackedNames) -> 
 
 
 class _Journal:
-    """Names the blocks that are done: a line for the set, then a line a block.
+    """Names the blocks that are done: a line for the set, then a line a block. One process at a time has it.
 
     A lost line costs writing its block again, so lines are not synced one by one.
     """
@@ -200,23 +202,32 @@ class _Journal:
     def __init__(self, path: Path, fingerprint: dict[str, Any]) -> None:
         self.done: set[int] = set()
         self._path = path
-        header = json.dumps(fingerprint) + "\n"
-        journal = path.read_text(errors="replace") if path.exists() else ""
+        self._file = path.open("a+", errors="replace")
+        try:
+            lock_file(self._file.fileno(), path, path.parent, wait=False)
+            self._take_over(json.dumps(fingerprint) + "\n")
+        except Exception:
+            with suppress(OSError):  # of a full disk, which the first error told of
+                self._file.close()
+            raise
+
+    def _take_over(self, header: str) -> None:
+        self._file.seek(0)
+        journal = self._file.read()
         if header.startswith(journal):  # none yet, or one that was cut off in its first line
-            self._file = path.open("w")
+            self._file.truncate(0)
             self._file.write(header)
         elif journal.startswith(header):
             # What follows the last line break is a line that was cut off: its block is not done.
             lines, _, torn = journal.removeprefix(header).rpartition("\n")
             self.done = {int(line) for line in lines.split("\n") if line.isdigit()}
-            self._file = path.open("a")
             self._file.write("?\n" if torn else "")
         else:
             raise JournalError(
-                f"{path} belongs to another set or choice of identities, or images of the set were changed since: "
-                "name another output, or remove that folder"
+                f"{self._path} belongs to another set or choice of identities, or images of the set were changed "
+                "since: name another output, or remove that folder"
             )
-        with naming(path):
+        with naming(self._path):
             self._file.flush()
 
     def __enter__(self) -> Self:

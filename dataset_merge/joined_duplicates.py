@@ -87,7 +87,8 @@ def search(
     workers: int,
 ) -> list[Duplicate]:
     """All duplicates under the labels of several identities, looked for by `workers` processes where there are many.
-    `embeddings`: None to go by bytes only; `model`: what made them. What is found is kept in the folder `cache`.
+    `embeddings`: None to go by bytes only; `model`: what made them. What is found is kept in the folder `cache`;
+    another merge that is at the same search is waited for.
     """
     joined = [images for images in parts.of_label if len(images) > 1]
     choice = [np.concatenate(images) for images in joined]
@@ -99,8 +100,12 @@ def search(
     }
     folder = cache / f"duplicates-{hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]}"
     if not (folder / _TABLE).exists():
-        with resumable_folder(folder, made, restart=False) as work:
-            _search(work, everything, joined, embeddings, workers)
+        try:
+            with resumable_folder(folder, made, restart=False, wait=True) as work:
+                _search(work, everything, joined, embeddings, workers)
+        except FileExistsError:
+            if not (folder / _TABLE).exists():  # or the merge that was waited for has made it
+                raise
     try:
         with (folder / _TABLE).open(newline="") as table:
             rows = csv.reader(table)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.align import TEMPLATE, align
-from data.images import decode_rgb, encode_jpeg
+from data.images import ImageError, decode_rgb, encode_jpeg
 from data.loading import DecodedFaces
 from utils.evaluation import identification
 from utils.evaluation.curves import tar_at_far, tar_at_nearest_roc_point
@@ -405,8 +406,12 @@ def test_missing_images_and_galleries(tmp_path: Path) -> None:
     (tmp_path / "loose_crop" / "5.jpg").unlink()
     ijb = open_ijb(tmp_path)
     assert (ijb.galleries, ijb.probes) == ((), None)
-    with pytest.raises(IjbError, match=rf"{NAMES}, line 5: .*5.jpg: No such file"):
+    message = rf"{NAMES}, line 5: .*5.jpg: No such file"
+    with pytest.raises(ImageError, match=message):
         ijb.images.encoded(4)
+    faces = DecodedFaces(ijb.images, np.zeros(len(ijb.images)), 112, tolerant=True)
+    (told,) = faces.__getitems__([4]).broken  # as of any broken image, and not by a worker's traceback
+    assert re.search(message, told)
     pooled = pool_templates(np.random.default_rng(0).normal(size=(96, 4)), ijb.templates, ijb.media)
     with pytest.raises(IjbError, match="no galleries and probes"):
         ijb_identification(pooled, ijb)

@@ -1,9 +1,11 @@
 """Loading: the order of faces, where it can be entered, ranks, the pixels, memory, reading ahead, broken images."""
 
 import ctypes
+import errno
 import gc
 import mmap
 import multiprocessing
+import multiprocessing.synchronize
 import os
 import signal
 import subprocess
@@ -552,10 +554,15 @@ def test_other_sizes_are_scaled_when_asked(tmp_path: Path) -> None:
     assert np.array_equal(faces[1], picture(10))
 
 
-def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mapped file that cannot be read kills the worker (SIGBUS): the error says so, with record, offset, reason."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)  # seconds between looks at workers
+@pytest.fixture
+def quick_looks_at_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are looked at every 0.3 seconds, not 5."""
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, quick_looks_at_workers: None) -> None:
+    """A mapped file that cannot be read kills the worker (SIGBUS): the error says so, with record, offset, reason."""
     faces = large_set(tmp_path)
     size = faces.path.stat().st_size
     decoded = DecodedFaces(faces, faces.labels, SIZE, tolerant=True)
@@ -568,6 +575,34 @@ def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, monkeypat
     where = rf"{faces.path}, record \d+ at byte \d+: the file has 4,096 bytes, {size:,} when it was opened"
     with pytest.raises(WorkerError, match=f"a worker process died of a bus error.*; {where}"):
         list(loaded)
+
+
+def test_a_worker_that_dies_between_epochs_is_named(tmp_path: Path, quick_looks_at_workers: None) -> None:
+    """Killed for memory while the main process verifies, say: the next epoch, too, says what happened."""
+    records = write_set(tmp_path, {})
+    batches = EpochBatches(partial(exact_order, len(records), 0), len(records), 4)
+    loader = training_loader(DecodedFaces(records, records.labels, SIZE), batches, 1, CPU)
+    others = set(multiprocessing.active_children())
+    list(loader)
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.kill()
+    worker.join()
+    with pytest.raises(WorkerError, match=r"a worker process died \(out of memory\?\); try fewer with --workers"):
+        list(loader)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch, which stops half-way
+def test_a_loader_whose_workers_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no room for their locks it says so."""
+    records = write_set(tmp_path, {})
+    loader = sequential_loader(DecodedFaces(records, records.labels, SIZE), 5, 1, CPU)
+
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
+    with pytest.raises(WorkerError, match=r"cannot be started \(No space left on device on /dev/shm\)"):
+        list(loader)
 
 
 def test_a_program_ends_with_a_loader_alive(tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Copies of a picture are known whatever was done to them, other pictures of the person are not taken for copies."""
 
 import itertools
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +252,34 @@ def test_what_was_found_is_for_its_model_limits_and_identities(tmp_path: Path, m
         monkeypatch.setattr(joined_duplicates, limit, 0.999)
         assert look(3, "a", unit) == calls
     assert look(3, "a", None) == 6, "bytes know no limits"
+
+
+def test_merges_that_share_a_cache_search_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at the same search, with other thresholds, say: the second waits, and takes what the first finds. It ended
+    with the advice to name another output, which it had."""
+    for name in ("one", "two"):
+        (tmp_path / name / "a").mkdir(parents=True)
+        (tmp_path / name / "a" / "x.png").write_bytes(tiny_face(0, 0))
+    sets = [open_face_set(tmp_path / name) for name in ("one", "two")]
+    parts = Parts([[np.array([0]), np.array([1])]])
+    begun, go_on = threading.Event(), threading.Event()
+    whole = joined_duplicates._search
+
+    def slow(*arguments: Any) -> None:
+        assert not begun.is_set(), "searched twice"
+        begun.set()
+        go_on.wait(20)
+        whole(*arguments)
+
+    monkeypatch.setattr(joined_duplicates, "_search", slow)
+    with ThreadPoolExecutor(2) as pool:
+        merges = [pool.submit(search, tmp_path / "cache", sets, JoinedFaceSet(sets), parts, None, "", 0)]
+        assert begun.wait(20)
+        merges.append(pool.submit(search, tmp_path / "cache", sets, JoinedFaceSet(sets), parts, None, "", 0))
+        with pytest.raises(TimeoutError):
+            merges[1].result(0.3)
+        go_on.set()
+        assert [merge.result(20) for merge in merges] == [[Duplicate(1, 0, "bytes", 1.0)]] * 2
 
 
 def fail_at(identity: int) -> Callable:

@@ -103,7 +103,22 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
     return np.asarray(image[..., ::-1])
 
 
-DRAWERS = [roc, histogram, curves, contact_sheet, det, rejection, bars, long_bars, marked, pair_sheet]
+def many_curves(path: Path) -> None:
+    draw_roc(path, {f"set {number}": (FAR, FAR**0.01) for number in range(40)}, "title")
+
+
+def long_curve(path: Path) -> None:
+    draw_curves(path, {150 * "n": ([1, 2], [3, 4])}, "step", "accuracy", "title")
+
+
+def many_bars(path: Path) -> None:
+    draw_bars(path, ["one", "two"], {f"model in a folder {number}": [99.0, 98.0] for number in range(6)}, None, "", "")
+
+
+DRAWERS = [
+    roc, histogram, curves, contact_sheet, det, rejection, bars, long_bars, marked, pair_sheet, many_curves, long_curve,
+    many_bars,
+]  # fmt: skip
 
 #: The name of a folder whose bytes are no UTF-8, and no formula though it has dollars.
 ODD = "Andr\udce9 $x_{$"
@@ -135,7 +150,8 @@ def test_an_existing_picture_is_replaced_and_string_paths_work(draw: Callable[[s
 
 @pytest.mark.parametrize("draw", DRAWERS)
 def test_no_text_is_cut_off(draw: Callable[[Path], None], tmp_path: Path) -> None:
-    """Protects labels, however wide, from running out of the picture, and charts from wide margins around them."""
+    """Protects labels, however wide or many, from running out of the picture or ending a training or a test that has
+    them, and charts from wide margins around them."""
     draw(tmp_path / "picture.png")
     drawn = (read_rgb(tmp_path / "picture.png") < 255).any(axis=2)
     for side in (drawn, drawn[::-1], drawn.T, drawn.T[::-1]):

@@ -27,6 +27,7 @@ from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, pack_im
 from data.set_sources import LANDMARK_COLUMNS, open_source
 from data.unpacked_names import FORBIDDEN, portable_names
 from tiny_faces import tiny_face
+from utils.files import BusyError
 
 SCRIPT = ROOT / "data" / "prepare_data.py"
 BLOCK = 4
@@ -287,6 +288,24 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, rec: Path) -> 
     with pytest.raises(JournalError, match="out is not empty and no earlier run's"):
         prepare(rec, tmp_path / "out", workers=0)
     assert [path.name for path in (tmp_path / "out").rglob("*")] == ["000001", "mine.jpg"]
+
+
+def test_two_at_once(tmp_path: Path, rec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one process writes, another with the same output is refused, be it of the same set or another one: killed,
+    it would leave a file cut off that the first has told to be whole."""
+    out, refused, write = tmp_path / "out", [], prepare_data._write
+
+    def write_among_others(path: Path, image: bytes) -> None:
+        if not refused:
+            refused.append(path)
+            with pytest.raises(BusyError, match="out is being written by another process"):
+                prepare(rec, out, workers=0)
+        write(path, image)
+
+    monkeypatch.setattr(prepare_data, "_write", write_among_others)
+    prepare(rec, out, workers=0)
+    assert refused
+    assert tree(out) == EXPECTED
 
 
 def test_damaged_record_names_itself(tmp_path: Path, rec: Path) -> None:

@@ -1,6 +1,9 @@
 """Work spread over processes: every result, errors as they are, and no waiting for the dead."""
 
+import errno
+import multiprocessing.context
 import os
+import re
 import signal
 import time
 from collections.abc import Generator
@@ -9,7 +12,7 @@ from typing import cast
 
 import pytest
 
-from utils.processes import WorkerError, map_ordered, map_unordered, worker_count
+from utils.processes import WorkerError, map_ordered, map_unordered, starting_workers, worker_count
 
 _base = 0
 
@@ -48,6 +51,29 @@ def test_a_killed_worker_is_an_error() -> None:
         list(map_unordered(work, [1, -2, 3], 2, set_base, 0))
     with pytest.raises(WorkerError, match="died of a bus error: a file could not be read"):
         list(map_unordered(work, [1, -3, 3], 2, set_base, 0))
+
+
+@pytest.mark.parametrize(
+    ("number", "reason"),
+    [(errno.ENOSPC, "No space left on device on /dev/shm"), (errno.EAGAIN, os.strerror(errno.EAGAIN))],
+)
+def test_workers_that_cannot_be_started_are_an_error(number: int, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A full /dev/shm is not taken for the disk that is written to. A file's own errors stay as they are."""
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    message = re.escape(f"worker processes cannot be started ({reason}); try fewer with --workers")
+    with monkeypatch.context() as full:
+        full.setattr(multiprocessing.context.SpawnContext, "Lock", fail)
+        with pytest.raises(WorkerError, match=message):
+            list(map_ordered(work, [1], 1, set_base, 0))
+    with monkeypatch.context() as full:
+        full.setattr(multiprocessing.context.SpawnProcess, "start", fail)
+        with pytest.raises(WorkerError, match=message):
+            list(map_ordered(work, [1], 1, set_base, 0))
+    with pytest.raises(OSError, match=r"No space left on device: 'face\.jpg'"), starting_workers():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "face.jpg")
 
 
 def leave_a_mark(folder_and_number: tuple[Path, int]) -> None:

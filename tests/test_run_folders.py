@@ -5,19 +5,23 @@ import shutil
 import struct
 import sys
 import zlib
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import train as training
 from config import Config
 from data.prepare_data import prepare
 from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
-from utils.checkpoints import BEST
+from utils.checkpoints import BEST, CONFIG
+from utils.ranks import Ranks
 from utils.settings import as_flags, flatten
-from utils.training.metrics import read_metrics
+from utils.training.metrics import METRICS, read_metrics
 from utils.training.run_folders import CHECKPOINTS, images_note, run_folder, saved_settings
 from utils.training.saved_checkpoints import checkpoint_folders
 
@@ -98,6 +102,32 @@ def test_a_run_that_cannot_be_leaves_no_folder(
     with pytest.raises(ValueError, match=message):
         train(configure(tiny_set, tmp_path, **settings))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several started at once, each on a card, say: one had to wait for the other, and ended or went on with it. One
+    that cannot begin leaves nothing."""
+    clock = SimpleNamespace(now=lambda: datetime(2026, 1, 2, 3, 4, 5))
+    monkeypatch.setattr("utils.training.run_folders.datetime", clock)
+    config = configure(tiny_set, tmp_path, train__name="")
+    names = [run_folder(config).name for _ in range(3)]
+    assert names == ["20260102-030405-demo", "20260102-030405-demo-2", "20260102-030405-demo-3"]
+    with pytest.raises(ValueError, match=r"train\.batch_size is 64"):
+        train(configure(tiny_set, tmp_path / "fails", train__name="", train__batch_size=64))
+    assert list((tmp_path / "fails").iterdir()) == []
+
+
+def test_of_two_runs_of_one_name_the_second_is_refused(tiny_set: Path, tmp_path: Path) -> None:
+    """Started at once with other settings, it waited for the folder and then went on with what the first had made."""
+    run = tmp_path / "a"
+    late = Trainer(configure(tiny_set, tmp_path, train__epochs=2, train__lr=0.5), run, torch.device("cpu"), Ranks())
+    train(configure(tiny_set, tmp_path, train__epochs=1))
+    before = (run / METRICS).read_bytes(), (run / CONFIG).read_bytes()
+    with pytest.raises(TrainingError, match=rf"{run} was made by another process meanwhile: .* --resume {run}"):
+        late.train()
+    assert ((run / METRICS).read_bytes(), (run / CONFIG).read_bytes()) == before
 
 
 def test_a_run_without_a_checkpoint_starts_again(

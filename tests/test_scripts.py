@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -90,6 +91,26 @@ def test_a_bus_error_shows_where_it_came() -> None:
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert "Fatal Python error: Bus error" in done.stderr
     assert done.returncode == -7
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell of Unix")
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">&-", "2>&-"])
+def test_a_program_without_standard_streams(closed: str, tmp_path: Path) -> None:
+    """It works as any other, says what it says to nobody, and no file that it writes takes the place of a stream."""
+    program = f"""
+import sys
+from utils.scripts import readable_errors
+with readable_errors('a', 'b'):
+    with open({str(tmp_path / "file")!r}, 'w') as file:
+        file.write(str(file.fileno() > 2))
+    print('out')
+    print('err', file=sys.stderr)
+"""
+    command = f"{shlex.quote(sys.executable)} -c {shlex.quote(program)} {closed}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    shown = ("" if " >&-" in f" {closed}" else "out\n", "" if "2>&-" in closed else "err\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, *shown)
+    assert (tmp_path / "file").read_text() == "True"
 
 
 @pytest.mark.parametrize("script", [script for script in SCRIPTS if "/" in script])

@@ -70,6 +70,18 @@ def test_what_was_given_up_is_forgotten(tmp_path: Path, again: str) -> None:
     assert [(point.step, point.value) for point in board(tmp_path).Scalars("train/loss")] == expected
 
 
+def test_a_clock_that_went_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or that of another machine: TensorBoard still takes what comes last for the last. It showed none of it."""
+    with TrainingLog(tmp_path, 0) as log:
+        log.scalars(2, {"train/loss": 2.0})
+    clock = time.time
+    monkeypatch.setattr(time, "time", lambda: clock() - 3600)
+    for step in (2, 4):
+        with TrainingLog(tmp_path, step) as log:
+            log.scalars(step + 2, {"train/loss": step + 2.0})
+    assert [point.step for point in board(tmp_path).Scalars("train/loss")] == [2, 4, 6]
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_a_verification_that_is_due_again_is_forgotten(tmp_path: Path, again: bool) -> None:
     """That of the very step, and of no step before, and not what is noted of training."""

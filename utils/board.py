@@ -4,10 +4,11 @@ That writer also imports TensorFlow where there is one, for nothing that is need
 """
 
 import os
+import re
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from utils.appended_file import AppendedFile
 
 #: Bars of a histogram, all of one width.
 _BINS = 64
+
+_PREFIX = "events.out.tfevents."
 
 
 class Board:
@@ -29,8 +32,10 @@ class Board:
         from tensorboard.compat.proto.event_pb2 import SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        # TensorBoard reads the files of a folder in the order of their names.
-        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard reads the files of a folder in the order of their names: this is the last, also where the clock
+        # went back, or is that of another machine.
+        began = max([time.time(), *(before + 0.001 for before in _times(folder))])
+        name = f"{_PREFIX}{began:.6f}.{socket.gethostname()}.{os.getpid()}"
         self._records = RecordWriter(AppendedFile(folder / name, say))
         self._add(file_version="brain.Event:2")
         self._add(first_step, session_log=SessionLog(status=SessionLog.START))
@@ -81,3 +86,10 @@ class Board:
         from tensorboard.compat.proto.event_pb2 import Event
 
         self._records.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+
+def _times(folder: Path) -> Iterator[float]:
+    """When, by their names, the files of a folder that such a Board made were begun, in seconds."""
+    for file in folder.glob(f"{_PREFIX}*"):
+        if match := re.match(r"\d+\.\d{6}(?=\.)", file.name.removeprefix(_PREFIX)):
+            yield float(match[0])

@@ -85,20 +85,28 @@ def _lock(partial: Path, path: Path, wait: bool) -> int:
         except FileNotFoundError:
             continue  # whoever had the folder has just removed it
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
+            lock_file(lock, partial / LOCK, path, wait)
+        except OSError:
             os.close(lock)
-            raise BusyError(
-                f"{path} is being written by another process: wait for it, or name another output"
-            ) from None
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                os.close(lock)
-                raise OSError(error.errno, error.strerror, str(partial / LOCK)) from error
-            warnings.warn(f"{partial}: no locks here ({error.strerror}): let one process at a time write", stacklevel=5)
+            raise
         if _is_at(partial / LOCK, lock):
             return lock
         os.close(lock)
+
+
+def lock_file(descriptor: int, file: Path, target: Path, wait: bool) -> None:
+    """Lock the open `file` for who writes `target`, until it is closed; on a file system without locks, warn.
+
+    When another process has it, `wait` for that to end, or raise BusyError.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise BusyError(f"{target} is being written by another process: wait for it, or name another output") from None
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise OSError(error.errno, error.strerror, str(file)) from error
+        warnings.warn(f"{file.parent}: no locks here ({error.strerror}): let one process at a time write", stacklevel=6)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

@@ -411,19 +411,24 @@ def _save(figure: Figure, path: str | Path, images: Sequence[tuple[NDArray[np.ui
 
 
 def _make_room(figure: Figure) -> None:
-    """Move the edges of the axes, which are above one another, so that the texts around them fit into the figure."""
+    """Move the edges of the axes, which are above one another, so that the texts around them fit into the figure; where
+    these would take more than half of it, as long names or many do, the figure grows instead.
+    """
     canvas: Any = figure.canvas
     renderer = canvas.get_renderer()
     inner = [axes.get_window_extent(renderer) for axes in figure.axes]
     outer: list[Any] = [axes.get_tightbbox(renderer, for_layout_only=True) for axes in figure.axes]
     pad = 0.1 * figure.dpi
+    left = max(axes.x0 - texts.x0 for axes, texts in zip(inner, outer, strict=True)) + pad
+    right = max(texts.x1 - axes.x1 for axes, texts in zip(inner, outer, strict=True)) + pad
+    bottom, top = inner[-1].y0 - outer[-1].y0 + pad, outer[0].y1 - inner[0].y1 + pad
     width, height = figure.bbox.size
-    figure.subplots_adjust(
-        left=(max(axes.x0 - texts.x0 for axes, texts in zip(inner, outer, strict=True)) + pad) / width,
-        right=1 - (max(texts.x1 - axes.x1 for axes, texts in zip(inner, outer, strict=True)) + pad) / width,
-        bottom=(inner[-1].y0 - outer[-1].y0 + pad) / height,
-        top=1 - (outer[0].y1 - inner[0].y1 + pad) / height,
-    )
+    if left + right > width / 2:
+        width = left + inner[0].width + right
+    if bottom + top > height / 2:
+        height = bottom + inner[0].y1 - inner[-1].y0 + top
+    figure.set_size_inches(width / figure.dpi, height / figure.dpi)
+    figure.subplots_adjust(left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height)
 
 
 def _blank_figure() -> Figure:

@@ -1,5 +1,6 @@
 """How many processes to use, and work spread over them."""
 
+import errno
 import multiprocessing
 import os
 import pickle
@@ -16,14 +17,31 @@ ITEMS_PER_WORKER = 4
 
 
 class WorkerError(OSError):
-    """A worker process ended without an answer, or its answer cannot be told as it was."""
+    """A worker process ended without an answer, could not be started, or its answer cannot be told as it was."""
 
 
 def cause_of_death(exit_codes: Iterable[int | None]) -> str:
     """What the exit codes of worker processes, of which one died, say about the reason."""
     if hasattr(signal, "SIGBUS") and -signal.SIGBUS in exit_codes:
-        return "a worker process died of a bus error: a file could not be read (disk error?), or changed while in use"
+        return (
+            "a worker process died of a bus error: a file could not be read (disk error?), or changed while in use, or "
+            "/dev/shm is full"
+        )
     return "a worker process died (out of memory?); try fewer with --workers"
+
+
+@contextmanager
+def starting_workers() -> Iterator[None]:
+    """WorkerError when the block cannot start worker processes for want of memory, or as no more of them may be."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EAGAIN) or error.filename is not None:
+            raise
+        place = " on /dev/shm" if error.errno == errno.ENOSPC else ""  # where locks between processes are
+        raise WorkerError(
+            f"worker processes cannot be started ({error.strerror}{place}); try fewer with --workers, or 0"
+        ) from None
 
 
 def worker_count(workers: int) -> int:
@@ -68,7 +86,8 @@ def _map(
     waiting: list[Future] = []
     with _executor(min(workers, len(items)), initialise, arguments) as pool:
         for item in items:
-            waiting.append(pool.submit(_answer, function, item))
+            with starting_workers():
+                waiting.append(pool.submit(_answer, function, item))
             if len(waiting) == workers * ITEMS_PER_WORKER:
                 yield take(waiting).result()
         while waiting:
@@ -90,7 +109,9 @@ def _executor(workers: int, initialise: Callable[..., None], arguments: tuple) -
     # Forking a process that runs threads (OpenCV, torch) can deadlock, so workers start afresh. Unlike
     # multiprocessing.Pool, the executor notices when one is killed (out of memory, say) instead of waiting for ever.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, workers), context, _start_worker, (initialise, *arguments)) as pool:
+    with starting_workers():
+        executor = ProcessPoolExecutor(max(1, workers), context, _start_worker, (initialise, *arguments))
+    with executor as pool:
         try:
             yield pool
         except BrokenProcessPool:

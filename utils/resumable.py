@@ -148,19 +148,23 @@ def _difference(name: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> st
 
 @contextmanager
 def resumable_folder(
-    folder: Path | str, made_from: Mapping[str, Any], restart: bool, or_from: Mapping[str, Any] | None = None
+    folder: Path | str,
+    made_from: Mapping[str, Any],
+    restart: bool,
+    or_from: Mapping[str, Any] | None = None,
+    wait: bool = False,
 ) -> Iterator[ResumableFolder]:
     """Yield a ResumableFolder that becomes `folder` when the block ends without error.
 
     `made_from`, of what JSON holds, is all that the content depends on. What a run with the same one saved is gone on
     with, unless `restart` discards it; so is one with `or_from`, whose content up to an interruption is the same.
     Raises JournalError when one with another was interrupted, FileExistsError when `folder` exists and is not empty,
-    BusyError when another process is writing it.
+    BusyError when another process is writing it, which with `wait` is waited for.
     """
     folder = Path(folder).resolve()
     require_free(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished(folder, wait=False, resume=True) as partial:
+    with unfinished(folder, wait, resume=True) as partial:
         require_free(folder)  # another process may have finished it meanwhile
         journal = partial / JOURNAL
         if restart or not (journal.exists() and (partial / folder.name).exists()):

@@ -32,6 +32,7 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     Errors of other kinds are faults of the program and keep their traceback. One of several ranks ends at once, so that
     torchrun ends the others, which may wait for it.
     """
+    _open_closed_streams()
     # In a log file, too, a line should appear when it is printed; and a name that the screen has no letters for is no
     # reason to end.
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")  # type: ignore[union-attr]
@@ -55,6 +56,18 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         _exit(traceback.format_exc().rstrip())
     finally:
         warnings.formatwarning = before
+
+
+def _open_closed_streams() -> None:
+    """Give a program that was started without standard streams (`>&-`) empty ones: it may say things, and no file of
+    its own gets a number to which libraries write their messages."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest that is free
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
 
 
 def _exit(status: int | str) -> NoReturn:

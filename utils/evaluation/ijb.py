@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.align import TEMPLATE_SIZE, align
-from data.images import decode_rgb, encode_png
+from data.images import ImageError, decode_rgb, encode_png
 from data.images_fingerprint import files_digest
 from utils.evaluation.curves import FAR_POINTS, Roc, TarAtFar, roc, split_scores, tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import Identification, identify
@@ -49,11 +49,11 @@ class IjbImages:
         return len(self.names)
 
     def encoded(self, i: int) -> bytes:
-        """The aligned face, PNG."""
+        """The aligned face, PNG. Raises ImageError for a file that is not there or broken."""
         try:
             stored = (self._folder / self.names[i]).read_bytes()
         except OSError as error:
-            raise IjbError(f"{self.describe(i)}: {error.strerror or error}") from None
+            raise ImageError(f"{self.describe(i)}: {error.strerror or error}") from None
         return encode_png(align(decode_rgb(stored, self.describe(i)), self.landmarks[i], self._size, shrink=False))
 
     def fingerprint(self) -> str:

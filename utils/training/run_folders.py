@@ -45,7 +45,9 @@ def _run_folder(config: Config) -> Path:
         return run
     if settings.resume == "auto" and not settings.name:
         raise TrainingError("train.resume: auto goes on with the run called train.name: name it with --name")
-    run = Path(config.common.runs) / (settings.name or f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
+    if not settings.name:
+        return _new_folder(Path(config.common.runs), f"{datetime.now():%Y%m%d-%H%M%S}-{config.model.network}")
+    run = Path(config.common.runs, settings.name)
     if settings.resume == "auto" or not run.exists():
         return run
     if has_checkpoints(run):
@@ -55,6 +57,19 @@ def _run_folder(config: Config) -> Path:
     if not _begun(run):
         raise TrainingError(f"{run} exists: name another with --name, or remove it")
     return run
+
+
+def _new_folder(runs: Path, name: str) -> Path:
+    """A new, empty folder `name`, or `name-2` and so on: several runs may start in the same second."""
+    run, number = runs / name, 1
+    run.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        try:
+            run.mkdir()
+            return run
+        except FileExistsError:
+            number += 1
+            run = runs / f"{name}-{number}"
 
 
 def has_checkpoints(run: Path) -> bool:
