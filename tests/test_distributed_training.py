@@ -179,7 +179,7 @@ def test_out_of_memory_on_one_of_several_processes_says_how_to_go_on(
 
 
 def test_processes_whose_torchrun_was_killed_save_and_end(tiny_set: Path, tmp_path: Path) -> None:
-    """kill -9 of torchrun, by the system for want of memory, say: nobody else would end them, and they hold the cards."""
+    """kill -9 of torchrun, by a system out of memory, say: nobody else would end them, and they hold the cards."""
     run = tmp_path / "orphaned"
     process = start(2, flags(tiny_set, tmp_path, "orphaned", epochs=1000))
     wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, process)
