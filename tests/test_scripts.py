@@ -6,11 +6,16 @@ import socket
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
 import torch
 
+import all_pair_test
+from dataset_merge import dataset_merge
 from utils.ranks import MeetingError, join_ranks
 from utils.scripts import readable_errors
 
@@ -146,7 +151,6 @@ def test_a_rank_with_an_error_does_not_wait_for_the_others() -> None:
     code = """
 import time, torch
 from utils.ranks import dist, join_ranks
-from utils.ranks import MeetingError, join_ranks
 from utils.scripts import readable_errors
 dist.destroy_process_group = lambda: time.sleep(600)  # as nccl
 with readable_errors('train', ''), join_ranks(torch.device('cpu')) as ranks:
@@ -231,6 +235,39 @@ def test_ranks_that_do_not_meet_say_where(
             join_ranks(torch.device("cpu")),
         ):
             pass
+
+
+@pytest.mark.parametrize(("world", "tasks", "warned"), [("", "8", True), ("1", "8", False), ("", "1", False)])
+def test_copies_that_srun_started_are_warned_of(
+    world: str, tasks: str, warned: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Eight programs that train the same, each alone, are not what `srun -n 8` was for; with torchrun all is well."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with join_ranks(torch.device("cpu")) as ranks:
+        assert ranks.size == 1
+    assert [str(one.message)[:15] for one in recwarn] == ["srun started 8 "] * warned
+
+
+@pytest.mark.parametrize("program", [all_pair_test, dataset_merge])
+def test_what_the_first_rank_does_alone_may_take_long(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for hours of bootstrap or writing, or for another program that makes the same embeddings; torch
+    would give up after half an hour."""
+    waits = []
+
+    class JoinedError(Exception):
+        pass
+
+    def join(device: torch.device, patience: timedelta | None = None) -> NoReturn:
+        waits.append(patience)
+        raise JoinedError
+
+    monkeypatch.setattr(program, "join_ranks", join)
+    with pytest.raises(JoinedError):
+        program.main(["--common.device", "cpu", "--model", str(ROOT)])
+    assert waits == [timedelta(days=7)]
 
 
 def test_a_rank_ends_without_taking_the_interpreter_down() -> None:

@@ -6,6 +6,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -195,6 +196,7 @@ def join_ranks(device: torch.device, patience: timedelta | None = None) -> Itera
     is killed, the process gets SIGTERM: nobody would ever end it.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
+        _warn_of_copies()
         yield Ranks()
         return
     try:
@@ -227,6 +229,17 @@ def join_ranks(device: torch.device, patience: timedelta | None = None) -> Itera
             f"process {rank} lost another of the {size} ({gone}): that one ended, and says why here or on its machine"
         ) from None
     dist.destroy_process_group()  # not after an error: nccl would wait for ranks that may be waiting for this one
+
+
+def _warn_of_copies() -> None:
+    """Warn when a launcher of programs, not torchrun, started several of this one, which know nothing of each other."""
+    for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+        copies = os.environ.get(variable, "1")
+        if copies != "1" and "WORLD_SIZE" not in os.environ:
+            warnings.warn(
+                f"{launcher} started {copies} of these, and each works alone: let it start torchrun, once a machine",
+                stacklevel=4,
+            )
 
 
 def _why_not_met(error: Exception) -> str:

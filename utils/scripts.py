@@ -16,7 +16,7 @@ from utils.interrupts import Stopped
 
 # Seconds that a process which is not the first of its machine waits before it says an error: as a rule the first says
 # the same, and torchrun ends the others then.
-_FIRST_SPEAKS = 2.0
+_FIRST_SPEAKS = 3.0
 # Seconds until a process that lost the others says so, unless torchrun has ended it: the cause is another one's to say.
 _ENDED_BY_THEN = 10.0
 
