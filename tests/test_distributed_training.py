@@ -134,8 +134,7 @@ def test_torchrun_restarts_a_run_after_a_process_died(tiny_set: Path, tmp_path: 
     arguments = [*flags(tiny_set, tmp_path, "restarted", checkpoint_every=1), "--resume", "auto"]
     process = start(2, arguments, "--max-restarts=2")
     wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, process)
-    workers = [pid for pid in children(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(workers[-1], signal.SIGKILL)
+    os.kill(trainers(process)[-1], signal.SIGKILL)
     output = finish(process)
     assert "from step" in output, "it was killed too late to show anything"
     assert_same_run(alone, run)
@@ -176,6 +175,18 @@ def test_out_of_memory_on_one_of_several_processes_says_how_to_go_on(
     assert f"train: CUDA out of memory. {advice}\n" in errors
     assert (tmp_path / "ended" / "micro_batch.txt").exists() == (not settings)
     assert_clean(errors)
+
+
+def test_a_signal_to_one_process_stops_all_and_the_first_ends_its_record(tiny_set: Path, tmp_path: Path) -> None:
+    """The one with less to do at the end must not leave first: torchrun would end the others, which still say where the
+    run stands and draw its pictures."""
+    run = tmp_path / "signalled"
+    process = start(2, flags(tiny_set, tmp_path, "signalled", epochs=1000))
+    wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, process)
+    os.kill(trainers(process)[-1], signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "train: stopped and saved at step" in errors
+    assert (run / "loss.png").exists()
 
 
 def test_processes_whose_torchrun_was_killed_save_and_end(tiny_set: Path, tmp_path: Path) -> None:
@@ -234,6 +245,11 @@ def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
         assert time.monotonic() < deadline, "nothing happened"
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
+
+
+def trainers(torchrun: subprocess.Popen[str]) -> list[int]:
+    """Process numbers of those that train."""
+    return [pid for pid in children(torchrun.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def children(parent: int) -> list[int]:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from utils.interrupts import Stopped
 from utils.scripts import LostRanksError
 
 # Their names since torch 2.14, which warns of the older ones.
@@ -31,6 +32,9 @@ _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe",
 
 #: The `patience` of `join_ranks` where the first rank may work alone for hours, or wait for another program.
 DAYS = timedelta(days=7)
+
+# Seconds that the other processes of a machine have to end with the first when torchrun was killed.
+_OTHERS_END_AFTER = 30.0
 
 
 class OtherRankError(ValueError):
@@ -217,10 +221,16 @@ def join_ranks(device: torch.device, patience: timedelta | None = None) -> Itera
             timeout=patience,
             device_id=device if on_cuda else None,
         )
-        ranks = Ranks(dist.group.WORLD)
-        yield ranks
-        # torchrun on several machines takes it for an error if those of one are gone long before those of another.
+        ranks, stopped = Ranks(dist.group.WORLD), None
+        try:
+            yield ranks
+        except Stopped as end:  # on all ranks
+            stopped = end
+        # torchrun takes it for an error, and ends the others, if one is gone that was stopped, or a machine whose
+        # processes are done long before those of another: none leaves before the first has written and drawn it all.
         ranks.agree("done")
+        if stopped is not None:
+            raise stopped
     except RuntimeError as error:
         gone = next((words for words in _GONE if words in str(error)), None)
         if gone is None:
@@ -251,7 +261,12 @@ def _why_not_met(error: Exception) -> str:
 
 
 def _end_with(launcher: int) -> None:
-    """Send this process SIGTERM when its parent, the process `launcher`, is gone."""
+    """Send this process SIGTERM when its parent, the process `launcher`, is gone.
+
+    The first on the machine gets it first: a run then stops by agreement, in which another SIGTERM would only disturb.
+    """
     while os.getppid() == launcher:
         time.sleep(1)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_OTHERS_END_AFTER)
     os.kill(os.getpid(), signal.SIGTERM)
