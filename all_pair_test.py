@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from config import PRESETS, Config
 from data.face_sets import FaceSetError
 from data.images import decode_face
+from data.images_fingerprint import sample_digest
 from data.verification_bin import chosen_bins
 from models.embedders import Embedder, load_embedder
 from models.embedders.network import Precision
@@ -48,7 +49,7 @@ from utils.evaluation.tables import qualities_by
 from utils.evaluation.test_sets import TestSet, keys_of, open_test_set, set_names, told_apart
 from utils.files import write_text_atomic
 from utils.processes import worker_count
-from utils.ranks import Ranks, join_ranks
+from utils.ranks import DAYS, Ranks, join_ranks
 from utils.scripts import end_rank, printable, readable_errors
 from utils.settings import Settings, describe, flatten, parse_settings
 
@@ -243,6 +244,7 @@ def write_reports(test: Test, tested: Sequence[TestedSet]) -> None:
 
 def run_test(config: Config, ranks: Ranks) -> None:
     """Test all models on all sets; the first rank prints and writes."""
+    ranks.require_alike(lambda: {name: value for name, value in flatten(config).items() if name != "common.workers"})
     paths = chosen_models(config.test.model, config.test.sets, config.common.runs)
     sets = chosen_sets(config)
     names = set_names(sets)
@@ -254,6 +256,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
             f"--identify: in {', '.join(names)} there are only pairs, which do not say who is on an image: leave it "
             "out, or name a face set"
         )
+    ranks.require_alike(lambda: {str(one.path): f"images {sample_digest(one.images)[:8]}" for one, _ in opened})
     if ranks.first:
         mirror = "with" if config.test.mirror else "without"
         for model in test.models():
@@ -282,7 +285,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("all_pair_test", "report.html and report.json have the sets tested before"):
         config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings)
-        with join_ranks(pick_device(config.common.device)) as ranks:
+        with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
                 print(describe(config, ("test", "common")))
             run_test(config, ranks)

@@ -26,8 +26,9 @@ from torch import nn
 
 from config import PRESETS, Config
 from data.augment import Chances, augment
-from data.face_sets import FaceSet, FaceSetError
+from data.face_sets import FaceSet, FaceSetError, PairImages
 from data.image_sizes import require_size
+from data.images_fingerprint import sample_digest
 from data.joined_sets import identity_keys, open_training_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
 from data.orders import create_order
@@ -74,6 +75,12 @@ SHOWN = (("train/loss", "loss", ".3f"), ("train/accuracy", "accuracy", ".1%"))
 FIXED = (
     "train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers", "model.network",
     "model.embedding_size",
+)  # fmt: skip
+
+#: Settings in which processes may differ: what is of a machine, and paths, of which the first one's hold, or whose
+#: content has to be the same.
+OWN = (
+    "common.runs", "common.workers", "data.root", "data.verification", "train.init", "train.name", "train.resume",
 )  # fmt: skip
 
 
@@ -140,6 +147,18 @@ class Trainer:
         self.verify_due = False  # whether the weights of this step are to be verified
         self.explosions = ExplosionWatch(settings.loss_limit, self.scaler.is_enabled())
         self.broken = BrokenImages(config.data.broken_limit, ranks)
+
+    def sets(self) -> dict[str, str]:
+        """What the sets of this process have in them, for comparison with those of the others."""
+        sums = f"{self.images['labels']:x}-{checksum(identity_keys(self.faces)):x}-{sample_digest(self.faces)[:8]}"
+        verified = [
+            f"{pairs.name} ({len(pairs.same):,} pairs, {sample_digest(PairImages(pairs))[:8]})"
+            for pairs in self.verifier.sets
+        ]
+        return {
+            "data.root": f"{len(self.faces):,} images of {len(self.faces.identities):,} identities (checksums {sums})",
+            "data.verification": ", ".join(verified) or "nothing",
+        }
 
     def train(self) -> None:
         """From where the run stands to its end.
@@ -494,9 +513,12 @@ def train(config: Config) -> Path:
     """
     device = pick_device(config.common.device)
     with join_ranks(device) as ranks:
+        ranks.require_alike(lambda: {name: value for name, value in flatten(config).items() if name not in OWN})
         run = Path(ranks.agree(ranks.together(lambda: str(run_folder(config)) if ranks.first else "")))
         try:
-            ranks.together(lambda: Trainer(config, run, device, ranks)).train()
+            trainer = ranks.together(lambda: Trainer(config, run, device, ranks))
+            ranks.require_alike(trainer.sets)
+            trainer.train()
         finally:
             if ranks.first:
                 with suppress(OSError):  # there is something in it, unless the run could not begin

@@ -58,8 +58,13 @@ def files_digest(images: Images, files: Sequence[Path], *layout: Any) -> str:
     facts = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if sum(size for size, _ in facts) <= EXACT_BYTES:
         return content_digest(images, range(len(images)))
+    return joined_digest(sample_digest(images), facts, *layout)
+
+
+def sample_digest(images: Images) -> str:
+    """Of how many images there are, and of the bytes of `SAMPLE` of them: the same for copies on several machines."""
     sample = np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)).tolist()
-    return joined_digest(content_digest(images, sample), facts, *layout)
+    return content_digest(images, sample)
 
 
 def joined_digest(*parts: Any) -> str:

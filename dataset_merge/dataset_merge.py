@@ -30,9 +30,9 @@ from dataset_merge.writing import as_size
 from models.embedders import Embedder, load_embedder
 from utils.checkpoints import newest_run
 from utils.devices import pick_device
-from utils.ranks import join_ranks
+from utils.ranks import DAYS, join_ranks
 from utils.scripts import end_rank, readable_errors
-from utils.settings import describe, parse_settings
+from utils.settings import describe, flatten, parse_settings
 
 
 def summary(done: Merge) -> str:
@@ -71,10 +71,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("dataset_merge", "the same command goes on where it stopped"):
         config = parse_settings(Config, PRESETS, ("merge", "common"), __doc__, argv)
-        with join_ranks(pick_device(config.common.device)) as ranks:
+        with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
                 print(describe(config, ("merge", "common")))
+            settings = {name: value for name, value in flatten(config).items() if name != "common.workers"}
+            ranks.require_alike(lambda: settings)
             opened = open_sets(config.merge)
+            ranks.require_alike(opened.digests)
             embedder = load_model(config) if needs_embeddings(config.merge) else None
             room = tell_size(config.merge, opened, embedder)
             if ranks.first:

@@ -10,6 +10,7 @@ import numpy as np
 
 from config import MergeConfig
 from data.face_sets import EncodedImages, FaceSet, FaceSetError, open_face_set
+from data.images_fingerprint import sample_digest
 from dataset_merge.calibration import require_identities
 from dataset_merge.exclude import HeldOutSet, open_held_out
 from dataset_merge.writing import (
@@ -39,6 +40,12 @@ class OpenedSets:
         """The images of each of them."""
         yield from self.sets
         yield from (test.images for test in self.held_out)
+
+    def digests(self) -> dict[str, str]:
+        """Of a sample of the images of each, by path."""
+        paths = [*(str(faces.path) for faces in self.sets), *(test.path for test in self.held_out)]
+        digests = (f"images {sample_digest(images)[:8]}" for images in self.images())
+        return dict(zip(paths, digests, strict=True))
 
 
 def cache_folder(merge: MergeConfig) -> Path:

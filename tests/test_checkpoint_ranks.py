@@ -108,6 +108,18 @@ def overlap(folder: Path, ranks: Ranks) -> str:
     return failure
 
 
+def no_common_folder(folder: Path, ranks: Ranks) -> str:
+    """What each rank hears when each has a folder of its own; all let go of what they took."""
+    own = folder / str(ranks.rank)
+    patience, checkpoint_store._LOCK_SECONDS = checkpoint_store._LOCK_SECONDS, 0.2
+    try:
+        failure = attempt(lambda: CheckpointStore(own / "checkpoints", ranks))
+    finally:
+        checkpoint_store._LOCK_SECONDS = patience
+    assert not (own / ".checkpoints.partial").exists()
+    return failure
+
+
 def all_on_ranks(folder: str) -> dict[str, Any]:
     """Every case in one set of processes, for they take long to start: each on the first few of four ranks."""
     groups = [dist.new_group(list(range(size))) for size in (1, 2, 3, 4)]
@@ -123,6 +135,7 @@ def all_on_ranks(folder: str) -> dict[str, Any]:
     if 2 in member:
         found["fall back"] = fall_back(Path(folder, "damaged"), member[2])
         found["overlap"] = overlap(Path(folder, "overlap"), member[2])
+        found["no common folder"] = no_common_folder(Path(folder, "own"), member[2])
         for dead in (0, 1):
             found[f"dead {dead}"] = dead_rank(Path(folder, f"dead{dead}"), member[2], dead)
     if 3 in member:
@@ -230,6 +243,14 @@ def test_only_what_is_said_of_the_save_counts(tmp_path: Path) -> None:
                 heed(token, number, None)
         with pytest.raises(OSError, match="the checkpoint of step 7 could not be written: a full disk"):
             heed(store._token, 2, "a full disk")
+
+
+def test_folders_that_are_not_shared_are_told_on_all_machines(on_ranks: list[dict[str, Any]]) -> None:
+    """Also on that of the first rank, which would go on and lose the others."""
+    cause = "waited 0.2 s in vain for "
+    assert on_ranks[0]["no common folder"].startswith("OtherRankError process 1 (")
+    assert cause in on_ranks[0]["no common folder"]
+    assert on_ranks[1]["no common folder"].startswith(f"TimeoutError {cause}")
 
 
 @pytest.mark.parametrize(("dead", "missed"), [(0, "the first rank"), (1, "the rows of all ranks")])

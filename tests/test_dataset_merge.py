@@ -22,6 +22,7 @@ from dataset_merge.calibration import Calibration
 from dataset_merge.deciding import Decided
 from dataset_merge.merge_report import PICTURES
 from tiny_faces import tiny_face
+from utils.ranks import Ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -341,3 +342,17 @@ def test_errors_say_what_is_missing(flags: list[str], message: str, two_sets: st
     """Each thing that a merge needs is asked for by its name."""
     with pytest.raises(SystemExit, match=f"dataset_merge: .*{message}"):
         dataset_merge.main([flag.format(sets=two_sets, one=two_sets.split(",")[0]) for flag in flags])
+
+
+def test_processes_compare_settings_and_sets(
+    tmp_path: Path, two_sets: str, tiny_set: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines with other flags, or another set under the same name, would join people who are none."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(Ranks, "require_alike", lambda ranks, facts: asked.append(dict(facts())))
+    merge(two_sets, tmp_path / "merged", tiny_run, "--exclude", str(tiny_set / "tiny.bin"), "--exclude-t", "1")
+    settings, sets = asked
+    assert settings["merge.t"] == 0.99
+    assert "common.workers" not in settings
+    assert [Path(name).parent.name for name in sets] == ["one", "two", tiny_set.name]
+    assert len(set(sets.values())) == 3

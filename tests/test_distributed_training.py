@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -132,8 +134,7 @@ def test_torchrun_restarts_a_run_after_a_process_died(tiny_set: Path, tmp_path: 
     arguments = [*flags(tiny_set, tmp_path, "restarted", checkpoint_every=1), "--resume", "auto"]
     process = start(2, arguments, "--max-restarts=2")
     wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, process)
-    workers = [pid for pid in children(process.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
-    os.kill(workers[-1], signal.SIGKILL)
+    os.kill(trainers(process)[-1], signal.SIGKILL)
     output = finish(process)
     assert "from step" in output, "it was killed too late to show anything"
     assert_same_run(alone, run)
@@ -165,13 +166,77 @@ def test_a_run_goes_on_in_smaller_passes_after_one_process_ran_out_of_memory(
 def test_out_of_memory_on_one_of_several_processes_says_how_to_go_on(
     tiny_set: Path, tmp_path: Path, settings: dict[str, int], advice: str
 ) -> None:
-    """Without restarts: how to start it again. A size that was set stays as it is."""
+    """Without restarts: how to start it again. A size that was set stays as it is. The other process has nothing to say
+    of the connection that broke."""
     arguments = flags(tiny_set, tmp_path, "ended", **settings)
     process = start(2, arguments, program=ROOT / "tests" / "exhausted_training.py")
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert f"train: CUDA out of memory. {advice}\n" in errors
     assert (tmp_path / "ended" / "micro_batch.txt").exists() == (not settings)
+    assert_clean(errors)
+
+
+def test_a_signal_to_one_process_stops_all_and_the_first_ends_its_record(tiny_set: Path, tmp_path: Path) -> None:
+    """The one with less to do at the end must not leave first: torchrun would end the others, which still say where the
+    run stands and draw its pictures."""
+    run = tmp_path / "signalled"
+    process = start(2, flags(tiny_set, tmp_path, "signalled", epochs=1000))
+    wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, process)
+    os.kill(trainers(process)[-1], signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert "train: stopped and saved at step" in errors
+    assert (run / "loss.png").exists()
+
+
+def test_processes_whose_torchrun_was_killed_save_and_end(tiny_set: Path, tmp_path: Path) -> None:
+    """kill -9 of torchrun, by a system out of memory, say: nobody else would end them, and they hold the cards."""
+    run = tmp_path / "orphaned"
+    process = start(2, flags(tiny_set, tmp_path, "orphaned", epochs=1000))
+    wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, process)
+    process.kill()
+    _, errors = process.communicate(timeout=60)  # until both have let go of the pipe
+    assert "train: stopped and saved at step" in errors
+
+
+@pytest.mark.parametrize(
+    ("unlike", "said"),
+    [
+        (
+            {"lr": 0.1},
+            "train.lr: 0.05 on process 0 (HOST), 0.1 on process 1 (HOST): all processes need the same settings",
+        ),
+        ({"data__root": "other"}, "data.root: 48 images of 6 identities (checksums "),
+    ],
+)
+def test_processes_that_were_not_started_alike_are_refused(
+    tiny_set: Path, tmp_path: Path, unlike: dict[str, object], said: str
+) -> None:
+    """Two machines with other flags, or with sets of one shape and other faces under one name, would train something
+    between the two without a word. Where a set lies is each machine's own affair."""
+    with write_face_set(tmp_path / "other", 32) as out:
+        for identity in range(10, 16):
+            out.add_identity(tiny_face(identity, shot) for shot in range(8))
+    shutil.copy(tiny_set / "tiny.bin", tmp_path / "other")
+    if "data__root" in unlike:
+        unlike = {"data__root": tmp_path / "other"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "train.py"), *flags(tiny_set, tmp_path, "unlike", **settings)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**common, "RANK": str(rank)},
+        )
+        for rank, settings in enumerate(({}, unlike))
+    ]  # fmt: skip
+    for process in processes:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 1
+        assert said in errors.replace(socket.gethostname(), "HOST")
+    assert not (tmp_path / "unlike").exists()
 
 
 def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
@@ -180,6 +245,11 @@ def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
         assert time.monotonic() < deadline, "nothing happened"
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
+
+
+def trainers(torchrun: subprocess.Popen[str]) -> list[int]:
+    """Process numbers of those that train."""
+    return [pid for pid in children(torchrun.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
 
 
 def children(parent: int) -> list[int]:
@@ -192,16 +262,18 @@ def test_a_batch_that_ranks_cannot_share_is_refused(tiny_set: Path, tmp_path: Pa
     process = start(2, flags(tiny_set, tmp_path, "odd", batch_size=13))
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "train.batch_size: must be a multiple of the 2 ranks, got 13" in errors
+    assert errors.count("train.batch_size: must be a multiple of the 2 ranks, got 13") == 1, "said by the first alone"
 
 
 def test_all_processes_refuse_what_the_first_one_refuses(tiny_set: Path, tmp_path: Path) -> None:
-    """A folder that exists is for the first process to see: the others end by it, and not by a broken connection."""
+    """A folder that exists is for the first process to see: the others end by it, and not by a broken connection. It is
+    said once."""
     (tmp_path / "there").mkdir()
     process = start(2, flags(tiny_set, tmp_path, "there"))
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert f"train: {tmp_path / 'there'} exists: name another with --name, or remove it" in errors
+    assert errors.count(f"train: {tmp_path / 'there'} exists: name another with --name, or remove it") == 1
+    assert errors.count(str(tmp_path / "there")) == 1
     assert_clean(errors)
 
 

@@ -22,6 +22,7 @@ from models import create_network
 from models.embedders import NetworkEmbedder
 from tiny_runs import configure
 from utils.checkpoints import Progress, save_backbone
+from utils.ranks import Ranks
 from utils.settings import to_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,3 +319,16 @@ def test_a_tested_run_gets_a_record_for_tensorboard(tiny_set: Path, tiny_run: Pa
     accuracy = json.loads((copy / "test" / "results.json").read_text())["sets"]["tiny"]["accuracy"]
     assert [event.value for event in record.Scalars("test/tiny/accuracy")] == pytest.approx([accuracy])
     assert "test/tiny/tiny_scores" in record.Tags()["images"]
+
+
+def test_processes_compare_settings_and_sets(
+    tiny_set: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Machines with other flags, or another set under the same name, would measure something between the two."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(Ranks, "require_alike", lambda ranks, facts: asked.append(dict(facts())))
+    run(tmp_path, tiny_set / "tiny.bin", "--model", tiny_run, "--no-checks")
+    settings, sets = asked
+    assert settings["test.draws"] == 40
+    assert "common.workers" not in settings
+    assert list(sets) == [str(tiny_set / "tiny.bin")]

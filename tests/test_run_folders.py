@@ -40,6 +40,21 @@ def begun(folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(configure(folders, tmp_path_factory.mktemp("begun"), train__epochs=1))
 
 
+@pytest.mark.parametrize(("restarts", "resume", "warned"), [("3", "", True), ("3", "auto", False), ("0", "", False)])
+def test_restarts_that_would_begin_anew_are_warned_of(
+    restarts: str,
+    resume: str,
+    warned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    """torchrun --max-restarts without --resume auto: a new run under another name, after days, or none at all."""
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", restarts)
+    assert run_folder(configure(tmp_path, tmp_path, train__resume=resume)) == tmp_path / "a"
+    assert ["--resume auto --name NAME" in str(one.message) for one in recwarn] == [True] * warned
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

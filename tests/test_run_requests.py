@@ -2,6 +2,7 @@
 
 import itertools
 import signal
+import socket
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -180,7 +181,7 @@ def fail(ranks: Ranks) -> list[str]:
         try:
             heard.append(str(ranks.together(lambda rank=rank: fail_on(rank))))  # type: ignore[misc]
         except (KeyError, OtherRankError) as error:
-            heard.append(f"{type(error).__name__} {error}")
+            heard.append(f"{type(error).__name__} {error}".replace(socket.gethostname(), "HOST"))
     return [*heard, *ranks.texts(f"text {ranks.rank}")]
 
 
@@ -191,13 +192,13 @@ def ask_and_fail() -> tuple[list[list[int]], list[str]]:
 
 def test_ranks_hear_the_same_and_fail_together() -> None:
     """A signal, a clock or a failure of one rank is known to all, at the same steps; an error of one ends the others
-    too, in its words, instead of leaving them waiting."""
+    too, in its words and with its name, instead of leaving them waiting."""
     nothing = [0, 0, 0]
     said = ([0, 0, 0], [15, 0, 0], [0, 1, 0], [0, 0, 1])
     asked = [[*nothing, *one, *one] for one in said]
     asked[1].append(15)
     failures = (
-        ["KeyError 'of rank 0'", "OtherRankError 'of rank 1'", "0", "text 0", "text 1"],
-        ["OtherRankError 'of rank 0'", "KeyError 'of rank 1'", "1", "text 0", "text 1"],
+        ["KeyError 'of rank 0'", "OtherRankError process 1 (HOST): 'of rank 1'", "0", "text 0", "text 1"],
+        ["OtherRankError process 0 (HOST): 'of rank 0'", "KeyError 'of rank 1'", "1", "text 0", "text 1"],
     )
     assert run_on_ranks(2, ask_and_fail) == [(asked, failures[0]), (asked, failures[1])]

@@ -8,11 +8,18 @@ import socket
 import subprocess
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
 
 import pytest
+import torch
 
+import all_pair_test
 from data.report import main as report_main
+from dataset_merge import dataset_merge
+from utils.ranks import MeetingError, join_ranks
 from utils.scripts import readable_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -199,16 +206,7 @@ with readable_errors('train', ''), join_ranks(torch.device('cpu')) as ranks:
         raise ValueError('no such set')
     ranks.agree('')
 """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    first, second = (
-        subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, env={**common, "RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in "01"
-    )
+    first, second = two_processes(code)
     try:
         _, errors = second.communicate(timeout=60)
     finally:
@@ -217,6 +215,107 @@ with readable_errors('train', ''), join_ranks(torch.device('cpu')) as ranks:
             process.communicate()
     assert second.returncode == 1
     assert errors.endswith("train: no such set\n")
+
+
+def two_processes(code: str) -> list[subprocess.Popen[str]]:
+    """Two that run `code`, each on a machine of its own as far as they know; their errors can be read."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env={**common, "RANK": rank}, stderr=subprocess.PIPE, text=True
+        )
+        for rank in "01"
+    ]
+
+
+def test_ranks_leave_together_and_know_a_lost_one(tmp_path: Path) -> None:
+    """The second waits for what the first does alone: torchrun gives up on a machine whose processes are gone long
+    before the others. When the first is killed, it says so in a line, after the time that torchrun has to end it."""
+    code = f"""
+import os, time, torch
+from pathlib import Path
+from utils import scripts
+from utils.ranks import join_ranks
+scripts._ENDED_BY_THEN = 0.5
+with scripts.readable_errors('train', ''):
+    with join_ranks(torch.device('cpu')) as ranks:
+        if ranks.first:
+            time.sleep(1)
+            Path({str(tmp_path / "written")!r}).touch()
+    assert Path({str(tmp_path / "written")!r}).exists()
+    with join_ranks(torch.device('cpu')) as ranks:
+        if ranks.first:
+            os._exit(9)
+        began = time.monotonic()
+        ranks.agree('')
+scripts.end_rank()
+"""
+    first, second = two_processes(code)
+    _, errors = second.communicate(timeout=60)
+    first.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (9, 1)
+    assert errors.endswith("): that one ended, and says why here or on its machine\n")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({}, "RANK expected"),
+        ({"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "TAKEN"}, "EADDRINUSE"),
+        ({"RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "port"}, "invalid literal"),
+    ],
+)
+def test_ranks_that_do_not_meet_say_where(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A WORLD_SIZE that something else left in the environment, or a port that is taken: one line, no traceback."""
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for name, value in {"WORLD_SIZE": "2", **environment}.items():
+            monkeypatch.setenv(name, value.replace("TAKEN", str(taken.getsockname()[1])))
+        with (
+            pytest.raises(MeetingError, match=f"WORLD_SIZE is 2, but .*{said}.* unset WORLD_SIZE"),
+            join_ranks(torch.device("cpu")),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(("world", "tasks", "warned"), [("", "8", True), ("1", "8", False), ("", "1", False)])
+def test_copies_that_srun_started_are_warned_of(
+    world: str, tasks: str, warned: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Eight programs that train the same, each alone, are not what `srun -n 8` was for; with torchrun all is well."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    if world:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    with join_ranks(torch.device("cpu")) as ranks:
+        assert ranks.size == 1
+    assert [str(one.message)[:15] for one in recwarn] == ["srun started 8 "] * warned
+
+
+@pytest.mark.parametrize("program", [all_pair_test, dataset_merge])
+def test_what_the_first_rank_does_alone_may_take_long(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for hours of bootstrap or writing, or for another program that makes the same embeddings; torch
+    would give up after half an hour."""
+    waits = []
+
+    class JoinedError(Exception):
+        pass
+
+    def join(device: torch.device, patience: timedelta | None = None) -> NoReturn:
+        waits.append(patience)
+        raise JoinedError
+
+    monkeypatch.setattr(program, "join_ranks", join)
+    with pytest.raises(JoinedError):
+        program.main(["--common.device", "cpu", "--model", str(ROOT)])
+    assert waits == [timedelta(days=7)]
 
 
 def test_a_rank_ends_without_taking_the_interpreter_down() -> None:

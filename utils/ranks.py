@@ -1,13 +1,23 @@
 """The processes that train together: one on each card, or one alone, which needs no process group."""
 
+import json
 import os
-from collections.abc import Callable, Iterator
+import signal
+import socket
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from utils.interrupts import Stopped
+from utils.scripts import LostRanksError
 
 # Their names since torch 2.14, which warns of the older ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -16,8 +26,27 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 _Result = TypeVar("_Result")
 
 
+# What gloo, nccl and the sockets of torch say when the process at the other end is gone.
+_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+
+
+#: The `patience` of `join_ranks` where the first rank may work alone for hours, or wait for another program.
+DAYS = timedelta(days=7)
+
+# Seconds that the other processes of a machine have to end with the first when torchrun was killed.
+_OTHERS_END_AFTER = 30.0
+
+
 class OtherRankError(ValueError):
-    """Another rank cannot go on, so that this one cannot either; the message is the other's."""
+    """Another rank cannot go on, so that this one cannot either; the message is the other's, and who it is."""
+
+
+class UnlikeRanksError(ValueError):
+    """The ranks were not started alike; the message says in what they differ."""
+
+
+class MeetingError(OSError):
+    """The ranks did not find each other."""
 
 
 def share_of(total: int, rank: int, ranks: int) -> range:
@@ -120,13 +149,30 @@ class Ranks:
             result = function()
         except Exception as error:
             failure = error
-        failures = self.texts("" if failure is None else str(failure) or type(failure).__name__)
+        said = f"process {self.rank} ({socket.gethostname()}): {str(failure) or type(failure).__name__}"
+        failures = self.texts("" if failure is None else said)
         if failure is not None:
             raise failure
         for text in failures:
             if text:
                 raise OtherRankError(text)
         return result
+
+    def require_alike(self, facts: Callable[[], Mapping[str, Any]]) -> None:
+        """Raise UnlikeRanksError, on all ranks, unless `facts`, JSON by names for people, are the same on all. Waits.
+
+        Alone it does not even ask for them. They are found `together`.
+        """
+        if self.size == 1:
+            return
+        found = json.dumps([socket.gethostname(), self.together(facts)])
+        (host, mine), *others = (json.loads(text) for text in self.texts(found))
+        for rank, (its_host, its) in enumerate(others, 1):
+            for name in [name for name in mine if its.get(name) != mine[name]]:
+                raise UnlikeRanksError(
+                    f"{name}: {mine[name]} on process 0 ({host}), {its.get(name)} on process {rank} ({its_host}): all "
+                    "processes need the same settings and the same sets"
+                )
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on some rank. Waits."""
@@ -144,25 +190,83 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(device: torch.device) -> Iterator[Ranks]:
+def join_ranks(device: torch.device, patience: timedelta | None = None) -> Iterator[Ranks]:
     """This process among those that torchrun started (by `WORLD_SIZE` and its kin), or alone.
 
     About tensors on CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, about those on the host over
     gloo: to agree about a number is to wait for the other processes, not for what the cards have still to do.
+    `patience`: how long they wait for one that still runs; None: as long as torch does, half an hour or, for cards, ten
+    minutes. Raises MeetingError, and LostRanksError in place of what comes of another one's end. Where torchrun itself
+    is killed, the process gets SIGTERM: nobody would ever end it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        _warn_of_copies()
         yield Ranks()
         return
-    store, rank, size = next(dist.rendezvous("env://"))
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except (ValueError, dist.DistError) as error:
+        raise MeetingError(_why_not_met(error)) from None
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     # After a restart by torchrun the store still has what the processes before wrote there, addresses that are dead.
     store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_cuda = device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
-        store=store,
-        rank=rank,
-        world_size=size,
-        device_id=device if on_cuda else None,
-    )
-    yield Ranks(dist.group.WORLD)
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+            device_id=device if on_cuda else None,
+        )
+        ranks, stopped = Ranks(dist.group.WORLD), None
+        try:
+            yield ranks
+        except Stopped as end:  # on all ranks
+            stopped = end
+        # torchrun takes it for an error, and ends the others, if one is gone that was stopped, or a machine whose
+        # processes are done long before those of another: none leaves before the first has written and drawn it all.
+        ranks.agree("done")
+        if stopped is not None:
+            raise stopped
+    except RuntimeError as error:
+        gone = next((words for words in _GONE if words in str(error)), None)
+        if gone is None:
+            raise
+        raise LostRanksError(
+            f"process {rank} lost another of the {size} ({gone}): that one ended, and says why here or on its machine"
+        ) from None
     dist.destroy_process_group()  # not after an error: nccl would wait for ranks that may be waiting for this one
+
+
+def _warn_of_copies() -> None:
+    """Warn when a launcher of programs, not torchrun, started several of this one, which know nothing of each other."""
+    for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
+        copies = os.environ.get(variable, "1")
+        if copies != "1" and "WORLD_SIZE" not in os.environ:
+            warnings.warn(
+                f"{launcher} started {copies} of these, and each works alone: let it start torchrun, once a machine",
+                stacklevel=4,
+            )
+
+
+def _why_not_met(error: Exception) -> str:
+    there = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    return (
+        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet at {there} "
+        f"({str(error).splitlines()[0].rstrip('.')}): start them by torchrun, or unset WORLD_SIZE for a single one"
+    )
+
+
+def _end_with(launcher: int) -> None:
+    """Send this process SIGTERM when its parent, the process `launcher`, is gone.
+
+    The first on the machine gets it first: a run then stops by agreement, in which another SIGTERM would only disturb.
+    """
+    while os.getppid() == launcher:
+        time.sleep(1)
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(_OTHERS_END_AFTER)
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -3,7 +3,9 @@
 import faulthandler
 import gc
 import os
+import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -14,6 +16,15 @@ from utils.interrupts import Stopped
 
 # What a terminal takes for commands, or for the beginning of one.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
+# Seconds that a process which is not the first of its machine waits before it says an error: as a rule the first says
+# the same, and torchrun ends the others then.
+_FIRST_SPEAKS = 3.0
+# Seconds until a process that lost the others says so, unless torchrun has ended it: the cause is another one's to say.
+_ENDED_BY_THEN = 10.0
+
+
+class LostRanksError(OSError):
+    """Another rank ended in the middle of an exchange with this one, without a word to it."""
 
 
 def printable(text: str) -> str:
@@ -29,8 +40,9 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
     line each, too.
 
     `when_interrupted` says what an interrupted run left behind; an interrupt's own message comes before it.
-    Errors of other kinds are faults of the program and keep their traceback. One of several ranks ends at once, so that
-    torchrun ends the others, which may wait for it.
+    Errors of other kinds are faults of the program and keep their traceback. One of several ranks ends without waiting
+    for the others, so that torchrun ends them, which may wait for it; what all of them have to say the first on each
+    machine says.
     """
     _open_closed_streams()
     # In a log file, too, a line should appear when it is printed; and a name that the screen has no letters for is no
@@ -45,14 +57,17 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt as interrupt:
         # All ranks of a run stop, and the first says so.
-        if not isinstance(interrupt, Stopped) or int(os.environ.get("RANK", "0")) == 0:
+        number = "RANK" if isinstance(interrupt, Stopped) else "LOCAL_RANK"
+        if os.environ.get(number, "0") == "0":
             print(f"\n{script}: {str(interrupt) or 'interrupted; ' + when_interrupted}", file=sys.stderr)
         _exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
+        let_the_first_speak(lost=isinstance(error, LostRanksError))
         _exit(printable(f"{script}: {error}"))
     except Exception:
         if not _one_of_several():
             raise
+        let_the_first_speak()
         _exit(traceback.format_exc().rstrip())
     finally:
         warnings.formatwarning = before
@@ -80,8 +95,19 @@ def _exit(status: int | str) -> NoReturn:
     sys.exit(status)
 
 
+def let_the_first_speak(lost: bool = False) -> None:
+    """Before an error is said by one of several processes: wait until torchrun had the time to end it, unless it is the
+    first of its machine and has not `lost` the others. So what all have to say is said once a machine, and what only
+    follows from another one's end is not said at all.
+    """
+    if not _one_of_several() or (os.environ.get("LOCAL_RANK", "0") == "0" and not lost):
+        return
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # torchrun may end it by Ctrl-C
+    time.sleep(_ENDED_BY_THEN if lost else _FIRST_SPEAKS)
+
+
 def _one_of_several() -> bool:
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def end_rank(status: int = 0) -> None:

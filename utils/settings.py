@@ -18,7 +18,9 @@ from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from utils.scripts import let_the_first_speak
 
 Settings = Mapping[str, Any]
 C = TypeVar("C")
@@ -179,10 +181,18 @@ def _sections(config_class: type) -> dict[str, type]:
     return {name: hint for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)}  # type: ignore[misc]
 
 
+class _Parser(argparse.ArgumentParser):
+    """Of several processes on a machine the first one says what is wrong with the command line."""
+
+    def error(self, message: str) -> NoReturn:
+        let_the_first_speak()
+        super().error(message)
+
+
 def _parser(
     config_class: type, presets: Mapping[str, Settings], own_sections: Sequence[str], description: str
 ) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         # argparse's own usage would list every field before each error.
         usage="%(prog)s [--preset NAME] [--FIELD VALUE ...]   (--help lists every field)",

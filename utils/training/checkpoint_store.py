@@ -91,7 +91,10 @@ class CheckpointStore:
         self._patience, self._say = patience, say
         self._partial = partial_folder(self._folder)
         self._held = ExitStack()
-        self._token = self._claim()
+        with ExitStack() as begun:  # what was taken is let go of unless all ranks see it
+            begun.enter_context(self._held)
+            self._token = self._claim()
+            begun.pop_all()
         self._backbone, self._whole, self._rows = HostCopy(), HostCopy(), HostCopy()
         self._saves = 0
         self._writer: threading.Thread | None = None
@@ -213,23 +216,21 @@ class CheckpointStore:
 
     def _claim(self) -> str:
         """Take the folder and remove what a killed run left unfinished; returns a name of this store for all ranks."""
-        failure: OSError | None = None
-        token = ""
-        if self._ranks.first:
-            try:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                self._lock()
-                token = uuid.uuid4().hex[:8]
-            except OSError as error:
-                failure = error
-        token = self._ranks.agree(token)
-        if failure:
-            raise failure
-        if not token:
-            raise OSError(f"the first rank cannot write checkpoints to {self._folder}")
-        if not self._ranks.first:
-            what = f"{self._partial}, which the first rank made: put the run where all ranks see it"
-            _await(what, lambda: self._partial.is_dir() or None, None, _LOCK_SECONDS)
+
+        def begin() -> str:
+            if not self._ranks.first:
+                return ""
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock()
+            return uuid.uuid4().hex[:8]
+
+        def see() -> None:
+            if not self._ranks.first:
+                what = f"{self._partial}, which the first rank made: put the run where all ranks see it"
+                _await(what, lambda: self._partial.is_dir() or None, None, _LOCK_SECONDS)
+
+        token = self._ranks.agree(self._ranks.together(begin))
+        self._ranks.together(see)
         return token
 
     def _lock(self) -> None:

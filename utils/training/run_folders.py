@@ -1,6 +1,7 @@
 """The folder of a run: a new one, or one to go on with; and whether it is the same run that goes on."""
 
 import json
+import os
 import warnings
 import zlib
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,12 @@ class TrainingError(ValueError):
 def run_folder(config: Config) -> Path:
     """The folder of a new run, or of the one to go on with. A run that has no checkpoint yet may be started again."""
     run = _run_folder(config)
+    if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not config.train.resume:
+        warnings.warn(
+            "torchrun --max-restarts starts the same command again, which will not go on with this run: say "
+            "--resume auto --name NAME",
+            stacklevel=2,
+        )
     try:
         str(run.resolve()).encode()
     except UnicodeEncodeError:
