@@ -15,21 +15,20 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from shlex import quote
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import nn
 
 from config import PRESETS, Config
 from data.augment import Chances, augment
-from data.face_sets import FaceSet, FaceSetError, PairImages
+from data.face_sets import FaceSet, FaceSetError
 from data.image_sizes import require_size
-from data.images_fingerprint import sample_digest
-from data.joined_sets import identity_keys, open_training_set
+from data.joined_sets import open_training_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
@@ -42,7 +41,7 @@ from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, readable_errors
-from utils.settings import describe, flatten, from_json, parse_settings, to_json
+from utils.settings import describe, parse_settings, to_json
 from utils.training.broken_images import BrokenImages
 from utils.training.building import build_input, build_step
 from utils.training.checkpoint_store import CheckpointStore
@@ -54,34 +53,15 @@ from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.training.parts import build_head, build_network, build_schedule, unused_by_schedule, verification_sets
-from utils.training.run_folders import (
-    CHECKPOINTS,
-    TrainingError,
-    check_images,
-    checksum,
-    images_note,
-    run_folder,
-    saved_settings,
-)
+from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
+from utils.training.same_run import check_notes, set_facts, set_notes, shared_settings
 from utils.training.saved_checkpoints import checkpoint_folders
 from utils.training.state import TrainingState
 from utils.training.summary import summarise
 
 #: What the progress bar has: tag, name and format. A loss that overflowed has no number.
 SHOWN = (("train/loss", "loss", ".3f"), ("train/accuracy", "accuracy", ".1%"))
-
-#: Settings that decide which faces a step shows, and what a saved state is of.
-FIXED = (
-    "train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers", "model.network",
-    "model.embedding_size",
-)  # fmt: skip
-
-#: Settings in which processes may differ: what is of a machine, and paths, of which the first one's hold, or whose
-#: content has to be the same.
-OWN = (
-    "common.runs", "common.workers", "data.root", "data.verification", "train.init", "train.name", "train.resume",
-)  # fmt: skip
 
 
 class Trainer:
@@ -123,7 +103,7 @@ class Trainer:
             config.test.mirror,
             ranks,
         )
-        self.images = images_note(self.faces.labels)
+        self.set_notes = set_notes(self.faces)
         order = create_order(config.data.order, self.faces.labels, settings.seed)
         self.batches = EpochBatches(order, len(self.faces), settings.batch_size, ranks.rank, ranks.size)
         if self.batches.batches == 0:
@@ -147,18 +127,6 @@ class Trainer:
         self.verify_due = False  # whether the weights of this step are to be verified
         self.explosions = ExplosionWatch(settings.loss_limit, self.scaler.is_enabled())
         self.broken = BrokenImages(config.data.broken_limit, ranks)
-
-    def sets(self) -> dict[str, str]:
-        """What the sets of this process have in them, for comparison with those of the others."""
-        sums = f"{self.images['labels']:x}-{checksum(identity_keys(self.faces)):x}-{sample_digest(self.faces)[:8]}"
-        verified = [
-            f"{pairs.name} ({len(pairs.same):,} pairs, {sample_digest(PairImages(pairs))[:8]})"
-            for pairs in self.verifier.sets
-        ]
-        return {
-            "data.root": f"{len(self.faces):,} images of {len(self.faces.identities):,} identities (checksums {sums})",
-            "data.verification": ", ".join(verified) or "nothing",
-        }
 
     def train(self) -> None:
         """From where the run stands to its end.
@@ -360,10 +328,9 @@ class Trainer:
             "settings": json.loads(to_json(self.config)),
             "best_accuracy": self.best_accuracy,
             "verify_due": self.verify_due,
-            **self.images,
+            **self.set_notes,
             "scaler": self.scaler.state_dict(),
             "skipped": sorted(self.explosions.skipped),
-            "identities": checksum(identity_keys(self.faces)),
             "torch": torch.__version__,
         }
         about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
@@ -381,7 +348,7 @@ class Trainer:
             if self.begun:
                 self.begin_anew()
             return False
-        self.check_notes(saved.notes)
+        check_notes(saved.notes, self.config, self.faces, self.run)
         self.state.restore(saved)
         self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
         self.explosions.skipped |= set(saved.notes["skipped"])
@@ -396,24 +363,6 @@ class Trainer:
         self.network.load_state_dict(first)
         if self.average is not None:
             self.average.network.load_state_dict(first)
-
-    def check_notes(self, notes: Mapping[str, Any]) -> None:
-        """Raise TrainingError when a run with these settings cannot go on from a checkpoint with `notes`."""
-        before, now = from_json(json.dumps(notes["settings"])), flatten(self.config)
-        for name in FIXED:
-            if before[name] != now[name]:
-                raise TrainingError(
-                    f"{name}: the run to go on with has {before[name]}, which cannot become {now[name]} in its middle; "
-                    "start a new one, from its weights if you like (train.init)"
-                )
-        # Before, notes were of the names in classes.csv, which have the paths of joined sets as they were spelled.
-        if notes["identities"] not in (checksum(identity_keys(self.faces)), checksum(self.faces.identities)):
-            raise TrainingError(
-                f"data.root: {self.faces.path} does not have the identities that {self.run} began with (see also "
-                "data.min_images): its class centres would be other people's. Start a new run, from its weights if you "
-                "like (train.init)"
-            )
-        check_images(notes, self.images, str(self.faces.path), self.run)
 
     def roll_back(self, error: ExplodedError) -> None:
         """Go back to the last checkpoint and leave out the batches that led astray; or raise TrainingError."""
@@ -513,11 +462,11 @@ def train(config: Config) -> Path:
     """
     device = pick_device(config.common.device)
     with join_ranks(device) as ranks:
-        ranks.require_alike(lambda: {name: value for name, value in flatten(config).items() if name not in OWN})
+        ranks.require_alike(lambda: shared_settings(config))
         run = Path(ranks.agree(ranks.together(lambda: str(run_folder(config)) if ranks.first else "")))
         try:
             trainer = ranks.together(lambda: Trainer(config, run, device, ranks))
-            ranks.require_alike(trainer.sets)
+            ranks.require_alike(lambda: set_facts(trainer.faces, trainer.verifier.sets))
             trainer.train()
         finally:
             if ranks.first:

@@ -8,6 +8,7 @@ import zlib
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 import train as training
 from config import Config
+from data.face_sets import FaceSet
 from data.prepare_data import prepare
 from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
@@ -22,7 +24,8 @@ from utils.checkpoints import BEST, CONFIG
 from utils.ranks import Ranks
 from utils.settings import as_flags, flatten
 from utils.training.metrics import METRICS, read_metrics
-from utils.training.run_folders import CHECKPOINTS, images_note, run_folder, saved_settings
+from utils.training.run_folders import CHECKPOINTS, run_folder, saved_settings
+from utils.training.same_run import set_notes
 from utils.training.saved_checkpoints import checkpoint_folders
 
 
@@ -84,7 +87,7 @@ def test_checkpoints_without_notes_of_the_images_go_on(
 ) -> None:
     """Those that were written before there were such notes."""
     with monkeypatch.context() as older:
-        older.setattr(training, "images_note", lambda labels: {})
+        older.setattr(training, "set_notes", lambda faces: {"identities": set_notes(faces)["identities"]})
         run = train(configure(folders, tmp_path, train__epochs=1))
     train(configure(folders, tmp_path, train__resume=str(run), train__epochs=2))
     assert read_metrics(run)[-1]["step"] == 12
@@ -92,8 +95,10 @@ def test_checkpoints_without_notes_of_the_images_go_on(
 
 def test_the_note_of_the_images_is_that_of_any_machine() -> None:
     """Whatever the integers and the byte order of the labels: a run may move."""
-    notes = [images_note(np.array([0, 1, 1, 300], dtype)) for dtype in ("<i8", ">i8", "<i4")]
-    assert notes == [{"images": 4, "labels": zlib.crc32(struct.pack("<4q", 0, 1, 1, 300))}] * 3
+    labels = [np.array([0, 1, 1, 300], dtype) for dtype in ("<i8", ">i8", "<i4")]
+    notes = [set_notes(cast(FaceSet, SimpleNamespace(labels=each, identities=["a", "b"]))) for each in labels]
+    sums = {"labels": zlib.crc32(struct.pack("<4q", 0, 1, 1, 300)), "identities": zlib.crc32(b"a\nb")}
+    assert notes == [{"images": 4, **sums}] * 3
 
 
 def test_a_run_with_nothing_left_says_so(folders: Path, begun: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,16 +1,11 @@
-"""The folder of a run: a new one, or one to go on with; and whether it is the same run that goes on."""
+"""The folder of a run: a new one, or one to go on with, and its settings."""
 
 import json
 import os
 import warnings
-import zlib
-from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from shlex import quote
-from typing import Any
-
-import numpy as np
 
 from config import Config
 from utils.checkpoints import CONFIG, settings_beside
@@ -120,30 +115,3 @@ def _noted_settings(run: Path, lost: str) -> Settings:
         warnings.warn(f"{lost}: its settings are those of {checkpoint}", stacklevel=2)
         return from_json(json.dumps(notes["settings"]))
     raise TrainingError(f"train.resume: {lost}, and no whole checkpoint has them")
-
-
-def checksum(identities: Sequence[str]) -> int:
-    """Of the identities behind the classes, in their order."""
-    return zlib.crc32("\n".join(identities).encode("utf-8", "surrogateescape"))
-
-
-def images_note(labels: np.ndarray) -> dict[str, int]:
-    """What a checkpoint notes of the training images: how many there are, and a checksum of their classes in order."""
-    return {"images": len(labels), "labels": zlib.crc32(labels.astype("<i8").data)}
-
-
-def check_images(notes: Mapping[str, Any], now: Mapping[str, int], root: str, run: Path) -> None:
-    """Raise TrainingError when a checkpoint with `notes` is of other images than those that `images_note` describes.
-
-    Checkpoints of older versions have no such notes and are believed.
-    """
-    if notes.get("images", now["images"]) != now["images"]:
-        found = f"has {now['images']:,} images, {run} began with {notes['images']:,} (see also data.min_images)"
-    elif notes.get("labels", now["labels"]) != now["labels"]:
-        found = f"does not have as many images of each identity as {run} began with"
-    else:
-        return
-    raise TrainingError(
-        f"data.root: {root} {found}: its steps would show other faces. Bring back the set of then, or start a new run, "
-        "from its weights if you like (train.init)"
-    )

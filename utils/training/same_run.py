@@ -1,0 +1,89 @@
+"""Whether a checkpoint, and the other processes, are of the run that this process is at."""
+
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from config import Config
+from data.face_sets import FaceSet, PairImages
+from data.images_fingerprint import sample_digest
+from data.joined_sets import identity_keys
+from data.verification_bin import VerificationPairs
+from utils.settings import flatten, from_json
+from utils.training.run_folders import TrainingError
+
+#: Settings that decide which faces a step shows, and what a saved state is of.
+FIXED = (
+    "train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers", "model.network",
+    "model.embedding_size",
+)  # fmt: skip
+
+#: Settings in which processes may differ: what is of a machine, and paths, of which the first one's hold, or whose
+#: content has to be the same.
+OWN = (
+    "common.runs", "common.workers", "data.root", "data.verification", "train.init", "train.name", "train.resume",
+)  # fmt: skip
+
+
+def shared_settings(config: Config) -> dict[str, Any]:
+    """The settings that all processes have to have alike, by name."""
+    return {name: value for name, value in flatten(config).items() if name not in OWN}
+
+
+def set_facts(faces: FaceSet, verified: Sequence[VerificationPairs]) -> dict[str, str]:
+    """What the sets have in them that all processes have to have alike, by the setting that names them."""
+    notes = set_notes(faces)
+    sums = f"{notes['labels']:x}-{notes['identities']:x}-{sample_digest(faces)[:8]}"
+    tests = [f"{one.name} ({len(one.same):,} pairs, {sample_digest(PairImages(one))[:8]})" for one in verified]
+    return {
+        "data.root": f"{len(faces):,} images of {len(faces.identities):,} identities (checksums {sums})",
+        "data.verification": ", ".join(tests) or "nothing",
+    }
+
+
+def set_notes(faces: FaceSet) -> dict[str, int]:
+    """What a checkpoint notes of the training set: how many images there are, a checksum of their classes in order, and
+    one of the identities behind the classes."""
+    return {
+        "images": len(faces.labels),
+        "labels": zlib.crc32(faces.labels.astype("<i8").data),
+        "identities": _checksum(identity_keys(faces)),
+    }
+
+
+def check_notes(notes: Mapping[str, Any], config: Config, faces: FaceSet, run: Path) -> None:
+    """Raise TrainingError when the `run` cannot go on, with these settings and faces, from a checkpoint with `notes`:
+    its `set_notes` and its `settings`."""
+    before, now = from_json(json.dumps(notes["settings"])), flatten(config)
+    for name in FIXED:
+        if before[name] != now[name]:
+            raise TrainingError(
+                f"{name}: the run to go on with has {before[name]}, which cannot become {now[name]} in its middle; "
+                "start a new one, from its weights if you like (train.init)"
+            )
+    here = set_notes(faces)
+    # Before, notes were of the names in classes.csv, which have the paths of joined sets as they were spelled.
+    if notes["identities"] not in (here["identities"], _checksum(faces.identities)):
+        raise TrainingError(
+            f"data.root: {faces.path} does not have the identities that {run} began with (see also "
+            "data.min_images): its class centres would be other people's. Start a new run, from its weights if you "
+            "like (train.init)"
+        )
+    # Checkpoints of older versions have no notes of the images and are believed.
+    if notes.get("images", here["images"]) != here["images"]:
+        found = f"has {here['images']:,} images, {run} began with {notes['images']:,} (see also data.min_images)"
+    elif notes.get("labels", here["labels"]) != here["labels"]:
+        found = f"does not have as many images of each identity as {run} began with"
+    else:
+        return
+    raise TrainingError(
+        f"data.root: {faces.path} {found}: its steps would show other faces. Bring back the set of then, or start a "
+        "new run, from its weights if you like (train.init)"
+    )
+
+
+def _checksum(identities: Sequence[str]) -> int:
+    """Of the identities behind the classes, in their order."""
+    return zlib.crc32("\n".join(identities).encode("utf-8", "surrogateescape"))
