@@ -2,12 +2,12 @@
 """What is in a face set: counts, sizes, bytes, broken records, a histogram, and a sheet of faces to look at.
 
     python data/report.py datasets/ms1mv3                         # reads the heads of the records only
-    python data/report.py datasets/ms1mv3 --check                 # decodes every image
+    python data/report.py datasets/ms1mv3 --check                 # decodes every image, and finds copies
     python data/report.py datasets/ms1mv3 --repair datasets/mended # and writes the set without what is broken
 
-The output folder gets report.json, broken.csv, images_per_identity.png and faces.png. The exit status is 1 when --check
-finds broken records. RecFaceSet refuses a damaged set; this reads on behind the damage, so it reads records itself.
-docs/data.md shows an example.
+The output folder gets report.json, broken.csv, images_per_identity.png and faces.png, with --check copies.csv, too. The
+exit status is 1 when --check finds broken records. RecFaceSet refuses a damaged set; this reads on behind the damage,
+so it reads records itself. docs/data.md shows an example.
 """
 
 import csv
@@ -57,6 +57,9 @@ class Report:
     without_image: int
     broken: int
     identities: int
+    #: Images whose bytes one before them has; under_another_identity: those of them where that is another person.
+    #: None where not every image was decoded.
+    copies: dict[str, int] | None
     #: Names of the identities all of whose images are broken.
     identities_lost: list[str]
     #: min, median, mean, max.
@@ -87,13 +90,20 @@ def make_report(path: Path, output: Path, options: ReportConfig, workers: int) -
     if survey.good.any():
         _draw_faces(output / "faces.png", records, survey, options)
         _draw_images_per_identity(output / "images_per_identity.png", survey, set_name(path))
-    report = _summarise(path, records, survey, checked, remarks)
+    copies = survey.copies() if checked else None
+    report = _summarise(path, records, survey, copies, remarks)
     write_text_atomic(output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     write_broken(output / "broken.csv", records, survey)
+    if copies is not None:
+        write_copies(output / "copies.csv", records, survey, *copies)
+    else:
+        (output / "copies.csv").unlink(missing_ok=True)  # of an earlier report
     return report, records, survey
 
 
-def _summarise(path: Path, records: Records, survey: Survey, checked: bool, remarks: list[str]) -> Report:
+def _summarise(
+    path: Path, records: Records, survey: Survey, copies: tuple[np.ndarray, np.ndarray] | None, remarks: list[str]
+) -> Report:
     good = survey.good
     labels, per_identity = survey.per_identity()
     known = np.unique(survey.labels[survey.labels != NO_LABEL])
@@ -102,12 +112,13 @@ def _summarise(path: Path, records: Records, survey: Survey, checked: bool, rema
     property_line = _property(records)
     return Report(
         set=str(path),
-        checked=checked,
+        checked=copies is not None,
         records=len(records),
         images=int(good.sum()),
         without_image=int(((survey.labels == NO_LABEL) & ~survey.broken).sum()),
         broken=int(survey.broken.sum()),
         identities=labels.size,
+        copies=None if copies is None else _count_copies(survey, *copies),
         identities_lost=[records.identity(label) for label in np.setdiff1d(known, labels).tolist()],
         images_per_identity=_spread(per_identity),
         sizes={f"{width}x{height}": count for (width, height), count in survey.shapes.most_common()},
@@ -116,6 +127,11 @@ def _summarise(path: Path, records: Records, survey: Survey, checked: bool, rema
         property=property_line,
         remarks=remarks + _compare_with_property(property_line, labels.size, survey.shapes),
     )
+
+
+def _count_copies(survey: Survey, copies: np.ndarray, first: np.ndarray) -> dict[str, int]:
+    elsewhere = survey.labels[copies] != survey.labels[first]
+    return {"images": copies.size, "under_another_identity": int(elsewhere.sum())}
 
 
 def _spread(values: np.ndarray) -> dict[str, float]:
@@ -158,6 +174,18 @@ def write_broken(path: Path, records: Records, survey: Survey) -> None:
 
     header = [*Place._fields, "identity", "reason"]
     write_csv_atomic(path, header, (line(i) for i in np.flatnonzero(survey.broken).tolist()))
+
+
+def write_copies(path: Path, records: Records, survey: Survey, copies: np.ndarray, first: np.ndarray) -> None:
+    """A line for each image whose bytes one before it has: file, key, offset and identity of both."""
+
+    def facts(i: int) -> list[object]:
+        return [*records.place(i), records.identity(int(survey.labels[i]))]
+
+    columns = [*Place._fields, "identity"]
+    header = [*columns, *(f"first_{name}" for name in columns)]
+    pairs = zip(copies.tolist(), first.tolist(), strict=True)
+    write_csv_atomic(path, header, ([*facts(copy), *facts(original)] for copy, original in pairs))
 
 
 def _draw_images_per_identity(path: Path, survey: Survey, name: str) -> None:
@@ -247,6 +275,7 @@ def as_text(report: Report) -> str:
         "images": f"{report.images:,}",
         "without image": f"{report.without_image:,} (header and identities)",
         "broken": f"{report.broken:,}" + ("" if report.checked else " (by their heads; --check decodes every image)"),
+        "copies": _copies_text(report.copies),
         "identities": f"{report.identities:,}",
         "images per identity": _spread_text(report.images_per_identity),
         "width x height": _counts_text(report.sizes) + sampled,
@@ -259,6 +288,14 @@ def as_text(report: Report) -> str:
     lines += [f"  note: {remark}" for remark in report.remarks]
     lines += [f"  every image of identity {identity} is broken" for identity in report.identities_lost[:SHOWN]]
     return "\n".join([report.set, *lines])
+
+
+def _copies_text(copies: dict[str, int] | None) -> str:
+    if copies is None:
+        return "not known (--check compares all bytes)"
+    if not copies["images"]:
+        return "0"
+    return f"{copies['images']:,}, {copies['under_another_identity']:,} of them under another identity"
 
 
 def _spread_text(spread: dict[str, float]) -> str:
@@ -299,7 +336,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(printable(as_text(report)))
         print(printable(broken_as_text(records, survey)), end="")
         pictures = ", images_per_identity.png, faces.png" if report.images else ""
-        print(f"{output}: report.json, broken.csv{pictures}")
+        copies = "" if report.copies is None else ", copies.csv"
+        print(f"{output}: report.json, broken.csv{copies}{pictures}")
         if options.repair:
             repair(records, survey, Path(options.repair))
             print(f"{options.repair}: {report.images:,} images of {report.identities:,} identities; see its repair.csv")

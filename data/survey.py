@@ -1,5 +1,6 @@
-"""All records of a set looked through: what their heads say, and which images do not decode."""
+"""All records of a set looked through: what their heads say, which images do not decode, and which come twice."""
 
+import hashlib
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -18,14 +19,16 @@ BLOCK = 1000
 
 @dataclass
 class Survey:
-    """What is known about all records of a set; the arrays, as in Heads, take 10 bytes a record."""
+    """What is known about all records of a set; the arrays, as in Heads, take 18 bytes a record."""
 
     labels: np.ndarray
     image_bytes: np.ndarray
     kinds: np.ndarray
     #: Grows with every image that is decoded in vain.
     broken: np.ndarray
-    #: (width, height) of the images that were decoded.
+    #: uint64, of the bytes of the images that were decoded.
+    digests: np.ndarray
+    #: (width, height) of those.
     shapes: Counter[tuple[int, int]] = field(default_factory=Counter)
 
     @property
@@ -38,6 +41,14 @@ class Survey:
         labels, counts = np.unique(self.labels[self.good], return_counts=True)
         return labels, counts
 
+    def copies(self) -> tuple[np.ndarray, np.ndarray]:
+        """The good images, ascending, whose bytes an image before them has, and the first that has them; all images
+        have to have been decoded."""
+        good = np.flatnonzero(self.good)
+        _, first, which = np.unique(self.digests[good], return_index=True, return_inverse=True)
+        later = first[which] != np.arange(good.size)
+        return good[later], good[first[which[later]]]
+
 
 def survey_heads(records: Records) -> Survey:
     """One pass over the heads of all records."""
@@ -47,6 +58,7 @@ def survey_heads(records: Records) -> Survey:
         image_bytes=np.zeros(count, np.uint32),
         kinds=np.zeros(count, np.uint8),
         broken=np.zeros(count, bool),
+        digests=np.zeros(count, np.uint64),
     )
     with progress_bar(count, "record", "heads") as bar:
         for start in range(0, count, HEADS_AT_ONCE):
@@ -77,24 +89,30 @@ class _Decoded(NamedTuple):
     images: int
     #: Positions in the set.
     broken: list[int]
-    #: (width, height) of the others.
+    #: Of the others, by position.
+    digests: dict[int, int]
+    #: (width, height) of those.
     shapes: Counter[tuple[int, int]]
 
 
 def _decode_block(block: tuple[int, Records, np.ndarray]) -> _Decoded:
     start, records, wanted = block
-    decoded = _Decoded(int(wanted.sum()), [], Counter())
+    decoded = _Decoded(int(wanted.sum()), [], {}, Counter())
     for i in np.flatnonzero(wanted).tolist():
         try:
-            height, width = decode(records, i).shape[:2]
-            decoded.shapes[width, height] += 1
+            encoded = records.encoded(i)
+            height, width = decode_rgb(encoded, records.place(i)).shape[:2]
         except (ValueError, OSError):
             decoded.broken.append(start + i)
+            continue
+        decoded.digests[start + i] = int.from_bytes(hashlib.blake2b(encoded, digest_size=8).digest())
+        decoded.shapes[width, height] += 1
     return decoded
 
 
 def decode_images(records: Records, survey: Survey, wanted: np.ndarray, workers: int, title: str) -> None:
-    """Decode the images that `wanted` (bool [records]) marks, and note in `survey` their shapes and which are broken.
+    """Decode the images that `wanted` (bool [records]) marks, and note in `survey` their shapes and digests, and which
+    are broken.
 
     `workers` processes do it; 0 means this one.
     """
@@ -103,6 +121,7 @@ def decode_images(records: Records, survey: Survey, wanted: np.ndarray, workers:
     with progress_bar(int(wanted.sum()), "image", title) as bar:
         for decoded in map_unordered(_decode_block, blocks, workers, cv2.setNumThreads, 1):
             survey.broken[decoded.broken] = True
+            survey.digests[list(decoded.digests)] = list(decoded.digests.values())
             survey.shapes += decoded.shapes
             bar.update(decoded.images)
 

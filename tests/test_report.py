@@ -18,8 +18,8 @@ from data import survey as survey_module
 from data import tolerant_records
 from data.face_sets import FaceSet, open_face_set, write_face_set
 from data.images import encode_jpeg, encode_png
-from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, RecordFile, pack_image
-from data.report import Report, main, make_report, set_name
+from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, RecordFile, pack_image, read_index
+from data.report import Report, as_text, main, make_report, set_name
 from data.tolerant_records import find_records, open_records
 from tiny_faces import tiny_face
 
@@ -352,6 +352,29 @@ def test_numbers_of_a_real_set(face_data: Path, tmp_path: Path) -> None:
     assert report.images_per_identity["max"] == counts.max()
     assert report.images_per_identity["mean"] == pytest.approx(counts.mean(), abs=0.051)
     assert report.image_bytes["sum"] == sum(len(faces.encoded(i)) for i in range(len(faces)))
+    assert report.copies == {"images": 3, "under_another_identity": 0}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_copies_are_named_with_the_first(tmp_path: Path, workers: int) -> None:
+    """Bytes that come again, under the same identity or another; a broken image is nobody's copy."""
+    a, b, c = tiny_face(0, 0), tiny_face(1, 0), tiny_face(2, 0)
+    folder = tmp_path / "set"
+    with write_face_set(folder, 32) as out:
+        for images in ([a, b, b"broken", b], [c, a, b"broken"], [b, tiny_face(3, 0)], [a]):
+            out.add_identity(images)
+    output = tmp_path / "out"
+    report = make_report(folder, output, ReportConfig(check=True), workers)[0]
+    assert report.copies == {"images": 4, "under_another_identity": 3}
+    lines = read_csv(output / "copies.csv")
+    names = ("key", "identity", "first_key", "first_identity")
+    found = [tuple(int(line[name]) for name in names) for line in lines]
+    assert found == [(4, 0, 2, 0), (6, 1, 1, 0), (8, 2, 2, 0), (10, 3, 1, 0)]
+    assert "copies               4, 3 of them under another identity" in as_text(report)
+    offsets = dict(zip(*(part.tolist() for part in read_index(folder / "train.idx")), strict=True))
+    assert [int(line["offset"]) for line in lines] == [offsets[int(line["key"])] for line in lines]
+    assert report_on(folder, output).copies is None
+    assert not (output / "copies.csv").exists(), "a report that did not look has no list of an earlier one"
 
 
 def test_repair_of_a_real_set(face_data: Path, tmp_path: Path) -> None:
@@ -435,6 +458,7 @@ def test_from_another_directory(damaged: Path, tmp_path: Path, how: str, workers
     assert "train.rec, record 3 at byte" in done.stdout
     assert sorted(path.name for path in (tmp_path / "report-damaged").iterdir()) == [
         "broken.csv",
+        "copies.csv",
         "faces.png",
         "images_per_identity.png",
         "report.json",
