@@ -617,7 +617,8 @@ class ReportConfig:
 
     # The set: a folder with a .rec file, a .rec file, or a folder with one folder per identity. Empty: data.root.
     set: tuple[str, ...] = field(default=(), metadata={"positional": True})
-    # Decode every image and list the broken ones; else only the heads of the records are read.
+    # Decode every image and list the broken ones, and those whose bytes come twice; else only the heads of the records
+    # are read.
     check: bool = False
     # Folder for the set without its broken records, found as with --check; it must not exist yet. Empty: none.
     repair: str = ""
