@@ -15,6 +15,8 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import numpy as np
 
+from data.recordio import RecordError
+
 EXACT_BYTES = 64 << 20
 SAMPLE = 64
 VERSION = 1
@@ -43,11 +45,16 @@ def images_fingerprint(images: Images) -> str:
     )
 
 
-def content_digest(images: Images, positions: Iterable[int]) -> str:
-    """Of how many images there are, and of the bytes of those at `positions`."""
+def content_digest(images: Images, positions: Iterable[int], tolerant: bool = False) -> str:
+    """Of how many images there are, and of the bytes of those at `positions`; `tolerant`: unreadable ones have none."""
     total = hashlib.sha256(f"{VERSION} {len(images)}".encode())
     for i in positions:
-        encoded = images.encoded(i)
+        try:
+            encoded = images.encoded(i)
+        except (RecordError, OSError):
+            if not tolerant:
+                raise
+            encoded = b""
         total.update(len(encoded).to_bytes(8, "little"))
         total.update(encoded)
     return total.hexdigest()
@@ -61,10 +68,13 @@ def files_digest(images: Images, files: Sequence[Path], *layout: Any) -> str:
     return joined_digest(sample_digest(images), facts, *layout)
 
 
-def sample_digest(images: Images) -> str:
-    """Of how many images there are, and of the bytes of `SAMPLE` of them: the same for copies on several machines."""
+def sample_digest(images: Images, tolerant: bool = False) -> str:
+    """Of how many images there are, and of the bytes of `SAMPLE` of them: the same for copies on several machines.
+
+    `tolerant`: as in content_digest.
+    """
     sample = np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)).tolist()
-    return content_digest(images, sample)
+    return content_digest(images, sample, tolerant)
 
 
 def joined_digest(*parts: Any) -> str:

@@ -16,7 +16,7 @@ import torch
 
 import train as training
 from config import Config
-from data.face_sets import FaceSet
+from data.face_sets import FaceSet, open_face_set
 from data.prepare_data import prepare
 from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
@@ -25,7 +25,7 @@ from utils.ranks import Ranks
 from utils.settings import as_flags, flatten
 from utils.training.metrics import METRICS, read_metrics
 from utils.training.run_folders import CHECKPOINTS, run_folder, saved_settings
-from utils.training.same_run import set_notes
+from utils.training.same_run import set_facts, set_notes
 from utils.training.saved_checkpoints import checkpoint_folders
 
 
@@ -99,6 +99,17 @@ def test_the_note_of_the_images_is_that_of_any_machine() -> None:
     notes = [set_notes(cast(FaceSet, SimpleNamespace(labels=each, identities=["a", "b"]))) for each in labels]
     sums = {"labels": zlib.crc32(struct.pack("<4q", 0, 1, 1, 300)), "identities": zlib.crc32(b"a\nb")}
     assert notes == [{"images": 4, **sums}] * 3
+
+
+def test_an_image_that_cannot_be_read_is_no_reason_for_processes_to_end(folders: Path, tmp_path: Path) -> None:
+    """It is left out and counted, as where one process trains; a machine that alone lacks it is still known by that."""
+    changed = tmp_path / "set"
+    shutil.copytree(folders, changed)
+    whole = set_facts(open_face_set(changed), [])
+    image = next(changed.glob("*/*"))
+    image.unlink()
+    image.symlink_to("nowhere")
+    assert set_facts(open_face_set(changed), []) != whole
 
 
 def test_a_run_with_nothing_left_says_so(folders: Path, begun: Path, capsys: pytest.CaptureFixture[str]) -> None:
