@@ -1,6 +1,7 @@
 """The scripts as users start them: from any directory, with nothing shadowed and nothing heavy at import."""
 
 import ast
+import json
 import os
 import re
 import shlex
@@ -19,7 +20,7 @@ import torch
 import all_pair_test
 from data.report import main as report_main
 from dataset_merge import dataset_merge
-from utils.ranks import MeetingError, join_ranks
+from utils.ranks import MeetingError, Ranks, UnlikeRanksError, join_ranks
 from utils.scripts import readable_errors
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -259,6 +260,30 @@ scripts.end_rank()
     assert (first.returncode, second.returncode) == (9, 1)
     assert errors.endswith("): that one ended, and says why here or on its machine\n")
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"a": 1}, {"a": 2}, r"a: 1 on process 0 \(.*\), 2 on process 1"),
+        ({"a": 1, "b": 2}, {"a": 1}, r"b: 2 on process 0 \(.*\), None on process 1"),
+        ({"a": 1}, {"a": 1, "b": 2}, r"b: None on process 0 \(.*\), 2 on process 1"),
+    ],
+)
+def test_what_one_rank_alone_has_is_unlike(
+    first: dict[str, int], second: dict[str, int], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verification set that is there on one machine only, be it that of the first rank or another: the other ranks
+    would wait for those who test on it."""
+    ranks = Ranks()
+    ranks.size = 2
+    monkeypatch.setattr(ranks, "together", lambda function: function())
+    monkeypatch.setattr(ranks, "texts", lambda text: [text, json.dumps(["other", second])])
+    with pytest.raises(UnlikeRanksError, match=said):
+        ranks.require_alike(lambda: first)
+    second.clear()
+    second.update(first)
+    ranks.require_alike(lambda: first)
 
 
 @pytest.mark.parametrize(

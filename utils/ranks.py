@@ -168,11 +168,12 @@ class Ranks:
         found = json.dumps([socket.gethostname(), self.together(facts)])
         (host, mine), *others = (json.loads(text) for text in self.texts(found))
         for rank, (its_host, its) in enumerate(others, 1):
-            for name in [name for name in mine if its.get(name) != mine[name]]:
-                raise UnlikeRanksError(
-                    f"{name}: {mine[name]} on process 0 ({host}), {its.get(name)} on process {rank} ({its_host}): all "
-                    "processes need the same settings and the same sets"
-                )
+            for name in {**mine, **its}:
+                if mine.get(name) != its.get(name):
+                    raise UnlikeRanksError(
+                        f"{name}: {mine.get(name)} on process 0 ({host}), {its.get(name)} on process {rank} "
+                        f"({its_host}): all processes need the same settings and the same sets"
+                    )
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on some rank. Waits."""
@@ -195,9 +196,9 @@ def join_ranks(device: torch.device, patience: timedelta | None = None) -> Itera
 
     About tensors on CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, about those on the host over
     gloo: to agree about a number is to wait for the other processes, not for what the cards have still to do.
-    `patience`: how long they wait for one that still runs; None: as long as torch does, half an hour or, for cards, ten
-    minutes. Raises MeetingError, and LostRanksError in place of what comes of another one's end. Where torchrun itself
-    is killed, the process gets SIGTERM: nobody would ever end it.
+    `patience`: how long they wait for one that still runs; None: as long as torch does, half an hour. Raises
+    MeetingError, and LostRanksError in place of what comes of another one's end. Where torchrun itself is killed, the
+    process gets SIGTERM: nobody would ever end it.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         _warn_of_copies()
