@@ -244,7 +244,7 @@ def write_reports(test: Test, tested: Sequence[TestedSet]) -> None:
 
 def run_test(config: Config, ranks: Ranks) -> None:
     """Test all models on all sets; the first rank prints and writes."""
-    ranks.require_alike(lambda: {name: value for name, value in flatten(config).items() if name != "common.workers"})
+    ranks.require_alike(lambda: flatten(config, without=["common.workers"]))
     paths = chosen_models(config.test.model, config.test.sets, config.common.runs)
     sets = chosen_sets(config)
     names = set_names(sets)

@@ -41,7 +41,7 @@ from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, readable_errors
-from utils.settings import describe, parse_settings, to_json
+from utils.settings import describe, flatten, parse_settings, to_json
 from utils.training.broken_images import BrokenImages
 from utils.training.building import build_input, build_step
 from utils.training.checkpoint_store import CheckpointStore
@@ -55,7 +55,7 @@ from utils.training.optimizers import create_optimizer, parameter_groups, train_
 from utils.training.parts import build_head, build_network, build_schedule, unused_by_schedule, verification_sets
 from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
-from utils.training.same_run import check_notes, set_facts, set_notes, shared_settings
+from utils.training.same_run import OWN, check_notes, set_facts, set_notes
 from utils.training.saved_checkpoints import checkpoint_folders
 from utils.training.state import TrainingState
 from utils.training.summary import summarise
@@ -462,7 +462,7 @@ def train(config: Config) -> Path:
     """
     device = pick_device(config.common.device)
     with join_ranks(device) as ranks:
-        ranks.require_alike(lambda: shared_settings(config))
+        ranks.require_alike(lambda: flatten(config, without=OWN))
         run = Path(ranks.agree(ranks.together(lambda: str(run_folder(config)) if ranks.first else "")))
         try:
             trainer = ranks.together(lambda: Trainer(config, run, device, ranks))

@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
                 print(describe(config, ("merge", "common")))
-            settings = {name: value for name, value in flatten(config).items() if name != "common.workers"}
-            ranks.require_alike(lambda: settings)
+            ranks.require_alike(lambda: flatten(config, without=["common.workers"]))
             opened = open_sets(config.merge)
             ranks.require_alike(opened.digests)
             embedder = load_model(config) if needs_embeddings(config.merge) else None

@@ -20,6 +20,7 @@ import torch
 import all_pair_test
 from data.report import main as report_main
 from dataset_merge import dataset_merge
+from utils.interrupts import Stopped
 from utils.ranks import MeetingError, Ranks, UnlikeRanksError, join_ranks
 from utils.scripts import readable_errors
 
@@ -72,6 +73,9 @@ def test_a_name_is_no_command_to_the_terminal(capfd: pytest.CaptureFixture[str],
         assert warnings.formatwarning(UserWarning(clear), UserWarning, __file__, 1) == f"pack_set: warning: {shown}\n"
     with pytest.raises(SystemExit, match=re.escape(f"pack_set: {shown}")), readable_errors("pack_set", ""):
         raise ValueError(clear)
+    with pytest.raises(SystemExit), readable_errors("train", ""):
+        raise Stopped(f"stopped; go on with {clear}", 130)
+    assert capfd.readouterr().err == f"\ntrain: stopped; go on with {shown}\n"
     (tmp_path / "set" / clear).mkdir(parents=True)
     (tmp_path / "set" / clear / f"{clear}.jpg").write_bytes(b"no image")
     with pytest.raises(SystemExit):

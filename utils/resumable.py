@@ -67,7 +67,8 @@ class ResumableFolder:
     ) -> None:
         self.path = path
         self.state: dict[str, Any] = {}
-        self._journal, self._made_from, self._or_from = journal, json.loads(json.dumps(made_from)), or_from
+        self._journal = journal
+        self._made_from, self._or_from = (json.loads(json.dumps(one)) for one in (made_from, or_from))
         self._sizes: dict[str, int] = {}
         self._files: dict[str, GrowingFile] = {}
         if journal.exists():
@@ -82,7 +83,7 @@ class ResumableFolder:
             _require_journal(made_from, self._sizes, self.state)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise JournalError(f"{self._journal} is damaged ({error!r})") from None
-        if made_from not in (self._made_from, json.loads(json.dumps(self._or_from))):
+        if made_from not in (self._made_from, self._or_from):
             names = [name for name in {**made_from, **self._made_from} if _differs(name, made_from, self._made_from)]
             raise JournalError(
                 f"{self._journal.parent} was begun with another "

@@ -59,7 +59,8 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         # All ranks of a run stop, and the first says so.
         number = "RANK" if isinstance(interrupt, Stopped) else "LOCAL_RANK"
         if os.environ.get(number, "0") == "0":
-            print(f"\n{script}: {str(interrupt) or 'interrupted; ' + when_interrupted}", file=sys.stderr)
+            said = str(interrupt) or f"interrupted; {when_interrupted}"
+            print(printable(f"\n{script}: {said}"), file=sys.stderr)
         _exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
         let_the_first_speak(lost=isinstance(error, LostRanksError))

@@ -101,9 +101,9 @@ def build(config_class: type[C], settings: Settings) -> C:
     return config_class(**{name: section(**values[name]) for name, section in sections.items()})
 
 
-def flatten(config: Any) -> dict[str, Any]:
-    """{`section.field`: value} of a configuration: what `build` takes."""
-    return _flat(asdict(config))
+def flatten(config: Any, without: Container[str] = ()) -> dict[str, Any]:
+    """{`section.field`: value} of a configuration: what `build` takes; `without` those of these names."""
+    return {name: value for name, value in _flat(asdict(config)).items() if name not in without}
 
 
 def _flat(groups: Mapping[str, Settings]) -> dict[str, Any]:

@@ -91,10 +91,11 @@ class CheckpointStore:
         self._patience, self._say = patience, say
         self._partial = partial_folder(self._folder)
         self._held = ExitStack()
-        with ExitStack() as begun:  # what was taken is let go of unless all ranks see it
-            begun.enter_context(self._held)
+        try:
             self._token = self._claim()
-            begun.pop_all()
+        except BaseException:  # what was taken is let go of unless all ranks see it
+            self._held.close()
+            raise
         self._backbone, self._whole, self._rows = HostCopy(), HostCopy(), HostCopy()
         self._saves = 0
         self._writer: threading.Thread | None = None

@@ -27,11 +27,6 @@ OWN = (
 )  # fmt: skip
 
 
-def shared_settings(config: Config) -> dict[str, Any]:
-    """The settings that all processes have to have alike, by name."""
-    return {name: value for name, value in flatten(config).items() if name not in OWN}
-
-
 def set_facts(faces: FaceSet, verified: Sequence[VerificationPairs]) -> dict[str, str]:
     """What the sets have in them that all processes have to have alike, by the setting that names them."""
     notes = set_notes(faces)
