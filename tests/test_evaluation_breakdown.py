@@ -161,8 +161,11 @@ def test_intervals_by_group_cover_the_truth() -> None:
 
 
 def test_columns_of_a_csv(tmp_path: Path) -> None:
-    """Protects the reader: by identity or image, by path or file name, numbers cut at quartiles, gaps left out."""
+    """Protects the reader: by identity or image, by path or file name, numbers cut at quartiles, gaps left out, cells
+    parted as by any spreadsheet."""
     path = tmp_path / "columns.csv"
+    path.write_text("identity;a,b\nAnn;1,5\n")
+    assert read_columns(path).values == {"a,b": {"Ann": "1,5"}}
     path.write_text("\ufeffimage,pose,age\nAnn/1.jpg,front,20\n2.jpg,side,30\n3.jpg,,40\n", encoding="utf-8")
     columns = read_columns(path)
     assert (columns.key, list(columns.values)) == ("image", ["pose", "age"])

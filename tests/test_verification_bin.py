@@ -274,9 +274,9 @@ def test_other_content(tmp_path: Path, content: object, message: str) -> None:
 
 @pytest.mark.parametrize("damaged", [b"", b"no pickle", b"\xff\xd8\xff\xe0" * 9, b"PK\x03\x04zip", b"\x80\x63."])
 def test_not_a_pickle(tmp_path: Path, damaged: bytes) -> None:
-    """Another kind of file is told from a verification set, by name."""
+    """Another kind of file is told from a verification set, by name, and with a reason."""
     (tmp_path / "x.bin").write_bytes(damaged)
-    with pytest.raises(VerificationFileError, match=r"x\.bin is no verification set"):
+    with pytest.raises(VerificationFileError, match=r"x\.bin is no verification set \(.*\): \w"):
         read_bin(tmp_path / "x.bin")
 
 

@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.set_sources import csv_separator
 from utils.devices import full_precision
 from utils.evaluation.bootstrap import Interval
 from utils.evaluation.curves import TarAtFar
@@ -58,13 +59,16 @@ class Groups:
 
 
 def read_columns(path: Path | str) -> Columns:
-    """Read a CSV with a header whose first column is `image` or `identity`.
+    """Read a CSV (commas, semicolons or tabs) with a header whose first column is `image` or `identity`.
 
     Raises ColumnsError, with the line, for another header, a line of another length and a key that comes twice.
     """
     path = Path(path)
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
+        first = file.readline()
+        file.seek(0)
+        separator = csv_separator(first, "image") or csv_separator(first, "identity") or ","
+        rows = csv.reader(file, strict=True, delimiter=separator)
         try:
             header = [name.strip() for name in next(rows, [])]
             if len(header) < 2 or header[0] not in ("image", "identity") or len(set(header)) < len(header):
