@@ -364,22 +364,26 @@ def find_rec(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
+def rec_of(path: Path) -> Path | None:
+    """The `.rec` of the face set at `path`; None where it is a folder of folders. Raises FaceSetError for neither."""
+    if not path.exists():
+        raise FaceSetError(f"{path} does not exist")
+    if path.is_dir():
+        return find_rec(path)
+    if path.suffix != ".rec":
+        raise FaceSetError(
+            f"{path} is no face set: expected a .rec file or a folder, which data/pack_set.py makes of a list or CSV"
+        )
+    return path
+
+
 def open_face_set(path: Path | str) -> FaceSet:
     """Open a `.rec` file, a folder that holds one, or a folder with one folder of images per identity.
 
     Raises FaceSetError when `path` is none of these, RecordError when the records are damaged.
     """
     path = Path(path)
-    if not path.exists():
-        raise FaceSetError(f"{path} does not exist")
-    if path.is_file():
-        if path.suffix != ".rec":
-            raise FaceSetError(
-                f"{path} is no face set: expected a .rec file or a folder, which "
-                "data/pack_set.py makes of a list or CSV"
-            )
-        return RecFaceSet(path)
-    rec_path = find_rec(path)
+    rec_path = rec_of(path)
     return RecFaceSet(rec_path) if rec_path else FolderFaceSet(path)
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data.face_sets import FaceSetError, FolderFaceSet, find_rec
+from data.face_sets import FolderFaceSet, rec_of
 from data.images import ImageError
 from data.recordio import (
     IMAGE_HEADER_SIZE,
@@ -197,17 +197,11 @@ def open_records(path: Path) -> tuple[Records, list[str]]:
 
     Raises FaceSetError when `path` is no face set, RecordError when its `.rec` holds no record at all.
     """
-    if not path.exists():
-        raise FaceSetError(f"{path} does not exist")
-    rec_path = find_rec(path) if path.is_dir() else path
-    if rec_path is None:
-        faces = FolderFaceSet(path)
-        return FolderRecords([faces.describe(i) for i in range(len(faces))], faces.labels, faces.identities), []
-    if rec_path.suffix != ".rec":
-        raise FaceSetError(
-            f"{path} is no face set: expected a .rec file or a folder, which data/pack_set.py makes of a list or CSV"
-        )
-    return _open_rec(rec_path)
+    rec_path = rec_of(path)
+    if rec_path is not None:
+        return _open_rec(rec_path)
+    faces = FolderFaceSet(path)
+    return FolderRecords([faces.describe(i) for i in range(len(faces))], faces.labels, faces.identities), []
 
 
 def _open_rec(path: Path) -> tuple[RecRecords, list[str]]:

@@ -130,7 +130,9 @@ def read_bin(path: Path | str) -> VerificationPairs:
         struct.error,
     ) as error:
         reason = str(error) or type(error).__name__
-        raise VerificationFileError(f"{path} is no verification set (a pickle of images and flags): {reason}") from error
+        raise VerificationFileError(
+            f"{path} is no verification set (a pickle of images and flags): {reason}"
+        ) from error
     if len(encoded) != 2 * len(flags) or not encoded:
         raise VerificationFileError(f"{path}: {len(encoded)} images for {len(flags)} pairs, expected two a pair")
     position: dict[bytes, int] = {}
