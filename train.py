@@ -186,7 +186,7 @@ class Trainer:
         self.meter = Meter(self.device)
 
     def load_faces(self) -> Iterable[Batch]:
-        """What gives the batches that `batches` says."""
+        """The loader of what `batches` lists."""
         data = self.config.data
         decoded = DecodedFaces(self.faces, self.faces.labels, data.image_size, data.resize, tolerant=True)
         return training_loader(decoded, self.batches, self.workers, self.device, data.decode)
@@ -479,14 +479,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("train", "the last checkpoint is kept"):
         config = parse_settings(Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings)
-        if int(os.environ.get("RANK", "0")) == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(describe(config, ("train", "common", "data", "model", "loss", "test")))
         try:
             run = train(config)
         except torch.OutOfMemoryError as error:
             (advice,) = getattr(error, "__notes__", ["Lower train.micro_batch, or train.batch_size"])[:1]
             raise TrainingError(f"{str(error).split('. ')[0]}. {advice}") from None
-    if int(os.environ.get("RANK", "0")) == 0:
+    if os.environ.get("RANK", "0") == "0":
         print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {quote(str(run))}")
 
 
