@@ -231,27 +231,37 @@ def two_processes(code: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-def test_ranks_leave_together_and_know_a_lost_one(tmp_path: Path) -> None:
+def test_ranks_leave_together(tmp_path: Path) -> None:
     """The second waits for what the first does alone: torchrun gives up on a machine whose processes are gone long
-    before the others. When the first is killed, it says so in a line, after the time that torchrun has to end it."""
+    before the others."""
     code = f"""
-import os, time, torch
+import time, torch
 from pathlib import Path
+from utils.ranks import join_ranks
+from utils.scripts import end_rank
+written = Path({str(tmp_path / "written")!r})
+with join_ranks(torch.device('cpu')) as ranks:
+    if ranks.first:
+        time.sleep(1)
+        written.touch()
+assert written.exists()
+end_rank()
+"""
+    processes = two_processes(code)
+    assert [(process.communicate(timeout=60)[1], process.returncode) for process in processes] == [("", 0)] * 2
+
+
+def test_a_lost_rank_is_told_in_a_line() -> None:
+    """When the first is killed the second says so, after the time that torchrun has to end it, without a traceback."""
+    code = """
+import os, torch
 from utils import scripts
 from utils.ranks import join_ranks
 scripts._ENDED_BY_THEN = 0.5
-with scripts.readable_errors('train', ''):
-    with join_ranks(torch.device('cpu')) as ranks:
-        if ranks.first:
-            time.sleep(1)
-            Path({str(tmp_path / "written")!r}).touch()
-    assert Path({str(tmp_path / "written")!r}).exists()
-    with join_ranks(torch.device('cpu')) as ranks:
-        if ranks.first:
-            os._exit(9)
-        began = time.monotonic()
-        ranks.agree('')
-scripts.end_rank()
+with scripts.readable_errors('train', ''), join_ranks(torch.device('cpu')) as ranks:
+    if ranks.first:
+        os._exit(9)
+    ranks.agree('')
 """
     first, second = two_processes(code)
     _, errors = second.communicate(timeout=60)
