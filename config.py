@@ -54,7 +54,7 @@ class DataConfig:
     # differ a little. Tests, merges and verification always decode on the CPU.
     decode: Literal["cpu", "gpu"] = "cpu"
     # Broken training images are left out of the loss; more of them than this, of one process, stop the run with their
-    # list.
+    # list, and so do 32 in a row or all of an epoch.
     broken_limit: int = 100
     # Probability that a training face is cropped, black filling the rest. 0: off. AdaFace: 0.2; strong augmentation
     # tends to cost accuracy.

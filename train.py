@@ -126,7 +126,8 @@ class Trainer:
         self.step, self.best_accuracy = 0, 0.0
         self.verify_due = False  # whether the weights of this step are to be verified
         self.explosions = ExplosionWatch(settings.loss_limit, self.scaler.is_enabled())
-        self.broken = BrokenImages(config.data.broken_limit, ranks)
+        an_epoch = self.batches.batches * settings.batch_size // ranks.size
+        self.broken = BrokenImages(config.data.broken_limit, an_epoch, ranks)
 
     def train(self) -> None:
         """From where the run stands to its end.
@@ -194,7 +195,7 @@ class Trainer:
     def train_on(self, batch: Batch) -> None:
         """One step, and what is due after it."""
         settings, step = self.config.train, self.step
-        self.broken.note(batch.broken)
+        self.broken.note(batch.broken, len(batch.labels))
         if step not in self.explosions.skipped:
             inputs = self.prepare(batch.faces)
             if step == 0:
