@@ -52,10 +52,10 @@ from utils.training.log import Meter, TrainingLog, import_wandb, step_profiler
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
-from utils.training.parts import build_head, build_network, build_schedule, unused_by_schedule, verification_sets
+from utils.training.parts import build_head, build_network, build_schedule, unused_here, verification_sets
 from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
-from utils.training.same_run import check_notes, set_facts, set_notes, shared_settings
+from utils.training.same_run import check_notes, set_facts, set_notes, shared_settings, unused_again
 from utils.training.saved_checkpoints import checkpoint_folders
 from utils.training.state import TrainingState
 from utils.training.summary import summarise
@@ -351,6 +351,9 @@ class Trainer:
             return False
         check_notes(saved.notes, self.config, self.faces, self.run)
         self.state.restore(saved)
+        if self.step == 0:
+            for line in unused_again(saved.notes, self.config, self.run):
+                self.say(line)
         self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
         self.explosions.skipped |= set(saved.notes["skipped"])
         self.verify_due = saved.notes.get("verify_due", False)
@@ -420,15 +423,13 @@ class Trainer:
             weights = [(value.numel(), value.requires_grad) for value in self.network.parameters()]
             still = sum(count for count, learns in weights if not learns)
             rate += f"; {still:,} of the network's {sum(count for count, _ in weights):,} weights are frozen"
-        unused = unused_by_schedule(self.config.train)
-        if unused:
-            rate += f"; {', '.join(unused)} not used: train.schedule is {self.config.train.schedule}"
         for line in (
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
             f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
             f"verified on: {tests or f'nothing ({why_not}): the last model is kept'}",
             f"{on}, {describe_precision(self.precision, self.device)}, {self.workers} workers, {self.steps:,} steps",
             rate,
+            *unused_here(self.config, self.device, self.ranks, self.head),
         ):
             self.say(line)
 
