@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.face_sets import FaceSetError
 from data.images import decode_face
 from data.images_fingerprint import sample_digest
@@ -287,7 +287,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("all_pair_test", "report.html and report.json have the sets tested before"):
-        config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings)
+        config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings, reads=READS["test"])
         with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
                 print(describe(config, ("test", "common")))

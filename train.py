@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.augment import Chances, augment
 from data.face_sets import FaceSet, FaceSetError
 from data.image_sizes import require_size
@@ -480,7 +480,9 @@ def train(config: Config) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("train", "the last checkpoint is kept"):
-        config = parse_settings(Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings)
+        config = parse_settings(
+            Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings, reads=READS["train"]
+        )
         if int(os.environ.get("RANK", "0")) == 0:
             print(describe(config, ("train", "common", "data", "model", "loss", "test")))
         try:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.face_sets import IMAGE_ENDINGS
 from data.fitting import Fit, LeftOut, check_detector, chosen_detection, fit_images
 from data.folds import FOLDS, unmixed_folds
@@ -218,7 +218,7 @@ def _require_free(output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("pack_bin", "nothing was packed"):
-        config = parse_settings(Config, PRESETS, ("pack_bin", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("pack_bin", "common"), __doc__, argv, reads=READS["pack_bin"])
         print(describe(config, ("pack_bin", "common")))
         chosen = config.pack_bin
         for name in ("pairs", "images", "output"):
