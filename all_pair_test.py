@@ -22,10 +22,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.face_sets import FaceSetError
 from data.images import decode_face
 from data.images_fingerprint import sample_digest
+from data.pack_bin import PairFiles
 from data.verification_bin import chosen_bins
 from models.embedders import Embedder, load_embedder
 from models.embedders.network import Precision
@@ -258,6 +259,8 @@ def run_test(config: Config, ranks: Ranks) -> None:
         )
     ranks.require_alike(lambda: {str(one.path): f"images {sample_digest(one.images)[:8]}" for one, _ in opened})
     if ranks.first:
+        if config.test.images and not any(isinstance(one.images, PairFiles) for one, _ in opened):
+            print(f"test.images not used: no list of pairs is among {', '.join(names)}")
         mirror = "with" if config.test.mirror else "without"
         for model in test.models():
             print(f"model: {model.path}, {mirror} mirror image, {config.test.precision}, {model.runs_on}")
@@ -284,7 +287,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("all_pair_test", "report.html and report.json have the sets tested before"):
-        config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings)
+        config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings, reads=READS["test"])
         with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
                 print(describe(config, ("test", "common")))

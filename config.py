@@ -4,14 +4,16 @@
 
 Flags go before the preset, the preset before this file. A script's own section and `common` need no prefix. The
 comment above a field is its help text (`python train.py --help`). A run saves the settings it used, and testing,
-merging and resuming read them from there.
+merging and resuming read them from there. A `~` that begins a path is your home. A setting that was given and has no
+effect, beside others or in that program, is named in a warning.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from data.orders import OrderName
-from utils.settings import check_types, require
+from utils.settings import check_types, require, unless
 from utils.training.schedules import OptimizerName, ScheduleName
 
 
@@ -54,7 +56,7 @@ class DataConfig:
     # differ a little. Tests, merges and verification always decode on the CPU.
     decode: Literal["cpu", "gpu"] = "cpu"
     # Broken training images are left out of the loss; more of them than this, of one process, stop the run with their
-    # list.
+    # list, and so do 32 in a row or all of an epoch.
     broken_limit: int = 100
     # Probability that a training face is cropped, black filling the rest. 0: off. AdaFace: 0.2; strong augmentation
     # tends to cost accuracy.
@@ -217,6 +219,20 @@ class LossConfig:
         require(0 < self.sample_rate <= 1, "loss.sample_rate", f"must be above 0 and at most 1, got {self.sample_rate}")
         require(self.block >= 0, "loss.block", f"must be 0 or more, got {self.block}")
 
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        name, why = self.name, f"loss.name is {self.name}"
+        return {
+            **unless(name not in ("softmax", "normface", "combined", "magface"), why, "margin"),
+            **unless(name not in ("softmax", "sphereface"), why, "scale"),
+            **unless(name == "combined", why, "m1", "m2", "m3"),
+            **unless(name == "sphereface", why, "lambda_base", "lambda_gamma", "lambda_power", "lambda_min"),
+            **unless(name == "adaface", why, "h"),
+            **unless(name == "magface", why, "norm_low", "norm_high", "margin_low", "margin_high", "penalty_weight"),
+            **unless(name in ("elastic_arc", "elastic_cos"), why, "std", "plus"),
+            **unless(self.engine != "dense", "loss.engine is dense", "block"),
+        }
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -354,6 +370,18 @@ class TrainConfig:
         message = f"must not exceed the epochs after warm-up ({left:g}), got {self.decay_epochs}"
         require(self.schedule != "wsd" or self.decay_epochs <= left, "train.decay_epochs", message)
 
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        why = f"train.schedule is {self.schedule}"
+        return {
+            **unless(self.schedule in ("poly", "wsd"), why, "schedule_power"),
+            **unless(self.schedule == "step", why, "milestones", "milestone_factor"),
+            **unless(self.schedule == "wsd", why, "decay_epochs"),
+            **unless(self.schedule in ("poly", "cosine", "wsd"), why, "final_lr"),
+            **unless(self.optimizer == "sgd", f"train.optimizer is {self.optimizer}", "momentum"),
+            **unless(self.resume in ("", "auto"), f"train.resume names the run, {self.resume}", "name"),
+        }
+
 
 @dataclass(frozen=True)
 class TestConfig:
@@ -417,13 +445,21 @@ class TestConfig:
                 forms = "FILE.csv:COLUMN or norm" if name == "quality" else "FILE.csv:COLUMN"
                 require(good, f"test.{name}", f"must be {forms}, got {spec!r}")
 
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        return {
+            **unless(self.checks, "test.checks is off", "training_set", "training_sample"),
+            **unless(self.cache, "test.cache is off", "cache_folder"),
+            **unless(self.training_set != ("none",), "test.training_set is none", "training_sample"),
+        }
+
 
 @dataclass(frozen=True)
 class MergeConfig:
     """Joining face sets by identity."""
 
     # The sets, comma separated, the one to keep labels of first: rec sets or folders of identities.
-    sets: tuple[str, ...] = field(default=(), metadata={"aliases": ("--merge",)})
+    sets: tuple[str, ...] = field(default=(), metadata={"positional": True, "aliases": ("--merge", "--sets")})
     # Folder for the merged set; it must not exist yet.
     output: str = ""
     # Model that compares the faces, as in `test.model`. Empty: the newest run's best.
@@ -480,6 +516,21 @@ class MergeConfig:
             require(good, f"merge.{name}", f"must be a cosine between -1 and 1, got {value}")
         require(0 < self.wrong_joins < 1, "merge.wrong_joins", f"must be between 0 and 1, got {self.wrong_joins}")
 
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        joins = ("t", "wrong_joins", "rule", "on_match")
+        alone = "there is one set, and merge.within is off"
+        embedded = self.duplicates == "near" or self.clean != "off" or not self.decisions
+        return {
+            **unless(bool(self.exclude), "merge.exclude names no set", "exclude_t"),
+            **unless(self.clean != "off", "merge.clean is off", "clean_outlier", "clean_mixed"),
+            **unless(len(self.sets) != 1 or self.within, alone, *joins),
+            **unless(len(self.sets) != 1 or self.within or bool(self.exclude), alone, "centre"),
+            **unless(not self.decisions, "merge.decisions says who is joined", *joins, "centre", "within"),
+            **unless(embedded, "no faces are compared", "model", "batch_size", "mirror"),
+            **unless(not self.dry_run, "merge.dry_run writes no set", "restart"),
+        }
+
 
 @dataclass(frozen=True)
 class PrepareConfig:
@@ -508,11 +559,33 @@ class PrepareConfig:
             value = getattr(self, name)
             require(value >= 0, f"prepare.{name}", f"must be 0 or more, got {value}")
 
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        listed = not self.rec_data_path or _is_list(self.rec_data_path)
+        return unless(listed, "prepare.rec_data_path is no list", "image_root", "unaligned")
+
 
 def _check_detector(section: str, threshold: float, size: int) -> None:
     require(0 < threshold <= 1, f"{section}.detector_threshold", f"must be above 0 and at most 1, got {threshold}")
     good = size > 0 and size % 32 == 0
     require(good, f"{section}.detector_size", f"must be a positive multiple of 32, got {size}")
+
+
+def _is_list(source: str) -> bool:
+    """Whether `source` is a list of images: any file but a `.rec`."""
+    return Path(source).is_file() and Path(source).suffix != ".rec"
+
+
+def _unused_by_packer(section: str, detector: str, other_sizes: str, listed: bool) -> dict[str, str]:
+    """What a packer has no use for: of its detector where there is none, and how to encode where nothing is. `listed`
+    images may be aligned, or have landmarks, or have neither."""
+    none = f"{section}.detector names no file"
+    encodes = bool(detector) or listed or other_sizes == "resize"
+    return {
+        **unless(bool(detector), none, "detector_threshold", "detector_size", "smallest_face", "face"),
+        **unless(listed or not detector, f"{section}.detector aligns the faces", "other_sizes"),
+        **unless(encodes, "nothing is aligned or resized: images keep their bytes", "quality"),
+    }
 
 
 @dataclass(frozen=True)
@@ -567,6 +640,15 @@ class PackConfig:
         require(1 <= self.quality <= 100, "pack.quality", f"must be from 1 to 100, got {self.quality}")
         _check_detector("pack", self.detector_threshold, self.detector_size)
 
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        listed = _is_list(self.source)
+        return {
+            **unless(listed, "pack.source is no list", "image_root"),
+            **unless(self.shuffle, "pack.shuffle is off", "seed"),
+            **_unused_by_packer("pack", self.detector, self.other_sizes, listed),
+        }
+
 
 @dataclass(frozen=True)
 class PackBinConfig:
@@ -610,6 +692,13 @@ class PackBinConfig:
         require(1 <= self.quality <= 100, "pack_bin.quality", f"must be from 1 to 100, got {self.quality}")
         _check_detector("pack_bin", self.detector_threshold, self.detector_size)
 
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        return {
+            **unless(self.draw > 0, "pack_bin.draw is 0", "seed"),
+            **_unused_by_packer("pack_bin", self.detector, self.other_sizes, listed=False),
+        }
+
 
 @dataclass(frozen=True)
 class ReportConfig:
@@ -638,6 +727,10 @@ class ReportConfig:
             value = getattr(self, name)
             require(value >= 1, f"report.{name}", f"must be 1 or more, got {value}")
         require(self.seed >= 0, "report.seed", f"must be 0 or more, got {self.seed}")
+
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        return unless(not (self.check or self.repair), "all images are decoded", "sample")
 
 
 @dataclass(frozen=True)
@@ -711,6 +804,11 @@ class ExportConfig:
         message = f"{self.format} holds weights alone: normalisation can be put into onnx and torchscript"
         require(good, "export.fold_normalisation", message)
 
+    def unused(self) -> dict[str, str]:
+        """The fields that have no effect beside the others, and why."""
+        why = f"export.precision is {self.precision}"
+        return unless(self.precision == "int8", why, "calibration", "calibration_images")
+
 
 @dataclass(frozen=True)
 class DemoConfig:
@@ -765,6 +863,22 @@ class Config:
     export: ExportConfig = ExportConfig()
     demo: DemoConfig = DemoConfig()
 
+
+#: What describes a network whose file does not.
+_MODEL = ("model.network", "model.embedding_size", "model.normalisation", "model.colour", "data.image_size")
+#: What each program reads: whole sections, and single fields of others. Of other flags it says that it does not.
+READS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "common", "data", "model", "loss", "test.batch_size", "test.mirror"),
+    "test": ("test", "common", "data.root", "data.verification", *_MODEL),
+    "merge": ("merge", "common", *_MODEL),
+    "prepare": ("prepare", "common.workers", "data.root"),
+    "pack": ("pack", "common.workers"),
+    "pack_bin": ("pack_bin", "common.workers"),
+    "report": ("report", "common.workers", "data.root"),
+    "drop_noisy": ("drop_noisy", "common.workers", "common.device"),
+    "export": ("export", "common.workers", "common.runs", "test.model", *_MODEL),
+    "make_demo_set": ("demo", "common.workers"),
+}
 
 # The recipe of insightface's arcface_torch for eight cards of 128 images each; its learning rate, 0.1, is what the rule
 # gives for them.

@@ -24,7 +24,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.augment import Chances, augment
 from data.face_sets import FaceSet, FaceSetError
 from data.image_sizes import require_size
@@ -52,10 +52,10 @@ from utils.training.log import Meter, TrainingLog, import_wandb, step_profiler
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
-from utils.training.parts import build_head, build_network, build_schedule, unused_by_schedule, verification_sets
+from utils.training.parts import build_head, build_network, build_schedule, unused_here, verification_sets
 from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
-from utils.training.same_run import OWN, check_notes, set_facts, set_notes
+from utils.training.same_run import OWN, check_notes, set_facts, set_notes, unused_again
 from utils.training.saved_checkpoints import checkpoint_folders
 from utils.training.state import TrainingState
 from utils.training.summary import summarise
@@ -126,7 +126,8 @@ class Trainer:
         self.step, self.best_accuracy = 0, 0.0
         self.verify_due = False  # whether the weights of this step are to be verified
         self.explosions = ExplosionWatch(settings.loss_limit, self.scaler.is_enabled())
-        self.broken = BrokenImages(config.data.broken_limit, ranks)
+        an_epoch = self.batches.batches * settings.batch_size // ranks.size
+        self.broken = BrokenImages(config.data.broken_limit, an_epoch, ranks)
 
     def train(self) -> None:
         """From where the run stands to its end.
@@ -194,7 +195,7 @@ class Trainer:
     def train_on(self, batch: Batch) -> None:
         """One step, and what is due after it."""
         settings, step = self.config.train, self.step
-        self.broken.note(batch.broken)
+        self.broken.note(batch.broken, len(batch.labels))
         if step not in self.explosions.skipped:
             inputs = self.prepare(batch.faces)
             if step == 0:
@@ -350,6 +351,9 @@ class Trainer:
             return False
         check_notes(saved.notes, self.config, self.faces, self.run)
         self.state.restore(saved)
+        if self.step == 0:
+            for line in unused_again(saved.notes, self.config, self.run):
+                self.say(line)
         self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
         self.explosions.skipped |= set(saved.notes["skipped"])
         self.verify_due = saved.notes.get("verify_due", False)
@@ -419,15 +423,13 @@ class Trainer:
             weights = [(value.numel(), value.requires_grad) for value in self.network.parameters()]
             still = sum(count for count, learns in weights if not learns)
             rate += f"; {still:,} of the network's {sum(count for count, _ in weights):,} weights are frozen"
-        unused = unused_by_schedule(self.config.train)
-        if unused:
-            rate += f"; {', '.join(unused)} not used: train.schedule is {self.config.train.schedule}"
         for line in (
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
             f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
             f"verified on: {tests or f'nothing ({why_not}): the last model is kept'}",
             f"{on}, {describe_precision(self.precision, self.device)}, {self.workers} workers, {self.steps:,} steps",
             rate,
+            *unused_here(self.config, self.device, self.ranks, self.head),
         ):
             self.say(line)
 
@@ -478,7 +480,9 @@ def train(config: Config) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("train", "the last checkpoint is kept"):
-        config = parse_settings(Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings)
+        config = parse_settings(
+            Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings, reads=READS["train"]
+        )
         if os.environ.get("RANK", "0") == "0":
             print(describe(config, ("train", "common", "data", "model", "loss", "test")))
         try:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.face_sets import FaceSet, FaceSetError, images_by_identity, write_face_set
 from data.images import ImageError
 from data.joined_sets import identity_keys, open_training_set
@@ -255,7 +255,7 @@ def summary(cleaned: Cleaned, limit: float, output: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("drop_noisy", "nothing was written"):
-        config = parse_settings(Config, PRESETS, ("drop_noisy", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("drop_noisy", "common"), __doc__, argv, reads=READS["drop_noisy"])
         print(describe(config, ("drop_noisy", "common")))
         options = config.drop_noisy
         if not options.run:

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from config import PRESETS, Config, DemoConfig
+from config import PRESETS, READS, Config, DemoConfig
 from data.face_sets import FaceSetWriter, write_face_set
 from data.images import decode_rgb
 from data.synthetic_faces import draw_jpeg
@@ -116,7 +116,7 @@ def make_sets(output: Path, more: Path, demo: DemoConfig, workers: int) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("make_demo_set", "nothing was written"):
-        config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, argv, reads=READS["make_demo_set"])
         output, more = set_folders(config.demo)
         make_sets(output, more, config.demo, worker_count(config.common.workers))
     print(f"{output}, {more}: drawn faces, for trying the program, not for results about real ones")

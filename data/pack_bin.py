@@ -25,13 +25,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.face_sets import IMAGE_ENDINGS
 from data.fitting import Fit, LeftOut, check_detector, chosen_detection, fit_images
+from data.folds import FOLDS, unmixed_folds
 from data.pair_drawing import COLUMNS, draw_pairs
 from data.set_sources import csv_separator
 from data.verification_bin import write_bin
-from utils.evaluation.folds import FOLDS, fold_numbers
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
@@ -199,7 +199,7 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
             "pairs out of the list\n" + "\n".join(f"  {image.where}: {image.reason}" for image in missed)
         )
     same = [pair.same for pair in pairs]
-    unmixed = _unmixed_folds(same)
+    unmixed = unmixed_folds(same)
     if unmixed:
         warnings.warn(
             f"{pairs_path}: {unmixed} of the {FOLDS} folds that a test cuts it into have pairs of one kind only, so "
@@ -210,14 +210,6 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
     return len(same), sum(same)
 
 
-def _unmixed_folds(same: Sequence[bool]) -> int:
-    """How many of the folds lack one of the two kinds of pairs; 0 where there are fewer than two pairs a fold."""
-    if len(same) < 2 * FOLDS:
-        return 0
-    folds = fold_numbers(len(same), FOLDS)
-    return sum(len(set(np.array(same)[folds == fold].tolist())) == 1 for fold in range(FOLDS))
-
-
 def _require_free(output: Path) -> None:
     if output.exists():
         raise FileExistsError(f"{output} exists: name another output, or remove it first")
@@ -226,7 +218,7 @@ def _require_free(output: Path) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("pack_bin", "nothing was packed"):
-        config = parse_settings(Config, PRESETS, ("pack_bin", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("pack_bin", "common"), __doc__, argv, reads=READS["pack_bin"])
         print(describe(config, ("pack_bin", "common")))
         chosen = config.pack_bin
         for name in ("pairs", "images", "output"):

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from config import PRESETS, Config, PackConfig
+from config import PRESETS, READS, Config, PackConfig
 from data.face_sets import FaceSet, FaceSetError
 from data.fitting import Fit, check_detector, chosen_detection, fit_images
 from data.identity_choice import Identity, choose_identities
@@ -146,7 +146,7 @@ def summary(packed: Packed, source: str, output: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("pack_set", "the same command goes on where it stopped"):
-        config = parse_settings(Config, PRESETS, ("pack", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("pack", "common"), __doc__, argv, reads=READS["pack"])
         print(describe(config, ("pack", "common")))
         pick = config.pack
         if not pick.source:

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, RecFaceSet, find_rec
 from data.identity_choice import Identity, choose_identities
 from data.images import EXTENSIONS, image_extension
@@ -256,7 +256,7 @@ def _default_output(source: Path) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("prepare_data", "the same command goes on where it stopped"):
-        config = parse_settings(Config, PRESETS, ("prepare", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("prepare", "common"), __doc__, argv, reads=READS["prepare"])
         print(describe(config, ("prepare", "common")))
         pick = config.prepare
         source = Path(pick.rec_data_path or config.data.root[0])

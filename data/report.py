@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cv2
 import numpy as np
 
-from config import PRESETS, Config, ReportConfig
+from config import PRESETS, READS, Config, ReportConfig
 from data.face_sets import FaceSetError, write_face_set
 from data.survey import Survey, choose_sample, decode, decode_images, survey_heads, why_broken
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
@@ -325,7 +325,7 @@ def set_name(path: Path) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("report", "the set is untouched; run the same command again"):
-        config = parse_settings(Config, PRESETS, ("report", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("report", "common"), __doc__, argv, reads=READS["report"])
         print(describe(config, ("report", "common")))
         options = config.report
         path = Path((options.set or config.data.root)[0])

@@ -21,7 +21,7 @@ from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from dataset_merge.decisions import decision_counts
 from dataset_merge.merge_report import Merge
 from dataset_merge.merging import dry_run_folder, needs_embeddings, run_merge
@@ -70,7 +70,7 @@ def load_model(config: Config) -> Embedder:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("dataset_merge", "the same command goes on where it stopped"):
-        config = parse_settings(Config, PRESETS, ("merge", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("merge", "common"), __doc__, argv, reads=READS["merge"])
         with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
                 print(describe(config, ("merge", "common")))

@@ -144,6 +144,24 @@ def test_sets_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert set_names([tmp_path / "v1.5" / "train.rec"]) == set_names([tmp_path / "v1.5"]) == ["v1.5"]
 
 
+def test_a_bin_made_elsewhere_whose_folds_are_of_one_kind(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody warned when it was packed: the report does. --images, which is for lists, is said to have no effect."""
+    same = [True] * 10 + [False] * 10
+    pairs = [
+        tiny_face(i % 5, shot + 2 * (i // 10)) if s else tiny_face(i % 5 + shot, i)
+        for i, s in enumerate(same)
+        for shot in (0, 1)
+    ]
+    write_bin(tmp_path / "mine.bin", pairs, same)
+    shown = run(capsys, tmp_path / "mine.bin", "--model", tiny_run, "--output", tmp_path / "out", "--images", tmp_path)
+    assert "test.images not used: no list of pairs is among mine\n" in shown
+    (tested,) = json.loads((tmp_path / "out" / "report.json").read_text())["sets"].values()
+    (finding,) = [finding for finding in tested["findings"] if finding["check"] == "folds"]
+    assert finding["text"].startswith("10 of the 10 folds of mine have pairs of one kind only")
+
+
 def test_nothing_is_skipped_in_silence(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:
     """A set that is missing, damaged or too small to test is an error, not a missing line."""
     (tmp_path / "bad.bin").write_bytes(b"nonsense")

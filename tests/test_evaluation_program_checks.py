@@ -19,6 +19,7 @@ from utils.evaluation.checks import (
     centres,
     check_alignment,
     check_channels,
+    check_folds,
     check_precision,
     same_bytes,
     same_pictures,
@@ -80,6 +81,17 @@ def test_aligned_faces_are_not_complained_about(face_data: Path, name: str) -> N
         finding = check_alignment(shown, name)
         assert finding.level == "note", finding
         assert "is aligned" in finding.text
+
+
+def test_folds_of_one_kind_are_noticed() -> None:
+    """Protects from the accuracy of a list that has all pairs of one person first; mixed ones, and LFW's, are fine."""
+    turns, first = np.arange(40) % 2 == 0, np.arange(40) < 20
+    finding = check_folds(first, "mine")
+    assert finding is not None
+    assert finding.level == "warning"
+    assert "10 of the 10 folds of mine have pairs of one kind only" in finding.text
+    assert check_folds(turns, "mine") is None
+    assert check_folds(np.tile(np.repeat([True, False], 300), 10), "lfw") is None
 
 
 @pytest.mark.parametrize(("zoom", "down"), [(0.75, 0), (0.6, 0), (1.0, -8), (1.0, 14)])

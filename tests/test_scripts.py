@@ -224,7 +224,10 @@ with readable_errors('train', ''), join_ranks(torch.device('cpu')) as ranks:
 
 def two_processes(code: str) -> list[subprocess.Popen[str]]:
     """Two that run `code`, each on a machine of its own as far as they know; their errors can be read."""
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return [
         subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env={**common, "RANK": rank}, stderr=subprocess.PIPE, text=True
@@ -233,42 +236,51 @@ def two_processes(code: str) -> list[subprocess.Popen[str]]:
     ]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def said(errors: str) -> list[str]:
+    """The lines of `errors` that are not torch's own warnings, of a network without IPv6 or names, say."""
+    return [line for line in errors.splitlines() if not line.startswith("[W")]
 
 
-def test_ranks_leave_together_and_know_a_lost_one(tmp_path: Path) -> None:
+def test_ranks_leave_together(tmp_path: Path) -> None:
     """The second waits for what the first does alone: torchrun gives up on a machine whose processes are gone long
-    before the others. When the first is killed, it says so in a line, after the time that torchrun has to end it."""
+    before the others."""
     code = f"""
-import os, time, torch
+import time, torch
 from pathlib import Path
+from utils.ranks import join_ranks
+from utils.scripts import end_rank
+written = Path({str(tmp_path / "written")!r})
+with join_ranks(torch.device('cpu')) as ranks:
+    if ranks.first:
+        time.sleep(1)
+        written.touch()
+assert written.exists()
+end_rank()
+"""
+    processes = two_processes(code)
+    ends = [(said(process.communicate(timeout=60)[1]), process.returncode) for process in processes]
+    assert ends == [([], 0)] * 2
+
+
+def test_a_lost_rank_is_told_in_a_line() -> None:
+    """When the first is killed the second says so, after the time that torchrun has to end it, without a traceback."""
+    code = """
+import os, torch
 from utils import scripts
 from utils.ranks import join_ranks
 scripts._ENDED_BY_THEN = 0.5
-with scripts.readable_errors('train', ''):
-    with join_ranks(torch.device('cpu')) as ranks:
-        if ranks.first:
-            time.sleep(1)
-            Path({str(tmp_path / "written")!r}).touch()
-    assert Path({str(tmp_path / "written")!r}).exists()
-    os.environ['MASTER_PORT'] = '{free_port()}'  # where they met before, one may find what is left of that
-    with join_ranks(torch.device('cpu')) as ranks:
-        if ranks.first:
-            os._exit(9)
-        began = time.monotonic()
-        ranks.agree('')
-scripts.end_rank()
+with scripts.readable_errors('train', ''), join_ranks(torch.device('cpu')) as ranks:
+    if ranks.first:
+        os._exit(9)
+    ranks.agree('')
 """
     first, second = two_processes(code)
     _, errors = second.communicate(timeout=60)
     first.communicate(timeout=60)
     assert (first.returncode, second.returncode) == (9, 1)
-    (said,) = [line for line in errors.splitlines() if not line.startswith("[W")]  # torch's warnings of its own
-    assert said.startswith("train: process 1 lost another of the 2 (")
-    assert said.endswith("): that one ended, and says why here or on its machine")
+    (line,) = said(errors)
+    assert line.startswith("train: process 1 lost another of the 2 (")
+    assert line.endswith("): that one ended, and says why here or on its machine")
 
 
 @pytest.mark.parametrize(

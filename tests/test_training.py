@@ -19,7 +19,7 @@ from data.face_sets import FaceSetError, write_face_set
 from data.image_sizes import require_size
 from data.images import decode_rgb, encode_png
 from data.joined_sets import open_training_set
-from data.loading import flips
+from data.loading import Batch, flips
 from data.prepare_data import prepare
 from data.verification_bin import read_bin, write_bin
 from models import create_network
@@ -27,11 +27,13 @@ from models.heads import DenseHead, RowSGD
 from models.losses import LOSSES, ArcFace
 from tiny_faces import tiny_face
 from tiny_runs import checkpoints, configure, same, weights
-from train import TrainingError, train
+from train import Trainer, TrainingError, train
 from utils.checkpoints import BEST, load_backbone
 from utils.evaluation import verification
+from utils.ranks import Ranks
 from utils.settings import build, from_json
 from utils.training import log as training_log
+from utils.training.broken_images import BrokenImages
 from utils.training.checkpoint_store import CheckpointStore
 from utils.training.flops import forward_flops
 from utils.training.metrics import read_metrics
@@ -188,6 +190,44 @@ def test_broken_images_are_left_out_up_to_a_limit(tmp_path: Path, capsys: pytest
         match=r"4 images are broken, data\.broken_limit allows 3:(\n  .*record \d+ at.*){4}\n.*--repair",
     ):
         train(configure(tmp_path / "set", tmp_path, data__broken_limit=3, train__name="b"))
+
+
+@pytest.mark.parametrize("people", [4, 1])
+def test_a_run_ends_when_all_its_images_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, people: int) -> None:
+    """A folder that is removed, or a disk that is lost, under a small set never comes to data.broken_limit: a run must
+    not go on with a loss of 0 and save that, be there 32 images or just those of an epoch."""
+    for identity in range(people + 1):
+        for shot in range(8):
+            file = tmp_path / "set" / str(identity) / f"{shot}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(tiny_face(identity, shot))
+    config = configure(tmp_path / "set", tmp_path, train__epochs=20, train__batch_size=8)
+    step = Trainer.train_on
+
+    def train_on(trainer: Trainer, batch: Batch) -> None:
+        if trainer.step == 3:
+            shutil.rmtree(tmp_path / "set")
+        step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "train_on", train_on)
+    with pytest.raises(TrainingError, match=r"none of the last \d+ images was good: is the set still there\?(\n  .*)+"):
+        train(config)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) <= 3 + 4 + 2
+
+
+def test_a_small_batch_of_broken_images_is_chance() -> None:
+    """Two broken images in a batch of two, and in the next, are not the end of a large set; a good one among many
+    starts the count anew."""
+    broken = BrokenImages(100, 1000, Ranks())
+    for _ in range(15):
+        broken.note(["a", "b"], 2)
+    assert not broken.too_many
+    broken.note(["a"], 2)
+    broken.note([str(i) for i in range(31)], 31)
+    assert not broken.too_many
+    broken.note(["a"], 1)
+    assert broken.too_many
 
 
 def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:

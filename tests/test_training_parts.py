@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import tiny_runs
-from config import Config, TrainConfig
+from config import Config
 from data.loading import to_network_input
 from models import create_network
 from models.backbones.iresnet import IBasicBlock
@@ -33,9 +33,8 @@ from utils.training.building import build_step, compile_network, part_sizes, spr
 from utils.training.metrics import read_metrics
 from utils.training.micro_batch import trial_pass
 from utils.training.optimizers import train_mode
-from utils.training.parts import build_head, build_network, unused_by_schedule
+from utils.training.parts import build_head, build_network
 from utils.training.run_folders import TrainingError
-from utils.training.schedules import ScheduleName
 from utils.training.step import TrainingStep
 
 CPU = torch.device("cpu")
@@ -168,25 +167,36 @@ def test_what_does_not_learn_at_the_full_rate_is_said(
     assert f"{line} weights are frozen\n" in capsys.readouterr().out
     train(configure(tiny_set, tmp_path, train__name="b", train__lr=0.05))
     assert "learning rate 0.05 at its peak\n" in capsys.readouterr().out
-    train(configure(tiny_set, tmp_path, train__name="c", train__lr=0.05, train__milestones=(1,)))
-    said = "learning rate 0.05 at its peak; train.milestones not used: train.schedule is poly\n"
-    assert said in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("schedule", "unused"),
-    [
-        ("poly", ["train.milestones", "train.decay_epochs"]),
-        ("step", ["train.decay_epochs", "train.final_lr"]),
-        ("wsd", ["train.milestones"]),
-        ("constant", ["train.milestones", "train.decay_epochs", "train.final_lr"]),
-    ],
-)
-def test_settings_of_another_schedule_are_said(schedule: ScheduleName, unused: list[str]) -> None:
-    """`--milestones 10,16` alone leaves the linear fall as it is: a run says so before it spends its hours."""
-    settings = TrainConfig(schedule=schedule, milestones=(1,), decay_epochs=0.5, final_lr=0.1)
-    assert unused_by_schedule(settings) == unused
-    assert unused_by_schedule(TrainConfig()) == []
+def test_what_has_no_effect_on_this_machine_is_said(
+    tiny_set: Path, tmp_path: Path, plain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is for cards, for several processes or for another head changes nothing here, which a run says, as it says
+    that weights to start from come too late. A run without such settings says nothing."""
+    given = {
+        "train__cuda_graph": True,
+        "train__sync_bn": True,
+        "loss__products": "bf16",
+        "model__colour": "bgr",
+    }
+    run = train(configure(tiny_set, tmp_path, **given))
+    said = capsys.readouterr().out
+    for line in (
+        "train.cuda_graph not used: it is for CUDA, not cpu\n",
+        "train.sync_bn not used: there is one process\n",
+        "loss.products not used: the head is dense\n",
+        "model.colour not used: train.init names no weights\n",
+    ):
+        assert line in said
+    again = {"train__init": str(plain), "model__pretrained": True, "train__resume": str(run), "train__epochs": 2}
+    train(configure(tiny_set, tmp_path, **again))
+    said = capsys.readouterr().out
+    assert "model.pretrained not used: train.init names other weights\n" in said
+    assert f"train.init not used: {run} goes on from its checkpoint\n" in said
+    train(configure(tiny_set, tmp_path, train__name="c", train__init=str(plain), loss__engine="blockwise"))
+    train(configure(tiny_set, tmp_path, train__name="d", loss__products="fp32", loss__engine="blockwise"))
+    assert "not used" not in capsys.readouterr().out
 
 
 def test_wrong_parts_are_refused(tiny_set: Path, tmp_path: Path) -> None:

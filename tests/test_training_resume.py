@@ -241,7 +241,7 @@ def test_joined_sets_may_move(tiny_set: Path, tmp_path: Path, monkeypatch: pytes
         return train(configure(tiny_set, tmp_path, **few, train__epochs=epochs, train__resume=resume))
 
     with monkeypatch.context() as older:
-        older.setattr("train.identity_keys", lambda faces: faces.identities)
+        older.setattr("utils.training.same_run.identity_keys", lambda faces: faces.identities)
         run = go(1, (str(tiny_set), str(more)), "")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(TrainingError, match="does not have the identities"):

@@ -21,12 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import PRESETS, Config
+from config import PRESETS, READS, Config
 from data.make_demo_set import set_folders
 from utils.scripts import readable_errors
-from utils.settings import as_flags, build, flatten, parse_settings
+from utils.settings import as_flags, build, flatten, is_read, parse_settings
 from utils.training.metrics import read_metrics
 
+PRESET = ("--preset", "demo")
 MARKER = ".made_by_the_demo"
 
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line: settings are those of the preset `demo`, flags override them, for all of the scripts."""
     given = list(sys.argv[1:] if argv is None else argv)
     with readable_errors("demo", "run it again to start afresh"):
-        config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, ["--preset", "demo", *given])
+        config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, [*PRESET, *given])
         run_all(config)
 
 
@@ -100,16 +101,20 @@ def run_all(config: Config) -> None:
     folder = Path(config.demo.folder)
     (first, second), merged, trained = set_folders(config.demo), folder / "merged", folder / "runs" / "demo"
     preset = flatten(build(Config, PRESETS["demo"]))
-    overrides = as_flags({name: value for name, value in flatten(config).items() if value != preset[name]})
+    overrides = {name: value for name, value in flatten(config).items() if value != preset[name]}
+
+    def script(path: str, name: str) -> list[str]:
+        """The script with those settings that it reads."""
+        return [path, *as_flags({one: value for one, value in overrides.items() if is_read(one, READS[name])})]
+
     start_afresh(folder)
-    run(["data/make_demo_set.py", *overrides, "--output", first, "--more", second])
-    run(["data/prepare_data.py", *overrides, "--rec_data_path", first, "--output", folder / "images"])
-    preset_demo = ("--preset", "demo", *overrides)
-    run(["train.py", *preset_demo, "--data.root", first, "--runs", folder / "runs", "--name", "demo"])
+    run([*script("data/make_demo_set.py", "make_demo_set"), "--output", first, "--more", second])
+    run([*script("data/prepare_data.py", "prepare"), "--rec_data_path", first, "--output", folder / "images"])
+    run([*script("train.py", "train"), *PRESET, "--data.root", first, "--runs", folder / "runs", "--name", "demo"])
     merge = ("--merge", f"{first},{second}", "--output", merged, "--model", trained)
     run(
-        ["all_pair_test.py", *preset_demo, first / "demo.bin", second, "--model", trained],
-        ["dataset_merge/dataset_merge.py", *preset_demo, *merge],
+        [*script("all_pair_test.py", "test"), *PRESET, first / "demo.bin", second, "--model", trained],
+        [*script("dataset_merge/dataset_merge.py", "merge"), *PRESET, *merge],
     )
 
     before = next(line["verify/demo"] for line in read_metrics(trained) if "verify/demo" in line)

@@ -21,7 +21,7 @@ from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import PRESETS, Config, ExportConfig
+from config import PRESETS, READS, Config, ExportConfig
 from data.verification_bin import read_bin
 from models.embedders import Embedder, NetworkEmbedder, load_embedder
 from models.embedders.onnx_file import INPUTS_KEY
@@ -206,7 +206,7 @@ def accuracy(model: Embedder, path: Path, batch_size: int, workers: int) -> floa
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("export", "nothing was written"):
-        config = parse_settings(Config, PRESETS, ("export", "common"), __doc__, argv)
+        config = parse_settings(Config, PRESETS, ("export", "common"), __doc__, argv, reads=READS["export"])
         options = config.export
         if config.test.model and not options.model:
             raise ExportError(

@@ -8,18 +8,21 @@ above its field. Precedence: flags, then preset, then the defaults in the source
 
 import argparse
 import ast
-import difflib
 import inspect
 import json
 import math
+import os
 import sys
-from collections.abc import Callable, Container, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, Field, asdict, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from utils.flag_names import Several, what_was_meant
 from utils.scripts import let_the_first_speak
 
 Settings = Mapping[str, Any]
@@ -34,6 +37,11 @@ def require(condition: bool, name: str, message: str) -> None:
     """Raise ConfigError for the setting `name` unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{name}: {message}")
+
+
+def unless(used: bool, why: str, *names: str) -> dict[str, str]:
+    """For a section's `unused`: the fields `names`, each with `why` it has no effect, unless they are `used`."""
+    return {} if used else dict.fromkeys(names, why)
 
 
 def field_comments(section: type) -> dict[str, str]:
@@ -65,29 +73,64 @@ def parse_settings(
     description: str,
     argv: Sequence[str] | None = None,
     saved: Callable[[Settings], Settings] | None = None,
+    reads: Collection[str] | None = None,
 ) -> C:
     """The configuration that `argv` (default: the command line) asks for.
 
     `own_sections` are those whose fields need no prefix. `saved`, given all settings so far, may return some
-    that take the place of the defaults (those of a run that is resumed).
+    that take the place of the defaults (those of a run that is resumed). `reads`: the sections and single fields that
+    the script looks at; None: all. Of what was given, and has no effect, a warning tells.
     Prints help, or an error that names the field, and exits as argparse does.
     """
     parser = _parser(config_class, presets, own_sections, description)
-    arguments, unknown = parser.parse_known_intermixed_args(_with_dashes(argv))
+    arguments = _with_dashes(argv)
+    found, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
-        parser.error(_unknown_flag(unknown[0], parser, presets))
-    flags = vars(arguments)
+        parser.error(what_was_meant(unknown[0], arguments, parser._actions, presets, lambda name: is_read(name, reads)))
+    flags = vars(found)
     preset = flags.pop("preset")
     chosen = {**(presets[preset] if preset else {}), **flags}
     try:
-        start = saved({**flatten(config_class()), **chosen}) if saved else {}
-        return build(config_class, {**start, **chosen})
+        start = flatten(config_class())
+        start |= saved(_at_home({**start, **chosen})) if saved else {}
+        config = build(config_class, {**start, **chosen})
     except ConfigError as error:
         parser.error(str(error))
+    if os.environ.get("RANK", "0") == "0":
+        changed = {name for name, value in chosen.items() if start[name] != value}
+        for line in (*_unread(changed & flags.keys(), reads, parser.prog), *_without_effect(config, changed, reads)):
+            warnings.warn(line, stacklevel=2)
+    return config
+
+
+def is_read(name: str, reads: Collection[str] | None) -> bool:
+    """Whether the setting `name`, or its whole section, is among those that a script reads."""
+    return reads is None or name in reads or name.partition(".")[0] in reads
+
+
+def _unread(flags: Collection[str], reads: Collection[str] | None, script: str) -> Iterator[str]:
+    """A line about those of the `flags`, settings by name, that are of other scripts."""
+    if names := sorted(name for name in flags if not is_read(name, reads)):
+        yield f"{', '.join(names)} not used: {script} does not read {'it' if len(names) == 1 else 'them'}"
+
+
+def _without_effect(config: Any, names: Collection[str], reads: Collection[str] | None) -> Iterator[str]:
+    """Lines about those of the settings `names` that have no effect beside the others, one for each reason, which
+    the sections give: {field: why} by a method `unused`."""
+    by_reason: dict[str, list[str]] = {}
+    for section in fields(config):
+        values = getattr(config, section.name)
+        for field, why in values.unused().items() if hasattr(values, "unused") else ():
+            name = f"{section.name}.{field}"
+            if name in names and is_read(name, reads):
+                by_reason.setdefault(why, []).append(name)
+    for why, unused in by_reason.items():
+        yield f"{', '.join(unused)} not used: {why}"
 
 
 def build(config_class: type[C], settings: Settings) -> C:
-    """A configuration with `settings` ({`section.field`: value}) over its defaults, validated once they are all in.
+    """A configuration with `settings` ({`section.field`: value}) over its defaults, validated once they are all in. A
+    `~` that begins a path is the user's home.
 
     Raises ConfigError for a name that is no setting and for values that the sections refuse.
     """
@@ -98,10 +141,28 @@ def build(config_class: type[C], settings: Settings) -> C:
         if section not in sections or field not in get_type_hints(sections[section]):
             raise ConfigError(f"{name}: there is no such setting")
         values[section][field] = tuple(value) if isinstance(value, list) else value
-    return config_class(**{name: section(**values[name]) for name, section in sections.items()})
+    defaults = {name: {field.name: field.default for field in fields(section)} for name, section in sections.items()}
+    return config_class(
+        **{name: section(**_at_home({**defaults[name], **values[name]})) for name, section in sections.items()}
+    )
 
 
-def flatten(config: Any, without: Container[str] = ()) -> dict[str, Any]:
+def _at_home(settings: Settings) -> dict[str, Any]:
+    """`settings` with the home folder for each `~` that begins a text, or follows the `@` that begins it."""
+    return {name: _expanded(value) for name, value in settings.items()}
+
+
+def _expanded(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(map(_expanded, value))
+    if isinstance(value, str) and value.startswith(("~", "@~")):
+        at = "@" if value[0] == "@" else ""
+        with suppress(RuntimeError):  # ~NAME of nobody: a name as any other
+            return at + str(Path(value.removeprefix(at)).expanduser())
+    return value
+
+
+def flatten(config: Any, without: Collection[str] = ()) -> dict[str, Any]:
     """{`section.field`: value} of a configuration: what `build` takes; `without` those of these names."""
     return {name: value for name, value in _flat(asdict(config)).items() if name not in without}
 
@@ -181,6 +242,22 @@ def _sections(config_class: type) -> dict[str, type]:
     return {name: hint for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)}  # type: ignore[misc]
 
 
+class _Plain(argparse.Action):
+    """Arguments without a flag, each one or several separated by commas. They may not stand beside their own flag,
+    which would win or lose without a word: `--merge A B`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        plain = tuple(item for value in values for item in value)
+        if switch := {"true", "false"} & set(map(str.lower, plain)):
+            parser.error(
+                f"there is no setting {switch.pop()}: a flag that is on or off takes no value, as --x and --no-x"
+            )
+        if hasattr(namespace, self.dest):
+            message = f"{self.dest} is named by a flag and by {' '.join(plain)}"
+            parser.error(f"{message}: name all in one way (with the flag, separated by commas)")
+        setattr(namespace, self.dest, plain)
+
+
 class _Parser(argparse.ArgumentParser):
     """Of several processes on a machine the first one says what is wrong with the command line."""
 
@@ -221,7 +298,10 @@ def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: 
     assert field.default is not MISSING
     text = f"{comment} [{_as_text(field.default)}]".replace("%", "%%")
     if own and field.metadata.get("positional"):
-        group.add_argument(dest, nargs="*", metavar=flag.upper(), help=text, default=argparse.SUPPRESS)
+        group.add_argument(
+            dest, nargs="*", action=_Plain, type=_converter(hint), metavar=flag.upper(), help=text,
+            default=argparse.SUPPRESS,
+        )  # fmt: skip
         names = [full_name, *field.metadata.get("aliases", ())]
     if hint is bool:
         group.add_argument(
@@ -230,9 +310,11 @@ def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: 
     else:
         choices = get_args(hint) if get_origin(hint) is Literal else None
         metavar = "{" + ",".join(choices) + "}" if choices else field.name.upper()
+        action = Several if get_origin(hint) is tuple else "store"
         group.add_argument(
-            *names, dest=dest, type=_converter(hint), help=text, metavar=metavar, default=argparse.SUPPRESS
-        )
+            *names, dest=dest, action=action, type=_converter(hint), help=text, metavar=metavar,
+            default=argparse.SUPPRESS,
+        )  # fmt: skip
 
 
 def _converter(hint: Any) -> Callable[[str], Any]:
@@ -264,7 +346,7 @@ def _converter(hint: Any) -> Callable[[str], Any]:
 
 def _is_path(text: str) -> bool:
     try:
-        return Path(text).exists()
+        return Path(_expanded(text)).exists()
     except (OSError, ValueError):  # too long, say, for a name
         return False
 
@@ -276,24 +358,6 @@ def _with_dashes(argv: Sequence[str] | None) -> list[str]:
         name, equals, value = argument.partition("=")
         dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else argument)
     return dashed
-
-
-def _unknown_flag(argument: str, parser: argparse.ArgumentParser, presets: Container[str]) -> str:
-    """What to say of an argument that is no setting: first, whether another section has a field of that name."""
-    known = [name for action in parser._actions for name in action.option_strings]
-    name = argument.partition("=")[0]
-    preset = Path(name).name.removesuffix(".py")  # insightface's trainer is given configs/NAME
-    of_section = [flag for flag in known if flag.startswith(f"{name}.")]
-    of_this_name = [flag for flag in known if name.startswith("--") and flag.endswith(f".{name[2:]}")]
-    said = f"there is no setting {argument}"
-    if preset in presets:
-        return f"{said} (did you mean --preset {preset}?)"
-    if name.endswith(".py") or name.startswith("configs/"):
-        return f"{said} (docs/training.md has a table of what the fields of insightface's configs are called here)"
-    if of_section and not of_this_name:
-        return f"{said}, but {', '.join(of_section[:3])}{', ...' if len(of_section) > 3 else ''}"
-    close = of_this_name or difflib.get_close_matches(name, known, n=1)
-    return f"{said} (did you mean {close[0]}?)" if close else said
 
 
 def _as_text(value: Any) -> str:

@@ -20,6 +20,7 @@ from utils.evaluation.checks import (
     centres,
     check_alignment,
     check_channels,
+    check_folds,
     check_precision,
     same_bytes,
     same_pictures,
@@ -63,7 +64,7 @@ def decode_some(images: EncodedImages, positions: NDArray[np.int64], size: int) 
 def check_faces(
     test_set: TestSet, measured: Sequence[Measured], embedders: Sequence[Embedder], options: Options
 ) -> list[Finding]:
-    """Whether the set's faces are aligned, and whether each model sees its colours the right way round.
+    """Whether the set's faces are aligned, its folds are mixed, and each model sees its colours the right way round.
 
     It decodes 500 images at random, and embeds 300 with swapped channels by each model.
     """
@@ -72,6 +73,8 @@ def check_faces(
     positions = np.sort(random.permutation(count)[:_FACES])
     faces = decode_some(test_set.images, positions, embedders[0].image_size)
     findings = [check_alignment(faces, test_set.name)]
+    if test_set.pairs is not None and (unmixed := check_folds(test_set.pairs.same, test_set.name)):
+        findings.append(unmixed)
     sample = sample_of(test_set, options.seed)
     if sample is None:
         return findings

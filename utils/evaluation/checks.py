@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.face_sets import EncodedImages
+from data.folds import FOLDS, unmixed_folds
 from utils.evaluation.alignment import eye_contrast
 
 Vectors = NDArray[np.floating]
@@ -39,7 +40,7 @@ class Finding:
     """What a check found. level: `warning`, when numbers should not be trusted before it is looked into; `note`, when
     it only tells. pairs: images to look at, (position in the test set, position in the training set)."""
 
-    check: Literal["alignment", "channels", "duplicates", "people", "precision"]
+    check: Literal["alignment", "channels", "duplicates", "people", "precision", "folds"]
     level: Literal["warning", "note"]
     text: str
     pairs: tuple[tuple[int, int], ...] = field(default=())
@@ -68,6 +69,19 @@ def check_alignment(faces: NDArray[np.uint8], name: str) -> Finding:
         "note",
         f"{name}: the mean face shows no clear eyes anywhere {looked}: these are no photographs of faces, or each is "
         "turned and placed differently.",
+    )
+
+
+def check_folds(same: NDArray[np.bool_], name: str) -> Finding | None:
+    """Whether the folds that the pairs are cut into have both kinds, `same` telling those of one person."""
+    unmixed = unmixed_folds(same)
+    if not unmixed:
+        return None
+    return Finding(
+        "folds",
+        "warning",
+        f"{unmixed} of the {FOLDS} folds of {name} have pairs of one kind only, so that its accuracy hangs on the "
+        "order of the pairs: mix the kinds, in turn say, when the set is packed (data/pack_bin.py).",
     )
 
 

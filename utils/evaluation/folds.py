@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from data.folds import FOLDS, fold_numbers
+
 # The published grid of squared distances. Unit vectors are never further apart than 4.
 THRESHOLDS = np.arange(0, 4, 0.01)
 # The finer one that the folds' TAR is taken from.
 _TAR_THRESHOLDS = np.arange(0, 4, 0.001)
-FOLDS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +145,6 @@ def tar_of_folds(result: FoldResult, far: float = 1e-3) -> FoldTar:
         for which in (same, ~same)
     )
     return FoldTar(far, float(tar.mean()), float(tar.std()), float(measured.mean()))
-
-
-def fold_numbers(pairs: int, folds: int) -> NDArray[np.int64]:
-    """The fold of each pair, int64 [pairs]: runs of equal length, the first pairs mod folds of them one pair longer."""
-    sizes = np.full(folds, pairs // folds)
-    sizes[: pairs % folds] += 1
-    return np.repeat(np.arange(folds), sizes)
 
 
 def _check_shapes(embeddings: NDArray[np.floating], same: NDArray[np.bool_], folds: int) -> None:

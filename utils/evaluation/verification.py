@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from data.face_sets import PairImages
+from data.folds import FOLDS
 from data.loading import DecodedFaces
 from data.verification_bin import VerificationPairs
 from models.embedders import Embedder, NetworkEmbedder
 from models.embedding import embed_images
-from utils.evaluation.folds import FOLDS, FoldResult, ten_fold
+from utils.evaluation.folds import FoldResult, ten_fold
 from utils.ranks import Ranks
 
 

@@ -8,29 +8,42 @@ from utils.progress import say
 from utils.ranks import Ranks
 from utils.training.run_folders import TrainingError
 
+#: Images one after another, all of them broken, that are no chance: they are gone.
+_IN_A_ROW = 32
+
 
 class BrokenImages:
-    """Those that this rank came upon; `limit`: how many may be."""
+    """Those that this rank came upon; `limit`: how many may be. A few batches with no good one among them are too many
+    in any case, and so is a whole epoch, `an_epoch` being the images of this rank in one: a small set can be gone
+    without as many as `limit`."""
 
-    def __init__(self, limit: int, ranks: Ranks) -> None:
+    def __init__(self, limit: int, an_epoch: int, ranks: Ranks) -> None:
         self._limit, self._ranks = limit, ranks
+        self._longest = min(_IN_A_ROW, an_epoch)
         self._found: set[str] = set()
+        self._row = 0
 
-    def note(self, found: Sequence[str]) -> None:
-        """Say which images are broken, what is said of each being in `found`."""
+    def note(self, found: Sequence[str], faces: int) -> None:
+        """Say which images are broken of a batch of `faces`, what is said of each being in `found`."""
         for message in set(found) - self._found:
             say(f"left out: {message}")
         self._found.update(found)
+        self._row = self._row + faces if len(found) == faces else 0
 
     @property
     def too_many(self) -> bool:
         """Whether this rank cannot go on."""
-        return len(self._found) > self._limit
+        return len(self._found) > self._limit or self._row >= self._longest
 
     def refuse(self) -> NoReturn:
         """Raise TrainingError with those that any rank came upon. Waits for all ranks."""
-        texts = self._ranks.texts(json.dumps(list(self._found)))
-        broken = {message for part in texts for message in json.loads(part)}
+        parts = [json.loads(text) for text in self._ranks.texts(json.dumps([self._row, list(self._found)]))]
+        row = max(row for row, _ in parts)
+        broken = {message for _, found in parts for message in found}
         listed = "\n  ".join(sorted(broken))
-        said = f"{len(broken)} images are broken, data.broken_limit allows {self._limit}:\n  {listed}\n"
-        raise TrainingError(f"{said}A .rec set without its broken records: python data/report.py SET --repair OUTPUT")
+        if row >= self._longest:
+            said = f"none of the last {row} images was good: is the set still there?"
+        else:
+            said = f"{len(broken)} images are broken, data.broken_limit allows {self._limit}:"
+        advice = "A .rec set without its broken records: python data/report.py SET --repair OUTPUT"
+        raise TrainingError(f"{said}\n  {listed}\n{advice}")

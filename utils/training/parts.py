@@ -9,7 +9,7 @@ from torch import nn
 from config import Config, DataConfig, TrainConfig
 from data.verification_bin import VerificationPairs, chosen_bins, read_bin
 from models import create_network
-from models.heads import Head, RowAdamW, RowSGD, create_head
+from models.heads import DenseHead, Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
 from models.recompute import recompute_blocks
 from models.weights import load_weights
@@ -90,13 +90,21 @@ def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> tuple[float, n
     )
 
 
-def unused_by_schedule(settings: TrainConfig) -> list[str]:
-    """The settings that were given and that `train.schedule` does not look at, by name."""
-    uses = {"milestones": ("step",), "decay_epochs": ("wsd",), "final_lr": ("poly", "cosine", "wsd")}
+def unused_here(config: Config, device: torch.device, ranks: Ranks, head: Head) -> list[str]:
+    """A line for each setting that was given and has no effect on this `device`, with these `ranks` and this `head`.
+    What has none beside other settings, the sections in config.py know."""
+    model, settings = config.model, config.train
+    no_init = "train.init names no weights"
     return [
-        f"train.{name}"
-        for name, schedules in uses.items()
-        if getattr(settings, name) and settings.schedule not in schedules
+        f"{name} not used: {why}"
+        for name, unused, why in (
+            ("loss.products", config.loss.products != "auto" and isinstance(head, DenseHead), "the head is dense"),
+            ("train.cuda_graph", settings.cuda_graph and device.type != "cuda", f"it is for CUDA, not {device.type}"),
+            ("train.sync_bn", settings.sync_bn and ranks.size == 1, "there is one process"),
+            ("model.pretrained", model.pretrained and bool(settings.init), "train.init names other weights"),
+            ("model.colour", model.colour != "auto" and not settings.init, no_init),
+        )
+        if unused
     ]
 
 

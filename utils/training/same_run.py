@@ -20,6 +20,9 @@ FIXED = (
     "model.embedding_size",
 )  # fmt: skip
 
+#: Settings that a run heeds at its start alone.
+AT_FIRST = ("train.init", "model.pretrained")
+
 #: Settings in which processes may differ: what is of a machine, and paths, of which the first one's hold, or whose
 #: content has to be the same.
 OWN = (
@@ -77,6 +80,14 @@ def check_notes(notes: Mapping[str, Any], config: Config, faces: FaceSet, run: P
         f"data.root: {faces.path} {found}: its steps would show other faces. Bring back the set of then, or start a "
         "new run, from its weights if you like (train.init)"
     )
+
+
+def unused_again(notes: Mapping[str, Any], config: Config, run: Path) -> list[str]:
+    """A line for each setting that differs from the `run`'s, and has no effect as it goes on from a checkpoint with
+    `notes`."""
+    before, now = from_json(json.dumps(notes["settings"])), flatten(config)
+    why = f"{run} goes on from its checkpoint"
+    return [f"{name} not used: {why}" for name in AT_FIRST if before.get(name, now[name]) != now[name]]
 
 
 def _checksum(identities: Sequence[str]) -> int:
