@@ -286,7 +286,9 @@ def as_text(report: Report) -> str:
     }
     lines = [f"  {name:<21}{text}" for name, text in rows.items()]
     lines += [f"  note: {remark}" for remark in report.remarks]
-    lines += [f"  every image of identity {identity} is broken" for identity in report.identities_lost[:SHOWN]]
+    lost = report.identities_lost
+    lines += [f"  every image of identity {identity} is broken" for identity in lost[:SHOWN]]
+    lines += [f"  and of {len(lost) - SHOWN:,} more identities"] if len(lost) > SHOWN else []
     return "\n".join([report.set, *lines])
 
 
