@@ -66,8 +66,8 @@ def kept_features(
     """The features float32 [count, D] called `key` in `folder`; those that are not there are made and kept.
 
     `embed` gives the features of the images at the positions that it gets, int64, in order, in batches of any length.
-    Several `ranks`, which share the folder, share the work. Large files are mapped copy-on-write: the array can be written to,
-    the file stays as it is. Another process that makes the same file is waited for.
+    Several `ranks`, which share the folder, share the work. Large files are mapped copy-on-write: the array can be
+    written to, the file stays as it is. Another process that makes the same file is waited for.
     """
     path = folder / f"{key}.features"
     with ExitStack() as held:
