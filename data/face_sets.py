@@ -115,9 +115,11 @@ class RecFaceSet:
         if unlisted:
             remark = unlisted_remark(self.path.with_suffix(".idx"), reader.file, unlisted)
             warnings.warn(remark, stacklevel=4)
+        records = len(has_image)
         keys, offsets, labels = reader.keys[has_image], reader.offsets[has_image], labels[has_image]
+        del reader, has_image  # as long as the set, and so are the arrays that sorting takes
         if not labels.size:
-            raise FaceSetError(f"{self.path} has {len(has_image)} records and not one image")
+            raise FaceSetError(f"{self.path} has {records} records and not one image")
         wrong = np.flatnonzero(~((labels >= 0) & (labels < 2**31) & (labels == np.floor(labels))))
         if wrong.size:
             first = wrong[0]
@@ -128,7 +130,7 @@ class RecFaceSet:
             )
         identities, classes = np.unique(labels.astype(np.int64), return_inverse=True)
         images = ImageIndex(keys, offsets, classes, identities)
-        if len(has_image) >= CACHED_FROM and not unlisted:  # what is kept would be opened without the warning
+        if records >= CACHED_FROM and not unlisted:  # what is kept would be opened without the warning
             save_index(self._file, images)
         return images
 
