@@ -4,7 +4,9 @@ A face set has `labels` (int64 [images], class indices 0..identities-1 without h
 class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i)`, the bytes of image i as stored.
 """
 
+import os
 import warnings
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,9 +115,11 @@ class RecFaceSet:
         if unlisted:
             remark = unlisted_remark(self.path.with_suffix(".idx"), reader.file, unlisted)
             warnings.warn(remark, stacklevel=4)
+        records = len(has_image)
         keys, offsets, labels = reader.keys[has_image], reader.offsets[has_image], labels[has_image]
+        del reader, has_image  # as long as the set, and so are the arrays that sorting takes
         if not labels.size:
-            raise FaceSetError(f"{self.path} has {len(has_image)} records and not one image")
+            raise FaceSetError(f"{self.path} has {records} records and not one image")
         wrong = np.flatnonzero(~((labels >= 0) & (labels < 2**31) & (labels == np.floor(labels))))
         if wrong.size:
             first = wrong[0]
@@ -126,7 +130,7 @@ class RecFaceSet:
             )
         identities, classes = np.unique(labels.astype(np.int64), return_inverse=True)
         images = ImageIndex(keys, offsets, classes, identities)
-        if len(has_image) >= CACHED_FROM and not unlisted:  # what is kept would be opened without the warning
+        if records >= CACHED_FROM and not unlisted:  # what is kept would be opened without the warning
             save_index(self._file, images)
         return images
 
@@ -219,7 +223,8 @@ class FolderFaceSet:
         self.path = Path(root)
         self.identities = []
         self.not_taken: list[NotTaken] = []
-        self._files: list[Path] = []
+        # Trees have millions of images, and every worker gets a copy: no object an image.
+        self._names, ends = bytearray(), array("q", [0])
         counts = []
         folders = self._folders()
         for folder in (folders[position] for position in identity_order([entry.name for entry in folders])):
@@ -230,8 +235,10 @@ class FolderFaceSet:
             ]
             if images:
                 self.identities.append(folder.name)
-                self._files += images
                 counts.append(len(images))
+                for image in images:
+                    self._names += os.fsencode(image.name)
+                    ends.append(len(self._names))
             else:
                 self.not_taken.append(NotTaken(folder.name, folder, "a folder without images"))
         if not counts:
@@ -242,6 +249,7 @@ class FolderFaceSet:
             )
         if self.not_taken:
             warnings.warn(self._others(f"{self.path}: not taken are "), stacklevel=3)
+        self._ends = np.array(ends)
         self.labels = np.repeat(np.arange(len(counts)), counts)
 
     def _folders(self) -> list[Path]:
@@ -271,25 +279,27 @@ class FolderFaceSet:
         return introduction + "; ".join(kinds) if kinds else ""
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.labels)
 
     def file(self, i: int) -> Path:
         """The file of image `i`."""
-        return self._files[i]
+        return self.path / self.relative_file(i)
 
     def relative_file(self, i: int) -> str:
         """`<identity>/<image>`, the same however the path of the set is spelled."""
-        return "/".join(self._files[i].parts[-2:])
+        name = os.fsdecode(bytes(self._names[self._ends[i] : self._ends[i + 1]]))
+        return f"{self.identities[self.labels[i]]}/{name}"
 
     def encoded(self, i: int) -> bytes:
-        return self._files[i].read_bytes()
+        return self.file(i).read_bytes()
 
     def describe(self, i: int) -> str:
-        return str(self._files[i])
+        return str(self.file(i))
 
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
-        return files_digest(self, self._files, [self.relative_file(i) for i in range(len(self))])
+        images = range(len(self))
+        return files_digest(self, map(self.file, images), [self.relative_file(i) for i in images])
 
 
 def _no_image(entry: Path) -> str:

@@ -9,7 +9,7 @@ embeddings do not depend on them.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -60,7 +60,7 @@ def content_digest(images: Images, positions: Iterable[int], tolerant: bool = Fa
     return total.hexdigest()
 
 
-def files_digest(images: Images, files: Sequence[Path], *layout: Any) -> str:
+def files_digest(images: Images, files: Iterable[Path], *layout: Any) -> str:
     """The digest of images in `files` by the rule above; `layout`, arrays or what JSON holds: where in them each is."""
     facts = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     if sum(size for size, _ in facts) <= EXACT_BYTES:

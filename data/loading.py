@@ -181,12 +181,26 @@ def training_loader(
 
 
 def sequential_loader(
-    faces: DecodedFaces, batch_size: int, workers: int, device: torch.device, positions: Sequence[int] | None = None
+    faces: DecodedFaces,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    positions: Sequence[int] | np.ndarray | None = None,
 ) -> Iterable[Batch]:
     """All faces once, or those at `positions`, in order, the last batch as large as it is."""
-    positions = range(len(faces)) if positions is None else positions
-    batches = [positions[start : start + batch_size] for start in range(0, len(positions), batch_size)]
+    batches = _Consecutive(range(len(faces)) if positions is None else positions, batch_size)
     return _decoding_loader(faces, batches, batch_size, workers, device, for_training=False)
+
+
+class _Consecutive:
+    """Positions in batches that are made when they are asked for: of millions of images no list of all."""
+
+    def __init__(self, positions: Sequence[int] | np.ndarray, batch_size: int) -> None:
+        self._positions, self._batch_size = positions, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in range(0, len(self._positions), self._batch_size):
+            yield np.asarray(self._positions[start : start + self._batch_size]).tolist()
 
 
 def _decoding_loader(

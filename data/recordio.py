@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from utils.arrays import distinct
 from utils.files import atomic_write
 from utils.progress import progress_bar
 
@@ -297,7 +298,7 @@ def keys_from_ids(ids: np.ndarray) -> np.ndarray:
     They are the ids; where those are no keys, occurring more than once or being too large, the positions.
     """
     keys = ids.astype(np.int64)
-    unique = len(np.unique(keys)) == len(keys) and (keys >= 0).all()
+    unique = len(distinct(keys)) == len(keys) and (keys >= 0).all()
     return keys if unique else np.arange(len(keys))
 
 

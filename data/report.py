@@ -28,6 +28,7 @@ from config import PRESETS, READS, Config, ReportConfig
 from data.face_sets import FaceSetError, write_face_set
 from data.survey import Survey, choose_sample, decode, decode_images, survey_heads, why_broken
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
+from utils.arrays import distinct
 from utils.files import require_free, write_csv_atomic, write_text_atomic
 from utils.plots import draw_contact_sheet, draw_curves
 from utils.processes import worker_count
@@ -106,7 +107,7 @@ def _summarise(
 ) -> Report:
     good = survey.good
     labels, per_identity = survey.per_identity()
-    known = np.unique(survey.labels[survey.labels != NO_LABEL])
+    known = distinct(survey.labels[survey.labels != NO_LABEL])
     kinds = np.bincount(survey.kinds[good], minlength=len(KINDS)).tolist()
     image_bytes = survey.image_bytes[good]
     property_line = _property(records)
@@ -286,7 +287,9 @@ def as_text(report: Report) -> str:
     }
     lines = [f"  {name:<21}{text}" for name, text in rows.items()]
     lines += [f"  note: {remark}" for remark in report.remarks]
-    lines += [f"  every image of identity {identity} is broken" for identity in report.identities_lost[:SHOWN]]
+    lost = report.identities_lost
+    lines += [f"  every image of identity {identity} is broken" for identity in lost[:SHOWN]]
+    lines += [f"  and of {len(lost) - SHOWN:,} more identities"] if len(lost) > SHOWN else []
     return "\n".join([report.set, *lines])
 
 

@@ -125,9 +125,9 @@ class ListedFaceSet:
 
         Raises FaceSetError for a file that is not there.
         """
-        files = [self.file(i) for i in range(len(self))]
+        images = range(len(self))
         try:
-            return files_digest(self, files, [self.relative_file(i) for i in range(len(self))])
+            return files_digest(self, map(self.file, images), [self.relative_file(i) for i in images])
         except OSError as error:
             raise FaceSetError(f"{self.path}: {error.filename}: {error.strerror or error}") from None
 

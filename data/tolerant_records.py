@@ -24,6 +24,7 @@ from data.recordio import (
     unlisted_remark,
     unpack_image,
 )
+from utils.arrays import distinct
 from utils.progress import progress_bar
 
 KINDS = ("JPEG", "PNG", "other")
@@ -215,7 +216,7 @@ def _open_rec(path: Path) -> tuple[RecRecords, list[str]]:
         remarks.append(f"the index is not used, records were searched in {path.name}: {reason}")
         keys, offsets = find_records(file)
         indexed = False
-    repeated = keys.size - np.unique(keys).size
+    repeated = keys.size - distinct(keys).size
     if repeated:
         remarks.append("some keys occur more than once, so that training refuses the set; --repair numbers anew")
     zero = offsets[keys == 0]

@@ -2,7 +2,8 @@
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -15,7 +16,7 @@ from utils.files import write_csv_atomic
 
 def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
     """Write the rows as `merge.csv`."""
-    write_csv_atomic(path, COLUMNS, (astuple(decision) for decision in decisions))
+    write_csv_atomic(path, COLUMNS, map(attrgetter(*COLUMNS), decisions))
 
 
 class _Row(NamedTuple):

@@ -6,6 +6,7 @@ identity counts. An identity whose centre has a cosine of at least the threshold
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,6 @@ def find_leaks(centres: Tensor, sets: Sequence[tuple[HeldOutSet, Rows]], t: floa
         better = cosine > best
         best[better], where[better], who[better] = cosine[better], number, index[better]
     rows = zip(where.tolist(), who.tolist(), best.tolist(), strict=True)
-    return Leaks(
-        [Match(sets[number][0].path, sets[number][0].name(person), score) for number, person, score in rows], t
-    )
+    # Millions of identities are nearest to some thousands of people, and an image of a .bin is long searched for.
+    named = cache(lambda number, person: sets[number][0].name(person))
+    return Leaks([Match(sets[number][0].path, named(number, person), score) for number, person, score in rows], t)

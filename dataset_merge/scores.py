@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dataset_merge.grouping import Pairs
 from dataset_merge.matching import TopMatches
+from utils.arrays import distinct
 
 # Share of the nearest competitor's cosine that is taken off a pair's; found on people of LFW that no result is quoted
 # for, see docs/merging_threshold.md.
@@ -36,7 +37,7 @@ def score_pairs(
         low, high = np.minimum(*rows), np.maximum(*rows)
     else:
         low, high = (np.concatenate(side) for side in zip(rows, columns[::-1], strict=True))
-    i, j = np.divmod(np.unique(low * width + high), width)
+    i, j = np.divmod(distinct(low * width + high), width)
     cosine = pair_cosines(first, first if second is None else second, i, j)
     score = cosine - rival_weight * _rivals(i, j, cosine, second is None) if rival_weight else cosine.copy()
     return Pairs(i, j, cosine, score)

@@ -49,7 +49,7 @@ def embed_images(
         if ranks.first:
             key = features_key(embedder.fingerprint, images_fingerprint(images), len(images), mirror)
 
-        def embed(positions: Sequence[int]) -> Iterator[np.ndarray]:
+        def embed(positions: np.ndarray) -> Iterator[np.ndarray]:
             return _embed(embedder, images, positions, batch_size, workers, mirror, title, ranks.first)
 
         features = kept_features(cache, ranks.agree(key), len(images), embed, ranks)
@@ -104,7 +104,7 @@ def _embed_share(
 def _embed(
     embedder: Embedder,
     images: EncodedImages,
-    positions: Sequence[int],
+    positions: Sequence[int] | np.ndarray,
     batch_size: int,
     workers: int,
     mirror: bool,

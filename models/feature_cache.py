@@ -60,14 +60,14 @@ def kept_features(
     folder: Path,
     key: str,
     count: int,
-    embed: Callable[[list[int]], Iterable[np.ndarray]],
+    embed: Callable[[np.ndarray], Iterable[np.ndarray]],
     ranks: Ranks,
 ) -> np.ndarray:
     """The features float32 [count, D] called `key` in `folder`; those that are not there are made and kept.
 
-    `embed` gives the features of the images at the positions that it gets, in order, in batches of any length. Several
-    `ranks`, which share the folder, share the work. Large files are mapped copy-on-write: the array can be written to,
-    the file stays as it is. Another process that makes the same file is waited for.
+    `embed` gives the features of the images at the positions that it gets, int64, in order, in batches of any length.
+    Several `ranks`, which share the folder, share the work. Large files are mapped copy-on-write: the array can be
+    written to, the file stays as it is. Another process that makes the same file is waited for.
     """
     path = folder / f"{key}.features"
     with ExitStack() as held:
@@ -168,14 +168,14 @@ def _read_log(path: Path) -> Iterator[_Block]:
 
 
 def _make(
-    path: Path, numbers: list[int], count: int, embed: Callable[[list[int]], Iterable[np.ndarray]], ranks: Ranks
+    path: Path, numbers: list[int], count: int, embed: Callable[[np.ndarray], Iterable[np.ndarray]], ranks: Ranks
 ) -> int:
     """Make this rank's blocks, `numbers`; when all ranks have made theirs, how long features are."""
     partial, dimension = partial_folder(path), 0
     if not partial.is_dir():
         raise OSError(f"{path.parent} is not the same folder for all processes: a cache needs a disk that they share")
     if numbers:
-        positions = [i for number in numbers for i in _rows(number, count)]
+        positions = np.concatenate([np.arange(rows.start, rows.stop) for rows in (_rows(n, count) for n in numbers)])
         working, log_path = partial / _WORKING, partial / f"{_LOG}.{ranks.rank}"
         with working.open("r+b") as file, log_path.open("a") as log:
             blocks = _cut(embed(positions), [len(_rows(number, count)) for number in numbers])
@@ -201,7 +201,7 @@ def _cut(batches: Iterable[np.ndarray], lengths: list[int]) -> Iterator[np.ndarr
     for batch in batches:
         waiting.append(np.asarray(batch, "<f4"))
         while length and sum(map(len, waiting)) >= length:
-            rows = np.concatenate(waiting)
+            rows = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)  # of a large batch no copy each time
             yield rows[:length]
             waiting, length = [rows[length:]], next(wanted, 0)
 

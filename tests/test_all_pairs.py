@@ -1,5 +1,6 @@
 """The all-pairs test against a full matrix of scores, sorted, and against scikit-learn's ROC."""
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranks import run_on_ranks
 from utils.evaluation import all_pairs as module
+from utils.evaluation import pair_blocks
 from utils.evaluation.all_pairs import (
     _BINS,
     AllPairsResult,
@@ -439,3 +441,36 @@ def test_names_the_bad_row(value: float, message: str) -> None:
     embeddings[17] = value
     with pytest.raises(ValueError, match=f"embedding row 17 .*{message}"):
         all_pairs(embeddings, labels)
+
+
+def test_rows_are_normalised_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of large sets no copy in float64: no tensor is larger than the embeddings, and parts do not show."""
+    embeddings, labels = clustered(300, 20, dim=2000)
+    whole = PairBlocks(embeddings, labels).vectors
+    monkeypatch.setattr(pair_blocks, "_ROWS_AT_ONCE", 64)
+    with LargestTensor() as largest:
+        blocks = PairBlocks(embeddings, labels)
+    assert largest.bytes == 4 * embeddings.numel()
+    assert torch.equal(blocks.vectors, whole)
+
+
+def test_blocks_are_not_listed() -> None:
+    """Of N images there are N^2 / (2 block^2) blocks: they are gone through without a list of them."""
+    embeddings, labels = clustered(2000, 20, dim=4)
+    tracemalloc.start()
+    try:
+        blocks = PairBlocks(embeddings, labels, block=2)
+        seen = 0
+
+        def count(block: Block, thread: int) -> None:
+            nonlocal seen
+            seen += 1
+            if seen == 10:
+                raise InterruptedError
+
+        with pytest.raises(InterruptedError):
+            blocks.each(count, "few of them")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 8 << 20  # there are 500,500

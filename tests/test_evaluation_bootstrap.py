@@ -1,5 +1,7 @@
 """Intervals and comparisons: weighted counts against literal repetition, and coverage by simulation."""
 
+import gc
+from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,7 @@ from utils.evaluation.comparison import compare_identities, compare_pairs, mcnem
 from utils.evaluation.curves import roc_of_pairs, split_scores, tar_at_far
 from utils.evaluation.folds import FoldResult, ten_fold, ten_fold_of_distances
 from utils.evaluation.identity_counts import IdentityCounts, identity_counts
+from utils.evaluation.pair_blocks import Block, PairBlocks
 from utils.ranks import Ranks
 
 RATES = (0.3, 1e-1, 1e-2, 1e-3)
@@ -324,3 +327,30 @@ def test_refuses_models_tested_on_different_sets() -> None:
         mcnemar(np.ones(3, bool), np.ones(4, bool))
     with pytest.raises(ValueError, match="genuine and impostor"):
         bootstrap_pairs(ten_fold_of_distances(np.ones(20), np.ones(20, bool)))
+
+
+def test_blocks_leave_no_tensors_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Protects the stated memory. Small tensors that stayed, made between each block's large ones, kept the memory of
+    those from being used again: 18 GiB for 100,000 images."""
+    embeddings, labels = clustered(600, 60)
+    alive = []
+    each = PairBlocks.each
+
+    def watch(blocks: PairBlocks, work: Callable[[Block, int], None], title: str) -> None:
+        def watched(block: Block, thread: int) -> None:
+            work(block, thread)
+            alive.append(sum(type(thing) is Tensor for thing in gc.get_objects()))
+
+        each(blocks, watched, title)
+
+    result = all_pairs(embeddings, labels, RATES)
+    monkeypatch.setattr(PairBlocks, "each", watch)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        counts = identity_counts(embeddings, labels, result, block=100)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(counts.listed) > 1000
+    assert len(alive) == 21
+    assert alive[-1] <= alive[2]

@@ -77,6 +77,23 @@ def test_all_pairs_by_group(block: int) -> None:
     assert found.left_out == texts.count("")
 
 
+def test_a_block_counts_its_own_people(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a block costs does not grow with the people of the set, of whom it has few: else a set of a million images
+    would take days."""
+    embeddings, labels, texts = grouped_faces(300, 100)
+    counted = []
+    bincount = torch.bincount
+
+    def note(values: torch.Tensor, minlength: int = 0) -> torch.Tensor:
+        counted.append(minlength)
+        return bincount(values, minlength=minlength)
+
+    monkeypatch.setattr(torch, "bincount", note)
+    breakdown_all_pairs(embeddings, labels, groups_of("age", texts), (TarAtFar(0.1, 0.9, 0.3, 1000),), block=20)
+    assert counted
+    assert max(counted) <= 20 * 3  # three couples of groups
+
+
 def rates_of_a_rank() -> torch.Tensor:
     """Rates by group of one of several processes."""
     embeddings, labels, texts = grouped_faces()

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -115,6 +116,29 @@ def test_a_seed_draws_other_entries() -> None:
     assert len(entries) == 5
     found = identify_people(embeddings, labels, seed=3, fpir=(0.1,))
     assert (found.gallery, found.mated, found.non_mated, found.open_set) == (40, 160, 0, ())
+
+
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    """A million probes take long: a bar of them, where it is asked for."""
+    embeddings, labels = faces(40, 5)
+    identify_people(embeddings, labels)
+    assert capsys.readouterr().err == ""
+    identify_people(embeddings, labels, progress=True)
+    assert re.search(r"identification: 100%.* 160/160", capsys.readouterr().err)
+
+
+def test_memory_of_unit_rows() -> None:
+    """Protects the stated memory: 4 bytes a number for the probes, without a copy in float64 on the way."""
+    vectors = np.random.default_rng(0).standard_normal((2000, 512), np.float32)
+    tracemalloc.start()
+    try:
+        unit = identification._unit(vectors, np.arange(2000), "probe")
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert most < 1.2 * vectors.nbytes
+    exact = vectors / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
+    np.testing.assert_array_equal(unit, exact.astype(np.float32))
 
 
 @pytest.mark.parametrize(

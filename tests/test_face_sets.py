@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+import tracemalloc
 import warnings
 import zlib
 from collections.abc import Callable
@@ -656,3 +657,21 @@ def test_folder_and_rec_are_interchangeable(face_data: Path) -> None:
     faces: FaceSet = open_face_set(face_data / "lfw" / "images")
     assert (len(faces), len(faces.identities)) == (13_233, 5_749)
     assert faces.identities[faces.labels[0]] in faces.describe(0)
+
+
+def test_a_tree_keeps_no_object_an_image(tmp_path: Path) -> None:
+    """Trees have millions of images, and every worker gets a copy: names take their letters and a number."""
+    for person in range(20):
+        folder = tmp_path / "tree" / f"{person:03}"
+        folder.mkdir(parents=True)
+        for image in range(50):
+            (folder / f"{image:03}.jpg").touch()
+    tracemalloc.start()
+    try:
+        faces = FolderFaceSet(tmp_path / "tree")
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < 80 * len(faces)
+    assert faces.relative_file(51) == "001/001.jpg"
+    assert faces.file(51) == tmp_path / "tree" / "001" / "001.jpg"

@@ -195,6 +195,30 @@ def test_large_features_are_mapped_and_the_file_stays(tmp_path: Path, monkeypatc
     assert embedder.seen == 0
 
 
+def test_a_large_batch_is_cut_without_copies() -> None:
+    """All features of a set may come as one batch: each block is a part of it, not cut from a copy of all the rest."""
+    batch = np.arange(40, dtype=np.float32).reshape(20, 2)
+    blocks = list(feature_cache._cut([batch], [4] * 5))
+    assert all(np.shares_memory(block, batch) for block in blocks)
+    np.testing.assert_array_equal(np.concatenate(blocks), batch)
+    blocks = list(feature_cache._cut(np.split(batch, [3, 5, 11]), [4] * 5))
+    assert [len(block) for block in blocks] == [4] * 5
+    np.testing.assert_array_equal(np.concatenate(blocks), batch)
+
+
+def test_positions_are_an_array(tmp_path: Path) -> None:
+    """Of millions of images no list of their numbers, which would take more memory than small features."""
+    asked = []
+
+    def embed(positions: np.ndarray) -> list[np.ndarray]:
+        asked.append(positions)
+        return [wanted(COUNT)[positions]]
+
+    np.testing.assert_array_equal(feature_cache.kept_features(tmp_path, "key", COUNT, embed, Ranks()), wanted(COUNT))
+    assert isinstance(asked[0], np.ndarray)
+    assert asked[0].tolist() == list(range(COUNT))
+
+
 def embed_on_rank(cache: Path) -> list[tuple[torch.Tensor, int]]:
     """(features, images that this rank embedded) of many images, of few, and of the many once more."""
     feature_cache.BLOCK = BLOCK

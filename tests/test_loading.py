@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -232,6 +232,24 @@ def test_workers_make_no_difference(faces: DecodedFaces) -> None:
     assert [len(epoch) for epoch in seen[0]] == [5, 3]
     batches = EpochBatches(partial(exact_order, len(faces), 7), len(faces), 4)
     assert seen[0][0][0][1] == [(i + 1) % 5 for i in next(iter(batches))]
+
+
+def test_sequential_batches_are_made_when_they_are_asked_for(faces: DecodedFaces) -> None:
+    """Of a set of millions of images no list of all positions, nor of all batches, is made."""
+    asked = []
+
+    class Positions(Sequence[int]):
+        def __len__(self) -> int:
+            return 1 << 20
+
+        def __getitem__(self, part: Any) -> Any:
+            asked.append(part)
+            return range(part.start, part.stop)
+
+    loader = sequential_loader(faces, 10, 0, CPU, Positions())
+    assert asked == []
+    assert next(iter(loader)).labels.tolist() == faces.labels[:10].tolist()
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,6 +1,8 @@
 """Who is a person of a test set, and who only looks like one."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +38,18 @@ def test_every_image_of_a_bin_counts_and_every_identity_of_a_set(tmp_path: Path)
     assert leaks.match[1][:2] == (str(tmp_path / "other"), "0")
     assert leaks.match[2][:2] == (str(tmp_path / "other"), "1")
     assert leaks.scores == pytest.approx(np.cos(np.deg2rad([1, 1, 2, 60])), abs=1e-6)
+
+
+def test_a_person_is_named_once(tmp_path: Path) -> None:
+    """To name an image of a .bin its pairs are searched through: not once more for each of millions of identities."""
+    write_bin(tmp_path / "b.bin", [tiny_face(0, shot) for shot in range(4)], [True, False])
+    probe, asked = open_held_out(str(tmp_path / "b.bin")), []
+    images = SimpleNamespace(describe=lambda i: asked.append(i) or f"image {i}")
+    leaks = find_leaks(
+        torch.from_numpy(at(*range(50))), [(replace(probe, images=images), torch.from_numpy(at(0, 90, 180, 270)))], 0.5
+    )
+    assert {match.label for match in leaks.match} == {"image 0", "image 1"}
+    assert sorted(asked) == [0, 1]
 
 
 def test_blocks_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ def all_pairs(
     progress: show a progress bar for each pass.
     ranks: processes that all call this with the same arguments share the work, and all get the result.
 
-    Beside the embeddings it takes at most 24 N D + 48 N bytes, 40 block^2 bytes and 4 MiB for each thread, and
+    Beside the embeddings it takes at most 8 N D + 48 N bytes, 40 block^2 bytes and 4 MiB for each thread, and
     256 MiB, however many pairs there are. The product is in full float32 whatever TF32 or autocast settings are in
     force.
 

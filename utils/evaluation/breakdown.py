@@ -299,16 +299,19 @@ def breakdown_all_pairs(
                 if mask is None and kind == 0:
                     continue
                 row, column = (above if mask is None else above & mask).nonzero(as_tuple=True)
+                if not len(row):
+                    continue
                 scores = pairs.scores[row, column]
                 row, column = row + pairs.rows.start, column + pairs.columns.start
                 code = table[of[row], of[column]]
-                who = [blocks.labels[row], blocks.labels[column]][: kind + 1]
-                for place, threshold in enumerate(thresholds):
-                    passed = scores > threshold
-                    for side in who:
-                        found = torch.bincount((side * len(couples) + code)[passed], minlength=people * len(couples))
+                for own, images in ((row, pairs.rows), (column, pairs.columns))[: kind + 1]:
+                    # Labels ascend: a block has few people, and only theirs are counted, not all of the set.
+                    first, last = int(blocks.labels[images.start]), int(blocks.labels[images.stop - 1]) + 1
+                    cells = (blocks.labels[own] - first) * len(couples) + code
+                    for place, threshold in enumerate(thresholds):
+                        found = torch.bincount(cells[scores > threshold], minlength=(last - first) * len(couples))
                         with lock:
-                            hits[place, kind] += found.view(people, len(couples))
+                            hits[place, kind, first:last] += found.view(last - first, len(couples))
 
         blocks.each(count, "all pairs, by group")
         accepted = ranks.sum(hits).cpu().numpy()

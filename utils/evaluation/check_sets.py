@@ -212,7 +212,7 @@ def _shared_people(test_set: TestSet, sample: TrainingSample, unit: NDArray[np.f
     _, numbers = np.unique(people, return_inverse=True)
     training_people, training_numbers = np.unique(sample.people, return_inverse=True)
     found, threshold = shared_people(centres(unit, numbers), centres(sample.vectors, training_numbers))
-    total = len(np.unique(sample.faces.labels))
+    total = len(sample.faces.identities)
     looked = f"{len(training_people):,} of {total:,} training identities looked at, cosine of centres {threshold:.3f}"
     if not found:
         return Finding("people", "note", f"{test_set.name} shares no person with the training set ({looked}).")

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.evaluation.curves import ErrorRate, check_rates, exact_rate
+from utils.progress import progress_bar
 
 _BLOCK = 2048
 
@@ -72,8 +73,9 @@ def identify(
     ranks: int = 20,
     fpir: Sequence[float] = (0.01, 0.1),
     over_scores: bool = False,
+    progress: bool = False,
 ) -> Identification:
-    """Search each probe in the gallery, by cosine, in blocks.
+    """Search each probe in the gallery, by cosine, in blocks; with `progress` a bar shows how far it is.
 
     probes [P, D], gallery [G, D]: floats of any norm but zero; probe_people [P], gallery_people [G]: integers, who is
     who. Probes of people who are not in the gallery are the non-mated ones. Memory: 4 D (P + G) + 16 KiB x G bytes.
@@ -97,19 +99,21 @@ def identify(
     ahead = np.zeros(len(queries), np.int64)
     places = [-(-exact_rate(rate) * len(queries) // 1) for rate in fpir] if over_scores else []
     highest = np.empty(0, np.float32)  # of the scores with entries of others
-    for start in range(0, len(queries), _BLOCK):
-        part = slice(start, start + _BLOCK)
-        scores = queries[part] @ entries.T
-        if len(starts) < len(entries):
-            scores = np.maximum.reduceat(scores, starts, axis=1)
-        rows = np.flatnonzero(mated[part])
-        columns = column[part][rows]
-        own[start + rows] = scores[rows, columns]
-        scores[rows, columns] = -np.inf
-        ahead[part] = (scores >= own[part, None]).sum(axis=1)
-        best_other[part] = scores.max(axis=1)
-        if places:
-            highest = _highest(np.concatenate([highest, scores[np.isfinite(scores)]]), int(max(places)))
+    with progress_bar(len(queries), "probe", "identification", disable=not progress) as bar:
+        for start in range(0, len(queries), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            scores = queries[part] @ entries.T
+            if len(starts) < len(entries):
+                scores = np.maximum.reduceat(scores, starts, axis=1)
+            rows = np.flatnonzero(mated[part])
+            columns = column[part][rows]
+            own[start + rows] = scores[rows, columns]
+            scores[rows, columns] = -np.inf
+            ahead[part] = (scores >= own[part, None]).sum(axis=1)
+            best_other[part] = scores.max(axis=1)
+            if places:
+                highest = _highest(np.concatenate([highest, scores[np.isfinite(scores)]]), int(max(places)))
+            bar.update(len(scores))
     found = np.bincount(ahead[mated].clip(max=ranks), minlength=ranks + 1)[:ranks]
     others = np.sort(best_other[~mated])[::-1]
     hits = own[mated & (ahead == 0)]
@@ -143,7 +147,8 @@ def _unit(vectors: NDArray[np.floating], people: NDArray[np.integer], kind: str)
     bad = ~np.isfinite(norms) | (norms == 0)
     if bad.any():
         raise ValueError(f"{kind} row {int(bad.argmax())} is not finite or has zero norm ({int(bad.sum())} such rows)")
-    return (vectors / norms[:, None]).astype(np.float32)
+    unit = np.empty(vectors.shape, np.float32)
+    return np.divide(vectors, norms[:, None], out=unit, casting="same_kind")  # without a float64 copy
 
 
 class Split(NamedTuple):
@@ -179,9 +184,11 @@ def identify_people(
     seed: int | None = None,
     ranks: int = 20,
     fpir: Sequence[float] = (0.01, 0.1),
+    progress: bool = False,
 ) -> Identification:
     """Identification on any set of faces, split by `gallery_split`: embeddings [N, D], labels integers [N]."""
     labels = np.asarray(labels)
     split = gallery_split(labels, seed)
     probes = np.concatenate([split.mated, split.non_mated])
-    return identify(embeddings[probes], labels[probes], embeddings[split.gallery], labels[split.gallery], ranks, fpir)
+    gallery = embeddings[split.gallery], labels[split.gallery]
+    return identify(embeddings[probes], labels[probes], *gallery, ranks, fpir, progress=progress)

@@ -217,7 +217,7 @@ def _measure_all_pairs(
         Histogram(result.genuine_counts, result.impostor_counts, result.edges),
         bootstrap_identities(counts, result, options.draws, seed=options.seed) if counts else None,
         counts,
-        identify_people(unit.cpu().numpy(), faces.labels) if options.identify else None,
+        identify_people(unit.cpu().numpy(), faces.labels, progress=True) if options.identify else None,
         hardest,
         _rejects_of_all(unit, faces.labels, _qualities(features, tables), options.seed),
         breakdowns,
@@ -304,7 +304,11 @@ def pooling_of(mirror: bool) -> Pooling:
 
 def _qualities(features: NDArray[np.floating], tables: Tables) -> dict[str, NDArray[np.float64]]:
     """The qualities of the tables, with the lengths of the features where `norm` asks for them."""
-    norms = np.linalg.norm(np.asarray(features, np.float64), axis=1)
+    if "norm" not in tables.qualities:
+        return dict(tables.qualities)
+    starts = range(0, len(features), _ROWS_AT_ONCE)
+    parts = (np.asarray(features[start : start + _ROWS_AT_ONCE], np.float64) for start in starts)
+    norms = np.concatenate([np.linalg.norm(part, axis=1) for part in parts])
     return {name: norms if name == "norm" else values for name, values in tables.qualities.items()}
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -18,6 +19,8 @@ from utils.ranks import Ranks
 
 # Block sizes whose scores stay in a core's cache, and that fill a GPU.
 _BLOCK = {"cpu": 512, "cuda": 4096}
+# Rows that are normalised at once.
+_ROWS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,15 @@ class PairBlocks:
         self._block = block or _BLOCK.get(embeddings.device.type, 2048)
         self.threads = torch.get_num_threads() if embeddings.device.type == "cpu" else 1
         self._sorted = self.labels.cpu().numpy()
-        starts = range(0, len(labels), self._block)
-        pairs = [(row, column) for row in starts for column in starts[row // self._block :]]
-        self._mine = pairs[self.ranks.rank :: self.ranks.size]
+        self._starts = range(0, len(labels), self._block)
 
     def each(self, work: Callable[[Block, int], None], title: str) -> None:
         """Call `work(block, thread)` for each block of this rank, on `threads` threads, numbered from 0."""
-        todo = iter(self._mine)
+        starts, size = self._starts, self.ranks.size
+        # Of a million images there are two million blocks: no list of them.
+        pairs = ((row, column) for number, row in enumerate(starts) for column in starts[number:])
+        todo = islice(pairs, self.ranks.rank, None, size)
+        count = len(range(self.ranks.rank, len(starts) * (len(starts) + 1) // 2, size))
         lock = threading.Lock()
 
         def run(thread: int) -> None:
@@ -75,7 +80,7 @@ class PairBlocks:
                         bar.update()
 
         hidden = not (self._progress and self.ranks.first)
-        with progress_bar(len(self._mine), "block", title, disable=hidden) as bar:
+        with progress_bar(count, "block", title, disable=hidden) as bar:
             if self.threads == 1:
                 run(0)
                 return
@@ -134,13 +139,16 @@ def check_embeddings(embeddings: Tensor, labels: Tensor, block: int) -> None:
 
 def _normalised(embeddings: Tensor) -> Tensor:
     """Rows of unit length, float32: normalised in float64, so that each component is rounded only once."""
-    vectors = embeddings.detach().double()
-    norms = torch.linalg.vector_norm(vectors, dim=1)
+    parts = embeddings.detach().split(_ROWS_AT_ONCE)
+    norms = torch.cat([torch.linalg.vector_norm(part.double(), dim=1) for part in parts])
     for bad, complaint in ((~norms.isfinite(), "is not finite"), (norms == 0, "has zero norm")):
         if bad.any():
             row = int(bad.int().argmax())
             raise ValueError(f"embedding row {row} {complaint} ({int(bad.sum())} such rows)")
-    return (vectors / norms[:, None]).float()
+    vectors = torch.empty_like(embeddings, dtype=torch.float32)
+    for rows, part, lengths in zip(vectors.split(_ROWS_AT_ONCE), parts, norms.split(_ROWS_AT_ONCE), strict=True):
+        rows.copy_(part.double() / lengths[:, None])
+    return vectors
 
 
 def _picked(scores: Tensor, mask: Tensor) -> Tensor:
