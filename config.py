@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data.orders import OrderName
-from utils.settings import check_types, require, unless
+from utils.settings import at_least, between, check_types, positive, require, unless
 from utils.training.schedules import OptimizerName, ScheduleName
 
 
@@ -31,7 +31,7 @@ class CommonConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "common")
-        require(self.workers >= -1, "common.workers", f"must be -1 or more, got {self.workers}")
+        at_least(-1, self, "common", "workers")
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_types(self, "data")
         require(bool(self.root), "data.root", "names no training set")
-        require(self.image_size >= 16, "data.image_size", f"must be 16 or more, got {self.image_size}")
-        require(self.min_images >= 1, "data.min_images", f"must be 1 or more, got {self.min_images}")
-        require(self.broken_limit >= 0, "data.broken_limit", f"must be 0 or more, got {self.broken_limit}")
+        at_least(16, self, "data", "image_size")
+        at_least(1, self, "data", "min_images")
+        at_least(0, self, "data", "broken_limit")
         for name in ("crop", "blur", "low_resolution", "colour", "grey"):
-            value = getattr(self, f"augment_{name}")
-            require(0 <= value <= 1, f"data.augment_{name}", f"must be from 0 to 1, got {value}")
+            between(0, 1, self, "data", f"augment_{name}")
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model")
-        require(self.embedding_size > 0, "model.embedding_size", f"must be positive, got {self.embedding_size}")
+        positive(self, "model", "embedding_size")
         for name in ("drop_path", "mask_ratio", "dropout"):
             value = getattr(self, name)
             require(-1 <= value < 1, f"model.{name}", f"must be from 0 to below 1, or -1 for as published, got {value}")
@@ -126,19 +125,9 @@ class LossConfig:
     # negatives as the training goes on; magface and adaface adapt the margin to the embedding's length, the quality of
     # the face; normface has no margin; softmax is the plain one, without normalisation. models/losses has the formulas.
     name: Literal[
-        "softmax",
-        "normface",
-        "sphereface",
-        "sphereface_r",
-        "cosface",
-        "arcface",
-        "combined",
-        "curricularface",
-        "magface",
-        "adaface",
-        "elastic_arc",
-        "elastic_cos",
-    ] = "arcface"
+        "softmax", "normface", "sphereface", "sphereface_r", "cosface", "arcface", "combined", "curricularface",
+        "magface", "adaface", "elastic_arc", "elastic_cos",
+    ] = "arcface"  # fmt: skip
     # The margin m; 0: as published. Radians: arcface, curricularface and elastic_arc 0.5, adaface 0.4. Cosine: cosface
     # and elastic_cos 0.35 (insightface takes 0.4 for cosface). Factor on the angle: sphereface 4, sphereface_r 1.5.
     # combined and magface have settings of their own. Presets have margins, which another loss.name keeps.
@@ -200,24 +189,19 @@ class LossConfig:
         good = self.margin == 0 or least <= self.margin <= most
         message = f"must be 0 (as published) or from {least:g} to {most:g} for {self.name}, got {self.margin}"
         require(good, "loss.margin", message)
-        for name in ("scale", "lambda_base", "lambda_gamma", "lambda_power", "lambda_min", "penalty_weight"):
-            value = getattr(self, name)
-            require(value >= 0, f"loss.{name}", f"must be 0 or more, got {value}")
+        at_least(0, self, "loss", "scale", "lambda_base", "lambda_gamma", "lambda_power", "lambda_min")
+        at_least(0, self, "loss", "penalty_weight", "block")
+        at_least(1, self, "loss", "sub_centers")
         require(0 < self.m1 <= 8, "loss.m1", f"must be above 0 and at most 8, got {self.m1}")
-        for name in ("m2", "m3", "margin_low", "margin_high"):
-            value = getattr(self, name)
-            require(0 <= value <= 1.5, f"loss.{name}", f"must be from 0 to 1.5, got {value}")
-        require(0 <= self.h <= 1, "loss.h", f"must be from 0 to 1, got {self.h}")
-        require(self.norm_low > 0, "loss.norm_low", f"must be positive, got {self.norm_low}")
+        between(0, 1.5, self, "loss", "m2", "m3", "margin_low", "margin_high")
+        between(0, 1, self, "loss", "h", "filter_above")
+        between(0, 0.2, self, "loss", "std")
+        positive(self, "loss", "norm_low")
         message = f"must be above loss.norm_low ({self.norm_low}), got {self.norm_high}"
         require(self.norm_high > self.norm_low, "loss.norm_high", message)
         message = f"must not be below loss.margin_low ({self.margin_low}), got {self.margin_high}"
         require(self.margin_high >= self.margin_low, "loss.margin_high", message)
-        require(0 <= self.std <= 0.2, "loss.std", f"must be from 0 to 0.2, got {self.std}")
-        require(self.sub_centers >= 1, "loss.sub_centers", f"must be 1 or more, got {self.sub_centers}")
-        require(0 <= self.filter_above <= 1, "loss.filter_above", f"must be from 0 to 1, got {self.filter_above}")
         require(0 < self.sample_rate <= 1, "loss.sample_rate", f"must be above 0 and at most 1, got {self.sample_rate}")
-        require(self.block >= 0, "loss.block", f"must be 0 or more, got {self.block}")
 
     def unused(self) -> dict[str, str]:
         """The fields that have no effect beside the others, and why."""
@@ -326,35 +310,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "train")
-        for name in ("epochs", "log_every"):
-            value = getattr(self, name)
-            require(value >= 1, f"train.{name}", f"must be 1 or more, got {value}")
+        at_least(1, self, "train", "epochs", "log_every", "checkpoints_kept")
         require(self.batch_size >= 2, "train.batch_size", f"must be 2 or more (batch norm), got {self.batch_size}")
-        for name in (
-            "verify_every",
-            "checkpoint_every",
-            "checkpoint_minutes",
-            "lr",
-            "warmup_epochs",
-            "decay_epochs",
-            "weight_decay",
-            "seed",
-            "profile",
-        ):
-            value = getattr(self, name)
-            require(value >= 0, f"train.{name}", f"must be 0 or more, got {value}")
-        for name in ("gradient_clip", "schedule_power", "milestone_factor", "backbone_lr"):
-            value = getattr(self, name)
-            require(value > 0, f"train.{name}", f"must be positive, got {value}")
+        at_least(0, self, "train", "lr", "warmup_epochs", "decay_epochs", "weight_decay", "seed", "profile")
+        at_least(0, self, "train", "verify_every", "checkpoint_every", "checkpoint_minutes")
+        positive(self, "train", "gradient_clip", "schedule_power", "milestone_factor", "backbone_lr", "loss_limit")
+        between(0, 1, self, "train", "final_lr")
         for name in ("momentum", "ema"):
             value = getattr(self, name)
             require(0 <= value < 1, f"train.{name}", f"must be in [0, 1), got {value}")
         micro = self.micro_batch
         good = micro == "auto" or (micro.isdecimal() and int(micro) > 1)
         require(good, "train.micro_batch", f"must be auto or a number of images from 2 on (batch norm), got {micro!r}")
-        require(self.checkpoints_kept >= 1, "train.checkpoints_kept", f"must be 1 or more, got {self.checkpoints_kept}")
-        require(self.loss_limit > 0, "train.loss_limit", f"must be positive, got {self.loss_limit}")
-        require(0 <= self.final_lr <= 1, "train.final_lr", f"must be from 0 to 1, got {self.final_lr}")
         rising = list(self.milestones) == sorted({epoch for epoch in self.milestones if epoch >= 1})
         require(rising, "train.milestones", f"must be epochs from 1 on, rising, got {self.milestones}")
         good = self.schedule != "step" or bool(self.milestones)
@@ -433,10 +400,8 @@ class TestConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "test")
-        require(self.batch_size >= 1, "test.batch_size", f"must be 1 or more, got {self.batch_size}")
-        for name in ("draws", "training_sample", "hardest", "seed"):
-            value = getattr(self, name)
-            require(value >= 0, f"test.{name}", f"must be 0 or more, got {value}")
+        at_least(1, self, "test", "batch_size")
+        at_least(0, self, "test", "draws", "training_sample", "hardest", "seed")
         require(self.draws != 1, "test.draws", "must be 0 or from 2 on: one draw has no spread")
         for name in ("breakdown", "quality"):
             for spec in getattr(self, name):
@@ -509,7 +474,7 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "merge")
-        require(self.batch_size >= 1, "merge.batch_size", f"must be 1 or more, got {self.batch_size}")
+        at_least(1, self, "merge", "batch_size")
         for name in ("t", "exclude_t", "clean_outlier", "clean_mixed"):
             value = getattr(self, name)
             good = value == "auto" or -1 <= value <= 1
@@ -555,9 +520,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "prepare")
-        for name in ("min_images", "limit"):
-            value = getattr(self, name)
-            require(value >= 0, f"prepare.{name}", f"must be 0 or more, got {value}")
+        at_least(0, self, "prepare", "min_images", "limit")
 
     def unused(self) -> dict[str, str]:
         """The fields that have no effect beside the others, and why."""
@@ -633,11 +596,9 @@ class PackConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "pack")
-        for name in ("min_images", "limit", "seed", "smallest_face"):
-            value = getattr(self, name)
-            require(value >= 0, f"pack.{name}", f"must be 0 or more, got {value}")
-        require(self.image_size >= 16, "pack.image_size", f"must be 16 or more, got {self.image_size}")
-        require(1 <= self.quality <= 100, "pack.quality", f"must be from 1 to 100, got {self.quality}")
+        at_least(0, self, "pack", "min_images", "limit", "seed", "smallest_face")
+        at_least(16, self, "pack", "image_size")
+        between(1, 100, self, "pack", "quality")
         _check_detector("pack", self.detector_threshold, self.detector_size)
 
     def unused(self) -> dict[str, str]:
@@ -685,11 +646,9 @@ class PackBinConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "pack_bin")
-        for name in ("draw", "seed", "smallest_face"):
-            value = getattr(self, name)
-            require(value >= 0, f"pack_bin.{name}", f"must be 0 or more, got {value}")
-        require(self.image_size >= 16, "pack_bin.image_size", f"must be 16 or more, got {self.image_size}")
-        require(1 <= self.quality <= 100, "pack_bin.quality", f"must be from 1 to 100, got {self.quality}")
+        at_least(0, self, "pack_bin", "draw", "seed", "smallest_face")
+        at_least(16, self, "pack_bin", "image_size")
+        between(1, 100, self, "pack_bin", "quality")
         _check_detector("pack_bin", self.detector_threshold, self.detector_size)
 
     def unused(self) -> dict[str, str]:
@@ -723,10 +682,8 @@ class ReportConfig:
     def __post_init__(self) -> None:
         check_types(self, "report")
         require(len(self.set) <= 1, "report.set", f"must be one set, got {', '.join(self.set)}")
-        for name in ("sample", "rows"):
-            value = getattr(self, name)
-            require(value >= 1, f"report.{name}", f"must be 1 or more, got {value}")
-        require(self.seed >= 0, "report.seed", f"must be 0 or more, got {self.seed}")
+        at_least(1, self, "report", "sample", "rows")
+        at_least(0, self, "report", "seed")
 
     def unused(self) -> dict[str, str]:
         """The fields that have no effect beside the others, and why."""
@@ -753,7 +710,7 @@ class DropNoisyConfig:
     def __post_init__(self) -> None:
         check_types(self, "drop_noisy")
         require(0 < self.angle < 180, "drop_noisy.angle", f"must be between 0 and 180 degrees, got {self.angle}")
-        require(self.batch_size >= 1, "drop_noisy.batch_size", f"must be 1 or more, got {self.batch_size}")
+        at_least(1, self, "drop_noisy", "batch_size")
 
 
 @dataclass(frozen=True)
@@ -794,9 +751,7 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_types(self, "export")
         require(len(self.model) <= 1, "export.model", f"must be one model, got {', '.join(self.model)}")
-        for name in ("images", "calibration_images", "batch_size"):
-            value = getattr(self, name)
-            require(value >= 2, f"export.{name}", f"must be 2 or more, got {value}")
+        at_least(2, self, "export", "images", "calibration_images", "batch_size")
         require(0 <= self.limit < 1, "export.limit", f"must be from 0 to below 1, got {self.limit}")
         good = self.precision != "int8" or self.format == "onnx"
         require(good, "export.precision", f"int8 is for --format onnx, not for {self.format}")
@@ -834,14 +789,13 @@ class DemoConfig:
     def __post_init__(self) -> None:
         check_types(self, "demo")
         require(2 <= self.people <= 1_000_000, "demo.people", f"must be from 2 to 1,000,000, got {self.people}")
-        require(self.shots >= 2, "demo.shots", f"must be 2 or more, got {self.shots}")
-        require(self.test_people >= 2, "demo.test_people", f"must be 2 or more, got {self.test_people}")
+        at_least(2, self, "demo", "shots", "test_people")
         require(
             2 <= self.more_people <= 2 * self.people,
             "demo.more_people",
             f"must be from 2 to twice demo.people ({self.people}), got {self.more_people}",
         )
-        require(self.seed >= 0, "demo.seed", f"must be 0 or more, got {self.seed}")
+        at_least(0, self, "demo", "seed")
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,27 @@ def require(condition: bool, name: str, message: str) -> None:
         raise ConfigError(f"{name}: {message}")
 
 
+def at_least(least: float, section: Any, name: str, *field_names: str) -> None:
+    """Raise ConfigError unless the fields of `section`, which is called `name`, are `least` or more."""
+    for field in field_names:
+        value = getattr(section, field)
+        require(value >= least, f"{name}.{field}", f"must be {least} or more, got {value}")
+
+
+def between(least: float, most: float, section: Any, name: str, *field_names: str) -> None:
+    """Raise ConfigError unless the fields of `section`, which is called `name`, are from `least` to `most`."""
+    for field in field_names:
+        value = getattr(section, field)
+        require(least <= value <= most, f"{name}.{field}", f"must be from {least} to {most}, got {value}")
+
+
+def positive(section: Any, name: str, *field_names: str) -> None:
+    """Raise ConfigError unless the fields of `section`, which is called `name`, are above 0."""
+    for field in field_names:
+        value = getattr(section, field)
+        require(value > 0, f"{name}.{field}", f"must be positive, got {value}")
+
+
 def unless(used: bool, why: str, *names: str) -> dict[str, str]:
     """For a section's `unused`: the fields `names`, each with `why` it has no effect, unless they are `used`."""
     return {} if used else dict.fromkeys(names, why)
