@@ -1,7 +1,6 @@
 """What is known of weights by where they come from."""
 
 from dataclasses import dataclass
-from typing import get_args
 
 from torch import Tensor
 
@@ -19,7 +18,3 @@ class Origin:
     colour: Colour = "rgb"
     normalisation: Normalisation = "127.5"
     doubt: str = ""
-
-    def __post_init__(self) -> None:
-        if self.colour not in get_args(Colour) or self.normalisation not in get_args(Normalisation):
-            raise ValueError(f"no such input: {self.colour!r}, {self.normalisation!r}")
