@@ -1,6 +1,6 @@
 """Embeddings of whole sets."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -44,47 +44,56 @@ def embed_images(
     ranks = ranks or Ranks()
     if not len(images):
         raise ValueError(f"{title}: there are no images to embed")
+
+    def embed(positions: Sequence[int] | np.ndarray) -> Generator[np.ndarray, None, None]:
+        """The features of the images at `positions`, batch after batch, float32 [B, D]."""
+        faces = DecodedFaces(images, np.zeros(len(images), np.int64), embedder.image_size, tolerant=True)
+        loader = sequential_loader(faces, batch_size, workers, embedder.device, positions)
+        with progress_bar(len(positions), "image", title, leave=False, disable=not ranks.first) as bar:
+            for batch, _, broken in loader:
+                if broken:  # raised here and not in a worker, where its message would drown in tracebacks
+                    raise ImageError(broken[0])
+                yield embedder.features(batch, mirror).cpu().numpy()
+                bar.update(len(batch))
+
     if cache is not None:
-        key = ""
-        if ranks.first:
-            key = features_key(embedder.fingerprint, images_fingerprint(images), len(images), mirror)
-
-        def embed(positions: np.ndarray) -> Iterator[np.ndarray]:
-            return _embed(embedder, images, positions, batch_size, workers, mirror, title, ranks.first)
-
+        key = _key(embedder, images, mirror) if ranks.first else ""
         features = kept_features(cache, ranks.agree(key), len(images), embed, ranks)
     else:
-        features = _embed_share(embedder, images, batch_size, workers, mirror, title, ranks, poll)
+        features = _embed_share(embed, len(images), batch_size, embedder.device, ranks, poll)
     return _unit(features) if normalised else features
 
 
 def features_to_make(embedder: Embedder, images: EncodedImages, mirror: bool, cache: Path) -> int:
     """Bytes that `embed_images` with this `cache` will write there."""
-    kept = kept_bytes(cache, features_key(embedder.fingerprint, images_fingerprint(images), len(images), mirror))
+    kept = kept_bytes(cache, _key(embedder, images, mirror))
     if kept is None:
         return 0
     face = torch.zeros(1, embedder.image_size, embedder.image_size, 3, dtype=torch.uint8, device=embedder.device)
     return max(0, 4 * embedder.features(face, mirror).shape[1] * len(images) - kept)
 
 
+def _key(embedder: Embedder, images: EncodedImages, mirror: bool) -> str:
+    """What the features are called in a cache."""
+    return features_key(embedder.fingerprint, images_fingerprint(images), len(images), mirror)
+
+
 def _embed_share(
-    embedder: Embedder,
-    images: EncodedImages,
+    embed: Callable[[Sequence[int]], Generator[np.ndarray, None, None]],
+    count: int,
     batch_size: int,
-    workers: int,
-    mirror: bool,
-    title: str,
+    device: torch.device,
     ranks: Ranks,
     poll: Callable[[], None] | None,
 ) -> np.ndarray:
-    """The features of all images, of which this rank embeds its share."""
-    share = share_of(len(images), ranks.rank, ranks.size)
+    """The features of all `count` images, of which this rank embeds its share."""
+    share = share_of(count, ranks.rank, ranks.size)
     # A rank without a share embeds an image all the same, to know how long embeddings are.
     positions = share or range(1)
     features: np.ndarray | None = None
     start = 0
-    largest_share = -(-len(images) // ranks.size)
-    with closing(_embed(embedder, images, positions, batch_size, workers, mirror, title, ranks.first)) as parts:
+    largest_share = -(-count // ranks.size)
+    with closing(embed(positions)) as parts:
         for _ in range(0, largest_share, batch_size):
             if poll is not None:
                 poll()
@@ -98,28 +107,7 @@ def _embed_share(
     assert features is not None
     if ranks.size == 1:
         return features
-    return ranks.join(torch.from_numpy(features[: len(share)]).to(embedder.device), len(images)).cpu().numpy()
-
-
-def _embed(
-    embedder: Embedder,
-    images: EncodedImages,
-    positions: Sequence[int] | np.ndarray,
-    batch_size: int,
-    workers: int,
-    mirror: bool,
-    title: str,
-    shown: bool,
-) -> Generator[np.ndarray, None, None]:
-    """The features of the images at `positions`, batch after batch, float32 [B, D]."""
-    faces = DecodedFaces(images, np.zeros(len(images), np.int64), embedder.image_size, tolerant=True)
-    loader = sequential_loader(faces, batch_size, workers, embedder.device, positions)
-    with progress_bar(len(positions), "image", title, leave=False, disable=not shown) as bar:
-        for batch, _, broken in loader:
-            if broken:  # raised here and not in a worker, where its message would drown in tracebacks
-                raise ImageError(broken[0])
-            yield embedder.features(batch, mirror).cpu().numpy()
-            bar.update(len(batch))
+    return ranks.join(torch.from_numpy(features[: len(share)]).to(device), count).cpu().numpy()
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
