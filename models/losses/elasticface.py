@@ -11,20 +11,33 @@ _STREAM = 3  # of random numbers; 1 and 2 are those of loading
 
 
 class ElasticFace(MarginLoss):
-    """A margin drawn from a normal distribution of mean `margin` and deviation `std`.
+    """A margin drawn from a normal distribution of mean `margin` and deviation `std`; None and 0: as published.
 
     Boutros et al., arXiv:2109.09416, section III. With `plus` (ElasticFace+) the batch's margins are handed out by
     rank: the largest to the face farthest from its centre. The authors' code means to do that, but indexes by the
     sorting order where it needs the ranks, which hands them out at random.
 
-    Margins depend on `seed`, the step and the part of
-    the batch only, so that they are the same on every rank and after resuming. A `std` of 0
-    means as published.
+    Margins depend on `seed`, the step and the part of the batch only, so that they are the same on every rank and after
+    resuming.
     """
 
-    def __init__(self, margin: float, std: float, scale: float, plus: bool, seed: int, filter_above: float) -> None:
+    #: Published mean, and deviation without and with `plus`.
+    margin_default: float
+    std_defaults: tuple[float, float]
+
+    def __init__(
+        self,
+        margin: float | None = None,
+        std: float = 0.0,
+        scale: float = 64.0,
+        plus: bool = False,
+        seed: int = 0,
+        filter_above: float = 0.0,
+    ) -> None:
         super().__init__(scale, filter_above)
-        self.margin, self.std, self.plus, self.seed = margin, std, plus, seed
+        self.margin = self.margin_default if margin is None else margin
+        self.std = std or self.std_defaults[plus]
+        self.plus, self.seed = plus, seed
 
     def margins(self, cosine: Tensor, counted: Tensor, step: int) -> Tensor:
         """[B], without gradient. Of faces that do not count: anything finite."""
@@ -44,16 +57,7 @@ class ElasticArc(ElasticFace):
     Falls on past t + m_i = pi, where the authors' code rises again.
     """
 
-    def __init__(
-        self,
-        margin: float = 0.5,
-        std: float = 0.0,
-        scale: float = 64.0,
-        plus: bool = False,
-        seed: int = 0,
-        filter_above: float = 0.0,
-    ) -> None:
-        super().__init__(margin, std or (0.0175 if plus else 0.05), scale, plus, seed, filter_above)
+    margin_default, std_defaults = 0.5, (0.05, 0.0175)
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         return self.scaled(add_to_angle(cosine, self.margins(cosine, counted, step)))
@@ -65,16 +69,7 @@ class ElasticCos(ElasticFace):
     The deviation of Cos+ is the paper's; the authors' code has 0.02.
     """
 
-    def __init__(
-        self,
-        margin: float = 0.35,
-        std: float = 0.0,
-        scale: float = 64.0,
-        plus: bool = False,
-        seed: int = 0,
-        filter_above: float = 0.0,
-    ) -> None:
-        super().__init__(margin, std or (0.025 if plus else 0.05), scale, plus, seed, filter_above)
+    margin_default, std_defaults = 0.35, (0.05, 0.025)
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         return self.scaled(cosine - self.margins(cosine, counted, step))
