@@ -26,9 +26,6 @@ from torch import nn
 
 from config import PRESETS, READS, Config
 from data.augment import Chances, augment
-from data.face_sets import FaceSet, FaceSetError
-from data.image_sizes import require_size
-from data.joined_sets import open_training_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
@@ -52,11 +49,12 @@ from utils.training.log import Meter, TrainingLog, import_wandb, step_profiler
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
-from utils.training.parts import build_head, build_network, build_schedule, unused_here, verification_sets
+from utils.training.parts import build_head, build_network, build_schedule, unused_here
 from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
 from utils.training.same_run import OWN, check_notes, set_facts, set_notes, unused_again
 from utils.training.saved_checkpoints import checkpoint_folders
+from utils.training.sets import open_faces, verification_sets
 from utils.training.state import TrainingState
 from utils.training.summary import summarise
 
@@ -65,10 +63,16 @@ SHOWN = (("train/loss", "loss", ".3f"), ("train/accuracy", "accuracy", ".1%"))
 
 
 class Trainer:
-    """One run, on this process; `ranks` are all that share it."""
+    """A run in the folder `run`, on this process; `ranks`: all processes that share it.
+
+    The way of a batch: `train` (the loop), `train_on` (a step), `TrainingStep` (forward, backward, update), the head.
+    """
 
     def __init__(self, config: Config, run: Path, device: torch.device, ranks: Ranks) -> None:
-        """Raises TrainingError, FaceSetError and the errors of the parts, before anything is written."""
+        """Make all that the run needs and that needs no word of other ranks. Nothing is written.
+
+        Raises TrainingError, FaceSetError and the errors of the parts.
+        """
         settings = config.train
         self.config, self.run, self.device, self.ranks = config, run, device, ranks
         if settings.wandb and ranks.first:
@@ -77,22 +81,7 @@ class Trainer:
         set_float32_products(settings.precision, device)
         self.workers = worker_count(config.common.workers)
 
-        for root in config.data.root:
-            if not Path(root).exists():
-                raise FaceSetError(
-                    f"data.root: {root} does not exist: name your set's folder with --data.root, or in config.py"
-                )
-        try:
-            self.faces: FaceSet = open_training_set(config.data.root, config.data.min_images)
-            if len(self.faces.identities) == 1:
-                raise FaceSetError(
-                    f"{self.faces.path}: all of its {len(self.faces):,} images are of one identity, "
-                    f"{self.faces.identities[0]}: a set has a folder, or a label, for each person, two or more"
-                )
-            if not config.data.resize:
-                require_size(self.faces, config.data.image_size, config.data.broken_limit)
-        except FaceSetError as error:
-            raise FaceSetError(f"data.root: {error}") from None
+        self.faces = open_faces(config.data)
         self.verifier = Verifier(
             verification_sets(config.data),
             config.data.image_size,
@@ -106,17 +95,18 @@ class Trainer:
         self.set_notes = set_notes(self.faces)
         order = create_order(config.data.order, self.faces.labels, settings.seed)
         self.batches = EpochBatches(order, len(self.faces), settings.batch_size, ranks.rank, ranks.size)
-        if self.batches.batches == 0:
+        self.steps_per_epoch = self.batches.batches
+        if self.steps_per_epoch == 0:
             raise TrainingError(
                 f"train.batch_size is {settings.batch_size}, but {self.faces.path} has only {len(self.faces)} images"
             )
-        self.steps = settings.epochs * self.batches.batches
-        self.peak, self.learning_rates = build_schedule(settings, self.batches.batches)
+        self.steps = settings.epochs * self.steps_per_epoch
+        self.peak_lr, self.learning_rates = build_schedule(settings, self.steps_per_epoch)
 
-        self.begun = bool(checkpoint_folders(run / CHECKPOINTS))
-        self.network = build_network(config, device, with_init=not self.begun)
+        self.has_checkpoints = bool(checkpoint_folders(run / CHECKPOINTS))
+        self.network = build_network(config, device, with_init=not self.has_checkpoints)
         self.head = build_head(config, len(self.faces.identities), device, self.precision, ranks)
-        self.flops = 3 * forward_flops(self.network, config.data.image_size)  # backward takes twice as many
+        self.flops_per_image = 3 * forward_flops(self.network, config.data.image_size)  # backward takes twice as many
         groups = parameter_groups(self.network, settings.weight_decay, settings.decay_all, settings.backbone_lr)
         self.optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
@@ -126,13 +116,13 @@ class Trainer:
         self.step, self.best_accuracy = 0, 0.0
         self.verify_due = False  # whether the weights of this step are to be verified
         self.explosions = ExplosionWatch(settings.loss_limit, self.scaler.is_enabled())
-        an_epoch = self.batches.batches * settings.batch_size // ranks.size
-        self.broken = BrokenImages(config.data.broken_limit, an_epoch, ranks)
+        images_per_epoch = self.steps_per_epoch * settings.batch_size // ranks.size
+        self.broken = BrokenImages(config.data.broken_limit, images_per_epoch, ranks)
 
     def train(self) -> None:
-        """From where the run stands to its end.
+        """Train from the newest checkpoint, or from the start, to the end.
 
-        Raises TrainingError when it cannot go on, Stopped once a signal was heeded and the state is saved.
+        Raises TrainingError when the run cannot go on, Stopped when a signal ended it, with the state saved.
         """
         self.describe()
         self.set_up_step()
@@ -141,8 +131,8 @@ class Trainer:
             if self.verify_due or (self.step == 0 and self.config.train.verify_at_start):
                 self.verify_or_stop(saved=self.verify_due)
             loader = self.load_faces()
-            while self.step < self.steps:
-                epoch, first_batch = divmod(self.step, self.batches.batches)
+            while self.step < self.steps:  # an epoch, or what is left of it, at a time
+                epoch, first_batch = divmod(self.step, self.steps_per_epoch)
                 self.batches.start_at(epoch, first_batch)
                 self.bar.set_description(f"epoch {epoch + 1}/{self.config.train.epochs}", refresh=False)
                 train_mode(self.network, self.config.train.frozen)
@@ -155,7 +145,7 @@ class Trainer:
             self.say(summarise(self.run))
 
     def set_up_step(self) -> None:
-        """Build and try the step, before anything is written: it may find that the run cannot be."""
+        """Build the training step and try it, before anything is written: it may show that the settings do not work."""
         settings, ranks = self.config.train, self.ranks
         limit = ranks.least(ranks.together(lambda: kept_limit(self.run) or settings.batch_size))
         self.training_step = build_step(
@@ -165,7 +155,7 @@ class Trainer:
         self.to_input = build_input(settings, self.device)
 
     def open_run(self, stack: ExitStack) -> None:
-        """Go to where the run stands, and open what it writes and shows, which `stack` closes."""
+        """Restore the newest checkpoint, and open the log, the profiler and the progress bar, which `stack` closes."""
         settings, ranks = self.config.train, self.ranks
         self.store = stack.enter_context(
             CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
@@ -175,9 +165,9 @@ class Trainer:
                 f"{self.run} was made by another process meanwhile: name another with --name, or go on with "
                 f"--resume {quote(str(self.run))}"
             )
-        self.say_where()
-        self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
-        self.log = stack.enter_context(ranks.together(self.open_record))
+        self.describe_position()
+        self.device_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
+        self.log = stack.enter_context(ranks.together(self.open_log))
         self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
         self.requests = RunRequests(stack.enter_context(catch_interrupt()), ranks, settings.checkpoint_minutes)
         size = settings.batch_size
@@ -187,20 +177,20 @@ class Trainer:
         self.meter = Meter(self.device)
 
     def load_faces(self) -> Iterable[Batch]:
-        """The loader of what `batches` lists."""
+        """The batches that `self.batches` lists, decoded."""
         data = self.config.data
         decoded = DecodedFaces(self.faces, self.faces.labels, data.image_size, data.resize, tolerant=True)
         return training_loader(decoded, self.batches, self.workers, self.device, data.decode)
 
     def train_on(self, batch: Batch) -> None:
-        """One step, and what is due after it."""
+        """One optimizer step, and what is due after it."""
         settings, step = self.config.train, self.step
         self.broken.note(batch.broken, len(batch.labels))
         if step not in self.explosions.skipped:
-            inputs = self.prepare(batch.faces)
+            inputs = self.prepare_inputs(batch.faces)
             if step == 0:
                 self.log.inputs(inputs[:64], step)
-            # For dropout and its like: a resumed run draws the same, and no two ranks do.
+            # For dropout and the like: the same numbers in a resumed run, others on each rank.
             torch.manual_seed((settings.seed + step) * self.ranks.size + self.ranks.rank)
             try:
                 output = self.training_step(inputs, batch.labels, step, float(self.learning_rates[step]))
@@ -216,13 +206,13 @@ class Trainer:
         self.after_step()
 
     def after_step(self) -> None:
-        """What is due: a line of the log, a checkpoint, a verification, an end that was asked for."""
+        """Log, save a checkpoint, verify, or stop, as far as that is due."""
         settings, step = self.config.train, self.step
-        last, an_epoch = step == self.steps, self.batches.batches
-        verify_now = last or step % (settings.verify_every or an_epoch) == 0
-        save_now = last or step % (settings.checkpoint_every or an_epoch) == 0
+        last = step == self.steps
+        verify_now = last or step % (settings.verify_every or self.steps_per_epoch) == 0
+        save_now = last or step % (settings.checkpoint_every or self.steps_per_epoch) == 0
         note_now = step % settings.log_every == 0 or verify_now or save_now
-        # A signal from here on is for the verification or the next step to see.
+        # A signal that comes later is seen by the verification or after the next step.
         asked = self.requests.read(step, note_now, failing=self.broken.too_many)
         if asked.failing:
             self.broken.refuse()
@@ -238,13 +228,13 @@ class Trainer:
             self.verify_or_stop(saved=save_now)
 
     def stop(self, signal: int) -> NoReturn:
-        """End the run, whose state is saved, as `signal` asked for."""
+        """End the run, whose state is saved, because of `signal`."""
         self.store.wait()
         go_on = f"go on with: python train.py --resume {quote(str(self.run))}"
         raise Stopped(f"stopped and saved at step {self.step:,} of {self.steps:,}; {go_on}", 128 + signal)
 
     def verify_or_stop(self, saved: bool) -> None:
-        """Verify. Neither a signal meanwhile nor an error costs the steps, which may be `saved` already."""
+        """Verify. If a signal or an error ends that, the state is saved first, unless it is `saved` already."""
         try:
             with self.meter.paused():
                 self.verify()
@@ -257,9 +247,9 @@ class Trainer:
                 self.save(wait=True)
             raise
 
-    def prepare(self, faces: torch.Tensor) -> torch.Tensor:
-        """What the network gets of decoded faces: augmented, mirrored, normalised."""
-        seed, (epoch, batch) = self.config.train.seed, divmod(self.step, self.batches.batches)
+    def prepare_inputs(self, faces: torch.Tensor) -> torch.Tensor:
+        """The network's input, float [B, 3, H, W], from uint8 [B, H, W, 3]: augmented, mirrored, normalised."""
+        seed, (epoch, batch) = self.config.train.seed, divmod(self.step, self.steps_per_epoch)
         rank, ranks = self.ranks.rank, self.ranks.size
         chances = Chances(*(getattr(self.config.data, f"augment_{name}") for name in Chances._fields))
         mirror = flips(seed, epoch, batch, self.config.train.batch_size, rank, ranks)
@@ -267,17 +257,17 @@ class Trainer:
         return self.to_input(faces, mirror.to(self.device, non_blocking=True))
 
     def note(self) -> None:
-        """Log what the steps since the last note came to; ExplodedError, before anything is saved, if they diverged."""
+        """Log the steps since the last call. Raises ExplodedError, before anything is saved, if the loss exploded."""
         noted = self.meter.read()
         if noted is None:
             return
         if exploded := self.explosions.exploded(noted):
             self.explode(*exploded)
-        flops = noted.means["train/images_per_s"] * self.flops
+        flops = noted.means["train/images_per_s"] * self.flops_per_image
         rates = {
             "train/lr": float(self.learning_rates[self.step - 1]),
             "train/tflops_per_s": flops / 1e12,
-            "train/mfu": flops / self.most_flops,
+            "train/mfu": flops / self.device_flops,
         }
         self.log.scalars(self.step, {**noted.means, **rates})
         self.log.distributions(self.step, noted.distributions)
@@ -285,7 +275,7 @@ class Trainer:
         self.bar.set_postfix(shown, refresh=False)
 
     def verify(self) -> None:
-        """Verify on every set, note it, and keep the network if it is the best so far."""
+        """Verify on every set, log the accuracies, and keep the network, or its average, if it is the best so far."""
         networks = {VERIFIED: self.network}
         if self.average is not None:
             networks[VERIFIED_AVERAGE] = self.average.network
@@ -312,7 +302,7 @@ class Trainer:
         train_mode(self.network, self.config.train.frozen)
 
     def keep_best(self, network: nn.Module, accuracy: float) -> None:
-        """Write `network`, the best so far. On a full disk that is left to a later one that is better."""
+        """Write `network`, the best so far. If the disk is full, the next better one is tried, save at the end."""
         try:
             if self.ranks.first:
                 save_backbone(self.run / BEST, network, to_json(self.config), Progress(self.step, accuracy))
@@ -324,7 +314,7 @@ class Trainer:
         self.best_accuracy = accuracy
 
     def save(self, wait: bool) -> None:
-        """Save all that the next step depends on."""
+        """Save a checkpoint: all that the next step depends on."""
         notes = {
             "settings": json.loads(to_json(self.config)),
             "best_accuracy": self.best_accuracy,
@@ -335,19 +325,19 @@ class Trainer:
             "torch": torch.__version__,
         }
         about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
+        state = self.state
         with self.meter.paused():
-            state = self.state
             self.store.save(self.step, state.whole(), state.rows(), notes, wait, state.backbone(), about)
         self.requests.saved()
 
     def restore_newest(self) -> bool:
-        """Go to where the newest whole checkpoint stands, if there is one."""
+        """Restore the newest undamaged checkpoint. False: there is none, and the run begins at step 0."""
         saved = self.store.newest()
         if saved is None:
             if self.config.train.resume not in ("", "auto"):
                 raise TrainingError(f"train.resume: {self.run} has no whole checkpoint to go on from")
-            if self.begun:
-                self.begin_anew()
+            if self.has_checkpoints:  # all of them damaged
+                self.load_first_weights()
             return False
         check_notes(saved.notes, self.config, self.faces, self.run)
         self.state.restore(saved)
@@ -361,15 +351,15 @@ class Trainer:
             self.scaler.load_state_dict(saved.notes["scaler"])
         return True
 
-    def begin_anew(self) -> None:
-        """Load the first weights, which a run that was begun has no need of unless all its checkpoints are damaged."""
+    def load_first_weights(self) -> None:
+        """Load the weights to start from, which `__init__` left out for a checkpoint's."""
         first = self.ranks.together(lambda: build_network(self.config, self.device)).state_dict()
         self.network.load_state_dict(first)
         if self.average is not None:
             self.average.network.load_state_dict(first)
 
     def roll_back(self, error: ExplodedError) -> None:
-        """Go back to the last checkpoint and leave out the batches that led astray; or raise TrainingError."""
+        """Go back to the last checkpoint and leave out the batches that exploded, or raise TrainingError."""
         if self.config.train.on_explosion == "stop":
             raise error
         if not self.restore_newest():
@@ -385,8 +375,8 @@ class Trainer:
             self.verify_or_stop(saved=True)
 
     def explode(self, step: int, loss: float, norm: float) -> None:
-        """Raise ExplodedError, with what there is to know of `step`."""
-        epoch, batch = divmod(step, self.batches.batches)
+        """Raise ExplodedError for `step`, and list its images in a file."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
         size = self.config.train.batch_size
         positions = self.batches.order(epoch)[batch * size : (batch + 1) * size]
         listed = self.run / f"exploded-step-{step}.txt"
@@ -396,10 +386,9 @@ class Trainer:
         raise ExplodedError(step, loss, norm, float(self.learning_rates[step]), listed, advise_skipping)
 
     def limit_passes(self, error: torch.OutOfMemoryError, faces: int) -> None:
-        """Let the run, once it is started again, take smaller passes than those that ran out of memory, if that helps.
+        """Note that the run, when it is started again, is to take smaller passes, if that helps.
 
-        One process alone did so in the step itself. Of several, the others wait for this one, which cannot make up for
-        what it left out.
+        A process that trains alone does so in the step itself. One of several cannot: the others wait for it.
         """
         smaller = self.training_step.half_a_pass(faces)
         special = bool(getattr(error, "__notes__", []))  # smaller passes are not what it wants
@@ -409,23 +398,22 @@ class Trainer:
             error.add_note(f"Passes have {smaller} faces from now on: {again}")
 
     def describe(self) -> None:
-        """Say what is about to happen."""
-        an_epoch, size = self.batches.batches, self.config.train.batch_size
+        """Print what will be trained, on what, and where."""
         tests = ", ".join(pairs.name for pairs in self.verifier.sets)
         why_not = "data.verification" if self.config.data.verification else "no .bin found"
         on = describe_device(self.device) + (f" x {self.ranks.size}" if self.ranks.size > 1 else "")
-        left = len(self.faces) - an_epoch * size
+        left = len(self.faces) - self.steps_per_epoch * self.config.train.batch_size
         factor = self.config.train.backbone_lr
-        rate = f"learning rate {self.peak:.4g} at its peak"
+        rate = f"learning rate {self.peak_lr:.4g} at its peak"
         if factor != 1:
-            rate += f", {factor * self.peak:.4g} for the network"
+            rate += f", {factor * self.peak_lr:.4g} for the network"
         if self.config.train.frozen:
-            weights = [(value.numel(), value.requires_grad) for value in self.network.parameters()]
-            still = sum(count for count, learns in weights if not learns)
-            rate += f"; {still:,} of the network's {sum(count for count, _ in weights):,} weights are frozen"
+            weights = list(self.network.parameters())
+            frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
+            rate += f"; {frozen:,} of the network's {sum(map(torch.numel, weights)):,} weights are frozen"
         for line in (
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
-            f"{an_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
+            f"{self.steps_per_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
             f"verified on: {tests or f'nothing ({why_not}): the last model is kept'}",
             f"{on}, {describe_precision(self.precision, self.device)}, {self.workers} workers, {self.steps:,} steps",
             rate,
@@ -433,8 +421,8 @@ class Trainer:
         ):
             self.say(line)
 
-    def say_where(self) -> None:
-        """Say where the run stands."""
+    def describe_position(self) -> None:
+        """Print at which step the run begins or goes on."""
         where = f"run: {self.run}" + (f", from step {self.step:,}" if self.step else "")
         if not self.step and (self.run / CONFIG).exists():
             where += ", which has no checkpoint yet: from the start"
@@ -442,8 +430,8 @@ class Trainer:
         if self.step >= self.steps:
             self.say(f"nothing is left to train: {self.steps:,} steps are all (train.epochs)")
 
-    def open_record(self) -> TrainingLog:
-        """Write what the run is, and open its log."""
+    def open_log(self) -> TrainingLog:
+        """Write the run's settings and classes, and open its log."""
         if self.ranks.first:
             write_text_atomic(self.run / CONFIG, to_json(self.config))
             write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
@@ -451,7 +439,7 @@ class Trainer:
         return TrainingLog(self.run, self.step, self.config.train.wandb, self.ranks.first, self.say, again)
 
     def say(self, line: str) -> None:
-        """A line on the screen, from the first rank."""
+        """Print a line, on the first rank only."""
         if self.ranks.first:
             say(line)
 
@@ -488,7 +476,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run = train(config)
         except torch.OutOfMemoryError as error:
-            (advice,) = getattr(error, "__notes__", ["Lower train.micro_batch, or train.batch_size"])[:1]
+            advice, *_ = getattr(error, "__notes__", ["Lower train.micro_batch, or train.batch_size"])
             raise TrainingError(f"{str(error).split('. ')[0]}. {advice}") from None
     if os.environ.get("RANK", "0") == "0":
         print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {quote(str(run))}")

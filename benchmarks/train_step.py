@@ -99,7 +99,7 @@ class Turn(NamedTuple):
 
 
 class OurLoop:
-    """The trainer's step, made as train.py makes it; see Trainer.prepare there for its inputs."""
+    """The trainer's step, made as train.py makes it; see Trainer.prepare_inputs there for its inputs."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
         settings = TrainConfig(batch_size=case.batch_size, cuda_graph=case.cuda_graph)

@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from config import Config, DataConfig, TrainConfig
-from data.verification_bin import VerificationPairs, chosen_bins, read_bin
+from config import Config, TrainConfig
 from models import create_network
 from models.heads import DenseHead, Head, RowAdamW, RowSGD, create_head
 from models.losses import create_loss
@@ -16,7 +15,6 @@ from models.weights import load_weights
 from utils.checkpoints import CheckpointError
 from utils.ranks import Ranks
 from utils.training.optimizers import freeze
-from utils.training.run_folders import TrainingError
 from utils.training.schedules import learning_rates, peak_lr
 
 
@@ -106,17 +104,3 @@ def unused_here(config: Config, device: torch.device, ranks: Ranks, head: Head) 
         )
         if unused
     ]
-
-
-def verification_sets(data: DataConfig) -> list[VerificationPairs]:
-    """The sets of `data.verification`. Raises TrainingError."""
-    try:
-        tests = [read_bin(path) for path in chosen_bins(data.verification, data.root)]
-    except FileNotFoundError as error:
-        raise TrainingError(f"data.verification: {error.filename} does not exist") from None
-    except (ValueError, OSError) as error:
-        raise TrainingError(f"data.verification: {error}") from None
-    names = [test.name for test in tests]
-    if len(set(names)) < len(names):
-        raise TrainingError(f"data.verification: two sets have the same name ({', '.join(names)}): rename one")
-    return tests
