@@ -346,7 +346,7 @@ def test_shares_of_parts_are_those_of_all_ranks(monkeypatch: pytest.MonkeyPatch)
     others = torch.tensor([1.0, 5.0])
     monkeypatch.setattr(parts.step.ranks, "sum", lambda counts: counts + others)
     labels = torch.tensor([-1, -1, -1, 0, 1, 2, 3, 4, 5, 6, -1])
-    shares = [float(share) for _, _, share in parts.step._parts(batch(0)[0], labels)]
+    shares = [float(share) for _, _, share in parts.step._split(batch(0)[0], labels)]
     assert shares == pytest.approx([(3 + 1) / 13, (4 + 5) / 13])
 
 
