@@ -40,7 +40,8 @@ from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, parse_settings, to_json
 from utils.training.broken_images import BrokenImages
-from utils.training.building import build_input, build_step
+from utils.training.build_parts import build_head, build_network, build_schedule, unused_here
+from utils.training.build_step import build_input, build_step
 from utils.training.checkpoint_store import CheckpointStore
 from utils.training.ema import WeightAverage
 from utils.training.explosions import ExplodedError, ExplosionWatch
@@ -49,7 +50,6 @@ from utils.training.log import Meter, TrainingLog, import_wandb, step_profiler
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
-from utils.training.parts import build_head, build_network, build_schedule, unused_here
 from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
 from utils.training.same_run import OWN, check_notes, set_facts, set_notes, unused_again

@@ -55,10 +55,10 @@ from models import create_network
 from utils.devices import pick_device, pick_precision, set_float32_products
 from utils.processes import worker_count
 from utils.ranks import Ranks
-from utils.training.building import build_input, build_step
+from utils.training.build_parts import build_head, build_network
+from utils.training.build_step import build_input, build_step
 from utils.training.flops import copy_bytes_per_s, forward_flops, matmul_flops_per_s
 from utils.training.optimizers import create_optimizer, parameter_groups
-from utils.training.parts import build_head, build_network
 
 SIZE = 112  # pixels
 IN_MEMORY = 4  # batches of random faces, used in turn

@@ -14,7 +14,7 @@ from tiny_runs import configure
 from train import Trainer, train
 from utils.checkpoints import BEST
 from utils.settings import build, from_json
-from utils.training.parts import build_network
+from utils.training.build_parts import build_network
 
 
 @pytest.mark.parametrize("recompute", [False, True])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from models import create_network
 from models.recompute import recompute_blocks
 from utils.ranks import Ranks
-from utils.training.building import why_no_graph
+from utils.training.build_step import why_no_graph
 from utils.training.cuda_graph import GraphedNetwork, _same_stream, with_graph
 from utils.training.run_folders import TrainingError
 

@@ -13,8 +13,8 @@ from models.backbones.iresnet import IResNet
 from models.backbones.mobilefacenet import MobileFaceNet
 from models.backbones.vit import VisionTransformer
 from utils.settings import ConfigError, build
+from utils.training.build_parts import build_network
 from utils.training.flops import forward_flops
-from utils.training.parts import build_network
 
 UNITS = {
     "r18": (2, 2, 2, 2),

@@ -28,12 +28,12 @@ from utils.checkpoints import BEST
 from utils.compiling import Compiled, CompiledNetwork
 from utils.devices import autocast
 from utils.ranks import Ranks
-from utils.training import building as step_building
-from utils.training.building import build_step, compile_network, part_sizes, spread
+from utils.training import build_step as step_building
+from utils.training.build_parts import build_head, build_network
+from utils.training.build_step import build_step, compile_network, part_sizes, spread
 from utils.training.metrics import read_metrics
 from utils.training.micro_batch import trial_pass
 from utils.training.optimizers import train_mode
-from utils.training.parts import build_head, build_network
 from utils.training.run_folders import TrainingError
 from utils.training.step import TrainingStep
 

@@ -104,8 +104,8 @@ def test_one_process_says_what_has_no_effect(monkeypatch: pytest.MonkeyPatch) ->
     ("program", "file"),
     [
         ("train", "train.py"),
-        ("train", "utils/training/parts.py"),
-        ("train", "utils/training/building.py"),
+        ("train", "utils/training/build_parts.py"),
+        ("train", "utils/training/build_step.py"),
         ("test", "all_pair_test.py"),
         ("merge", "dataset_merge/dataset_merge.py"),
         ("merge", "dataset_merge/merging.py"),

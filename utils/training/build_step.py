@@ -1,5 +1,5 @@
-"""The training step as settings and device ask for it: in passes that fit, its network compiled, spread over ranks,
-replayed as CUDA graphs."""
+"""The training step that settings and device ask for: in passes that fit into memory, its network compiled, spread over
+ranks, replayed as CUDA graphs."""
 
 import inspect
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from models.heads import Head
 from models.recompute import recomputes
 from utils.compiling import Compiled, CompiledNetwork
 from utils.ranks import Ranks
+from utils.training.build_parts import compiles
 from utils.training.cuda_graph import with_graph
 from utils.training.micro_batch import LIMIT, bytes_beside, largest_that_fits, trial_pass
 from utils.training.optimizers import train_mode
-from utils.training.parts import compiles
 from utils.training.run_folders import TrainingError
 from utils.training.step import TrainingStep
 
@@ -44,28 +44,16 @@ def build_step(
 ) -> TrainingStep:
     """The step of `network` and `head`, which are on `device`. `say`, called on every rank, gets lines for people.
 
-    A pass has as many faces as set, or as the device holds, the same on all ranks; `limit` at most, which is what
-    fitted after more had run out of memory. Raises TrainingError for settings that cannot be, and what the trial of
-    the passes does: torch.OutOfMemoryError when not even two faces fit.
+    `limit`: most faces of a pass, where more ran out of memory before; for train.micro_batch=auto. Raises TrainingError
+    for settings that do not work, torch.OutOfMemoryError when not even two faces fit.
     """
     settings, size = config.train, config.data.image_size
-    whole = settings.batch_size // ranks.size
-    most = whole if settings.micro_batch == "auto" else min(whole, int(settings.micro_batch))
-    on_card = device.type == "cuda"
+    faces, on_card = settings.batch_size // ranks.size, device.type == "cuda"
     torch.backends.cudnn.benchmark = True  # shapes stay the same: it finds the fastest convolution for each once
     states = 0 if optimizer.state else 2  # what the first step of AdamW and its like makes
-    beside = partial(bytes_beside, whole=whole, image_size=size, network=network, head=head, ranks=ranks.size)
+    beside = partial(bytes_beside, whole=faces, image_size=size, network=network, head=head, ranks=ranks.size)
     trial = partial(trial_pass, image_size=size, precision=precision, states=states, beside=beside)
-    if settings.micro_batch == "auto" and on_card:
-        most = ranks.least(ranks.together(lambda: largest_that_fits(trial(network), whole)))
-    if settings.micro_batch == "auto" and limit is not None and limit < most:
-        say(f"{limit} faces in a pass at most: more ran out of memory before ({LIMIT} in the run's folder)")
-        most = limit
-    if whole // -(-whole // most) < 2:
-        raise TrainingError(
-            f"train.micro_batch: with {most} of the {whole} images of a process some pass has a single one, on "
-            "which batch norm cannot train; take more, or another train.batch_size"
-        )
+    micro_batch = _choose_micro_batch(settings, faces, on_card, ranks, lambda n: trial(network)(n), limit, say)
     if settings.sync_bn and ranks.size > 1:
         if not on_card:
             raise TrainingError("train.sync_bn: torch has it for CUDA only")
@@ -74,30 +62,59 @@ def build_step(
     if compiles(settings, device):
 
         def attempt(compiled: nn.Module) -> None:
-            for faces in part_sizes(whole, most):
-                trial(compiled)(faces)
+            for number in part_sizes(faces, micro_batch):
+                trial(compiled)(number)
 
-        passes = compile_network(network, ranks, device, attempt, say)
+        trained = compile_network(network, ranks, device, attempt, say)
     else:
-        passes = spread(network, ranks, device)
+        trained = spread(network, ranks, device)
     if settings.cuda_graph and on_card:
-        reason = why_no_graph(network, whole, most, ranks)
+        reason = why_no_graph(network, faces, micro_batch, ranks)
         if reason:
             say(f"no CUDA graph of the network: {reason}")
         else:
-            sample = torch.zeros(whole, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-            passes = with_graph(passes, sample, precision, say)
+            sample = torch.zeros(faces, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+            trained = with_graph(trained, sample, precision, say)
     if on_card:
         torch.cuda.reset_peak_memory_stats(device)  # the log's is that of the steps, not that of what was tried
     shrinking = say if settings.micro_batch == "auto" else None
-    return TrainingStep(passes, head, optimizer, scaler, precision, settings.gradient_clip, most, ranks, shrinking)
+    clip = settings.gradient_clip
+    return TrainingStep(trained, head, optimizer, scaler, precision, clip, micro_batch, ranks, shrinking)
 
 
-def why_no_graph(network: nn.Module, whole: int, most: int, ranks: Ranks) -> str | None:
-    """What is against CUDA graphs in steps of `whole` faces, of which `most` fit into a pass; None: nothing."""
+def _choose_micro_batch(
+    settings: TrainConfig,
+    faces: int,
+    on_card: bool,
+    ranks: Ranks,
+    attempt: Callable[[int], None],
+    limit: int | None,
+    say: Callable[[str], object],
+) -> int:
+    """Most faces of a pass, the same on all ranks, each of which has `faces` of the batch: as set, or as many as
+    `attempt`, a trial of a pass, has memory for, and `limit` at most."""
+    if settings.micro_batch != "auto":
+        micro_batch = min(faces, int(settings.micro_batch))
+    else:
+        micro_batch = faces
+        if on_card:
+            micro_batch = ranks.least(ranks.together(lambda: largest_that_fits(attempt, faces)))
+        if limit is not None and limit < micro_batch:
+            say(f"{limit} faces in a pass at most: more ran out of memory before ({LIMIT} in the run's folder)")
+            micro_batch = limit
+    if faces // -(-faces // micro_batch) < 2:
+        raise TrainingError(
+            f"train.micro_batch: with {micro_batch} of the {faces} images of a process some pass has a single one, on "
+            "which batch norm cannot train; take more, or another train.batch_size"
+        )
+    return micro_batch
+
+
+def why_no_graph(network: nn.Module, faces: int, micro_batch: int, ranks: Ranks) -> str | None:
+    """Why steps of `faces`, in passes of `micro_batch` at most, cannot have CUDA graphs; None: they can."""
     reasons = {
         "several processes exchange gradients": ranks.size > 1,
-        "a batch takes several passes": most < whole,
+        "a batch takes several passes": micro_batch < faces,
         "activations are computed anew": recomputes(network),
     }
     return next((reason for reason, holds in reasons.items() if holds), None)
@@ -111,23 +128,24 @@ def compile_network(
     say: Callable[[str], object],
     backend: str | Callable[..., Any] = "inductor",
 ) -> nn.Module:
-    """`network`, in the mode that it trains in, compiled and spread over `ranks`; or, where `attempt` shows that the
-    compiler cannot, said and uncompiled, on all ranks. It makes passes both ways, without an exchange of gradients.
+    """`network`, in its training mode, compiled and spread over `ranks`. If compiling fails on some rank, it is
+    left uncompiled on all, which is said.
 
-    It is compiled when it is called by what spreads it: torch then cuts it where the exchange of gradients can begin
-    while others are still computed. What it cannot cut (blocks that are computed anew) is compiled whole.
+    `attempt` makes forward and backward passes of all shapes that training has; gradients are not exchanged then.
+    The network is compiled inside of DistributedDataParallel: torch then splits the graph, so that gradients are
+    exchanged while others are still computed. With activation checkpointing it cannot split it, and compiles the whole.
     """
     compiled = CompiledNetwork(network, say, backend)
-    whole = spread(compiled, ranks, device)
+    wrapped = spread(compiled, ranks, device)
     if recomputes(network):
         torch._dynamo.config.optimize_ddp = False
-    together = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()) and ranks.size > 1
+    sync_bn = any(isinstance(module, nn.SyncBatchNorm) for module in network.modules()) and ranks.size > 1
     failure: Exception | None = None
     try:
-        with whole.no_sync() if isinstance(whole, DistributedDataParallel) else nullcontext():
-            attempt(whole)
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext():
+            attempt(wrapped)
     except Exception as error:  # compilers fail in many ways
-        if together and isinstance(error, torch.OutOfMemoryError):
+        if sync_bn and isinstance(error, torch.OutOfMemoryError):
             raise  # the others wait for this rank's statistics, not for its word
         failure = error
     no_memory = isinstance(failure, torch.OutOfMemoryError)
@@ -136,19 +154,19 @@ def compile_network(
         raise failure if failure is not None and no_memory else torch.OutOfMemoryError("out of memory on another rank")
     if worst:
         compiled.give_up(failure)
-    return whole
+    return wrapped
 
 
-def part_sizes(faces: int, most: int) -> list[int]:
-    """How many faces the passes of a batch have, at most `most` each: the different numbers, the largest first."""
-    parts = -(-faces // most)
-    return [faces // parts + 1, faces // parts] if faces % parts else [faces // parts]
+def part_sizes(faces: int, micro_batch: int) -> list[int]:
+    """The different sizes of the micro-batches that a batch of `faces` is split into, the largest first."""
+    passes = -(-faces // micro_batch)
+    return [faces // passes + 1, faces // passes] if faces % passes else [faces // passes]
 
 
 def spread(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
-    """`network` with its gradients averaged over `ranks`, if they are several.
+    """`network` in DistributedDataParallel, which averages gradients over `ranks`; itself on a single one.
 
-    The first rank's weights are all ranks'. Statistics of norms stay each rank's own between verifications.
+    All ranks get the first one's weights. Each keeps its own statistics of norms between verifications.
     """
     if ranks.size == 1:
         return network
