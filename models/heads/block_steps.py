@@ -1,7 +1,7 @@
 """What is computed for one block of classes, forward and backward: functions of tensors alone, so that they compile.
 
-Compiled, each is its matrix products and a kernel before and after each of them: what is as large as the block goes
-through memory once between two products, and once with the centres and the optimizer's state in `update`.
+Compiled, each is its matrix products and one kernel before and after each of them, so that no more than that is read
+from and written to memory.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from torch import Tensor
 from models.heads.row_optimizers import RowOptimizer
 from models.losses import MarginLoss
 
-_EPS = 1e-12  # as in torch.nn.functional.normalize
+EPS = 1e-12  # as in torch.nn.functional.normalize
 
 
 class Block(NamedTuple):
-    """n classes of a step.
+    """n classes of those that take part in a step.
 
-    `rows`: where their centres are in the weight; `centres`: those, [n * sub_centers, D], a view where `rows` is a
-    slice. `start`: int64 scalar on the device, the place of the first among the classes of the step.
+    `rows`: of the weight, where their centres are; `centres`: those, [n * sub_centers, D], a view where `rows` is a
+    slice. `start`: int64 scalar on the device, the index of the first among the classes of the step.
     """
 
     rows: slice | Tensor
@@ -30,11 +30,11 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class BlockMaths:
-    """The loss, how products come about, and how centres are updated.
+    """The margin softmax over a block, and the update of its centres.
 
-    `matmul`: dtype that factors are rounded to, None: as they are. In what follows `unit` is [B, D], embeddings of
-    length 1, `rounded`; `place`: int64 [B], where among the classes of the step each face's own one is, -1 for none;
-    `start`: a Block's; `scale`: [B, 1] or [1, 1].
+    `matmul`: dtype of the operands of matrix products, None: as they are. Arguments of the methods: `unit`: [B, D],
+    embeddings of length 1, `rounded`; `place`: int64 [B], the index of each face's own class among the classes of the
+    step, -1 for none; `start`: of the Block; `scale`: [B, 1] or [1, 1]; `bar`: of the Targets.
     """
 
     loss: MarginLoss
@@ -43,7 +43,7 @@ class BlockMaths:
     optimizer: RowOptimizer
 
     def rounded(self, values: Tensor) -> Tensor:
-        """`values` as a factor of a product."""
+        """`values` as an operand of a matrix product."""
         return values if self.matmul is None else values.to(self.matmul)
 
     def forward(
@@ -57,8 +57,8 @@ class BlockMaths:
         total: Tensor,
         best: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Over the other classes so far, this block's included: log sum exp of the logits, and the largest product;
-        [B] each. `total` and `best` are those without this block."""
+        """`total` and `best` with this block's classes, the own ones left out: the log sum exp of the logits and the
+        largest product, [B] each."""
         products, _ = self._products(unit, self.rounded(centres), centres)
         cosine, _ = _pool(products, self.sub_centers)
         logits = self.loss.others(cosine, bar)[0] * scale
@@ -80,10 +80,11 @@ class BlockMaths:
         d_unit: Tensor,
         d_scale: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The gradient of `centres` as if their lengths stood still [rows, D], for `gradient`; and with this block's
-        part `d_unit` [B, D] and, where the scale learns, `d_scale` [B].
+        """(the gradient of `centres` with their lengths held constant, [rows, D], for `gradient`; `d_unit` [B, D] and
+        `d_scale` [B], None where it needs none, with this block's part added).
 
-        `log_others`: [B], of all blocks; `d_own`, `d_others`: [B], gradients of the own product and of `log_others`.
+        `log_others`: [B], the log sum exp over all blocks; `d_own`, `d_others`: [B], gradients of the own product and
+        of `log_others`.
         """
         factors = self.rounded(centres)
         products, inverse = self._products(unit, factors, centres)
@@ -101,35 +102,35 @@ class BlockMaths:
             d_scale = d_scale + (d_logits * others).sum(1)
         return multiply(d_products.T, unit), d_unit + multiply(d_products, factors), d_scale
 
-    def gradient(self, still: Tensor, centres: Tensor) -> Tensor:
-        """The gradient of `centres` [rows, D] from what `backward` gave, which is used up."""
+    def gradient(self, raw: Tensor, centres: Tensor) -> Tensor:
+        """The gradient of `centres` [rows, D] from `raw`, what `backward` gave, which is overwritten."""
         if torch.compiler.is_compiling():
-            still = still.clone()  # a compiler would write into it what nobody reads
+            raw = raw.clone()  # a compiler would write into it what nobody reads
         if not self.loss.unit_centres:
-            return still
+            return raw
         # c = u.w / |w|, so dc/dw = u / |w| - (u / |w|).w w / |w|^2: the part along w goes.
-        length = torch.linalg.vector_norm(centres, dim=1).clamp_min(_EPS)
-        along = (still * centres).sum(1) / (length * length)
-        return still.addcmul_(centres, along[:, None], value=-1)
+        length = torch.linalg.vector_norm(centres, dim=1).clamp_min(EPS)
+        along = (raw * centres).sum(1) / (length * length)
+        return raw.addcmul_(centres, along[:, None], value=-1)
 
-    def update(self, still: Tensor, centres: Tensor, states: list[Tensor], factors: list[Tensor]) -> None:
-        """Apply the gradient to `centres` [rows, D] and the optimizer's `states` of theirs, in place.
+    def update(self, raw: Tensor, centres: Tensor, states: list[Tensor], factors: list[Tensor]) -> None:
+        """One optimizer step of `centres` [rows, D] and their optimizer `states`, in place.
 
-        `still`: as for `gradient`; `factors`: the optimizer's, of the step.
+        `raw`: as for `gradient`; `factors`: the optimizer's, of the step.
         """
-        self.optimizer.step(centres, states, self.gradient(still, centres), factors)
+        self.optimizer.step(centres, states, self.gradient(raw, centres), factors)
 
     def _products(self, unit: Tensor, factors: Tensor, centres: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Products [B, rows] with the centres, and one over the centres' lengths where these do not count."""
+        """Products [B, rows] with the centres, and 1 / length of the centres where these are normalised."""
         products = multiply(unit, factors.T)
         if not self.loss.unit_centres:
             return products, None
-        inverse = torch.linalg.vector_norm(centres, dim=1).clamp_min(_EPS).reciprocal()
+        inverse = torch.linalg.vector_norm(centres, dim=1).clamp_min(EPS).reciprocal()
         return products * inverse, inverse
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """The product of two matrices, of float32 ones or of half ones, summed in float32."""
+    """The matrix product in float32, whatever the dtype of the operands."""
     if left.dtype not in (torch.bfloat16, torch.float16):
         return left @ right
     if left.is_cuda:
@@ -138,10 +139,10 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _put(values: Tensor, column: Tensor, own: Tensor | float) -> Tensor:
-    """`values` [B, n] with `own`, [B, 1] or a number, in the `column` [B] of each face, if it has that one.
+    """`values` [B, n] with `own`, [B, 1] or a number, in each face's `column` [B], unless that is not from 0 to n - 1.
 
-    Two ways to the same: eagerly a few elements change in place, compiled it is part of the kernel that makes `values`,
-    which a scatter would cut in two.
+    Eagerly a few elements change in place; compiled it is part of the kernel that makes `values`, which a scatter would
+    cut in two.
     """
     if torch.compiler.is_compiling():
         return torch.where(torch.arange(values.shape[1], device=values.device) == column[:, None], own, values)

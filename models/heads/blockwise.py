@@ -2,9 +2,9 @@
 
 Forward, each block adds to a running log sum exp. Backward, each block's products are computed again; from them come
 its part of the embeddings' gradient and the gradient of its own centres, which the optimizer applies at once (`fused`).
-Four matrix products take the place of three, and neither the logits [B, classes] nor the gradient of the centres exist
-in whole: beyond the centres and the optimizer's state a step holds O(B x D + block x (B + D)) floats, B being the
-faces of all ranks together.
+That takes four matrix products instead of three, but neither all logits [B, classes] nor the gradient of all centres
+are ever in memory: beyond the centres and the optimizer's state a step holds O(B x D + block x (B + D)) floats, B being
+the faces of all ranks together.
 
 The same code holds the classes of one rank out of several (class-parallel), and samples negatives (PartialFC).
 """
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.heads.block_steps import Block, BlockMaths
+from models.heads.block_steps import EPS, Block, BlockMaths
 from models.heads.classes import initial_centres
 from models.heads.fused_steps import FusedMaths, can_fuse
 from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
@@ -27,12 +27,10 @@ from models.losses import MarginLoss, Targets
 from utils.compiling import Compiled, shortly
 from utils.ranks import Ranks, share_of
 
-_EPS = 1e-12  # as in torch.nn.functional.normalize
-
 
 class Chosen(NamedTuple):
-    """Classes that take part in a step: `size` of those held, int64 ascending, None for all; `place`: int64 [B], where
-    among them each face's own class is, -1 for elsewhere."""
+    """Classes of this rank that take part in a step: `size` of them, int64 ascending, None for all; `place`: int64 [B],
+    the index among them of each face's own class, -1 where that is another rank's or none."""
 
     classes: Tensor | None
     size: int
@@ -40,13 +38,13 @@ class Chosen(NamedTuple):
 
 
 class BlockwiseHead(Head):
-    """Class centres of this rank, the margin softmax over those of all ranks.
+    """The class centres of this rank, and the margin softmax over those of all ranks.
 
     `block`: classes computed at a time. `sample_rate`: share of the classes that take part in a step, those of the
-    batch always among them. `batch_size`: faces of one rank and step at most; on several ranks smaller batches are
-    filled up to it. `fused`: update the centres during `backward`, at the rate `lr`; otherwise gradients add up until
-    `update`. `matmul`: None multiplies in the weight's own float32; bfloat16 multiplies copies of that kind and sums in
-    float32. `centres`: the first ones; None: drawn from `seed`.
+    batch always among them. `batch_size`: most faces of one rank in a step; on several ranks smaller batches are padded
+    to it. `fused`: update the centres during `backward`, at the rate `lr`; otherwise gradients add up until `update`.
+    `matmul`: dtype of the operands of matrix products, which are summed in float32; None: the weight's own float32.
+    `centres`: the initial ones; None: drawn from `seed`.
 
     The loss is the mean over all ranks' faces, the same number on each. The embeddings' gradients are those of this
     loss: the ranks' gradients of the network have to be summed, not averaged.
@@ -118,7 +116,7 @@ class BlockwiseHead(Head):
                 embeddings, labels = F.pad(embeddings, (0, 0, 0, missing)), F.pad(labels, (0, missing), value=-1)
                 finite = F.pad(finite, (0, missing), value=True)
             norm = torch.linalg.vector_norm(embeddings, dim=1)
-            unit = embeddings / norm.clamp_min(_EPS)[:, None]
+            unit = embeddings / norm.clamp_min(EPS)[:, None]
             return HeadOutput(*_MarginSoftmax.apply(unit, norm, self.weight, labels, finite, self, step))
 
     @torch.no_grad()
@@ -142,22 +140,22 @@ class BlockwiseHead(Head):
         super().forget_gradient()
         self._touched = None
 
-    def take_gradient(self, rows: slice | Tensor, centres: Tensor, still: Tensor, factors: list[Tensor]) -> None:
-        """Update the centres, `rows` of the weight, now, or add their gradient to what `update` will apply.
+    def take_gradient(self, rows: slice | Tensor, centres: Tensor, raw: Tensor, factors: list[Tensor]) -> None:
+        """Update the centres, `rows` of the weight, now (`fused`), or add their gradient to what `update` will apply.
 
-        `still`: as `BlockMaths.backward` gives it; `factors`: the optimizer's, of the step.
+        `raw`: as `BlockMaths.backward` gives it; `factors`: the optimizer's, of the step.
         """
         if self.fused:
             states = self.optimizer_states()
             parts = [state[rows] for state in states]
-            self.block_update(still, centres, parts, factors)
+            self.block_update(raw, centres, parts, factors)
             if isinstance(rows, Tensor):  # the parts are copies
                 for whole, part in zip([self.weight, *states], [centres, *parts], strict=True):
                     whole[rows] = part
             return
         if self.weight.grad is None:
             self.weight.grad = torch.zeros_like(self.weight)
-        self.weight.grad[rows] += self.maths.gradient(still, centres)
+        self.weight.grad[rows] += self.maths.gradient(raw, centres)
         if isinstance(rows, Tensor):
             if self._touched is None:
                 self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
@@ -165,14 +163,17 @@ class BlockwiseHead(Head):
 
     def choose(self, labels: Tensor, step: int) -> Chosen:
         """The classes of this rank that take part in a step with the faces `labels` of all ranks."""
-        held = len(self.held)
-        mine = (labels >= self.held.start) & (labels < self.held.stop)
-        place = torch.where(mine, labels - self.held.start, -1)
+        held, place = len(self.held), self.local_labels(labels)
         count = sampled_count(held, self.sample_rate, len(labels))
         if count == held:
             return Chosen(None, held, place)
         classes = sample_classes(place, held, count, (self.seed, step, self.ranks.rank))
-        return Chosen(classes, count, torch.where(mine, torch.searchsorted(classes, place), -1))
+        return Chosen(classes, count, torch.where(place >= 0, torch.searchsorted(classes, place), -1))
+
+    def local_labels(self, labels: Tensor) -> Tensor:
+        """`labels` counted from this rank's first class; -1 for classes that it does not hold."""
+        mine = (labels >= self.held.start) & (labels < self.held.stop)
+        return torch.where(mine, labels - self.held.start, -1)
 
     def blocks(self, chosen: Chosen, at_once: int) -> Iterator[Block]:
         """The chosen classes, `at_once` of them at a time."""
@@ -191,16 +192,16 @@ class BlockwiseHead(Head):
         """Products [B] of the faces with their own class's centre, from whichever rank has it; 0 without a class."""
         if not len(self.held):
             return self.ranks.sum(unit.new_zeros(len(unit)))
-        mine = (labels >= self.held.start) & (labels < self.held.stop)
-        centres = self.weight.unflatten(0, (-1, self.sub_centers))[torch.where(mine, labels - self.held.start, 0)]
+        local = self.local_labels(labels)
+        centres = self.weight.unflatten(0, (-1, self.sub_centers))[local.clamp_min(0)]
         products = torch.einsum("bd,bkd->bk", unit, centres)
         if self.loss.unit_centres:
-            products = products / torch.linalg.vector_norm(centres, dim=2).clamp_min(_EPS)
-        return self.ranks.sum(torch.where(mine, products.amax(1), 0))
+            products = products / torch.linalg.vector_norm(centres, dim=2).clamp_min(EPS)
+        return self.ranks.sum(torch.where(local >= 0, products.amax(1), 0))
 
 
 class _MarginSoftmax(torch.autograd.Function):
-    """From this rank's faces to the loss over all faces and all classes, with the gradients written out."""
+    """(loss, accuracy, own products) of all ranks' faces over all classes, as `mean_loss` gives them."""
 
     @staticmethod
     def forward(
@@ -219,7 +220,7 @@ class _MarginSoftmax(torch.autograd.Function):
         finite, counted = ranks.gather(finite), labels >= 0
         chosen = head.choose(labels, step)
         own = head.own_products(unit, labels)
-        # What is as long as the batch is left to autograd; only what is as wide as the classes is written out.
+        # Autograd does what is as long as the batch, [B]; what is as wide as the classes is written out below.
         with torch.enable_grad():
             own.requires_grad_()
             norm.requires_grad_()
@@ -249,10 +250,10 @@ class _MarginSoftmax(torch.autograd.Function):
         d_unit, d_scale = torch.zeros_like(unit), torch.zeros_like(d_own) if ctx.scale.requires_grad else None
         place, unit, factors = ctx.chosen.place, head.maths.rounded(unit), head.optimizer_factors(ctx.step)
         for rows, centres, start in head.blocks(ctx.chosen, head.block):
-            still, d_unit, d_scale = head.block_backward(
+            raw, d_unit, d_scale = head.block_backward(
                 unit, centres, place, start, scale, bar, log_others, d_own, d_others, d_unit, d_scale
             )
-            head.take_gradient(rows, centres, still, factors)
+            head.take_gradient(rows, centres, raw, factors)
         if d_scale is not None:
             (by_scale,) = torch.autograd.grad(ctx.scale, ctx.norm, head.ranks.sum(d_scale).reshape(ctx.scale.shape))
             d_norm = d_norm + by_scale

@@ -51,13 +51,13 @@ class ProductsGradient(NamedTuple):
     unit: Tensor
     along: Tensor
 
-    def still(self) -> Tensor:
+    def tensor(self) -> Tensor:
         """As `BlockMaths.backward` gives it: [n, D]."""
         return multiply(self.d_products.T, self.unit)
 
 
 class FusedMaths(BlockMaths):
-    """BlockMaths by the kernels. What takes the place of `still` is a ProductsGradient."""
+    """BlockMaths by the kernels. Its `raw` gradients are ProductsGradients."""
 
     tiles: ClassVar[Tiles] = Tiles()
 
@@ -142,18 +142,18 @@ class FusedMaths(BlockMaths):
             d_scale = d_scale + by_tile.sum(0)
         return ProductsGradient(d_products, unit, along), d_unit + multiply(d_products, factors), d_scale
 
-    def gradient(self, still: ProductsGradient, centres: Tensor) -> Tensor:  # type: ignore[override]
-        return still.still().addcmul_(centres, still.along.sum(0)[:, None], value=-1)
+    def gradient(self, raw: ProductsGradient, centres: Tensor) -> Tensor:  # type: ignore[override]
+        return raw.tensor().addcmul_(centres, raw.along.sum(0)[:, None], value=-1)
 
     def update(  # type: ignore[override]
-        self, still: ProductsGradient, centres: Tensor, states: list[Tensor], factors: list[Tensor]
+        self, raw: ProductsGradient, centres: Tensor, states: list[Tensor], factors: list[Tensor]
     ) -> None:
         if not isinstance(self.optimizer, RowSGD):
-            self._plain_update(still.still(), centres, states, factors)
+            self._plain_update(raw.tensor(), centres, states, factors)
             return
         from models.heads.kernels import sgd_step
 
-        (d_products, unit, along), (n, size), tile = still, centres.shape, self.tiles.update
+        (d_products, unit, along), (n, size), tile = raw, centres.shape, self.tiles.update
         sgd_step[-(-size // tile.columns), -(-n // tile.rows)](
             _tiled(d_products, tile.depth, tile.rows), _tiled(unit, tile.depth, tile.columns), along,
             _tiled(centres, tile.rows, tile.columns), _tiled(states[0], tile.rows, tile.columns), factors[0], n,

@@ -11,11 +11,11 @@ from models.losses import MarginLoss, Targets
 
 
 class HeadOutput(NamedTuple):
-    """Of a batch: all ranks' faces together.
+    """Of all ranks' faces together.
 
-    `loss`: mean over the faces that count, scalar; `correct`: share of them nearest to their own centre, margin aside;
-    `own`: [faces], products with their own centre, cosines for all losses but the plain softmax, NaN for faces that do
-    not count. Only the loss has a gradient.
+    `loss`: scalar, the mean over the faces that count; `correct`: scalar, their accuracy, 0..1 (faces nearest to their
+    own centre, margin aside); `own`: [faces], the products with their own centre (cosines, but for the plain softmax),
+    NaN for faces that do not count. Only the loss has a gradient.
     """
 
     loss: Tensor
@@ -27,8 +27,8 @@ class Head(nn.Module):
     """Class centres and the loss over them.
 
     `weight`: float32 [classes held * sub_centers, embedding_size], class after class. `held`: the classes of this rank.
-    A head updates its centres itself: set `lr`, then `forward`, `backward` on the loss, and `update`. Buffers hold the
-    optimizer's state and the loss's statistics, so that `state_dict` is all there is to save.
+    A head updates its centres itself: set `lr`, then `forward`, `backward` on the loss, and `update`. The optimizer's
+    state and the loss's statistics are buffers, so that `state_dict` has all there is to save.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class Head(nn.Module):
             self.register_buffer(name, torch.zeros_like(centres))
 
     def optimizer_states(self) -> list[Tensor]:
-        """The tensors of the optimizer, of the weight's shape."""
+        """The optimizer's state: tensors of the weight's shape."""
         return [self.get_buffer(name) for name in self.optimizer.states]
 
     def optimizer_factors(self, step: int) -> list[Tensor]:
-        """What the optimizer has to know of `step`, on the device: filled in there, which nothing waits for."""
+        """What the optimizer has to know of `step`, as scalars on the device, which the host does not wait for."""
         return [self.weight.new_full((), value) for value in self.optimizer.factors(self.lr, step + 1)]
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
@@ -75,7 +75,7 @@ class Head(nn.Module):
 
 
 class _Silence(torch.autograd.Function):
-    """Zeros in place of rows that are not finite; the gradient of such a row is NaN."""
+    """Rows that are not finite become zeros; the gradient of such a row is NaN."""
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, finite: Tensor) -> Tensor:
@@ -89,10 +89,10 @@ class _Silence(torch.autograd.Function):
 
 
 def silence_broken(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Embeddings and labels without the rows that are not finite, and whether all were: bool [B].
+    """(embeddings with zeros, labels with -1, for rows that are not finite; which rows are finite, bool [B]).
 
-    An overflow in the network must not reach the class centres, which would never recover from it. That it happened is
-    told by the network's own gradient, so that a gradient scaler skips the step, and by the loss, which becomes NaN.
+    An overflow in the network must not reach the class centres, which would never recover from it. It shows in the
+    network's own gradient, NaN, so that a gradient scaler skips the step, and in the loss, which `mean_loss` makes NaN.
     """
     finite = embeddings.detach().isfinite().all(1)
     return _Silence.apply(embeddings, finite), torch.where(finite, labels, -1), finite
@@ -101,10 +101,10 @@ def silence_broken(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, 
 def mean_loss(
     targets: Targets, log_others: Tensor, own: Tensor, best: Tensor, counted: Tensor, finite: Tensor
 ) -> HeadOutput:
-    """Softmax cross-entropy from what the own class has and the log sum exp of the others, meaned over the batch.
+    """Mean softmax cross-entropy over the faces that are `counted`, with the loss's penalty.
 
-    [B] each: `log_others`, of the other classes' logits; `own` and `best`, the product with the own centre and the
-    largest with another; bool: `counted`, `finite`. A face that is not finite makes the loss NaN.
+    [B] each: `log_others`, the log sum exp of the other classes' logits; `own` and `best`, the product with the own
+    centre and the largest with another; `counted` and `finite`, bool: a face that is not finite makes the loss NaN.
     """
     # -log(e^own / (e^own + e^others)) = log(1 + e^(others - own))
     losses = torch.where(counted, F.softplus(log_others - targets.logits), 0)
