@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from models.embedders import load_embedder
+from models.weights import model_file
 from utils.checkpoints import (
     CheckpointError,
     Progress,
@@ -86,11 +88,13 @@ def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000000001"
     checkpoint.mkdir(parents=True)
     (checkpoint / "manifest.json").touch()
-    save_file({"network.weight": torch.zeros(1)}, checkpoint / "whole.safetensors")
-    with pytest.raises(
-        CheckpointError, match=f"is part of a checkpoint to resume from: name its run, {tmp_path}/run, its best"
-    ):
-        load_backbone(checkpoint / "whole.safetensors")
+    for name in ("backbone", "whole"):
+        save_file({"network.weight": torch.zeros(1)}, checkpoint / f"{name}.safetensors")
+    for path, what in ((checkpoint / "whole.safetensors", "is part of"), (checkpoint, "is")):
+        message = f"{path} {what} a checkpoint to resume from: name its run, {tmp_path}/run, its best.safetensors, or"
+        with pytest.raises(CheckpointError, match=message):
+            load_embedder(path)
+    assert model_file(checkpoint / "backbone.safetensors").exists()
 
 
 def test_newest_run_is_the_one_that_saved_last(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""What a run leaves on disk for others to use: weights as safetensors, written whole or not at all, never a pickle.
+"""The weights that a run leaves for others to use: safetensors, written whole or not at all, never a pickle.
 
-A backbone file holds a network's state dict under its own names, and JSON in its metadata: the run's settings, and
-where the run stood. What a run goes on from is in utils/training/checkpoint_store.py.
+Such a file holds a network's state dict under its own names, and JSON in its metadata: the run's settings, and where
+the run stood. Checkpoints to resume from are in utils/training/checkpoint_store.py.
 """
 
 import json
@@ -41,7 +41,15 @@ class Progress:
 
 def save_backbone(path: Path, network: nn.Module, settings: str, progress: Progress) -> None:
     """Write the state dict of `network`; `settings` is the run's configuration as JSON. Raises OSError."""
-    _save(path, network.state_dict(), backbone_metadata(settings, progress))
+    with atomic_path(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # save_file makes the file its owner's alone
+        tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+        try:
+            save_file(tensors, temporary, backbone_metadata(settings, progress))
+        except SafetensorError as error:  # a full disk, say
+            raise OSError(f"{path} cannot be written: {error}") from None
+        temporary.chmod(mode)
 
 
 def backbone_metadata(settings: str, progress: Progress) -> dict[str, str]:
@@ -52,14 +60,20 @@ def backbone_metadata(settings: str, progress: Progress) -> dict[str, str]:
 
 def load_backbone(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(state dict, settings by `section` and field) of a backbone file. Raises CheckpointError for anything else."""
-    if (path.parent / "manifest.json").exists() and path.name != "backbone.safetensors":
-        run = path.parent.parent.parent
-        raise CheckpointError(
-            f"{path} is part of a checkpoint to resume from: name its run, {run}, its {BEST}, or the "
-            f"backbone.safetensors beside it"
-        )
-    tensors, metadata = _load(path)
+    tensors, metadata = read_safetensors(path)
+    if "settings" not in metadata:
+        raise CheckpointError(f"{path} was not written by train.py: it has no settings in it")
     return tensors, json.loads(metadata["settings"])
+
+
+def read_safetensors(path: Path, metadata_only: bool = False) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors by name, metadata) of a `.safetensors`; no tensors with `metadata_only`. Raises CheckpointError."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = [] if metadata_only else file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
 
 
 def run_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
@@ -113,26 +127,3 @@ def settings_beside(model: Path) -> Settings:
 def shorten(message: str, lines: int = 6) -> str:
     """The first lines of what torch says of weights that do not fit; whole, it can be thousands of names."""
     return "\n".join(line[:300] for line in message.splitlines()[:lines])
-
-
-def _save(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # save_file makes the file its owner's alone
-        try:
-            save_file({key: value.contiguous() for key, value in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:  # a full disk, say
-            raise OSError(f"{path} cannot be written: {error}") from None
-        temporary.chmod(mode)
-
-
-def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    if "settings" not in metadata:
-        raise CheckpointError(f"{path} was not written by train.py: it has no settings in it")
-    return tensors, metadata

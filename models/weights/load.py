@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models.backbones import NETWORKS, create_network
@@ -27,7 +26,7 @@ from models.weights.recognition import (
     shapes_of,
 )
 from models.weights.tface import tface
-from utils.checkpoints import CheckpointError, load_backbone, run_settings, shorten
+from utils.checkpoints import CheckpointError, load_backbone, read_safetensors, run_settings, shorten
 
 #: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
 ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, tface, mxnet_mobilefacenet)
@@ -140,14 +139,7 @@ def for_rgb(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]
 
 def _is_ours(file: Path) -> bool:
     """Whether a `.safetensors` has the settings of a run in it, as those of this project have."""
-    if file.suffix != ".safetensors":
-        return False
-    try:
-        with safe_open(file, "pt") as tensors:
-            metadata = tensors.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
-    return bool(run_settings(metadata))
+    return file.suffix == ".safetensors" and bool(run_settings(read_safetensors(file, metadata_only=True)[1]))
 
 
 def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, image_size: int) -> Recognised:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from utils.checkpoints import BEST, HUB_WEIGHTS, CheckpointError, shorten
+from utils.checkpoints import BEST, HUB_WEIGHTS, CheckpointError, read_safetensors, shorten
 
 T = TypeVar("T")
 
@@ -70,6 +69,7 @@ def model_file(path: Path | str) -> Path:
     Raises CheckpointError for none.
     """
     file = Path(path)
+    _require_no_checkpoint(file)
     if file.is_dir():
         file = file / HUB_WEIGHTS if (file / HUB_WEIGHTS).exists() else file / BEST
     if not file.exists():
@@ -77,6 +77,17 @@ def model_file(path: Path | str) -> Path:
     if file.suffix not in (*ENDINGS, ".onnx"):
         raise CheckpointError(f"{file}: expected a run folder, .safetensors, .pth, .pt, .ckpt or .onnx")
     return file
+
+
+def _require_no_checkpoint(path: Path) -> None:
+    """Raise CheckpointError for a checkpoint to resume from, or a file of one, save for its network."""
+    folder, network = (path if path.is_dir() else path.parent), "backbone.safetensors"
+    if path.name != network and (folder / "manifest.json").exists() and (folder / network).exists():
+        run = folder.absolute().parent.parent
+        what = "is" if path.is_dir() else "is part of"
+        raise CheckpointError(
+            f"{path} {what} a checkpoint to resume from: name its run, {run}, its {BEST}, or {folder / network}"
+        )
 
 
 def is_torchscript(path: Path) -> bool:
@@ -99,20 +110,12 @@ def read_checkpoint(file: Path) -> Checkpoint:
             f"{file} is {kind}, a finished program: it can be tested and merged with, but its weights fill no network "
             "here; name the weights that it was made from"
         )
-    content = _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    content = read_safetensors(file)[0] if file.suffix == ".safetensors" else _read_pickle(file)
     try:
         names = unwrap(content, file)
     except RecursionError:
         raise CheckpointError(f"{file} is no state dict: its dictionaries hold each other without an end") from None
     return Checkpoint(file, content, names, strip_prefixes(names))
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, "pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
 
 
 def _read_pickle(file: Path) -> Any:
