@@ -19,8 +19,8 @@ copyreg.pickle(torch.memory_format, lambda known: (_memory_format, (str(known).r
 
 
 class Compiled:
-    """`function`, compiled at its first call with tensors of some shapes. If that fails a warning says why, and the
-    function runs as it is from there on.
+    """`function`, compiled at its first call with tensors of some shapes. If that fails it runs uncompiled from then
+    on (`gave_up`), and `tell` is given the error; without `tell` there is a warning.
 
     After a failure it is called again, so one that changes what it is given (`in_place`) is tried on copies first.
     """
@@ -30,13 +30,16 @@ class Compiled:
         function: Callable[..., Any],
         backend: str | Callable[..., Any] = "inductor",
         in_place: bool = False,
+        tell: Callable[[Exception], object] | None = None,
     ) -> None:
-        self._function, self._in_place = function, in_place
-        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, backend=backend)
+        self._function, self._in_place, self._tell = function, in_place, tell or self._warn
+        self.gave_up = False
+        # Each shape by itself: what is compiled for any number of faces is slower.
+        self._compiled: Callable[..., Any] = torch.compile(function, dynamic=False, backend=backend)
         self._worked: set[tuple[Any, ...]] = set()
 
     def __call__(self, *arguments: Any) -> Any:
-        if self._compiled is None:
+        if self.gave_up:
             return self._function(*arguments)
         shapes = tuple(getattr(argument, "shape", None) for argument in arguments)
         if shapes in self._worked:
@@ -46,16 +49,19 @@ class Compiled:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # compilers fail in many ways
-            name = self._function.__qualname__
-            warnings.warn(f"{name} runs uncompiled: torch.compile failed ({shortly(error)})", stacklevel=2)
-            self._compiled = None
+            self.gave_up = True
+            self._tell(error)
             return self._function(*arguments)
         self._worked.add(shapes)
         return self._compiled(*arguments) if self._in_place else result
 
+    def _warn(self, error: Exception) -> None:
+        name = self._function.__qualname__
+        warnings.warn(f"{name} runs uncompiled: torch.compile failed ({shortly(error)})", stacklevel=3)
+
 
 class CompiledNetwork(nn.Module):
-    """`network`, compiled at its first call with inputs of a shape, and as it is once that failed, which is said.
+    """`network` as a Compiled, as a module; if the compiler fails, `say` is given a line for people.
 
     What fails in a backward pass fails: have the shapes of training tried before it begins (`give_up`).
     """
@@ -65,37 +71,23 @@ class CompiledNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self._say = network, say
-        # Each shape by itself: what is compiled for any number of faces is slower.
-        compiled = torch.compile(network, backend=backend, dynamic=False)
-        # Not the module itself, which would be registered, and its weights with it.
-        self._compiled: Callable[[Tensor], Tensor] | None = lambda inputs: compiled(inputs)
-        self._worked: set[torch.Size] = set()
+        self._compiled = Compiled(network, backend, tell=self._tell)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self._compiled is None:
-            return self.network(inputs)
-        if inputs.shape in self._worked:
-            return self._compiled(inputs)
-        try:
-            embeddings = self._compiled(inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # compilers fail in many ways
-            self.give_up(error)
-            return self.network(inputs)
-        self._worked.add(inputs.shape)
-        return embeddings
+        return self._compiled(inputs)
 
     @property
     def gave_up(self) -> bool:
         """Whether it runs uncompiled."""
-        return self._compiled is None
+        return self._compiled.gave_up
 
     def give_up(self, error: Exception | None) -> None:
         """Run uncompiled from here on, because of `error`; None: another process had one."""
-        if self._compiled is None:
-            return
-        self._compiled = None
+        if not self.gave_up:
+            self._compiled.gave_up = True
+            self._tell(error)
+
+    def _tell(self, error: Exception | None) -> None:
         lines = [line.strip() for line in str(error or "on another rank").splitlines() if line.strip()]
         reason = next((line for line in lines if not line.endswith("raised:")), type(error).__name__)
         self._say(f"the network runs uncompiled: torch.compile failed ({reason}); train.compile=off says nothing")
