@@ -1,6 +1,6 @@
 """Optimizers that update some rows of a large matrix: the class centres that took part in a step.
 
-What changes from step to step reaches them in tensors, `factors`: a number would be compiled in.
+What changes from step to step is passed in tensors, `factors`: torch.compile would compile a number in.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,10 @@ class RowSGD:
     states: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def factors(self, lr: float, steps: int) -> tuple[float, ...]:
-        """What `step` needs to know of a step at the rate `lr`; it takes them as scalar tensors of the weight's dtype
-        and device.
+        """The numbers that `step` needs at the rate `lr`; it gets them as scalar tensors of the weight's dtype and
+        device.
 
-        `steps`: how many the run has made with this one, for optimizers that start slowly.
+        `steps`: of the run, this one included, for bias corrections.
         """
         del steps
         return (lr,)

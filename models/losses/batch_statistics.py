@@ -1,4 +1,4 @@
-"""Means over the faces that count, without asking the device how many they are."""
+"""Means over the faces that count, without waiting for the device to know how many they are."""
 
 import torch
 from torch import Tensor
@@ -16,9 +16,9 @@ def counted_std(values: Tensor, counted: Tensor) -> Tensor:
 
 
 def move_towards_(average: Tensor, value: Tensor, rate: float, parts: int, enough: Tensor) -> None:
-    """`average` += `rate` * (`value` - `average`) in place, where `enough` (bool scalar) holds.
+    """`average` += `rate` * (`value` - `average`) in place, if `enough` (bool scalar) holds.
 
-    Called for each of `parts` parts of a batch, it goes that way in all of them together.
+    Called for each of `parts` micro-batches, with a smaller rate, so that together they come to the same.
     """
     if parts > 1:
         rate = 1 - (1 - rate) ** (1 / parts)

@@ -1,8 +1,9 @@
-"""What every margin loss is: a value for the own class, a value for the others, and a scale.
+"""What a margin loss defines: the logit of a face's own class, and the logits of the other classes.
 
-The heads compute products and log sum exps; a loss sees the product with the own class of each face ([B]) and blocks of
-the products with the other classes ([B, n]). The loss of a face is logsumexp over all classes - logit of its own class;
-the mean over the faces that count, plus the penalty, is what is minimised.
+The heads compute the products of embeddings and class centres (cosines, but for the plain softmax) and the softmax over
+them. A loss gets the product with the own class of each face, [B], and blocks of those with the other classes, [B, n].
+The loss of a face is the cross-entropy: logsumexp over all logits - logit of the own class; the mean over the faces
+that count, plus the penalty, is minimised.
 """
 
 from typing import NamedTuple
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 
 
 class Targets(NamedTuple):
-    """What the softmax sees of each face's own class, and what goes with it."""
+    """The logits of the faces' own classes, and what the other logits are made with."""
 
     #: float32 [B]: the logit of the own class, scale included.
     logits: Tensor
-    #: float32 [B] or scalar: factor on what `others` gives.
+    #: float32 [B] or scalar: what `MarginLoss.others` is multiplied by.
     scale: Tensor
-    #: float32 [B], no gradient: a value for each face that `others` may need.
+    #: float32 [B], without gradient: a value for each face that `others` may need, such as CurricularFace's threshold.
     bar: Tensor | None
     #: Scalar, added to the mean loss.
     penalty: Tensor | None
@@ -40,21 +41,25 @@ class MarginLoss(nn.Module):
         super().__init__()
         self.scale = scale
         self.filter_above = filter_above
-        # Of the passes that a batch takes, which one is next: random margins differ, statistics move a part of the way.
+        # Set by the training step: which of how many micro-batches of the batch is next. Random margins depend on it;
+        # statistics move a part of the way.
         self.part, self.parts = 0, 1
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
-        """`cosine`: [B], product of the unit embedding with its own class centre; `norm`: [B], lengths of the
-        embeddings; both differentiable. `counted`: bool [B], False where the label is -1: such faces have any finite
-        value and influence nothing. `step`: of the training, from 0; what is random derives from it.
+        """`cosine`: [B], product of the embedding, of length 1, with its own class centre; `norm`: [B], the length that
+        the embedding had; both differentiable. `counted`: bool [B], False where the label is -1: such faces get any
+        finite value and must influence nothing. `step`: of the run, from 0; what is random derives from it.
 
-        B is the whole batch, of all ranks, so that statistics are the same everywhere.
+        B are the faces of all ranks, so that statistics are the same on each.
         """
         raise NotImplementedError
 
     def others(self, cosine: Tensor, bar: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`cosine`: [B, n], products with a block of classes, to what is multiplied by the scale ([B, n]) and its slope
-        d value / d cosine ([B, n], None: 1 everywhere). The value is differentiable too, with the same result."""
+        """(values [B, n], to be multiplied by the scale for logits; their slopes d value / d cosine [B, n], None: 1).
+
+        `cosine`: [B, n], the products with a block of classes; `bar`: of the Targets. Autograd through the values gives
+        the slopes, too.
+        """
         value, slope = self.modulate(cosine, bar)
         if self.filter_above > 0:
             kept = cosine <= self.filter_above
@@ -63,10 +68,10 @@ class MarginLoss(nn.Module):
         return value, slope
 
     def modulate(self, cosine: Tensor, bar: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """`others` before the filter; most losses leave the other classes alone."""
+        """`others` before the filter. Most losses leave the other classes as they are."""
         del bar  # CurricularFace's
         return cosine, None
 
     def scaled(self, value: Tensor, bar: Tensor | None = None, penalty: Tensor | None = None) -> Targets:
-        """Targets with the fixed scale, `value` ([B]) taking the place of the own cosine."""
+        """Targets with the fixed scale: `value`, [B], times the scale is the logit of the own class."""
         return Targets(self.scale * value, value.new_full((), self.scale), bar, penalty)

@@ -1,4 +1,4 @@
-"""Training images that cannot be decoded: each is told once, and too many end the run."""
+"""Training images that cannot be decoded: each is reported once, and too many end the run."""
 
 import json
 from collections.abc import Sequence
@@ -8,23 +8,22 @@ from utils.progress import say
 from utils.ranks import Ranks
 from utils.training.run_folders import TrainingError
 
-#: Images one after another, all of them broken, that are no chance: they are gone.
+#: So many broken images in a row are no accident: the set is gone.
 _IN_A_ROW = 32
 
 
 class BrokenImages:
-    """Those that this rank came upon; `limit`: how many may be. A few batches with no good one among them are too many
-    in any case, and so is a whole epoch, `an_epoch` being the images of this rank in one: a small set can be gone
-    without as many as `limit`."""
+    """Counts the broken images of this rank. More than `limit` are too many, and so are whole batches of them in a row:
+    as many as `_IN_A_ROW`, or all of an epoch (`images_per_epoch`: of this rank), as in a small set that is gone."""
 
-    def __init__(self, limit: int, an_epoch: int, ranks: Ranks) -> None:
+    def __init__(self, limit: int, images_per_epoch: int, ranks: Ranks) -> None:
         self._limit, self._ranks = limit, ranks
-        self._longest = min(_IN_A_ROW, an_epoch)
+        self._longest = min(_IN_A_ROW, images_per_epoch)
         self._found: set[str] = set()
         self._row = 0
 
     def note(self, found: Sequence[str], faces: int) -> None:
-        """Say which images are broken of a batch of `faces`, what is said of each being in `found`."""
+        """Report the broken images of a batch of `faces`; `found`: a message for each of them."""
         for message in set(found) - self._found:
             say(f"left out: {message}")
         self._found.update(found)
@@ -36,7 +35,7 @@ class BrokenImages:
         return len(self._found) > self._limit or self._row >= self._longest
 
     def refuse(self) -> NoReturn:
-        """Raise TrainingError with those that any rank came upon. Waits for all ranks."""
+        """Raise TrainingError, with the broken images of all ranks. Waits for all ranks."""
         parts = [json.loads(text) for text in self._ranks.texts(json.dumps([self._row, list(self._found)]))]
         row = max(row for row, _ in parts)
         broken = {message for _, found in parts for message in found}

@@ -1,4 +1,4 @@
-"""A network's kernels as CUDA graphs: launched all at once, where a slow host would have the card wait for each."""
+"""A network's kernels as CUDA graphs, launched all at once: a slow host would let the card wait for each of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,11 +14,11 @@ from utils.training.run_folders import TrainingError
 
 
 class GraphedNetwork(nn.Module):
-    """`network`, in the mode that it is in. For inputs of the shape of `sample` both passes are replayed as they were
-    captured; others go through it as they are.
+    """`network`, in its present mode. For inputs of the shape of `sample` the captured forward and backward passes are
+    replayed; others go through the network itself.
 
-    Embeddings and gradients lie in memory of the graphs, which the next pass writes to: a step is one pass, and the
-    gradients are dropped, not zeroed, before the next. Raises what torch does about operations that no graph can have.
+    Embeddings and gradients lie in memory of the graphs, which the next pass overwrites: a step must be one pass, and
+    gradients are dropped, not zeroed, before the next. Raises torch's errors for operations that no graph can have.
     """
 
     def __init__(self, network: nn.Module, sample: Tensor, precision: torch.dtype) -> None:
@@ -39,7 +39,7 @@ class GraphedNetwork(nn.Module):
 
 
 class _Captured(nn.Module):
-    """What torch puts the replay into: the network itself stays callable."""
+    """torch replaces the forward of what it captures: of this, so that the network itself stays callable."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -50,8 +50,8 @@ class _Captured(nn.Module):
 
 
 def with_graph(network: nn.Module, sample: Tensor, precision: torch.dtype, say: Callable[[str], object]) -> nn.Module:
-    """`network` as a GraphedNetwork; itself, which is said, where that cannot be. `sample`: images [B, 3, H, W] as a
-    step has them; it stays in memory. Raises TrainingError where torch cannot go on after that."""
+    """`network` as a GraphedNetwork, or, with a line to `say`, itself if it cannot be captured. `sample`: the input
+    of a step, [B, 3, H, W], which stays in memory. Raises TrainingError where torch does not recover from a failure."""
     try:
         return GraphedNetwork(network, sample, precision)
     except Exception as error:  # what cannot be captured says so in many ways

@@ -1,4 +1,4 @@
-"""Steps whose loss explodes: seen before anything of them is saved, and left out where that helps."""
+"""Steps whose loss explodes: detected before a checkpoint is saved, and left out where that helps."""
 
 import math
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from utils.training.log import Noted
 from utils.training.run_folders import TrainingError
 
-#: How many steps may be left out because the loss exploded, among so many. With more, the batches are not at fault.
+#: So many steps may be left out among so many. If there are more, the batches are not to blame.
 MOST_SKIPPED, SKIPPED_AMONG = 20, 1000
 
 #: Steps in a row that may overflow in float16 while the gradient scaler lowers its scale.
@@ -16,8 +16,8 @@ MOST_OVERFLOWS = 20
 class ExplodedError(TrainingError):
     """The loss of `step` is not a number, or above its limit.
 
-    `lr`: the learning rate of the step; `norm`: that of its gradient; `listed`: the file in the run's folder that names
-    its images; `advise_skipping`: whether leaving out such batches is worth a word.
+    `lr`: the learning rate of the step; `norm`: its gradient norm; `listed`: the file in the run's folder that lists
+    its images; `advise_skipping`: whether to suggest --on-explosion skip.
     """
 
     def __init__(self, step: int, loss: float, norm: float, lr: float, listed: Path, advise_skipping: bool) -> None:
@@ -31,10 +31,10 @@ class ExplodedError(TrainingError):
 
 
 class ExplosionWatch:
-    """Watches the numbers of a run. `skipped`: the steps to leave out.
+    """Watches the losses and gradient norms of a run. `skipped`: the steps to leave out.
 
-    `loss_limit`: above it a loss has exploded. `overflows`: whether a gradient scaler skips steps whose gradients are
-    no numbers, and finds its scale by them.
+    `loss_limit`: above it a loss has exploded. `overflows`: whether there is a gradient scaler, which skips steps whose
+    gradients are not finite, and lowers its scale.
     """
 
     def __init__(self, loss_limit: float, overflows: bool) -> None:
@@ -42,7 +42,7 @@ class ExplosionWatch:
         self._limit, self._overflows, self._bad_in_a_row = loss_limit, overflows, 0
 
     def exploded(self, noted: Noted) -> tuple[int, float, float] | None:
-        """The first step of `noted` that exploded, its loss and its gradient's norm; None: all are well."""
+        """The first step of `noted` that exploded, its loss and gradient norm; None: there is none."""
         allowed = MOST_OVERFLOWS if self._overflows else 0
         for step, loss, norm in zip(noted.steps, noted.losses, noted.gradient_norms, strict=True):
             good = loss <= self._limit and math.isfinite(norm)

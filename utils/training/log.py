@@ -1,10 +1,10 @@
-"""The record of a run: TensorBoard, `metrics.jsonl` (one JSON object a line), and curves as PNG."""
+"""The log of a run: TensorBoard, `metrics.jsonl` (one JSON object a line), and curves as PNG."""
 
 import importlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -22,7 +22,7 @@ from utils.plots import draw_contact_sheet, draw_curves, tile
 from utils.training.metrics import METRICS, VERIFIED, read_metrics
 from utils.training.step import StepOutput
 
-#: Curves are drawn no more often than this, and in the end.
+#: Curves are drawn no more often than this, and at the end.
 SECONDS_BETWEEN_DRAWINGS = 60.0
 
 
@@ -35,11 +35,11 @@ def import_wandb() -> Any:
 
 
 class Noted(NamedTuple):
-    """What the steps since the last reading came to.
+    """The numbers of the steps since the last reading.
 
-    `means`: loss, accuracy (0..1), images/s, seconds, share of them that was spent waiting for data, gradient norm, and
-    on CUDA the peak memory in GiB. For each of `steps`: `losses`, `gradient_norms`. `distributions`: values of the last
-    step's faces.
+    `means`: loss, accuracy (0..1), gradient norm, images/s, seconds, the share of them spent waiting for data, and on
+    CUDA the peak memory in GiB. For each of `steps`: `losses`, `gradient_norms`. `distributions`: values for each face
+    of the last step.
     """
 
     means: dict[str, float]
@@ -50,7 +50,7 @@ class Noted(NamedTuple):
 
 
 class Meter:
-    """Collects steps. Their numbers stay on the device: only `read` makes the host wait for it."""
+    """Collects the numbers of steps, which stay on the device: only `read` makes the host wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -65,18 +65,18 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, step: int, output: StepOutput, images: int) -> None:
-        """Note what `step` came to, on `images` faces of all ranks."""
+        """Add the output of `step`, on `images` faces of all ranks."""
         self._steps.append(step)
         self._scalars.append(torch.stack((output.loss, output.correct, output.gradient_norm)))
         self._last, self._images = output, self._images + images
 
     def read(self) -> Noted | None:
-        """The steps since the last reading; None if there were none. Starts anew."""
+        """The steps since the last reading; None if there were none."""
         if self._last is None:
             return None
         scalars = torch.stack(self._scalars).cpu().double().numpy()  # waits for the device, so that the time is right
         seconds = time.perf_counter() - self._since
-        # In float16 a step may overflow, and is skipped: JSON has no numbers for that.
+        # Means of finite values: a step that overflows in float16 is skipped, and JSON has no NaN.
         names = ("train/loss", "train/accuracy", "train/gradient_norm")
         finite = [column[np.isfinite(column)] for column in scalars.T]
         means = {
@@ -97,7 +97,7 @@ class Meter:
         return noted
 
     def waiting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """`batches`, the time that they are waited for counted."""
+        """`batches`; the time spent waiting for them is measured."""
         iterator = iter(batches)
         while True:
             began = time.perf_counter()
@@ -109,19 +109,19 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the block no time passes."""
+        """The time within the block does not count."""
         began = time.perf_counter()
         yield
         self._since += time.perf_counter() - began
 
 
 class TrainingLog:
-    """Writes the record into `folder`; one that goes on from `step` first drops what was noted after it.
+    """Writes the log into `folder`. A run that goes on from `step` first drops what was logged after it.
 
-    `wandb`: project at Weights & Biases to log to as well; empty: none. Without `write` it does nothing, on ranks but
-    the first. A full disk stops it from nothing but drawing: what cannot be written is kept until it can, and `say` is
-    given a line for people. `verify_again`: the verification of `step` itself is dropped, too. Raises ValueError for a
-    `wandb` that is not installed.
+    `wandb`: project at Weights & Biases to log to as well; empty: none. Without `write`, for all ranks but the first,
+    it does nothing. When the disk is full, pictures are left out, the rest is kept in memory until it can be written,
+    and `say` is given a line for people. `verify_again`: the verification of `step` itself is dropped, too. Raises
+    ValueError if `wandb` is not installed.
     """
 
     def __init__(
@@ -134,34 +134,29 @@ class TrainingLog:
         verify_again: bool = False,
     ) -> None:
         self.folder, self._write, self._say = folder, write, say
-        self._open: ExitStack = ExitStack()
-        self._elsewhere: Any = None
+        self._files, self._open = ExitStack(), ExitStack()
+        self._wandb: Any = None
         self._drawn = time.monotonic()
         if not write:
             return
         if wandb:
-            self._elsewhere = import_wandb().init(
+            self._wandb = import_wandb().init(
                 project=wandb, name=folder.name, id=folder.name, resume="allow", dir=str(folder)
             )
-            self._open.callback(self._elsewhere.finish)
+            self._open.callback(self._wandb.finish)
         self.forget_after(step, verify_again)
 
     def forget_after(self, step: int, verify_again: bool = False) -> None:
-        """Drop what was noted after `step`, and with `verify_again` its verification; and go on from there."""
+        """Drop what was logged after `step`, and with `verify_again` its verification; and go on from there."""
         if not self._write:
             return
-        self._close_files()
+        self._files.close()
         if (self.folder / METRICS).exists():
             lines = [line for line in read_metrics(self.folder) if line["step"] <= step]
             kept = [line for line in lines if not (verify_again and line["step"] == step and _is_verification(line))]
             write_text_atomic(self.folder / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
-        self._metrics = AppendedFile(self.folder / METRICS, self._say)
-        self._board = Board(self.folder, step + 1 if step else 0, self._say)
-
-    def _close_files(self) -> None:
-        for name in ("_metrics", "_board"):
-            if hasattr(self, name):
-                getattr(self, name).close()
+        self._metrics = self._files.enter_context(closing(AppendedFile(self.folder / METRICS, self._say)))
+        self._board = self._files.enter_context(closing(Board(self.folder, step + 1 if step else 0, self._say)))
 
     def __enter__(self) -> Self:
         return self
@@ -169,22 +164,22 @@ class TrainingLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._close_files()
+        self._files.close()
         self.draw()
         self._open.close()
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Note `values`, e.g. {"train/loss": 12.3}, as of `step`."""
+        """Log `values` of `step`, such as {"train/loss": 12.3}."""
         if not self._write:
             return
         self._metrics.write((json.dumps({"step": step, **values}) + "\n").encode())
         for name, value in values.items():
             self._board.scalar(name, value, step)
-        if self._elsewhere is not None:
-            self._elsewhere.log(values, step=step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
     def distributions(self, step: int, values: dict[str, np.ndarray]) -> None:
-        """Note histograms of `values`, arrays that are left out when they are empty or not finite."""
+        """Log histograms of `values`, save for arrays that are empty or not finite."""
         for name, array in values.items():
             if self._write and array.size and np.isfinite(array).all():
                 self._board.histogram(name, array, step)
@@ -200,7 +195,7 @@ class TrainingLog:
             draw_contact_sheet(self.folder / "inputs.png", images, columns=8)
 
     def draw_now_and_then(self) -> None:
-        """`draw`, if the last drawing is long ago."""
+        """`draw`, if the last time is long enough ago."""
         if time.monotonic() - self._drawn > SECONDS_BETWEEN_DRAWINGS:
             self.draw()
             self._drawn = time.monotonic()
@@ -226,7 +221,7 @@ class TrainingLog:
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
-        """Pictures are made of what is kept elsewhere: one that cannot be written is said, and that is all."""
+        """A picture that cannot be written is reported, and no error: its numbers are in the log."""
         try:
             yield
         except OSError as error:
@@ -234,7 +229,7 @@ class TrainingLog:
 
 
 def _is_verification(line: dict[str, Any]) -> bool:
-    """Whether a line of metrics is of a verification, not of steps."""
+    """Whether a line of metrics is that of a verification, not of training steps."""
     return not any(name.startswith("train/") for name in line)
 
 

@@ -1,4 +1,4 @@
-"""How many faces fit into a forward and backward pass."""
+"""How many faces fit into memory in a forward and backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,12 +16,12 @@ LIMIT = "micro_batch.txt"
 
 
 def keep_limit(run: Path, faces: int) -> None:
-    """Let `run` go on with passes of so many faces at most. Any rank may do this, and each writes the same."""
+    """Limit the passes of `run` to so many faces from its next start on. Any rank may do this: all write the same."""
     write_text_atomic(run / LIMIT, f"{faces}\n")
 
 
 def kept_limit(run: Path) -> int | None:
-    """What `keep_limit` wrote, if anything. Raises ValueError, naming the file, when it is no number from 1 on."""
+    """What `keep_limit` wrote; None: nothing. Raises ValueError, naming the file, unless it is a number from 1 on."""
     path = run / LIMIT
     try:
         text = path.read_text(errors="replace")
@@ -50,10 +50,10 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
 
 
 def bytes_beside(faces: int, whole: int, image_size: int, network: nn.Module, head: Head, ranks: int) -> int:
-    """What a step takes in memory beside the network's pass of `faces`, of a batch of `whole` on each of `ranks`.
+    """The memory that a step needs beside the network's pass of `faces`, of a batch of `whole` on each of `ranks`.
 
-    The batch's inputs; a head's matrices of all faces by the classes that it computes at a time, about four; the
-    gradient of the centres, if there are several passes; the network's once more, if ranks exchange it.
+    That is the batch's inputs; about four matrices of the head, faces of all ranks x classes computed at a time; the
+    gradient of the centres, if there are several passes; a copy of the network's gradient, if ranks exchange it.
     """
     columns = getattr(head, "block", head.classes) * head.sub_centers
     floats = whole * 3 * image_size**2 + 4 * faces * ranks * columns
@@ -67,10 +67,10 @@ def bytes_beside(faces: int, whole: int, image_size: int, network: nn.Module, he
 def trial_pass(
     network: nn.Module, image_size: int, precision: torch.dtype, states: int, beside: Callable[[int], int] = lambda _: 0
 ) -> Callable[[int], None]:
-    """A forward and backward pass of a number of black faces, with `states` tensors in memory for every weight, and as
-    many bytes as `beside` says of that number.
+    """A function that makes a forward and backward pass of a number of grey faces, while memory is reserved for what a
+    step needs besides: `states` tensors for every weight, and `beside(faces)` bytes.
 
-    It leaves neither gradients nor statistics of norms behind.
+    It leaves gradients and the statistics of norms as they were.
     """
     parameters = list(network.parameters())
     device = parameters[0].device
@@ -94,7 +94,7 @@ def trial_pass(
 
 @contextmanager
 def statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Passes within leave the statistics of norms, and other buffers, as they were."""
+    """After the block the buffers of `network`, such as the statistics of norms, are as they were."""
     before: list[tuple[Tensor, Tensor]] = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""The folder of a run: a new one, or one to go on with, and its settings."""
+"""The folder of a run, new or to be resumed, and its settings."""
 
 import json
 import os
@@ -20,7 +20,7 @@ class TrainingError(ValueError):
 
 
 def run_folder(config: Config) -> Path:
-    """The folder of a new run, or of the one to go on with. A run that has no checkpoint yet may be started again."""
+    """The folder of a new run, or of the one to resume. A run that has no checkpoint yet may be started again."""
     run = _run_folder(config)
     if os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0" and not config.train.resume:
         warnings.warn(
@@ -75,7 +75,7 @@ def _new_folder(runs: Path, name: str) -> Path:
 
 
 def has_checkpoints(run: Path) -> bool:
-    """Whether a run has something to go on from, be it damaged."""
+    """Whether a run has checkpoints, damaged ones included."""
     folder = run / CHECKPOINTS
     return any(path for kind in ("step-*", "damaged-*") for path in folder.glob(kind))
 
@@ -86,8 +86,8 @@ def _begun(run: Path) -> bool:
 
 
 def saved_settings(settings: Settings) -> Settings:
-    """The settings of the run to resume, if there is one: those of its config.json, or, which is said, where that is
-    lost those of its newest checkpoint. Raises TrainingError when that has none: those of config.py may be others.
+    """The settings of the run to resume, {} if there is none: those of its config.json, or, with a warning, if that is
+    lost those of its newest checkpoint. Raises TrainingError when no checkpoint has them either.
     """
     resume = settings["train.resume"]
     run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
@@ -106,7 +106,7 @@ def saved_settings(settings: Settings) -> Settings:
 
 
 def _noted_settings(run: Path, lost: str) -> Settings:
-    """Those that the newest undamaged checkpoint has in its notes."""
+    """The settings in the newest undamaged checkpoint."""
     for checkpoint in reversed(checkpoint_folders(run / CHECKPOINTS)):
         try:
             notes = Saved(checkpoint).notes

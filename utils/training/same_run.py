@@ -1,4 +1,4 @@
-"""Whether a checkpoint, and the other processes, are of the run that this process is at."""
+"""Whether a checkpoint, and the other processes, belong to the same run as this process."""
 
 import json
 import zlib
@@ -14,24 +14,24 @@ from data.verification_bin import VerificationPairs
 from utils.settings import flatten, from_json
 from utils.training.run_folders import TrainingError
 
-#: Settings that decide which faces a step shows, and what a saved state is of.
+#: Settings that cannot change in a run: they decide which faces a step sees, and what tensors a checkpoint has.
 FIXED = (
     "train.batch_size", "train.seed", "train.optimizer", "data.order", "loss.sub_centers", "model.network",
     "model.embedding_size",
 )  # fmt: skip
 
-#: Settings that a run heeds at its start alone.
+#: Settings that have an effect at the start of a run only.
 AT_FIRST = ("train.init", "model.pretrained")
 
-#: Settings in which processes may differ: what is of a machine, and paths, of which the first one's hold, or whose
-#: content has to be the same.
+#: Settings in which processes may differ: those of the machine, paths for which the first process's are taken, and
+#: paths whose content is compared instead.
 OWN = (
     "common.runs", "common.workers", "data.root", "data.verification", "train.init", "train.name", "train.resume",
 )  # fmt: skip
 
 
 def set_facts(faces: FaceSet, verified: Sequence[VerificationPairs]) -> dict[str, str]:
-    """What the sets have in them that all processes have to have alike, by the setting that names them."""
+    """Descriptions of the sets, by setting, which have to be the same for all processes."""
     notes = set_notes(faces)
     sums = f"{notes['labels']:x}-{notes['identities']:x}-{sample_digest(faces, tolerant=True)[:8]}"
     tests = [f"{one.name} ({len(one.same):,} pairs, {sample_digest(PairImages(one))[:8]})" for one in verified]
@@ -42,8 +42,8 @@ def set_facts(faces: FaceSet, verified: Sequence[VerificationPairs]) -> dict[str
 
 
 def set_notes(faces: FaceSet) -> dict[str, int]:
-    """What a checkpoint notes of the training set: how many images there are, a checksum of their classes in order, and
-    one of the identities behind the classes."""
+    """What a checkpoint keeps of the training set: the number of images, a checksum of their labels in order, and one
+    of the names of the identities."""
     return {
         "images": len(faces.labels),
         "labels": zlib.crc32(faces.labels.astype("<i8").data),
@@ -62,14 +62,14 @@ def check_notes(notes: Mapping[str, Any], config: Config, faces: FaceSet, run: P
                 "start a new one, from its weights if you like (train.init)"
             )
     here = set_notes(faces)
-    # Before, notes were of the names in classes.csv, which have the paths of joined sets as they were spelled.
+    # Older versions took the checksum of the names in classes.csv, with the paths of joined sets as they were spelled.
     if notes["identities"] not in (here["identities"], _checksum(faces.identities)):
         raise TrainingError(
             f"data.root: {faces.path} does not have the identities that {run} began with (see also "
             "data.min_images): its class centres would be other people's. Start a new run, from its weights if you "
             "like (train.init)"
         )
-    # Checkpoints of older versions have no notes of the images and are believed.
+    # Checkpoints of older versions say nothing of the images, and are trusted.
     if notes.get("images", here["images"]) != here["images"]:
         found = f"has {here['images']:,} images, {run} began with {notes['images']:,} (see also data.min_images)"
     elif notes.get("labels", here["labels"]) != here["labels"]:
@@ -83,8 +83,7 @@ def check_notes(notes: Mapping[str, Any], config: Config, faces: FaceSet, run: P
 
 
 def unused_again(notes: Mapping[str, Any], config: Config, run: Path) -> list[str]:
-    """A line for each setting that differs from the `run`'s, and has no effect as it goes on from a checkpoint with
-    `notes`."""
+    """A line for each setting that was changed, but has no effect when the `run` goes on from a checkpoint."""
     before, now = from_json(json.dumps(notes["settings"])), flatten(config)
     why = f"{run} goes on from its checkpoint"
     return [f"{name} not used: {why}" for name in AT_FIRST if before.get(name, now[name]) != now[name]]

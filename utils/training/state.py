@@ -1,4 +1,4 @@
-"""All that a step of training changes, as tensors by name, to be saved and put back."""
+"""All that a step of training changes, as tensors by name, to be saved and restored."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,10 +14,11 @@ from utils.training.optimizers import start_momentum
 
 
 class TrainingState:
-    """The parts of a run. What is random in a step derives from seed and step, so that no generator is among them.
+    """Network, head, optimizer and moving average. There are no generators of random numbers: what is random in a step
+    derives from seed and step.
 
-    Names, beside the network's own: `average.*`, `head.*` and `optimizer.WEIGHT.*`. Class centres and their optimizer's
-    state, the head's rows, are spread over the ranks; all else is the same on each.
+    Names, beside the network's own: `average.*`, `head.*` and `optimizer.WEIGHT.*`. The class centres and their
+    optimizer state (`rows`) are spread over the ranks; all else is the same on each.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class TrainingState:
         return self.network.state_dict()
 
     def whole(self) -> dict[str, Tensor]:
-        """What is the same on all ranks, the network aside."""
+        """What is the same on all ranks, without the network."""
         tensors: dict[str, Tensor] = {}
         if self.average is not None:
             tensors |= {f"average.{name}": value for name, value in self.average.network.state_dict().items()}
@@ -44,18 +45,18 @@ class TrainingState:
         return tensors
 
     def rows(self) -> dict[str, Rows]:
-        """What every rank has a part of."""
+        """What is spread over the ranks."""
         k, held = self.head.sub_centers, self.head.held
         parts = {"weight": self.head.weight.detach()}
         parts |= zip(self.head.optimizer.states, self.head.optimizer_states(), strict=True)
         return {f"head.{name}": Rows(part, held.start * k, self.head.classes * k) for name, part in parts.items()}
 
     def restore(self, saved: Saved) -> None:
-        """Put back what any number of ranks saved. Raises CheckpointError when it is not that of these parts."""
+        """Restore what any number of ranks saved. Raises CheckpointError when it does not fit."""
         tensors = saved.whole() | {f"network.{name}": value for name, value in saved.backbone().items()}
         modules: list[tuple[str, nn.Module]] = [("network", self.network)]
         if self.average is not None:
-            # A run may go on with an average that it did not begin with; that starts from the weights.
+            # A run may go on with train.ema that began without: the average then starts from the weights.
             had_one = any(name.startswith("average.") for name in tensors)
             modules.append(("average" if had_one else "network", self.average.network))
         rows = self.rows()
@@ -82,11 +83,10 @@ class TrainingState:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": states, "param_groups": groups})
         _match_strides(self.optimizer)
-        start_momentum(self.optimizer)  # of parts that did not learn before
+        start_momentum(self.optimizer)  # of parts that were frozen before
 
     def _with_statistics(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`tensors`, with the loss's statistics as they are where those saved are another loss's: a run may go on with
-        a loss that it did not begin with."""
+        """`tensors` with the present loss's statistics in place of another's, with which the run may have begun."""
         own = {f"head.loss.{name}": value for name, value in self.head.loss.state_dict().items()}
         others = {name for name in tensors if name.startswith("head.loss.")} - own.keys()
         return own | {name: value for name, value in tensors.items() if name not in others}
