@@ -1,9 +1,9 @@
-"""The checkpoints of a run: written beside the training, whole or not there, and readable on any number of ranks.
+"""The checkpoints of a run: written in a thread while training goes on, atomic, and readable on any number of ranks.
 
-Unfinished ones lie in `.checkpoints.partial` beside the folder (utils/files.py). Each rank writes its own rows there
-and says so in a small file; when all have, the first writes the manifest and gives the folder its name. The ranks
-agree through these files alone: the group that training uses must not be used from a second thread. The folder has to
-be on a file system that all ranks see.
+Unfinished ones lie in `.checkpoints.partial` beside the folder (utils/files.py). Each rank writes its own rows there,
+and a small file that says so; when all have, the first rank writes the manifest and gives the folder its name. The
+ranks communicate through these files alone: the process group of the training must not be used from a second thread.
+All ranks have to see the folder.
 """
 
 import json
@@ -40,7 +40,7 @@ from utils.training.saved_checkpoints import (
 
 _OUTCOME = ".outcome.json"
 
-# The workers of a killed run keep its lock until they see that it is gone.
+# How long to wait for the lock: the workers of a killed run hold it until they notice that it is gone.
 _LOCK_SECONDS = 30.0
 
 _Found = TypeVar("_Found")
@@ -68,9 +68,9 @@ class _Save:
 
 
 class CheckpointStore:
-    """Saves and finds the checkpoints in a folder; one store at a time, on all ranks, has it.
+    """Saves and finds the checkpoints in a folder, which it locks: one run at a time may have it.
 
-    All ranks make it, call its methods in the same order and `finish` it; as a context manager it does that itself.
+    All ranks make one, call its methods in the same order, and `finish` it, which leaving its `with` block does.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class CheckpointStore:
         patience: float = 600.0,
         say: Callable[[str], object] = print,
     ) -> None:
-        """`keep`: how many to leave. `patience`: seconds without any progress after which a rank is taken for dead.
+        """`keep`: how many checkpoints to keep. `patience`: seconds without progress after which a rank counts as dead.
 
         `say` is given lines for people. Raises BusyError (OSError) when another run has the folder.
         """
@@ -93,7 +93,7 @@ class CheckpointStore:
         self._held = ExitStack()
         try:
             self._token = self._claim()
-        except BaseException:  # what was taken is let go of unless all ranks see it
+        except BaseException:  # another rank may have failed
             self._held.close()
             raise
         self._backbone, self._whole, self._rows = HostCopy(), HostCopy(), HostCopy()
@@ -114,11 +114,11 @@ class CheckpointStore:
     ) -> None:
         """Save `whole` (the same on all ranks; the first writes it), this rank's `rows`, and `notes` (JSON).
 
-        `backbone`, the same on all ranks too, gets a file that is of use by itself, with `about` in its metadata.
+        `backbone`, also the same on all ranks, gets a file of its own, useful by itself, with `about` as its metadata.
 
-        Returns once all is copied to host memory; from then on the tensors may change. A thread writes; a save before
-        it is waited for. If writing fails (OSError: a full disk, a dead rank) the checkpoints there are stay, the first
-        rank says so, and the next save tries again; with `wait`, which waits for the writing, it is raised.
+        Returns when all is copied to host memory: the tensors may change from then on. A thread writes, after an
+        earlier save is done. If it fails (OSError: a full disk, a dead rank), the first rank says so, the existing
+        checkpoints stay, and the next save tries again; with `wait`, for the writing to end, the error is raised.
         """
         self._join()
         if self._finished:
@@ -147,7 +147,7 @@ class CheckpointStore:
             for name, part in rows.items()
         }
         self._error = None
-        # Not a daemon: a process that ends by itself, in whatever way, ends after it.
+        # Not a daemon: Python waits for it before the process exits.
         self._writer = threading.Thread(
             target=self._write,
             args=(_Save(self._saves, step, working, noted, described, backbone is not None),),
@@ -179,13 +179,13 @@ class CheckpointStore:
             self.finish()
         except OSError:
             if error is None:
-                raise  # otherwise it was said, and the error that ends the block matters more
+                raise  # otherwise the error that ends the block matters more; this one was reported
 
     def newest(self) -> Saved | None:
-        """The newest whole checkpoint, every byte of it checked, the files shared out among ranks; None: there is none.
+        """The newest undamaged checkpoint; None: there is none. Every byte is checked, each rank taking some files.
 
-        Damaged ones that are newer are said, and renamed to `damaged-...` so that they are out of the way. Raises
-        CheckpointError for a checkpoint in the format of another version.
+        Newer ones that are damaged are reported, and renamed to `damaged-...`. Raises CheckpointError for a checkpoint
+        in the format of another version.
         """
         self._join()
         found = [path.name for path in reversed(checkpoint_folders(self._folder))]
@@ -216,7 +216,8 @@ class CheckpointStore:
         return saved
 
     def _claim(self) -> str:
-        """Take the folder and remove what a killed run left unfinished; returns a name of this store for all ranks."""
+        """Lock the folder and remove what a killed run left unfinished; returns a name of this store, the same on all
+        ranks."""
 
         def begin() -> str:
             if not self._ranks.first:
@@ -251,7 +252,7 @@ class CheckpointStore:
             self._writer = None
 
     def _write(self, save: _Save) -> None:
-        """What the thread does. Nobody sees its errors but through `_error`."""
+        """What the thread does. Its error, if any, is left in `_error`."""
         try:
             if self._ranks.first:
                 self._write_first(save)
@@ -267,7 +268,7 @@ class CheckpointStore:
                 )
 
     def _write_first(self, save: _Save) -> None:
-        """Write the first rank's part, and when all the others are there, make it a checkpoint."""
+        """Write the first rank's part, wait for the others', and publish the checkpoint."""
         error_text = None
         try:
             for left in self._partial.iterdir():
@@ -298,14 +299,14 @@ class CheckpointStore:
             self._prune()
         except Exception as error:
             error_text = str(error)
-            shutil.rmtree(save.working, ignore_errors=True)  # what stays is removed by the next save
+            shutil.rmtree(save.working, ignore_errors=True)  # the next save removes what is left
             raise
         finally:
             if self._ranks.size > 1:
                 _put(self._folder / _OUTCOME, {"token": self._token, "number": save.number, "error": error_text})
 
     def _write_shard(self, save: _Save) -> None:
-        """Write this rank's rows, and then the record that they are there, or why not."""
+        """Write this rank's rows, and then a record of them, or of the error."""
         path = save.working / shard_name(self._ranks.rank, self._ranks.size)
         record: dict[str, Any]
         try:
@@ -314,7 +315,7 @@ class CheckpointStore:
         except OSError as error:
             path.unlink(missing_ok=True)
             record = {"error": f"rank {self._ranks.rank}: {error}"}
-        with suppress(FileNotFoundError):  # the first has given up and removed the folder: its outcome says why
+        with suppress(FileNotFoundError):  # the first rank gave up and removed the folder: its outcome says why
             _put(self._record(save, self._ranks.rank), record)
 
     def _record(self, save: _Save, rank: int) -> Path:
@@ -330,7 +331,7 @@ class CheckpointStore:
         return records if len(records) == len(paths) else None
 
     def _heed_outcome(self, save: _Save) -> None:
-        """Wait for what the first rank says of the save. Raises OSError when it failed."""
+        """Wait for the first rank to finish the save. Raises OSError if it failed."""
 
         def outcome() -> dict[str, Any] | None:
             with suppress(FileNotFoundError):
@@ -357,7 +358,7 @@ class CheckpointStore:
 
 
 def _await(what: str, probe: Callable[[], _Found | None], growing: Path | None, patience: float) -> _Found:
-    """What `probe` finds in the end. Raises TimeoutError when for `patience` seconds no file in `growing` grew."""
+    """Wait until `probe` returns something. Raises TimeoutError when for `patience` seconds no file in `growing` grew."""
     pause, size, deadline = 0.002, -1, time.monotonic() + patience
     while (found := probe()) is None:
         if growing and (now := _bytes_in(growing)) != size:
@@ -370,7 +371,7 @@ def _await(what: str, probe: Callable[[], _Found | None], growing: Path | None, 
 
 
 def _joined(rows: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """The manifest's entry for each matrix. Raises ValueError when the ranks' parts do not make one up."""
+    """The manifest's entry for each matrix. Raises ValueError unless the ranks' rows add up to it."""
     entries = {}
     for name in sorted(set().union(*rows)):
         parts = [part[name] for part in rows if name in part]
@@ -385,7 +386,7 @@ def _joined(rows: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
 
 
 def _put(path: Path, content: dict[str, Any]) -> None:
-    """Write a small file that others read as soon as it is there."""
+    """Write a small file, atomically: others read it as soon as it is there."""
     new = path.with_name(f"{path.name}.new")
     new.write_text(json.dumps(content))
     new.replace(path)

@@ -1,7 +1,7 @@
-"""Tensors copied to host memory as fast as the device allows, and written from there as a safetensors file.
+"""Tensors copied to pinned host memory, and written from there as a safetensors file.
 
-The file is what safetensors' own `save_file` makes of the same tensors, without its second copy in memory, and its
-checksum is computed on the way. Format: https://github.com/huggingface/safetensors (8 bytes length, JSON, data).
+The file is the one that safetensors' `save_file` writes, but without its second copy in memory, and with a checksum
+computed on the way. Format: https://github.com/huggingface/safetensors (8 bytes length, JSON, data).
 """
 
 import json
@@ -52,9 +52,9 @@ class HostCopy:
         self._bytes = 0
 
     def take(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-        """Copy `tensors`, of any strides, in place of those before. On CUDA they are there after `wait_for_copies`.
+        """Copy `tensors`, of any strides, over those before. Copies from CUDA are complete after `wait_for_copies`.
 
-        `metadata` is what the file will say of them. Raises ValueError for a dtype that safetensors does not have.
+        `metadata`: that of the file. Raises ValueError for a dtype that safetensors does not have.
         """
         for name, tensor in tensors.items():
             if tensor.dtype not in DTYPES:
@@ -101,7 +101,7 @@ class HostCopy:
             missing -= CHUNK_BYTES
 
     def _places(self) -> Iterator[Tensor]:
-        """The memory that the tensors take, in order."""
+        """The used part of each chunk, in order."""
         left = self._bytes
         for chunk in self._chunks:
             if not left:
@@ -111,7 +111,7 @@ class HostCopy:
 
 
 def wait_for_copies(tensors: Iterable[Tensor]) -> None:
-    """Wait until what `HostCopy.take` took of `tensors` is in host memory."""
+    """Wait until the copies that `HostCopy.take` began are complete."""
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.current_stream(device).synchronize()
 

@@ -1,4 +1,4 @@
-"""Checkpoints on the disk: their layout, what proves them whole, and tensors out of them for any number of ranks.
+"""Checkpoints on the disk: their layout, their checksums, and how any number of ranks read tensors from them.
 
 step-000001234/manifest.json                    what is in it; size and CRC-32 of each file
                backbone.safetensors             the network alone, of use by itself
@@ -55,7 +55,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 def free_name(folder: Path, step: int) -> Path:
-    """Where to put a checkpoint of `step`: no other has the name, and of this step it is the newest."""
+    """A free name for a checkpoint of `step`, the last of this step in order."""
     same_step = [path for path in checkpoint_folders(folder) if step_of(path) == step]
     if not same_step:
         return folder / f"step-{step:09}"
@@ -63,7 +63,7 @@ def free_name(folder: Path, step: int) -> Path:
 
 
 def _step_and_time(checkpoint: Path) -> tuple[int, int]:
-    """The step, and the how many-th save of that step it is, from 1."""
+    """(step, number of the save among those of that step, from 1)."""
     _, step, *time = checkpoint.name.split("-")
     return int(step), int(time[0]) if time else 1
 
@@ -98,7 +98,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 class Saved:
-    """One checkpoint. `step`; `notes`: what was noted with it, as JSON gives it back; `ranks`: how many wrote it."""
+    """A checkpoint. `step`; `notes`: those given to `CheckpointStore.save`; `ranks`: how many wrote it."""
 
     def __init__(self, folder: Path) -> None:
         """Read the manifest only. Raises DamagedError; CheckpointError for the format of another version."""
