@@ -54,40 +54,13 @@ class OnnxEmbedder(FaceEmbedder):
         colour: str = "auto",
         image_size: int = 112,
     ) -> None:
-        try:
-            import onnx
-            import onnxruntime
-        except ImportError as error:
-            raise CheckpointError(
-                f"{path}: ONNX models need two more packages: pip install onnx onnxruntime (onnxruntime-gpu for CUDA)"
-            ) from error
-        try:
-            model = onnx.load(path, load_external_data=False)
-        except Exception as error:  # protobuf's own exception types differ between its versions
-            raise CheckpointError(f"{path} is no ONNX model: {error}") from None
-        beside = sorted({entry.value for tensor in model.graph.initializer for entry in tensor.external_data
-                         if entry.key == "location"})  # fmt: skip
-        for name in beside:
-            if not (path.parent / name).is_file():  # a device has no end
-                raise CheckpointError(f"{path}: its weights are in {name!r}, which is no file there: copy that, too")
-        providers: list[Any] = ["CPUExecutionProvider"]
-        if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-            providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))  # scores are quoted in float32
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), providers=providers)
-        except Exception as error:  # onnxruntime's own exception types have no common base
-            raise CheckpointError(f"onnxruntime cannot run {path}: {error}") from None
-        entries = self._session.get_inputs()
-        if [entry.type for entry in entries] not in (["tensor(float)"], ["tensor(float16)"]):
-            found = ", ".join(f"{entry.name}: {entry.type}" for entry in entries) or "nothing"
-            raise CheckpointError(f"{path} takes {found}: expected one input of float32 or float16, the faces")
-        (entry,) = entries
+        model, beside = _read(path)
+        self._session, self._quiet = _open_session(path, device)
+        (entry,) = self._session.get_inputs()
         self._entry, self._dtype = entry.name, np.float16 if entry.type == "tensor(float16)" else np.float32
         height, width, self._channels_last = _input_size(path, entry.shape, image_size)
         self.image_size = height
         self._fixed_batch = entry.shape[0] if isinstance(entry.shape[0], int) else None
-        self._quiet = onnxruntime.RunOptions()  # what fails is raised, and need not be on the screen as well
-        self._quiet.log_severity_level = 4
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.inputs = _input_spec(path, metadata, model.graph, self._entry, normalisation, colour)
         if width < height:
@@ -149,6 +122,47 @@ class OnnxEmbedder(FaceEmbedder):
                 "each: is it a detector?"
             )
         return output[:count]
+
+
+def _read(path: Path) -> tuple["onnx.ModelProto", list[str]]:
+    """The model without its weights, and the names of the files beside it that hold some of them."""
+    try:
+        import onnx
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path}: ONNX models need two more packages: pip install onnx onnxruntime (onnxruntime-gpu for CUDA)"
+        ) from error
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's own exception types differ between its versions
+        raise CheckpointError(f"{path} is no ONNX model: {error}") from None
+    external = [entry for tensor in model.graph.initializer for entry in tensor.external_data]
+    beside = sorted({entry.value for entry in external if entry.key == "location"})
+    for name in beside:
+        if not (path.parent / name).is_file():  # a device has no end
+            raise CheckpointError(f"{path}: its weights are in {name!r}, which is no file there: copy that, too")
+    return model, beside
+
+
+def _open_session(path: Path, device: torch.device) -> tuple[Any, Any]:
+    """(an onnxruntime session that has one input, the faces; the options of its runs)."""
+    import onnxruntime
+
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device.type == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": 0}))  # scores are quoted in float32
+    try:
+        session = onnxruntime.InferenceSession(str(path), providers=providers)
+    except Exception as error:  # onnxruntime's own exception types have no common base
+        raise CheckpointError(f"onnxruntime cannot run {path}: {error}") from None
+    entries = session.get_inputs()
+    if [entry.type for entry in entries] not in (["tensor(float)"], ["tensor(float16)"]):
+        found = ", ".join(f"{entry.name}: {entry.type}" for entry in entries) or "nothing"
+        raise CheckpointError(f"{path} takes {found}: expected one input of float32 or float16, the faces")
+    quiet = onnxruntime.RunOptions()  # errors are raised, and need not be on the screen as well
+    quiet.log_severity_level = 4
+    return session, quiet
 
 
 def _input_size(path: Path, shape: list[Any], image_size: int) -> tuple[int, int, bool]:

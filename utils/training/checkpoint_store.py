@@ -358,7 +358,7 @@ class CheckpointStore:
 
 
 def _await(what: str, probe: Callable[[], _Found | None], growing: Path | None, patience: float) -> _Found:
-    """Wait until `probe` returns something. Raises TimeoutError when for `patience` seconds no file in `growing` grew."""
+    """Wait until `probe` finds something. Raises TimeoutError when for `patience` seconds no file in `growing` grew."""
     pause, size, deadline = 0.002, -1, time.monotonic() + patience
     while (found := probe()) is None:
         if growing and (now := _bytes_in(growing)) != size:
