@@ -1,4 +1,4 @@
-"""What a network expects of a face: its colour order, its scale, the part of the picture that it looks at."""
+"""The input that a network expects: colour order, normalisation, and crop."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -28,7 +28,7 @@ class InputSpec:
                 raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}")
 
     def chosen(self, normalisation: str = "auto", colour: str = "auto") -> "InputSpec":
-        """The same, with what is not `auto` as it says. Raises ValueError for what there is not."""
+        """A copy with the given values in place, where they are not `auto`. Raises ValueError for unknown ones."""
         said: dict[str, Any] = {"normalisation": normalisation, "colour": colour}
         return replace(self, **{name: value for name, value in said.items() if value != "auto"})
 

@@ -1,4 +1,4 @@
-"""Activation checkpointing: blocks that keep their input alone and compute the rest anew in the backward pass."""
+"""Activation checkpointing: blocks keep only their input, and recompute their activations in the backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_blocks(network: nn.Module) -> int:
-    """Make every block of `network` that says so (`recomputable = True`) keep its input alone; returns how many do.
+    """Checkpoint the activations of all blocks of `network` that are `recomputable = True`; returns how many they are.
 
     Outputs, gradients and the statistics of norms are the same as before. Raises ValueError for a network without such
     blocks.
@@ -28,26 +28,26 @@ def recompute_blocks(network: nn.Module) -> int:
 
 
 def recomputes(network: nn.Module) -> bool:
-    """Whether `recompute_blocks` has been at work in `network`."""
+    """Whether `network` has blocks that `recompute_blocks` changed."""
     return any(isinstance(vars(module).get("forward"), partial) for module in network.modules())
 
 
 def _forward(block: nn.Module, forward: Callable[..., Tensor], *inputs: Any, **options: Any) -> Any:
     if not (block.training and torch.is_grad_enabled()):
         return forward(*inputs, **options)
-    if torch.compiler.is_compiling():  # what the compiler computes anew has no side effects
+    if torch.compiler.is_compiling():  # what the compiler recomputes has no side effects
         return checkpoint(forward, *inputs, use_reentrant=False, **options)
     return checkpoint(forward, *inputs, use_reentrant=False, context_fn=partial(_contexts, block), **options)
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager, AbstractContextManager]:
-    """Of the first pass, and of the second."""
+    """The contexts of the forward pass and of the recomputation."""
     return nullcontext(), _statistics_kept(block)
 
 
 @contextmanager
 def _statistics_kept(block: nn.Module) -> Iterator[None]:
-    """Batch norms in training take in each batch once, however often it is computed."""
+    """Batch norms do not update their running statistics in the block: the forward pass did."""
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm, (_, count) in zip(norms, before, strict=True):

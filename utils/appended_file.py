@@ -1,11 +1,11 @@
-"""A file that grows, and whose writer a full disk does not stop."""
+"""A file to append to that survives a full disk."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 
 class AppendedFile:
-    """Bytes appended to a file at once. What cannot be written waits in memory, and is tried again with the next.
+    """Appends bytes to a file, unbuffered. What cannot be written is kept in memory and tried again at the next write.
 
     `say` is given a line for people when that begins, when all is written, and when something is lost in the end.
     """

@@ -1,4 +1,4 @@
-"""What numpy has another way for than very long arrays want."""
+"""Operations on very long arrays that are faster than numpy's own."""
 
 import numpy as np
 from numpy.typing import NDArray

@@ -1,6 +1,6 @@
-"""What TensorBoard shows, in a file that a full disk does not stop: torch's own writer dies of it, in a thread.
+"""A writer of TensorBoard's event files that survives a full disk, of which torch's own dies, in a thread.
 
-That writer also imports TensorFlow where there is one, for nothing that is needed here.
+torch's also imports TensorFlow where there is one, which is not needed here.
 """
 
 import os

@@ -54,9 +54,8 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
 
 
 def set_float32_products(name: str, device: torch.device) -> None:
-    """How `device` multiplies float32 numbers from here on, convolutions and matrix products alike, by the setting
-    `train.precision`: `tf32` rounds factors to 10 bits, all others do not. Without this torch rounds those of
-    convolutions alone. A CPU is left as it is.
+    """Let convolutions and matrix products of float32 numbers use TF32, whose factors have 10 bits, on `device` or not:
+    the former for the setting train.precision `tf32`. torch's default is TF32 for convolutions only.
 
     Raises ValueError for `tf32` where there is none: before Ampere, and on the CPU.
     """
@@ -91,9 +90,9 @@ def describe_device(device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> torch.autocast:
-    """Compute in `precision` where it is enough, everywhere if it is float32.
+    """Autocast to `precision`; none if that is float32.
 
-    Rounded weights are not kept for another use: there is none, and what is captured as a CUDA graph must not.
+    Weights in `precision` are not cached: each is used once a step, and a CUDA graph must not capture a cached one.
     """
     return torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
 

@@ -1,4 +1,4 @@
-"""One HTML file that people can send around: text, tables and pictures, nothing loaded from elsewhere."""
+"""A report as a single HTML file, with its tables and pictures inside."""
 
 import base64
 from collections.abc import Iterable, Sequence

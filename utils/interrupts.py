@@ -1,4 +1,4 @@
-"""Ctrl-C, and the signals of schedulers, as a request to stop at the next safe point."""
+"""Ctrl-C and the signals of schedulers, taken as a request to stop at the next safe point."""
 
 import os
 import signal
@@ -13,8 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run stopped where it was asked to; `exit_code` tells whoever started the process why: 128 and the signal's
-    number, which shells and schedulers take for an end by it."""
+    """The run stopped because of a signal. `exit_code`: 128 + the signal's number, as shells and schedulers expect."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""How many processes to use, and work spread over them."""
+"""Worker processes: how many to use, and maps over them."""
 
 import errno
 import multiprocessing
@@ -17,11 +17,11 @@ ITEMS_PER_WORKER = 4
 
 
 class WorkerError(OSError):
-    """A worker process ended without an answer, could not be started, or its answer cannot be told as it was."""
+    """A worker process died, could not be started, or raised an error that cannot be pickled."""
 
 
 def cause_of_death(exit_codes: Iterable[int | None]) -> str:
-    """What the exit codes of worker processes, of which one died, say about the reason."""
+    """Why a worker process died, judged by the exit codes of all."""
     if hasattr(signal, "SIGBUS") and -signal.SIGBUS in exit_codes:
         return (
             "a worker process died of a bus error: a file could not be read (disk error?), or changed while in use, or "
@@ -32,7 +32,7 @@ def cause_of_death(exit_codes: Iterable[int | None]) -> str:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """WorkerError when the block cannot start worker processes for want of memory, or as no more of them may be."""
+    """WorkerError when worker processes cannot be started in the block: no memory, or too many processes."""
     try:
         yield
     except OSError as error:
@@ -123,8 +123,8 @@ def _executor(workers: int, initialise: Callable[..., None], arguments: tuple) -
 
 
 def _answer(function: Callable[[Any], Any], item: Any) -> Any:
-    """`function(item)` in a worker. An error that would not survive the way back, and would look like a worker's death,
-    is a WorkerError with its message."""
+    """`function(item)` in a worker. An error that cannot be pickled, which would look like a worker's death, becomes a
+    WorkerError with its message."""
     try:
         return function(item)
     except Exception as error:
@@ -136,7 +136,7 @@ def _answer(function: Callable[[Any], Any], item: Any) -> Any:
 
 
 def _start_worker(initialise: Callable[..., None], *arguments: Any) -> None:
-    """End with the program, also a killed one, and not by Ctrl-C, which the program answers for all."""
+    """Make the worker end when the main process does, even by a kill, and ignore Ctrl-C, which that handles."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     signal.signal(signal.SIGINT, signal.SIG_IGN)

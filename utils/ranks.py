@@ -25,8 +25,7 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sc
 
 _Result = TypeVar("_Result")
 
-
-# What gloo, nccl and the sockets of torch say when the process at the other end is gone.
+# Messages of gloo, nccl and torch's sockets when the process at the other end is gone.
 _GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
@@ -38,7 +37,7 @@ _OTHERS_END_AFTER = 30.0
 
 
 class OtherRankError(ValueError):
-    """Another rank cannot go on, so that this one cannot either; the message is the other's, and who it is."""
+    """Another rank failed, so this one cannot go on; the message says which, and why."""
 
 
 class UnlikeRanksError(ValueError):
@@ -50,14 +49,14 @@ class MeetingError(OSError):
 
 
 def share_of(total: int, rank: int, ranks: int) -> range:
-    """What one rank has of `total` things: consecutive ones, and of any two ranks one has at most one more."""
+    """One rank's share of `total` things: consecutive ones, as many as the others' or one more."""
     return range(total * rank // ranks, total * (rank + 1) // ranks)
 
 
 class Ranks:
     """This process among those that train together. `group`: a process group; None: this process trains alone.
 
-    No method makes the host wait for the device, save those that say so.
+    No method makes the host wait for the device, except those that say "Waits.".
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None) -> None:
@@ -67,7 +66,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that writes files and speaks."""
+        """Whether this is the rank that writes files and prints."""
         return self.rank == 0
 
     def gather(self, part: Tensor) -> Tensor:
@@ -137,10 +136,10 @@ class Ranks:
         return texts
 
     def together(self, function: Callable[[], _Result]) -> _Result:
-        """What `function`, called on every rank, gives here. It must not wait for other ranks. Waits.
+        """`function()`, called on every rank, which must not wait for other ranks. Waits.
 
-        If it fails on some rank, all fail: with their own error, or else with an OtherRankError. Without this a rank
-        that is alone in failing would leave the others waiting for it.
+        If it fails on some rank, all fail, with their own error or with an OtherRankError: the others would wait for
+        the one that failed.
         """
         if self.size == 1:
             return function()
@@ -159,9 +158,9 @@ class Ranks:
         return result
 
     def require_alike(self, facts: Callable[[], Mapping[str, Any]]) -> None:
-        """Raise UnlikeRanksError, on all ranks, unless `facts`, JSON by names for people, are the same on all. Waits.
+        """Raise UnlikeRanksError, on all ranks, unless `facts()`, JSON values by name, are the same on all. Waits.
 
-        Alone it does not even ask for them. They are found `together`.
+        A process that trains alone does not call `facts`.
         """
         if self.size == 1:
             return
@@ -192,13 +191,13 @@ class Ranks:
 
 @contextmanager
 def join_ranks(device: torch.device, patience: timedelta | None = None) -> Iterator[Ranks]:
-    """This process among those that torchrun started (by `WORLD_SIZE` and its kin), or alone.
+    """This process among those that torchrun started (environment variables `WORLD_SIZE` and so on), or alone.
 
-    About tensors on CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, about those on the host over
-    gloo: to agree about a number is to wait for the other processes, not for what the cards have still to do.
-    `patience`: how long they wait for one that still runs; None: as long as torch does, half an hour. Raises
-    MeetingError, and LostRanksError in place of what comes of another one's end. Where torchrun itself is killed, the
-    process gets SIGTERM: nobody would ever end it.
+    Tensors on CUDA are exchanged over nccl, each process having the card `LOCAL_RANK`, and tensors on the host over
+    gloo, so that agreeing on a number does not wait for the cards. `patience`: how long a process waits for another one
+    that still runs; None: torch's default, half an hour. Raises MeetingError, and LostRanksError in place of torch's
+    errors when another process ended. If torchrun itself is killed, the process gets SIGTERM: nothing else would end
+    it.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         _warn_of_copies()
@@ -243,7 +242,7 @@ def join_ranks(device: torch.device, patience: timedelta | None = None) -> Itera
 
 
 def _warn_of_copies() -> None:
-    """Warn when a launcher of programs, not torchrun, started several of this one, which know nothing of each other."""
+    """Warn when srun or mpirun, not torchrun, started several of this process, which know nothing of each other."""
     for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
         copies = os.environ.get(variable, "1")
         if copies != "1" and "WORLD_SIZE" not in os.environ:

@@ -1,4 +1,4 @@
-"""What every script does about errors: one line that says what is wrong, and no traceback for a user's mistake."""
+"""How every script ends: an error of the user is one line that says what is wrong, not a traceback."""
 
 import faulthandler
 import gc
@@ -14,35 +14,33 @@ from typing import NoReturn
 
 from utils.interrupts import Stopped
 
-# What a terminal takes for commands, or for the beginning of one.
+# Control characters, which a terminal may take for commands, and how they are printed.
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\t\n"}
-# Seconds that a process which is not the first of its machine waits before it says an error: as a rule the first says
+# Seconds that a process other than the first of its machine waits before it prints an error: as a rule the first prints
 # the same, and torchrun ends the others then.
 _FIRST_SPEAKS = 3.0
-# Seconds until a process that lost the others says so, unless torchrun has ended it: the cause is another one's to say.
+# Seconds after which a process that lost the others says so, unless torchrun ended it: another process has the cause.
 _ENDED_BY_THEN = 10.0
 
 
 class LostRanksError(OSError):
-    """Another rank ended in the middle of an exchange with this one, without a word to it."""
+    """Another rank ended in the middle of an exchange with this one."""
 
 
 def printable(text: str) -> str:
-    """`text` for the screen, control characters written out, an escape as `\\x1b`: names of files and identities are
-    other people's, and would be obeyed by the terminal, which could then hide what is said.
+    """`text` with control characters escaped, as `\\x1b`: in names of files and identities, which are other people's,
+    they could hide what is printed.
     """
     return text.translate(_CONTROLS)
 
 
 @contextmanager
 def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
-    """End the program with `script: message` for errors of input, files and settings, and for Ctrl-C; warnings are a
-    line each, too.
+    """End the program with `script: message` for ValueError, OSError and Ctrl-C; warnings become such a line, too.
 
-    `when_interrupted` says what an interrupted run left behind; an interrupt's own message comes before it.
+    `when_interrupted`: what an interrupted run leaves behind, printed if the interrupt has no message of its own.
     Errors of other kinds are faults of the program and keep their traceback. One of several ranks ends without waiting
-    for the others, so that torchrun ends them, which may wait for it; what all of them have to say the first on each
-    machine says.
+    for the others, so that torchrun ends them, which may wait for it; the first on each machine prints the error.
     """
     _open_closed_streams()
     # In a log file, too, a line should appear when it is printed; and a name that the screen has no letters for is no
@@ -97,9 +95,9 @@ def _exit(status: int | str) -> NoReturn:
 
 
 def let_the_first_speak(lost: bool = False) -> None:
-    """Before an error is said by one of several processes: wait until torchrun had the time to end it, unless it is the
-    first of its machine and has not `lost` the others. So what all have to say is said once a machine, and what only
-    follows from another one's end is not said at all.
+    """Called before one of several processes prints an error: wait long enough for torchrun to end it, unless it is the
+    first of its machine and has not `lost` the others. So an error that all have is printed once a machine, and one
+    that only follows from the end of another process is not printed at all.
     """
     if not _one_of_several() or (os.environ.get("LOCAL_RANK", "0") == "0" and not lost):
         return
@@ -112,12 +110,11 @@ def _one_of_several() -> bool:
 
 
 def end_rank(status: int = 0) -> None:
-    """Nothing is left to be done: end this process here, with `status`, if it is one of several that torchrun started.
+    """Call this last: it ends the process here, with `status`, if it is one of several that torchrun started.
 
-    Taking the interpreter down would be a risk: a thread of torch's that talks to other ranks may then let go of its
-    last tensor, which aborts the process, and torchrun takes a run that is complete for a failed one (PyTorch's issue
-    190489). One that is alone ends as any other, but does not search torch's million objects for garbage, which takes
-    half a second.
+    In a normal exit of the interpreter a thread of torch's may free its last tensor, which aborts the process, and
+    torchrun takes the complete run for a failed one (PyTorch's issue 190489). A process that is alone exits normally,
+    but without collecting torch's million objects as garbage, which takes half a second.
     """
     if _one_of_several():
         sys.stdout.flush()

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 class WeightAverage:
     """average = decay x average + (1 - decay) x weights after every step.
 
-    `network`: the average, a copy of the network in eval mode, on its device and laid out like it; verify and save this
-    one, and its state dict is all there is to go on with. Floating-point buffers (the statistics of norms) are averaged
-    as weights are, others are copied.
+    `network`: the average, a copy of the network in eval mode, to be verified and saved; its state dict is all there is
+    to save. Floating-point buffers (the statistics of norms) are averaged like weights, others are copied.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -24,10 +23,10 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Take in the weights that `step`, counted from 0, has led to.
+        """Update the average with the weights after `step`, counted from 0.
 
-        The decay is at most (1 + step) / (10 + step), so that initial weights are soon forgotten. It depends on nothing
-        but the step, so that a resumed run goes on alike, and nothing waits for the device.
+        The decay is at most (1 + step) / (10 + step), so that initial weights are soon forgotten. It depends on the
+        step alone, so that a resumed run is the same.
         """
         decay = min(self.decay, (1 + step) / (10 + step))
         own, new = _tensors(self.network), _tensors(network)

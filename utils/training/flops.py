@@ -1,4 +1,4 @@
-"""How much arithmetic a network does, and how much a device can."""
+"""Floating-point operations of a network, and how many a second a device reaches."""
 
 import time
 
@@ -30,7 +30,7 @@ def quick_matmul_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int = 4096, repeats: int = 20) -> float:
-    """What `device` reaches in products of square matrices of `size` rows: the measure of what a network could."""
+    """What `device` reaches in products of square matrices of `size` rows, which MFU is measured by."""
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")

@@ -1,4 +1,4 @@
-"""The last table of a run: where it began, where it ended, its best, and what the time went to."""
+"""The table that a run ends with: first, last and best values, and what the time was spent on."""
 
 import math
 from pathlib import Path
@@ -10,7 +10,7 @@ from utils.training.run_folders import CHECKPOINTS
 
 
 def summarise(folder: Path) -> str:
-    """What `metrics.jsonl` in `folder` comes to, as a table for the screen.
+    """A summary of `metrics.jsonl` in `folder`, as a table for the screen.
 
     Rates and shares of the time are those of all sessions of a run that was resumed; verifications count once each.
     """
