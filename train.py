@@ -13,7 +13,6 @@ TensorBoard record, and pictures of inputs, loss and accuracy.
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
@@ -37,7 +36,7 @@ from utils.interrupts import Stopped, catch_interrupt
 from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
-from utils.scripts import end_rank, readable_errors
+from utils.scripts import end_rank, is_first, readable_errors
 from utils.settings import describe, flatten, parse_settings, to_json
 from utils.training.broken_images import BrokenImages
 from utils.training.build_parts import build_head, build_network, build_schedule, unused_here
@@ -471,14 +470,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_settings(
             Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings, reads=READS["train"]
         )
-        if os.environ.get("RANK", "0") == "0":
+        if is_first():
             print(describe(config, ("train", "common", "data", "model", "loss", "test")))
         try:
             run = train(config)
         except torch.OutOfMemoryError as error:
             advice, *_ = getattr(error, "__notes__", ["Lower train.micro_batch, or train.batch_size"])
             raise TrainingError(f"{str(error).split('. ')[0]}. {advice}") from None
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {quote(str(run))}")
 
 

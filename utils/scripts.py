@@ -94,6 +94,11 @@ def _exit(status: int | str) -> NoReturn:
     sys.exit(status)
 
 
+def is_first() -> bool:
+    """Whether this process is alone, or the first of several that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def let_the_first_speak(lost: bool = False) -> None:
     """Called before one of several processes prints an error: wait long enough for torchrun to end it, unless it is the
     first of its machine and has not `lost` the others. So an error that all have is printed once a machine, and one

@@ -11,7 +11,6 @@ import ast
 import inspect
 import json
 import math
-import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from utils.flag_names import Several, what_was_meant
-from utils.scripts import let_the_first_speak
+from utils.scripts import is_first, let_the_first_speak
 
 Settings = Mapping[str, Any]
 C = TypeVar("C")
@@ -117,7 +116,7 @@ def parse_settings(
         config = build(config_class, {**start, **chosen})
     except ConfigError as error:
         parser.error(str(error))
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         changed = {name for name, value in chosen.items() if start[name] != value}
         for line in (*_unread(changed & flags.keys(), reads, parser.prog), *_without_effect(config, changed, reads)):
             warnings.warn(line, stacklevel=2)

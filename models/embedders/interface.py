@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any, Protocol, cast, overload
@@ -30,6 +30,7 @@ class Embedder(Protocol):
     device: torch.device
 
     @property
+    @abstractmethod
     def fingerprint(self) -> str:
         """A digest of the weights and of all else that decides the numbers (input, precision, network), the device
         excepted: the same for the same embeddings, up to rounding."""
@@ -46,18 +47,8 @@ class Embedder(Protocol):
     def embed(self, faces: np.ndarray | Sequence[np.ndarray], mirror: bool = True) -> np.ndarray: ...
 
 
-class FaceEmbedder(ABC):
-    """An embedder that lacks nothing but the forward pass."""
-
-    name: str
-    runs_on: str
-    image_size: int
-    device: torch.device
-
-    @property
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """A digest of all that decides the numbers; see Embedder."""
+class FaceEmbedder(Embedder):
+    """An Embedder that lacks nothing but `fingerprint` and the forward pass."""
 
     @abstractmethod
     def _forward(self, faces: Tensor, mirror: bool) -> Tensor:

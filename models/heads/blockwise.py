@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.heads.block_steps import EPS, Block, BlockMaths
-from models.heads.classes import initial_centres
 from models.heads.fused_steps import FusedMaths, can_fuse
 from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
 from models.heads.row_optimizers import RowOptimizer
@@ -68,9 +67,7 @@ class BlockwiseHead(Head):
     ) -> None:
         ranks = ranks or Ranks()
         held = share_of(classes, ranks.rank, ranks.size)
-        if centres is None:
-            centres = initial_centres(held, sub_centers, embedding_size, seed)
-        super().__init__(loss, classes, held, centres, optimizer, sub_centers)
+        super().__init__(loss, classes, held, embedding_size, optimizer, sub_centers, seed, centres)
         self.batch_size, self.block, self.ranks, self.seed = batch_size, block, ranks, seed
         self.sample_rate, self.fused, self.forward_block = sample_rate, fused, block
         self.maths = BlockMaths(loss, sub_centers, matmul, optimizer)

@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.heads.classes import initial_centres
 from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
 from models.heads.row_optimizers import RowOptimizer
 from models.losses import MarginLoss
@@ -23,9 +22,7 @@ class DenseHead(Head):
         seed: int = 0,
         centres: Tensor | None = None,
     ) -> None:
-        if centres is None:
-            centres = initial_centres(range(classes), sub_centers, embedding_size, seed)
-        super().__init__(loss, classes, range(classes), centres, optimizer, sub_centers)
+        super().__init__(loss, classes, range(classes), embedding_size, optimizer, sub_centers, seed, centres)
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
         # Cosines decide at the third digit once multiplied by s = 64: float32 throughout.

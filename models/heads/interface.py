@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.heads.classes import initial_centres
 from models.heads.row_optimizers import RowOptimizer
 from models.losses import MarginLoss, Targets
 
@@ -36,10 +37,13 @@ class Head(nn.Module):
         loss: MarginLoss,
         classes: int,
         held: range,
-        centres: Tensor,
+        embedding_size: int,
         optimizer: RowOptimizer,
         sub_centers: int,
+        seed: int,
+        centres: Tensor | None,
     ) -> None:
+        """`centres`: the initial ones; None: drawn from `seed`."""
         super().__init__()
         if classes < 2:
             raise ValueError(f"a margin softmax needs two classes or more, got {classes}")
@@ -48,6 +52,8 @@ class Head(nn.Module):
         self.lr = 0.0  # learning rate of the coming step, as in an optimizer's param_groups
         self.batch_size = 0  # faces of one rank in the coming pass at most, where ranks have to agree about it
         self.fused = False  # whether `backward` may update the centres at once, `update` finding nothing left to do
+        if centres is None:
+            centres = initial_centres(held, sub_centers, embedding_size, seed)
         self.weight = nn.Parameter(centres)
         for name in optimizer.states:
             self.register_buffer(name, torch.zeros_like(centres))

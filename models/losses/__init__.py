@@ -9,29 +9,11 @@ from models.losses.combined import CombinedMargin
 from models.losses.cosface import CosFace
 from models.losses.curricularface import CurricularFace
 from models.losses.elasticface import ElasticArc, ElasticCos
-from models.losses.interface import MarginLoss, Targets
+from models.losses.interface import MarginLoss
+from models.losses.interface import Targets as Targets
 from models.losses.magface import MagFace
 from models.losses.softmax import NormFace, Softmax
 from models.losses.sphereface import SphereFace, SphereFaceR
-
-__all__ = [
-    "LOSSES",
-    "AdaFace",
-    "ArcFace",
-    "CombinedMargin",
-    "CosFace",
-    "CurricularFace",
-    "ElasticArc",
-    "ElasticCos",
-    "MagFace",
-    "MarginLoss",
-    "NormFace",
-    "Softmax",
-    "SphereFace",
-    "SphereFaceR",
-    "Targets",
-    "create_loss",
-]
 
 LOSSES: dict[str, type[MarginLoss]] = {
     "softmax": Softmax,
