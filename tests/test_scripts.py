@@ -270,6 +270,7 @@ from utils import scripts
 from utils.ranks import join_ranks
 scripts._ENDED_BY_THEN = 0.5
 with scripts.readable_errors('train', ''), join_ranks(torch.device('cpu')) as ranks:
+    ranks.texts('')  # both are connected: of a loss before that torch's own warning has many lines
     if ranks.first:
         os._exit(9)
     ranks.agree('')
