@@ -204,21 +204,30 @@ class Trainer:
         self.bar.update(settings.batch_size)
         self.after_step()
 
+    def prepare_inputs(self, faces: torch.Tensor) -> torch.Tensor:
+        """The network's input, float [B, 3, H, W], from uint8 [B, H, W, 3]: augmented, mirrored, normalised."""
+        seed, (epoch, batch) = self.config.train.seed, divmod(self.step, self.steps_per_epoch)
+        rank, ranks = self.ranks.rank, self.ranks.size
+        chances = Chances(*(getattr(self.config.data, f"augment_{name}") for name in Chances._fields))
+        mirror = flips(seed, epoch, batch, self.config.train.batch_size, rank, ranks)
+        faces = augment(faces, chances, seed, epoch, batch, rank, ranks)
+        return self.to_input(faces, mirror.to(self.device, non_blocking=True))
+
     def after_step(self) -> None:
         """Log, save a checkpoint, verify, or stop, as far as that is due."""
         settings, step = self.config.train, self.step
         last = step == self.steps
         verify_now = last or step % (settings.verify_every or self.steps_per_epoch) == 0
         save_now = last or step % (settings.checkpoint_every or self.steps_per_epoch) == 0
-        note_now = step % settings.log_every == 0 or verify_now or save_now
+        log_now = step % settings.log_every == 0 or verify_now or save_now
         # A signal that comes later is seen by the verification or after the next step.
-        asked = self.requests.read(step, note_now, failing=self.broken.too_many)
+        asked = self.requests.read(step, log_now, failing=self.broken.too_many)
         if asked.failing:
             self.broken.refuse()
-        if note_now or asked.signal:
-            self.note()
+        if log_now or asked.signal:
+            self.log_metrics()
         self.verify_due = verify_now
-        save_now = save_now or (note_now and asked.overdue)
+        save_now = save_now or (log_now and asked.overdue)
         if save_now or asked.signal:
             self.save(wait=asked.signal > 0)
         if asked.signal:
@@ -246,16 +255,7 @@ class Trainer:
                 self.save(wait=True)
             raise
 
-    def prepare_inputs(self, faces: torch.Tensor) -> torch.Tensor:
-        """The network's input, float [B, 3, H, W], from uint8 [B, H, W, 3]: augmented, mirrored, normalised."""
-        seed, (epoch, batch) = self.config.train.seed, divmod(self.step, self.steps_per_epoch)
-        rank, ranks = self.ranks.rank, self.ranks.size
-        chances = Chances(*(getattr(self.config.data, f"augment_{name}") for name in Chances._fields))
-        mirror = flips(seed, epoch, batch, self.config.train.batch_size, rank, ranks)
-        faces = augment(faces, chances, seed, epoch, batch, rank, ranks)
-        return self.to_input(faces, mirror.to(self.device, non_blocking=True))
-
-    def note(self) -> None:
+    def log_metrics(self) -> None:
         """Log the steps since the last call. Raises ExplodedError, before anything is saved, if the loss exploded."""
         noted = self.meter.read()
         if noted is None:

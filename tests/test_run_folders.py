@@ -168,7 +168,7 @@ def test_a_run_without_a_checkpoint_starts_again(
     its record; once it has a checkpoint, the same command is refused, and says how to go on."""
     config = configure(tiny_set, tmp_path, train__verify_at_start=True)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "note", lambda self: (_ for _ in ()).throw(TrainingError("made up")))
+        patch.setattr(Trainer, "log_metrics", lambda self: (_ for _ in ()).throw(TrainingError("made up")))
         with pytest.raises(TrainingError, match="made up"):
             train(config)
     run = tmp_path / "a"
