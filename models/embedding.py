@@ -74,7 +74,7 @@ def features_to_make(embedder: Embedder, images: EncodedImages, mirror: bool, ca
 
 
 def _key(embedder: Embedder, images: EncodedImages, mirror: bool) -> str:
-    """What the features are called in a cache."""
+    """The key of the features in a cache."""
     return features_key(embedder.fingerprint, images_fingerprint(images), len(images), mirror)
 
 
@@ -111,7 +111,7 @@ def _embed_share(
 
 
 def _unit(features: np.ndarray) -> np.ndarray:
-    """The rows of `features` at length 1; in their place where that is memory of this process alone."""
+    """The rows of `features` at length 1; in place, unless `features` is a mapped file."""
     unit = features if not isinstance(features, np.memmap) else np.empty(features.shape, np.float32)
     for start in range(0, len(features), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)

@@ -1,7 +1,7 @@
-"""Features of whole sets, kept in files that several runs can share and that are believed only when their sums agree.
+"""A cache of the features of whole sets: files with checksums, which several runs can share.
 
 `FOLDER/KEY.features` has 4,096 bytes of header (a JSON line behind its CRC-32), the features, float32 [images, D], in
-blocks of `BLOCK` images, and the CRC-32 of each block, uint32. KEY is a digest of what the features follow from: the
+blocks of `BLOCK` images, and the CRC-32 of each block, uint32. KEY is a digest of all that decides the features: the
 embedder, the images, mirrored or not. While it is made, the file lies in the hidden folder of utils/files.py, with a
 line for each finished block: a process that was killed loses the block that it was at, and the next goes on. A
 finished file whose blocks do not fit their sums is warned of, and those blocks are made anew.
@@ -42,13 +42,13 @@ class _Block(NamedTuple):
 
 
 def features_key(embedder: str, images: str, count: int, mirror: bool) -> str:
-    """What the file of these features is called; `embedder`, `images`: their fingerprints."""
+    """The key of these features; `embedder`, `images`: their fingerprints."""
     facts = json.dumps([VERSION, BLOCK, embedder, images, count, mirror])
     return hashlib.sha256(facts.encode()).hexdigest()[:40]
 
 
 def kept_bytes(folder: Path, key: str) -> int | None:
-    """Bytes that the features called `key` take in `folder` so far; None: all that they will."""
+    """Bytes of the unfinished file of the features `key` in `folder`; None: it is finished."""
     path = folder / f"{key}.features"
     working = partial_folder(path) / _WORKING
     if path.exists():
@@ -63,9 +63,9 @@ def kept_features(
     embed: Callable[[np.ndarray], Iterable[np.ndarray]],
     ranks: Ranks,
 ) -> np.ndarray:
-    """The features float32 [count, D] called `key` in `folder`; those that are not there are made and kept.
+    """The features `key`, float32 [count, D], from `folder`; those that are not there are computed and kept there.
 
-    `embed` gives the features of the images at the positions that it gets, int64, in order, in batches of any length.
+    `embed` computes the features of the images at the given positions, int64, in order, in batches of any length.
     Several `ranks`, which share the folder, share the work. Large files are mapped copy-on-write: the array can be
     written to, the file stays as it is. Another process that makes the same file is waited for.
     """
@@ -101,7 +101,7 @@ def _rows(number: int, count: int) -> range:
 
 
 def _check(path: Path, key: str, count: int) -> list[_Block]:
-    """The good blocks of a finished file; none where there is no such file, or one with a damaged header."""
+    """The undamaged blocks of a finished file; none if there is no such file, or its header is damaged."""
     try:
         header = _read_header(path, key, count)
         if header is None:
@@ -113,7 +113,7 @@ def _check(path: Path, key: str, count: int) -> list[_Block]:
 
 
 def _good(path: Path, blocks: Iterable[_Block], count: int) -> list[_Block]:
-    """Those of `blocks` whose features in the file at `path` have their sum."""
+    """Those of `blocks` whose features in the file at `path` have the right checksum."""
     good = []
     with path.open("rb") as file:
         for block in blocks:
@@ -128,9 +128,9 @@ def _good(path: Path, blocks: Iterable[_Block], count: int) -> list[_Block]:
 
 
 def _prepare(path: Path, finished: list[_Block], count: int) -> list[_Block]:
-    """Make the working file and its log ready to go on with; the blocks that are done.
+    """Prepare the working file and its log; returns the blocks that are done.
 
-    `finished`: the good blocks of a file at `path`, which becomes the working file.
+    `finished`: the undamaged blocks of a file at `path`, which then becomes the working file.
     """
     partial = partial_folder(path)
     working = partial / _WORKING
@@ -170,7 +170,7 @@ def _read_log(path: Path) -> Iterator[_Block]:
 def _make(
     path: Path, numbers: list[int], count: int, embed: Callable[[np.ndarray], Iterable[np.ndarray]], ranks: Ranks
 ) -> int:
-    """Make this rank's blocks, `numbers`; when all ranks have made theirs, how long features are."""
+    """Compute this rank's blocks, `numbers`; returns D when all ranks have computed theirs."""
     partial, dimension = partial_folder(path), 0
     if not partial.is_dir():
         raise OSError(f"{path.parent} is not the same folder for all processes: a cache needs a disk that they share")
@@ -207,7 +207,7 @@ def _cut(batches: Iterable[np.ndarray], lengths: list[int]) -> Iterator[np.ndarr
 
 
 def _finish(path: Path, key: str, count: int, dimension: int) -> None:
-    """Give the working file its sums, its header and its name."""
+    """Complete the working file with checksums and header, and give it its name."""
     partial = partial_folder(path)
     working = partial / _WORKING
     sums = {block.number: block.crc for log in partial.glob(f"{_LOG}.*") for block in _read_log(log)}

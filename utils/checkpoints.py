@@ -28,12 +28,12 @@ _TOO_LARGE = 1 << 14
 
 
 class CheckpointError(ValueError):
-    """A file is not the checkpoint that it should be; the message names it."""
+    """A file is not the checkpoint, or the weights, that it should be; the message names it."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimizer steps done, and its best verification accuracy (0..1) so far."""
+    """The optimizer steps that a run has made, and its best verification accuracy (0..1) so far."""
 
     step: int
     best_accuracy: float
@@ -53,7 +53,7 @@ def save_backbone(path: Path, network: nn.Module, settings: str, progress: Progr
 
 
 def backbone_metadata(settings: str, progress: Progress) -> dict[str, str]:
-    """What a backbone file says of itself; `settings` is the run's configuration as JSON."""
+    """The metadata of a backbone file; `settings` is the run's configuration as JSON."""
     text = {name: repr(value) for name, value in asdict(progress).items()}
     return {"settings": settings, "torch": torch.__version__, **text}
 
@@ -77,8 +77,8 @@ def read_safetensors(path: Path, metadata_only: bool = False) -> tuple[dict[str,
 
 
 def run_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The settings by section and field in what a `.safetensors` says of itself; {} where there are none from which a
-    network can be made: the metadata are somebody else's then.
+    """The settings, by section and field, in the metadata of a `.safetensors`; {} if they do not describe a network, as
+    those of other projects' files do not.
     """
     try:
         settings = json.loads(metadata.get("settings", "null"))
@@ -100,7 +100,7 @@ def newest_run(runs: Path) -> Path:
 
 def run_of(model: Path) -> Path | None:
     """The folder of the run that `model`, its folder or a file in it, comes from; None for a model from elsewhere, and
-    for a folder that is to be uploaded, to which nothing is added.
+    for an exported folder to upload.
     """
     folder = model if model.is_dir() else model.parent
     return folder if settings_beside(folder) and not (folder / HUB_WEIGHTS).exists() else None
@@ -125,5 +125,5 @@ def settings_beside(model: Path) -> Settings:
 
 
 def shorten(message: str, lines: int = 6) -> str:
-    """The first lines of what torch says of weights that do not fit; whole, it can be thousands of names."""
+    """The first lines of torch's message about weights that do not fit, which may list thousands of names."""
     return "\n".join(line[:300] for line in message.splitlines()[:lines])

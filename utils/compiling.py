@@ -1,4 +1,4 @@
-"""torch.compile that falls back to the function itself, and says so, where the compiler cannot."""
+"""torch.compile, falling back to the function itself, with a message, if the compiler fails."""
 
 import copyreg
 import warnings
@@ -94,7 +94,7 @@ class CompiledNetwork(nn.Module):
 
 
 def shortly(error: BaseException) -> str:
-    """How its message begins; those of compilers are pages long."""
+    """The beginning of the error's message; those of compilers are pages long."""
     return " ".join(str(error).split()[:30]) or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""What was meant by a flag that there is not: what other programs call it, other sections' fields, likely typos."""
+"""Suggestions for unknown flags: names of other programs, fields of other sections, likely typos."""
 
 import argparse
 import difflib
@@ -65,8 +65,8 @@ def what_was_meant(
     presets: Container[str],
     readable: Callable[[str], bool],
 ) -> str:
-    """What to say of the `argument`, among all `arguments`, that is no setting: what of the parser's `actions` it may
-    mean. `readable` tells which settings the script reads: others would be taken and have no effect.
+    """The error for `argument`, one of all `arguments`, which is no setting, with the parser's `actions` that may be
+    meant. `readable` tells which settings the script reads: others would be accepted and have no effect.
     """
     said = f"there is no setting {argument}"
     name = argument.partition("=")[0]
@@ -90,7 +90,7 @@ def what_was_meant(
 
 
 def _called_so(name: str, known: Sequence[str]) -> list[str]:
-    """The flags of the fields called `name`, here or elsewhere, of those of one name the first."""
+    """The flags of the fields called `name`, here or in other programs; of fields of one name the first."""
     fields = [name, *(field for field, names in _CALLED.items() if name in names.split())]
     flags = ([flag for flag in known if flag == f"--{field}" or flag.endswith(f".{field}")] for field in fields)
     return [found[0] for found in flags if found]
@@ -102,7 +102,7 @@ def _of_plain(
     actions: Sequence[argparse.Action],
     readable: Callable[[str], bool],
 ) -> str:
-    """The same of an argument without a flag: a value too many of the flag before it, or what the script is to read."""
+    """The same for an argument without a flag: one value too many of the flag before it, or what the script reads."""
     before = [flag for flag in arguments[: arguments.index(argument)] if flag.startswith("-")][-1:]
     for action in actions:
         if before and before[0] in action.option_strings:

@@ -66,7 +66,7 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class MLP(nn.Module):
-    """A perceptron of the last dimension."""
+    """Two layers over the last dimension."""
 
     def __init__(self, width: int, gamma: float | None) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 
 class ConvolutionBlock(nn.Module):
-    """[B, C, H, W] plus a perceptron of what a depthwise convolution sees."""
+    """[B, C, H, W] plus an MLP of its depthwise convolution."""
 
     recomputable = True
 
@@ -138,8 +138,8 @@ class ChannelAttention(nn.Module):
 
 
 class SplitAttentionBlock(nn.Module):
-    """[B, C, H, W] plus what is made of it by depthwise convolutions of its parts, each of which sees the one before,
-    by attention among the channels, and by a perceptron."""
+    """[B, C, H, W] plus: depthwise convolutions of its parts, each of which also sees the one before, attention among
+    the channels, and an MLP."""
 
     recomputable = True
 
@@ -174,7 +174,7 @@ class SplitAttentionBlock(nn.Module):
 
 
 class Stage(nn.Module):
-    """Half the size, save in the first stage; then blocks, of which the last has attention, save in the first stage."""
+    """Blocks at half the size, the last one with attention. The first stage keeps the size and has no attention."""
 
     def __init__(
         self,

@@ -37,7 +37,7 @@ def _conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
 
 
 class SqueezeExcitation(nn.Module):
-    """Each channel times a weight from 0 to 1 that the means of all channels decide."""
+    """Channels weighted by 0 to 1, computed from the means of all channels."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Where half precision ends in a network."""
+"""The end of a network computes in float32."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def full_precision_of(x: Tensor) -> AbstractContextManager:
-    """What follows is computed in the type of its inputs, under whatever autocast the network runs.
+    """A context without autocast, for the last layers of a network on the device of `x`.
 
-    The scale of embeddings decides how far half precision carries, so the last layers of a network compute in float32.
+    Half precision does not suffice for the scale of embeddings: give these layers float32 inputs.
     """
     # Tensors without values, of which operations are counted, know no autocast.
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

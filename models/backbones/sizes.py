@@ -1,4 +1,4 @@
-"""Image sizes that networks take, and what of them is left after their strides."""
+"""Image sizes of networks, and the sizes of their last feature maps."""
 
 #: Height and width of a square image, or (height, width), pixels.
 ImageSize = int | tuple[int, int]

@@ -17,7 +17,7 @@ _STACK = re.compile(r"(blocks|layers?\d*|stages?\d*)$")
 
 
 def timm_builder(name: str) -> Callable[..., nn.Module]:
-    """What makes timm's network `name` (`convnextv2_tiny`, or with the tag of its weights, `convnextv2_tiny.fcmae`).
+    """The builder of timm's network `name`: `convnextv2_tiny`, or with the tag of its weights, `convnextv2_tiny.fcmae`.
 
     Raises ValueError when timm is not installed or knows no such network.
     """
@@ -108,7 +108,7 @@ def _create(name: str, embedding_size: int, size: tuple[int, int], pretrained: b
 
 
 def _mark_blocks(model: nn.Module) -> None:
-    """Say of the innermost blocks in a row that they can be computed anew (models/recompute.py)."""
+    """Mark the innermost stacked blocks as recomputable (models/recompute.py)."""
     stacks = {
         path: module
         for path, module in model.named_modules()

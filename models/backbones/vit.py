@@ -25,7 +25,7 @@ _EPS = 2e-5  # of the head's norms
 
 
 class Attention(nn.Module):
-    """Of each token among all, in eight heads: [B, tokens, width]."""
+    """Self-attention with eight heads: [B, tokens, width]."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """A perceptron of each token: [B, tokens, width]."""
+    """Two layers over each token: [B, tokens, width]."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """float32 [B, tokens, width] plus attention among the tokens, plus a perceptron of each."""
+    """float32 [B, tokens, width] plus attention, plus an MLP."""
 
     recomputable = True
 

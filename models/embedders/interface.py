@@ -1,4 +1,4 @@
-"""One interface for all that turns faces into embeddings, and what its implementations share."""
+"""The interface of whatever turns faces into embeddings, and what its implementations share."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ VERSION = 1
 
 class Embedder(Protocol):
     """`name`, `runs_on`: the model and what computes it, for people; `image_size`: of the faces it takes; `device`:
-    where its embeddings arrive.
+    that of its embeddings.
     """
 
     name: str
@@ -32,8 +32,7 @@ class Embedder(Protocol):
     @property
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of the weights and of all else that decides the numbers (input, precision, network), the device
-        excepted: the same for the same embeddings, up to rounding."""
+        """A digest of all that decides the embeddings, up to rounding: weights, network, input, precision."""
 
     def features(self, faces: Tensor, mirror: bool) -> Tensor:
         """uint8 [B, image_size, image_size, 3] RGB to float32 [B, D] on `device`, of the lengths that the model gives.

@@ -1,4 +1,4 @@
-"""Any model on the disk as an embedder."""
+"""Loads models of any kind as embedders."""
 
 from pathlib import Path
 

@@ -15,7 +15,7 @@ PRECISIONS: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloa
 
 
 class NetworkEmbedder(FaceEmbedder):
-    """A torch network, which is left in the mode that it is in.
+    """A torch network, in its present mode (train or eval).
 
     `precision`: float32 (no TF32) is what accuracies are quoted in; other dtypes are faster. `inputs`: what the
     network expects of a face; the default is what this project trains with.

@@ -1,4 +1,4 @@
-"""Networks filled with weights from files."""
+"""Networks with weights loaded from files."""
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -34,7 +34,7 @@ ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A network with its weights, which takes RGB; what it is called and was created with; its input."""
+    """A network with its weights, which takes RGB; its name and sizes; the input that it expects."""
 
     network: nn.Module
     name: str
@@ -51,11 +51,11 @@ def load_network(
     normalisation: str = "auto",
     colour: str = "auto",
 ) -> Loaded:
-    """The network whose weights are in `file`, told from their names and shapes unless the file says it.
+    """The network whose weights are in `file`, recognised by their names and shapes unless the file names it.
 
-    `network`, `embedding_size` and `image_size` decide where those leave a choice; `normalisation` and `colour`, other
-    than `auto`, hold against what is known of the file's origin. Weights that were trained on BGR are turned around.
-    Raises CheckpointError where no network fits.
+    `network`, `embedding_size` and `image_size` decide if several fit; `normalisation` and `colour`, unless `auto`,
+    override what is known of the file's origin. Weights that were trained on BGR are changed to take RGB. Raises
+    CheckpointError if no network fits.
     """
     check_choices(normalisation, colour)
     origin, stated = _read(file)
@@ -86,7 +86,7 @@ def create_with_weights(
     colour: str = "auto",
     **options: Any,
 ) -> nn.Module:
-    """The network called `network`, made with `options`, with the weights at `path`; sizes of 0 are told from those.
+    """The network called `network`, made with `options`, with the weights at `path`; sizes of 0 are theirs.
 
     Otherwise as load_weights.
     """
@@ -100,7 +100,7 @@ def create_with_weights(
 
 
 def _read(file: Path) -> tuple[Origin, Recognised | None]:
-    """The weights in a file of any kind, and the network that a run's settings say they are of."""
+    """The weights in a file of any kind, and their network, if the file has a run's settings."""
     if not _is_ours(file):
         return read_origin(file), None
     state, settings = load_backbone(file)
@@ -109,7 +109,7 @@ def _read(file: Path) -> tuple[Origin, Recognised | None]:
 
 
 def read_origin(file: Path) -> Origin:
-    """The weights in a file of others, and what they were trained on as far as the file tells."""
+    """The weights in a file of another project, and what they were trained on, as far as the file shows."""
     checkpoint = read_checkpoint(file)
     for kind in ORIGINS:
         origin = kind(checkpoint)
@@ -119,8 +119,8 @@ def read_origin(file: Path) -> Origin:
 
 
 def _state_for_rgb(origin: Origin, module: nn.Module, colour: str) -> Mapping[str, Tensor]:
-    """The weights for `module` to take RGB, `colour` being what they were trained on, with a warning where that is
-    neither said nor known.
+    """The weights, changed if need be so that `module` takes RGB. `colour`: what they were trained on; `auto`: what is
+    known of their origin, with a warning if that is unsure.
     """
     if colour == "auto" and origin.doubt:
         warnings.warn(origin.doubt, stacklevel=4)
@@ -129,8 +129,8 @@ def _state_for_rgb(origin: Origin, module: nn.Module, colour: str) -> Mapping[st
 
 
 def for_rgb(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
-    """The weights of a network that takes BGR for the same network, `module`, to take RGB: its first convolution sees
-    the channels the other way round.
+    """The weights of a BGR network for the same network, `module`, to take RGB: the input channels of the first
+    convolution are swapped.
     """
     own = strip_prefixes(module.state_dict())
     first = next(name for name, value in own.items() if value.dim() == 4 and value.shape[1] == 3)
@@ -138,7 +138,7 @@ def for_rgb(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a `.safetensors` has the settings of a run in it, as those of this project have."""
+    """Whether it is a `.safetensors` with the settings of a run, as this project writes them."""
     return file.suffix == ".safetensors" and bool(run_settings(read_safetensors(file, metadata_only=True)[1]))
 
 
@@ -179,7 +179,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, network: s
 
 
 def _flags(known: Recognised, wanted: Recognised | None) -> str:
-    """The settings in which `known`, what a file holds, differs from `wanted`, what was made for it."""
+    """Flags for the settings in which `known`, the network of a file, differs from `wanted`, the network made."""
     settings = {"network": "model.network", "embedding_size": "model.embedding-size", "image_size": "data.image-size"}
     given = asdict(wanted) if wanted else {}
     return " ".join(

@@ -1,4 +1,4 @@
-"""What is known of weights by where they come from."""
+"""What is known of weights by their origin."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from models.inputs import Colour, Normalisation
 class Origin:
     """`state`: weights under the names of this project; `colour`, `normalisation`: what they were trained on.
 
-    `doubt`: where the file cannot tell `colour`, what to say to whoever has not said it.
+    `doubt`: a warning for users who give no colour order, if the file does not show it; empty: it does.
     """
 
     state: dict[str, Tensor]

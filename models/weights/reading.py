@@ -1,4 +1,4 @@
-"""Tensors by name from the files that weights come in, none of which gets to run code.
+"""Reads tensors by name from files of weights, none of which gets to run code.
 
 Checkpoints wrap the network's weights: in a dictionary beside the epoch and the optimizer, and under a prefix that
 comes from DataParallel, a compiler, or a training module. What is left here is the network's own names.
@@ -46,7 +46,7 @@ _ARCHIVE, _PICKLE = b"PK", b"\x80"  # how files of torch.save begin, now and bef
 
 
 class _Note:
-    """In place of an object that has nothing to do with the weights; whatever it is made of is dropped."""
+    """Takes the place of an object that has nothing to do with the weights."""
 
     def __init__(self, *parts: object) -> None: ...
 
@@ -55,7 +55,7 @@ class _Note:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A file's `content`; the weights in it by the `names` of the file, and, as `state`, by the network's own."""
+    """A file's `content`; its weights by their `names` in the file, and, in `state`, by the network's own names."""
 
     file: Path
     content: Any

@@ -1,4 +1,4 @@
-"""Which network weights are of, told from their names and shapes."""
+"""Recognises the network that weights belong to by their names and shapes."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -48,8 +48,8 @@ def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
 
 
 def recognise(found: Shapes, networks: Iterable[str], image_size: int) -> Recognised | None:
-    """The first of `networks` that has weights of these names and shapes; `image_size` is tried before others, and of
-    several sizes with the same weights (`vit_*` see whole patches) one of the usual, else the smallest is taken.
+    """The first of `networks` that has weights of these names and shapes. `image_size` is tried first; if several sizes
+    have the same weights (`vit_*` see whole patches) a usual one is taken, else the smallest.
     """
     found = strip_prefixes(found)
     for network in networks:
@@ -69,8 +69,8 @@ def recognise(found: Shapes, networks: Iterable[str], image_size: int) -> Recogn
 
 
 def _likely_sizes(found: Shapes, at_112: Shapes) -> list[int]:
-    """Sizes of faces that weights may be for, which have these shapes and at 112 those: the last layer, or the patches'
-    places, grow with the area. Multiples of 16 come first.
+    """Candidates for the image size of weights with the shapes `found`, given those `at_112` pixels: the last layer, or
+    the position embedding, grows with the area. Multiples of 16 come first.
     """
     other = next((name for name in at_112 if name in found and found[name] != at_112[name]), None)
     if other is None:
@@ -81,7 +81,7 @@ def _likely_sizes(found: Shapes, at_112: Shapes) -> list[int]:
 
 
 def most_similar(found: Shapes, networks: Iterable[str], image_size: int) -> Recognised | None:
-    """Which of `networks` shares the most names and shapes with weights that are none's; None if that is under half."""
+    """The one of `networks` that has most names and shapes in common with `found`; None if less than half."""
     best, most = None, 0.5
     for network in networks:
         likely = expected_shapes(network, 512, 112)
@@ -99,7 +99,7 @@ def most_similar(found: Shapes, networks: Iterable[str], image_size: int) -> Rec
 
 
 def differences(found: Shapes, expected: Shapes) -> str:
-    """What `found` lacks of `expected`, has beside it, and has in another shape, in words."""
+    """In words: what of `expected` is missing in `found`, what is there besides, and what has another shape."""
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected]
     other = [

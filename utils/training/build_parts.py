@@ -1,4 +1,4 @@
-"""The network, the head and what else a run has, made as its settings say."""
+"""Network, head and learning rates of a run, built from its settings."""
 
 from dataclasses import asdict
 
@@ -19,8 +19,8 @@ from utils.training.schedules import learning_rates, peak_lr
 
 
 def build_network(config: Config, device: torch.device, with_init: bool = True) -> nn.Module:
-    """The network on `device`, channels last, with its first weights: random ones that the seed decides, or those of
-    `train.init`, which a run that goes on (`with_init` False) does not need."""
+    """The network on `device`, channels last, with its initial weights: random ones from the seed, or those of
+    `train.init`, which a resumed run (`with_init` False) does not need."""
     model, settings = config.model, config.train
     torch.manual_seed(settings.seed)
     published = {"drop_path": model.drop_path, "mask_ratio": model.mask_ratio, "dropout": model.dropout}
@@ -89,8 +89,8 @@ def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> tuple[float, n
 
 
 def unused_here(config: Config, device: torch.device, ranks: Ranks, head: Head) -> list[str]:
-    """A line for each setting that was given and has no effect on this `device`, with these `ranks` and this `head`.
-    What has none beside other settings, the sections in config.py know."""
+    """A line for each setting that was given but has no effect on this `device`, with these `ranks` and this `head`.
+    Those without effect beside other settings are found by the sections in config.py."""
     model, settings = config.model, config.train
     no_init = "train.init names no weights"
     return [

@@ -15,7 +15,7 @@ Group = dict[str, Any]
 
 
 def freeze(network: nn.Module, frozen: Sequence[str]) -> None:
-    """Keep the parameters of the parts called `frozen` (`conv1`, `layer1`, `layer2.0`, ...) from learning.
+    """Freeze the parameters of the parts called `frozen` (`conv1`, `layer1`, `layer2.0`, ...).
 
     A name stands for all under it. The statistics of norms in these parts are `train_mode`'s concern.
     Raises ValueError for a name that no part with parameters has, and when nothing would be left to learn.
@@ -31,7 +31,7 @@ def freeze(network: nn.Module, frozen: Sequence[str]) -> None:
 
 
 def train_mode(network: nn.Module, frozen: Sequence[str]) -> None:
-    """`network.train()`, save for the parts called `frozen`: their norms keep their statistics, and use them."""
+    """`network.train()`, with the parts called `frozen` in eval mode: their norms use, and keep, their statistics."""
     network.train()
     for name, module in network.named_modules():
         if any(_belongs(name, part) for part in frozen):
@@ -89,9 +89,9 @@ def create_optimizer(name: OptimizerName, groups: list[Group], momentum: float) 
 
 
 def start_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give weights of an SGD that have no momentum yet one of 0, which changes nothing of their first step.
+    """Set the momentum of an SGD's weights that have none yet to 0, which does not change their first step.
 
-    Otherwise the first step makes it, and when a gradient scaler skips that one, a fused step leaves it uninitialised.
+    Otherwise that step allocates it, and if a gradient scaler skips the step, a fused SGD leaves it uninitialised.
     """
     if not isinstance(optimizer, torch.optim.SGD):
         return
