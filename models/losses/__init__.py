@@ -31,12 +31,15 @@ LOSSES: dict[str, type[MarginLoss]] = {
 }
 
 
-def create_loss(name: str, **options: Any) -> MarginLoss:
-    """The loss called `name` (`loss.name`). Options that it does not have are ignored; None means as published.
+def create_loss(name: str, filter_above: float = 0.0, **options: Any) -> MarginLoss:
+    """The loss called `name` (`loss.name`), with `filter_above` (see MarginLoss). Options that it does not have are
+    ignored; None means as published.
 
     Raises ValueError for a name that is not in `LOSSES`.
     """
     if name not in LOSSES:
         raise ValueError(f"loss.name: there is no loss {name!r}; there are {', '.join(LOSSES)}")
     known = inspect.signature(LOSSES[name]).parameters
-    return LOSSES[name](**{key: value for key, value in options.items() if key in known and value is not None})
+    loss = LOSSES[name](**{key: value for key, value in options.items() if key in known and value is not None})
+    loss.filter_above = filter_above
+    return loss

@@ -32,9 +32,8 @@ class AdaFace(MarginLoss):
         h: float = 0.333,
         scale: float = 64.0,
         rate: float = 0.01,
-        filter_above: float = 0.0,
     ) -> None:
-        super().__init__(scale, filter_above)
+        super().__init__(scale)
         self.margin, self.h, self.rate = margin, h, rate
         self.register_buffer("norm_mean", torch.full((), 20.0))
         self.register_buffer("norm_std", torch.full((), 100.0))

@@ -14,8 +14,8 @@ class ArcFace(MarginLoss):
     older versions, jump); this one is exact and monotone.
     """
 
-    def __init__(self, margin: float = 0.5, scale: float = 64.0, filter_above: float = 0.0) -> None:
-        super().__init__(scale, filter_above)
+    def __init__(self, margin: float = 0.5, scale: float = 64.0) -> None:
+        super().__init__(scale)
         self.margin = margin
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:

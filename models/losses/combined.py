@@ -13,10 +13,8 @@ class CombinedMargin(MarginLoss):
     SphereFace. insightface's PyTorch code takes only one of m2 and m3 at a time, and has no gradient of the margin.
     """
 
-    def __init__(
-        self, m1: float = 1.0, m2: float = 0.3, m3: float = 0.2, scale: float = 64.0, filter_above: float = 0.0
-    ) -> None:
-        super().__init__(scale, filter_above)
+    def __init__(self, m1: float = 1.0, m2: float = 0.3, m3: float = 0.2, scale: float = 64.0) -> None:
+        super().__init__(scale)
         self.m1, self.m2, self.m3 = m1, m2, m3
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:

@@ -11,8 +11,8 @@ class CosFace(MarginLoss):
     insightface's recipes have m = 0.4.
     """
 
-    def __init__(self, margin: float = 0.35, scale: float = 64.0, filter_above: float = 0.0) -> None:
-        super().__init__(scale, filter_above)
+    def __init__(self, margin: float = 0.35, scale: float = 64.0) -> None:
+        super().__init__(scale)
         self.margin = margin
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:

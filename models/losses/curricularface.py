@@ -23,8 +23,8 @@ class CurricularFace(MarginLoss):
 
     t: Tensor
 
-    def __init__(self, margin: float = 0.5, scale: float = 64.0, rate: float = 0.01, filter_above: float = 0.0) -> None:
-        super().__init__(scale, filter_above)
+    def __init__(self, margin: float = 0.5, scale: float = 64.0, rate: float = 0.01) -> None:
+        super().__init__(scale)
         self.margin, self.rate = margin, rate
         self.register_buffer("t", torch.zeros(()))
 

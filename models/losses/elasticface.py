@@ -32,9 +32,8 @@ class ElasticFace(MarginLoss):
         scale: float = 64.0,
         plus: bool = False,
         seed: int = 0,
-        filter_above: float = 0.0,
     ) -> None:
-        super().__init__(scale, filter_above)
+        super().__init__(scale)
         self.margin = self.margin_default if margin is None else margin
         self.std = std or self.std_defaults[plus]
         self.plus, self.seed = plus, seed

@@ -37,10 +37,10 @@ class MarginLoss(nn.Module):
     #: Centres are normalised, so that products are cosines.
     unit_centres: bool = True
 
-    def __init__(self, scale: float, filter_above: float = 0.0) -> None:
+    def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.filter_above = filter_above
+        self.filter_above = 0.0  # set by `create_loss`
         # Set by the training step: which of how many micro-batches of the batch is next. Random margins depend on it;
         # statistics move a part of the way.
         self.part, self.parts = 0, 1

@@ -27,9 +27,8 @@ class MagFace(MarginLoss):
         margin_low: float = 0.45,
         margin_high: float = 0.8,
         penalty_weight: float = 35.0,
-        filter_above: float = 0.0,
     ) -> None:
-        super().__init__(scale, filter_above)
+        super().__init__(scale)
         self.norm_low, self.norm_high = norm_low, norm_high
         self.margin_low, self.margin_high = margin_low, margin_high
         self.penalty_weight = penalty_weight

@@ -14,8 +14,8 @@ class Softmax(MarginLoss):
 
     unit_centres = False
 
-    def __init__(self, filter_above: float = 0.0) -> None:
-        super().__init__(1.0, filter_above)
+    def __init__(self) -> None:
+        super().__init__(1.0)
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         return Targets(norm * cosine, norm, None, None)
@@ -27,8 +27,8 @@ class NormFace(MarginLoss):
     There s is learnt; here it is fixed, 64 as in the losses with a margin that came after.
     """
 
-    def __init__(self, scale: float = 64.0, filter_above: float = 0.0) -> None:
-        super().__init__(scale, filter_above)
+    def __init__(self, scale: float = 64.0) -> None:
+        super().__init__(scale)
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         return self.scaled(cosine)

@@ -26,9 +26,8 @@ class SphereFace(MarginLoss):
         lambda_gamma: float = 0.12,
         lambda_power: float = 1.0,
         lambda_min: float = 5.0,
-        filter_above: float = 0.0,
     ) -> None:
-        super().__init__(1.0, filter_above)
+        super().__init__(1.0)
         self.margin = margin
         self.lambda_base, self.lambda_gamma = lambda_base, lambda_gamma
         self.lambda_power, self.lambda_min = lambda_power, lambda_min
@@ -52,8 +51,8 @@ class SphereFaceR(MarginLoss):
     loss by 50 / s, which belongs to the learning rate.
     """
 
-    def __init__(self, margin: float = 1.5, scale: float = 30.0, filter_above: float = 0.0) -> None:
-        super().__init__(scale, filter_above)
+    def __init__(self, margin: float = 1.5, scale: float = 30.0) -> None:
+        super().__init__(scale)
         self.margin = margin
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:

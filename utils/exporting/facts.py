@@ -103,7 +103,7 @@ def own_loss_settings(loss: Mapping[str, Any]) -> dict[str, Any]:
     if loss["name"] not in LOSSES:  # of a later version
         return {}
     made = create_loss(**{**loss, "margin": loss.get("margin") or None, "scale": loss.get("scale") or None})
-    own = [name for name in inspect.signature(LOSSES[loss["name"]]).parameters if name in loss]
+    own = [name for name in (*inspect.signature(LOSSES[loss["name"]]).parameters, "filter_above") if name in loss]
     return {name: getattr(made, name) for name in own if getattr(made, name) or name not in ("plus", "filter_above")}
 
 
