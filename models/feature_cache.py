@@ -57,11 +57,7 @@ def kept_bytes(folder: Path, key: str) -> int | None:
 
 
 def kept_features(
-    folder: Path,
-    key: str,
-    count: int,
-    embed: Callable[[np.ndarray], Iterable[np.ndarray]],
-    ranks: Ranks,
+    folder: Path, key: str, count: int, embed: Callable[[np.ndarray], Iterable[np.ndarray]], ranks: Ranks
 ) -> np.ndarray:
     """The features `key`, float32 [count, D], from `folder`; those that are not there are computed and kept there.
 

@@ -40,13 +40,7 @@ from utils.exporting.comparison import (
 )
 from utils.exporting.exportable import INPUT, Exportable, ExportError, mean_and_scale, outer_normalisation
 from utils.exporting.model_card import card_settings, model_card
-from utils.exporting.onnx_file import (
-    prepend_normalisation,
-    rename_telltale_nodes,
-    require_onnx,
-    to_onnx,
-    write_onnx,
-)
+from utils.exporting.onnx_file import prepend_normalisation, rename_telltale_nodes, require_onnx, to_onnx, write_onnx
 from utils.exporting.quantize import quantize
 from utils.exporting.source import CPU, Source, load_source
 from utils.exporting.torchscript import write_torchscript

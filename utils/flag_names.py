@@ -97,10 +97,7 @@ def _called_so(name: str, known: Sequence[str]) -> list[str]:
 
 
 def _of_plain(
-    argument: str,
-    arguments: Sequence[str],
-    actions: Sequence[argparse.Action],
-    readable: Callable[[str], bool],
+    argument: str, arguments: Sequence[str], actions: Sequence[argparse.Action], readable: Callable[[str], bool]
 ) -> str:
     """The same for an argument without a flag: one value too many of the flag before it, or what the script reads."""
     before = [flag for flag in arguments[: arguments.index(argument)] if flag.startswith("-")][-1:]

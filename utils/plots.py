@@ -303,10 +303,7 @@ def _join_bins(
     first, last = int(populated[0]), int(populated[-1]) + 1
     bars = int(np.clip(3 * np.sqrt(min(counts.sum() for counts in histograms)), *_BARS))
     starts = np.arange(first, last, -(-(last - first) // bars))
-    return (
-        np.append(edges[starts], edges[last]),
-        [np.add.reduceat(counts[:last], starts) for counts in histograms],
-    )
+    return (np.append(edges[starts], edges[last]), [np.add.reduceat(counts[:last], starts) for counts in histograms])
 
 
 def _mark_thresholds(upper: Axes, lower: Axes, thresholds: Mapping[str, float]) -> None:

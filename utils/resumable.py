@@ -11,16 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from utils.files import (
-    JOURNAL,
-    clear_partial,
-    naming,
-    publish,
-    remove,
-    require_free,
-    sync_folder,
-    unfinished,
-)
+from utils.files import JOURNAL, clear_partial, naming, publish, remove, require_free, sync_folder, unfinished
 
 
 class JournalError(ValueError):

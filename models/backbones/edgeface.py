@@ -177,13 +177,7 @@ class Stage(nn.Module):
     """Blocks at half the size, the last one with attention. The first stage keeps the size and has no attention."""
 
     def __init__(
-        self,
-        index: int,
-        inputs: int,
-        width: int,
-        heads: int,
-        gamma: float | None,
-        drop_paths: list[float],
+        self, index: int, inputs: int, width: int, heads: int, gamma: float | None, drop_paths: list[float]
     ) -> None:
         super().__init__()
         self.downsample: nn.Module = nn.Identity()

@@ -47,12 +47,7 @@ class OnnxEmbedder(FaceEmbedder):
     """
 
     def __init__(
-        self,
-        path: Path,
-        normalisation: str,
-        device: torch.device,
-        colour: str = "auto",
-        image_size: int = 112,
+        self, path: Path, normalisation: str, device: torch.device, colour: str = "auto", image_size: int = 112
     ) -> None:
         model, beside = _read(path)
         self._session, self._quiet = _open_session(path, device)

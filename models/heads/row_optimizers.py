@@ -49,11 +49,7 @@ class RowAdamW:
 
     def factors(self, lr: float, steps: int) -> tuple[float, ...]:
         """As `RowSGD.factors`."""
-        return (
-            1 - lr * self.weight_decay,
-            lr / (1 - self.betas[0] ** steps),
-            (1 - self.betas[1] ** steps) ** -0.5,
-        )
+        return (1 - lr * self.weight_decay, lr / (1 - self.betas[0] ** steps), (1 - self.betas[1] ** steps) ** -0.5)
 
     def step(self, weight: Tensor, states: list[Tensor], gradient: Tensor, factors: list[Tensor]) -> None:
         """As `RowSGD.step`."""

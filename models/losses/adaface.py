@@ -26,13 +26,7 @@ class AdaFace(MarginLoss):
     norm_mean: Tensor
     norm_std: Tensor
 
-    def __init__(
-        self,
-        margin: float = 0.4,
-        h: float = 0.333,
-        scale: float = 64.0,
-        rate: float = 0.01,
-    ) -> None:
+    def __init__(self, margin: float = 0.4, h: float = 0.333, scale: float = 64.0, rate: float = 0.01) -> None:
         super().__init__(scale)
         self.margin, self.h, self.rate = margin, h, rate
         self.register_buffer("norm_mean", torch.full((), 20.0))

@@ -26,12 +26,7 @@ class ElasticFace(MarginLoss):
     std_defaults: tuple[float, float]
 
     def __init__(
-        self,
-        margin: float | None = None,
-        std: float = 0.0,
-        scale: float = 64.0,
-        plus: bool = False,
-        seed: int = 0,
+        self, margin: float | None = None, std: float = 0.0, scale: float = 64.0, plus: bool = False, seed: int = 0
     ) -> None:
         super().__init__(scale)
         self.margin = self.margin_default if margin is None else margin

@@ -79,12 +79,7 @@ def load_weights(module: nn.Module, path: Path | str, network: str, colour: str 
 
 
 def create_with_weights(
-    network: str,
-    path: Path | str,
-    embedding_size: int = 0,
-    image_size: int = 0,
-    colour: str = "auto",
-    **options: Any,
+    network: str, path: Path | str, embedding_size: int = 0, image_size: int = 0, colour: str = "auto", **options: Any
 ) -> nn.Module:
     """The network called `network`, made with `options`, with the weights at `path`; sizes of 0 are theirs.
 

@@ -74,12 +74,7 @@ class CheckpointStore:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        ranks: Ranks,
-        keep: int = 2,
-        patience: float = 600.0,
-        say: Callable[[str], object] = print,
+        self, folder: Path, ranks: Ranks, keep: int = 2, patience: float = 600.0, say: Callable[[str], object] = print
     ) -> None:
         """`keep`: how many checkpoints to keep. `patience`: seconds without progress after which a rank counts as dead.
 
