@@ -96,7 +96,8 @@ def create_with_weights(
 
 def _read(file: Path) -> tuple[Origin, Recognised | None]:
     """The weights in a file of any kind, and their network, if the file has a run's settings."""
-    if not _is_ours(file):
+    ours = file.suffix == ".safetensors" and run_settings(read_safetensors(file, metadata_only=True)[1])
+    if not ours:
         return read_origin(file), None
     state, settings = load_backbone(file)
     model = settings["model"]
@@ -130,11 +131,6 @@ def for_rgb(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]
     own = strip_prefixes(module.state_dict())
     first = next(name for name, value in own.items() if value.dim() == 4 and value.shape[1] == 3)
     return {name: value.flip(1) if name == first else value for name, value in strip_prefixes(state).items()}
-
-
-def _is_ours(file: Path) -> bool:
-    """Whether it is a `.safetensors` with the settings of a run, as this project writes them."""
-    return file.suffix == ".safetensors" and bool(run_settings(read_safetensors(file, metadata_only=True)[1]))
 
 
 def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, image_size: int) -> Recognised:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -162,9 +162,7 @@ class TrainingLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._files.close()
         self.draw()
         self._open.close()
@@ -239,7 +237,7 @@ def step_profiler(steps: int, folder: Path) -> Iterator[Any]:
     """Something whose `step()` is called after every step: after the first ten it records `steps` of them, and writes
     `trace.json` for chrome://tracing or Perfetto into `folder`. With 0 steps it does nothing."""
     if not steps:
-        yield _NoProfiler()
+        yield SimpleNamespace(step=lambda: None)
         return
     from torch.profiler import profile, schedule
 
@@ -248,8 +246,3 @@ def step_profiler(steps: int, folder: Path) -> Iterator[Any]:
 
     with profile(schedule=schedule(wait=9, warmup=1, active=steps, repeat=1), on_trace_ready=write) as profiler:
         yield profiler
-
-
-class _NoProfiler:
-    def step(self) -> None:
-        """Nothing."""
