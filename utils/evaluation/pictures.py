@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.contact_sheets import draw_pair_sheet
 from utils.evaluation.check_sets import TrainingSample, decode_some
 from utils.evaluation.checks import Finding
 from utils.evaluation.folds import FoldResult
@@ -14,7 +13,7 @@ from utils.evaluation.hardest import HardPairs
 from utils.evaluation.measure import Measured
 from utils.evaluation.report import Picture, group_name
 from utils.evaluation.test_sets import TestSet
-from utils.plots import draw_bars, draw_det, draw_rejection, draw_roc, draw_score_histogram
+from utils.plots import draw_bars, draw_det, draw_pair_sheet, draw_rejection, draw_roc, draw_score_histogram
 
 _COLUMNS = 4
 _PAIRS_OF_A_FINDING = 12
