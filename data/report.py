@@ -29,8 +29,9 @@ from data.face_sets import FaceSetError, write_face_set
 from data.survey import Survey, choose_sample, decode, decode_images, survey_heads, why_broken
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
 from utils.arrays import distinct
+from utils.face_sheets import draw_contact_sheet
 from utils.files import require_free, write_csv_atomic, write_text_atomic
-from utils.plots import draw_contact_sheet, draw_curves
+from utils.plots import draw_curves
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import printable, readable_errors

@@ -14,8 +14,9 @@ from dataset_merge.decisions import Decision, Identities, decision_counts
 from dataset_merge.duplicates import Duplicate
 from dataset_merge.exclude import HeldOutSet, Leaks
 from dataset_merge.grouping import Grouping
+from utils.face_sheets import draw_contact_sheet
 from utils.html_report import HtmlReport
-from utils.plots import draw_contact_sheet, draw_marked_scores, draw_score_histogram
+from utils.plots import draw_marked_scores, draw_score_histogram
 
 ROWS_DRAWN = 16
 IMAGES_DRAWN = 4  # of each side

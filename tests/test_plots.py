@@ -12,13 +12,12 @@ import pytest
 from numpy.typing import NDArray
 
 from utils import plots
+from utils.face_sheets import draw_contact_sheet, draw_pair_sheet
 from utils.plots import (
     draw_bars,
-    draw_contact_sheet,
     draw_curves,
     draw_det,
     draw_marked_scores,
-    draw_pair_sheet,
     draw_rejection,
     draw_roc,
     draw_score_histogram,
@@ -46,7 +45,7 @@ def curves(path: Path) -> None:
 def test_an_axis_ends_where_values_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An accuracy that stays what it is has no axis up to 105 %."""
     tops = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: tops.append(figure.axes[0].get_ylim()[1]))
+    monkeypatch.setattr(plots, "save", lambda figure, path: tops.append(figure.axes[0].get_ylim()[1]))
     curve = {"lfw": ([0, 9], [100.0, 100.0])}
     draw_curves(tmp_path / "a.png", curve, "step", "accuracy, %", "run", highest=100.0)
     draw_curves(tmp_path / "a.png", curve, "step", "loss", "run")
@@ -179,7 +178,7 @@ def test_odd_names_are_drawn(draw: Callable[[Path], None], tmp_path: Path) -> No
 def test_names_in_any_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where no font has the letters, there is not a warning for each; where one of the system has them, it is used."""
     for fonts in ([], ["DejaVu Sans Mono"]):  # only the latter has U+2335
-        monkeypatch.setattr("utils.plots._other_fonts", lambda fonts=fonts: fonts)
+        monkeypatch.setattr("utils.figures._other_fonts", lambda fonts=fonts: fonts)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             draw_contact_sheet(tmp_path / f"{len(fonts)}.png", faces(2), 2, "王小明", ["\u2335\u2336\u2337"])

@@ -13,7 +13,8 @@ from utils.evaluation.hardest import HardPairs
 from utils.evaluation.measure import Measured
 from utils.evaluation.report import Picture, group_name
 from utils.evaluation.test_sets import TestSet
-from utils.plots import draw_bars, draw_det, draw_pair_sheet, draw_rejection, draw_roc, draw_score_histogram
+from utils.face_sheets import draw_pair_sheet
+from utils.plots import draw_bars, draw_det, draw_rejection, draw_roc, draw_score_histogram
 
 _COLUMNS = 4
 _PAIRS_OF_A_FINDING = 12
