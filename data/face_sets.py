@@ -7,8 +7,7 @@ class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i
 import os
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -24,16 +23,11 @@ from data.recordio import (
     MAGIC,
     WHOLE,
     IndexedRecordReader,
-    IndexedRecordWriter,
-    RecordAppender,
     RecordError,
     RecordFile,
-    pack_image,
     unlisted_remark,
     unpack_image,
 )
-from data.verification_bin import VerificationPairs
-from utils.files import atomic_folder, write_text_atomic
 from utils.progress import progress_bar
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
@@ -340,28 +334,6 @@ def identity_order(names: list[str]) -> list[int]:
     return sorted(range(len(names)), key=names.__getitem__)
 
 
-class PairImages:
-    """The distinct images of verification sets, one set after the other, as EncodedImages."""
-
-    def __init__(self, *sets: VerificationPairs) -> None:
-        self._sets = sets
-        self._images = [image for pairs in sets for image in pairs.images]
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def encoded(self, i: int) -> bytes:
-        return self._images[i]
-
-    def describe(self, i: int) -> str:
-        for pairs in self._sets:
-            if i < len(pairs.images):
-                break
-            i -= len(pairs.images)
-        pair, side = np.argwhere(pairs.index == i)[0]
-        return f"{pairs.name}, image {'AB'[side]} of pair {pair}"
-
-
 def find_rec(folder: Path) -> Path | None:
     """The `.rec` of a set's folder: `train.rec`, or the only one there is; None without any."""
     found = sorted(path for path in folder.glob("*.rec") if path.name[0] != ".")
@@ -395,81 +367,3 @@ def open_face_set(path: Path | str) -> FaceSet:
     path = Path(path)
     rec_path = rec_of(path)
     return RecFaceSet(rec_path) if rec_path else FolderFaceSet(path)
-
-
-class FaceSetWriter:
-    """Adds identities to a set that is being written; made by `write_face_set`.
-
-    A set that was begun earlier goes on behind `images` images in all, those of the finished identities in `ranges`
-    and, behind them, those of one that is not finished.
-    """
-
-    def __init__(
-        self, folder: Path, records: RecordAppender, ranges: Sequence[tuple[int, int]] = (), images: int = 0
-    ) -> None:
-        #: The working folder: files put here appear together with the set.
-        self.folder = folder
-        #: The range of image keys (first, last + 1) of each identity so far.
-        self.ranges = list(ranges)
-        self._records = records
-        self._next_key = 1 + images
-
-    @property
-    def images(self) -> int:
-        """Images so far."""
-        return self._next_key - 1
-
-    @property
-    def images_of_identity(self) -> int:
-        """Images so far of the identity that is not finished."""
-        return self._next_key - self._first_key
-
-    @property
-    def _first_key(self) -> int:
-        return self.ranges[-1][1] if self.ranges else 1
-
-    def add_image(self, image: bytes) -> None:
-        """Append an encoded image, bytes as they are, to the identity that is not finished."""
-        if not image:
-            raise ValueError(f"image {self.images_of_identity} of identity {len(self.ranges)} is empty")
-        self._records.write(self._next_key, pack_image(float(len(self.ranges)), self._next_key, image))
-        self._next_key += 1
-
-    def end_identity(self) -> int:
-        """Finish the identity; the next image is another's. Returns its label."""
-        if not self.images_of_identity:
-            raise ValueError(f"identity {len(self.ranges)} has no images")
-        self.ranges.append((self._first_key, self._next_key))
-        return len(self.ranges) - 1
-
-    def add_identity(self, images: Iterable[bytes]) -> int:
-        """Append an identity with its encoded images, bytes as they are; returns its label."""
-        for image in images:
-            self.add_image(image)
-        return self.end_identity()
-
-    def finish(self, image_size: int) -> None:
-        """Write what describes the images: identity records, record 0 and `property`."""
-        if not self.ranges:
-            raise ValueError("a face set needs at least one identity")
-        identities = (self._next_key, self._next_key + len(self.ranges))
-        for key, images in enumerate(self.ranges, self._next_key):
-            self._records.write(key, pack_image(images, key, b""))
-        self._records.write(0, pack_image(identities, 0, b""))
-        write_text_atomic(self.folder / "property", f"{len(self.ranges)},{image_size},{image_size}")
-
-
-@contextmanager
-def write_face_set(folder: Path | str, image_size: int) -> Iterator[FaceSetWriter]:
-    """Write insightface's layout (`train.rec`, `train.idx`, `property`) into a folder that appears only when whole.
-
-    Records: 1..n the images, identity after identity; n+1.. one per identity with its range of image keys; 0, written
-    last, with the range of the identity records. Raises FileExistsError when `folder` is there and not empty.
-
-        with write_face_set("merged", image_size=112) as out:
-            out.add_identity([jpeg_bytes, ...])      # label 0
-    """
-    with atomic_folder(folder) as working, IndexedRecordWriter(working / "train.rec") as records:
-        writer = FaceSetWriter(working, records)
-        yield writer
-        writer.finish(image_size)

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, READS, Config, DemoConfig
-from data.face_sets import FaceSetWriter, write_face_set
+from data.face_set_writer import FaceSetWriter, write_face_set
 from data.images import decode_rgb
 from data.synthetic_faces import draw_jpeg
 from data.verification_bin import write_bin

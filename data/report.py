@@ -25,7 +25,8 @@ import cv2
 import numpy as np
 
 from config import PRESETS, READS, Config, ReportConfig
-from data.face_sets import FaceSetError, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSetError
 from data.survey import Survey, choose_sample, decode, decode_images, survey_heads, why_broken
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
 from utils.arrays import distinct

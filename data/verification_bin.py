@@ -104,6 +104,28 @@ class VerificationPairs:
     same: np.ndarray
 
 
+class PairImages:
+    """The distinct images of verification sets, one set after the other, as EncodedImages."""
+
+    def __init__(self, *sets: VerificationPairs) -> None:
+        self._sets = sets
+        self._images = [image for pairs in sets for image in pairs.images]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def encoded(self, i: int) -> bytes:
+        return self._images[i]
+
+    def describe(self, i: int) -> str:
+        for pairs in self._sets:
+            if i < len(pairs.images):
+                break
+            i -= len(pairs.images)
+        pair, side = np.argwhere(pairs.index == i)[0]
+        return f"{pairs.name}, image {'AB'[side]} of pair {pair}"
+
+
 def read_bin(path: Path | str) -> VerificationPairs:
     """Read a verification set, every image once however many pairs use it.
 

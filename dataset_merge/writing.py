@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from data.face_sets import EncodedImages, FaceSet, FaceSetError, FaceSetWriter, FolderFaceSet, InRecords
+from data.face_set_writer import FaceSetWriter
+from data.face_sets import EncodedImages, FaceSet, FaceSetError, FolderFaceSet, InRecords
 from data.image_sizes import SAMPLE
 from data.images import ImageError, decode_rgb
 from data.images_fingerprint import images_fingerprint

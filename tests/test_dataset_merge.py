@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.face_sets import open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import open_face_set
 from data.images import decode_rgb, encode_jpeg
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge, deciding, matching, merging

@@ -13,16 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.face_sets import (
-    FaceSet,
-    FaceSetError,
-    FolderFaceSet,
-    PairImages,
-    RecFaceSet,
-    find_rec,
-    open_face_set,
-    write_face_set,
-)
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, RecFaceSet, find_rec, open_face_set
 from data.images import ImageError, decode_plain_jpegs, decode_rgb, encode_jpeg, encode_png, image_extension
 from data.recordio import (
     MAGIC,
@@ -35,7 +27,7 @@ from data.recordio import (
 )
 from data.survey import survey_heads
 from data.tolerant_records import open_records
-from data.verification_bin import VerificationPairs
+from data.verification_bin import PairImages, VerificationPairs
 
 Records = dict[int, bytes]
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.face_sets import RecFaceSet, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import RecFaceSet
 from data.recordio import IndexedRecordReader, IndexedRecordWriter, RecordFile, pack_image, unpack_image
 from golden.records import IMAGES, PAYLOADS, PEOPLE
 

@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data.face_sets import FolderFaceSet, RecFaceSet, image_views, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FolderFaceSet, RecFaceSet, image_views, open_face_set
 from data.images import (
     ImageError,
     decode_face,

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from config import MergeConfig
-from data.face_sets import open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import open_face_set
 from data.images import encode_png
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge, opening

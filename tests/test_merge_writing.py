@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.face_sets import open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import open_face_set
 from data.images import encode_png
 from data.joined_sets import JoinedFaceSet
 from dataset_merge import writing

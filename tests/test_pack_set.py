@@ -18,7 +18,8 @@ from config import PackConfig
 from conftest import ROOT
 from data import fitting
 from data.align import TEMPLATE, align
-from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
 from data.fitting import Fit, fit_image, fit_images
 from data.identity_choice import Identity
 from data.images import ImageError, decode_rgb, encode_jpeg, encode_png

@@ -16,7 +16,8 @@ from conftest import ROOT
 from data import report as report_module
 from data import survey as survey_module
 from data import tolerant_records
-from data.face_sets import FaceSet, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, open_face_set
 from data.images import encode_jpeg, encode_png
 from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, RecordFile, pack_image, read_index
 from data.report import Report, as_text, main, make_report, set_name

@@ -13,7 +13,8 @@ import pytest
 
 from conformance import cases
 from conformance.mxnet_process import Mxnet
-from data.face_sets import RecFaceSet, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import RecFaceSet
 from data.images import decode_rgb
 from data.recordio import (
     IndexedRecordReader,

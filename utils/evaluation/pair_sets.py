@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.face_sets import EncodedImages, PairImages
+from data.face_sets import EncodedImages
 from data.pack_bin import PairFiles, PairsError, read_pairs
-from data.verification_bin import read_bin
+from data.verification_bin import PairImages, read_bin
 
 
 @dataclass(frozen=True, eq=False)
