@@ -18,10 +18,6 @@ from data.images_fingerprint import files_digest
 from data.index_cache import CACHED_FROM, ImageIndex, load_index, save_index
 from data.recordio import (
     IMAGE_HEADER_SIZE,
-    LENGTH_BITS,
-    LENGTH_MASK,
-    MAGIC,
-    WHOLE,
     IndexedRecordReader,
     RecordError,
     RecordFile,
@@ -169,30 +165,21 @@ class RecFaceSet:
 
 def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
     """(label float64 [records], has an image bool [records]) of every record, from one pass over the headers."""
-    size = reader.file.size
-    words = reader.file.words()
-    labels, has_image = np.zeros(len(reader)), np.zeros(len(reader), bool)
+    file, labels, has_image = reader.file, np.zeros(len(reader)), np.zeros(len(reader), bool)
     large = len(reader) >= CACHED_FROM
-    with progress_bar(len(reader), "record", f"labels of {reader.file.path}", disable=not large) as bar:
+    with progress_bar(len(reader), "record", f"labels of {file.path}", disable=not large) as bar:
         for start in range(0, len(reader), _HEADERS_AT_ONCE):
             offsets = reader.offsets[start : start + _HEADERS_AT_ONCE]
-            # Words of a record: magic, lrec, flag, label, four of ids, and the first label of an array. Of a record
-            # that ends sooner the last are somebody else's: its length masks them.
-            first = np.clip(offsets // 4, 0, len(words) - 1)
-            magic, lrec, flag, scalar, array = (
-                words[np.minimum(first + word, len(words) - 1)] for word in (0, 1, 2, 3, 8)
-            )
-            length = (lrec & LENGTH_MASK).astype(np.int64)
-            image_size = length - IMAGE_HEADER_SIZE - 4 * flag.astype(np.int64)
+            heads = file.heads(offsets)
+            scalar, first_of_several = (words.view("<f4") for words in file.words_at(offsets, 3, 8))
+            image_size = heads.length - IMAGE_HEADER_SIZE - 4 * heads.labels
             part = slice(start, start + len(offsets))
             with np.errstate(invalid="ignore"):  # where no record begins, the bytes may be anything
-                labels[part] = np.where(flag > 0, array.view("<f4"), scalar.view("<f4"))
+                labels[part] = np.where(heads.labels > 0, first_of_several, scalar)
             has_image[part] = image_size > 0
-            plain = (magic == MAGIC) & (lrec >> LENGTH_BITS == WHOLE) & (image_size >= 0)
-            plain &= (offsets >= 0) & (offsets % 4 == 0) & (offsets + 8 + length <= size)
-            for i in np.flatnonzero(~plain):  # cut at an embedded magic, or damaged: read it whole
-                where = f"{reader.file.path}, record {reader.keys[start + i]} at byte {offsets[i]}"
-                record = unpack_image(reader.file.read(int(offsets[i])), where)
+            for i in np.flatnonzero(~heads.whole | (image_size < 0)):  # cut at an embedded magic, or damaged
+                where = f"{file.path}, record {reader.keys[start + i]} at byte {offsets[i]}"
+                record = unpack_image(file.read(int(offsets[i])), where)
                 labels[start + i], has_image[start + i] = record.labels[0], bool(record.image)
             bar.update(len(offsets))
     return labels, has_image
