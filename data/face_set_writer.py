@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from data.recordio import IndexedRecordWriter, RecordAppender, pack_image
+from data.recordio import RecordAppender, pack_image, write_records
 from utils.files import atomic_folder, write_text_atomic
 
 
@@ -80,7 +80,7 @@ def write_face_set(folder: Path | str, image_size: int) -> Iterator[FaceSetWrite
         with write_face_set("merged", image_size=112) as out:
             out.add_identity([jpeg_bytes, ...])      # label 0
     """
-    with atomic_folder(folder) as working, IndexedRecordWriter(working / "train.rec") as records:
+    with atomic_folder(folder) as working, write_records(working / "train.rec") as records:
         writer = FaceSetWriter(working, records)
         yield writer
         writer.finish(image_size)

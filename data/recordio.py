@@ -10,11 +10,10 @@ import mmap
 import struct
 import warnings
 from array import array
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -414,23 +413,9 @@ class RecordAppender:
         self._offset += len(record)
 
 
-class IndexedRecordWriter:
-    """Writes a `.rec` and its `.idx`; both appear, complete and synced, when the `with` block ends without error."""
-
-    def __init__(self, rec_path: Path | str, idx_path: Path | str | None = None) -> None:
-        self.rec_path = Path(rec_path)
-        self.idx_path = Path(idx_path) if idx_path is not None else self.rec_path.with_suffix(".idx")
-
-    def __enter__(self) -> RecordAppender:
-        with ExitStack() as files:
-            rec, idx = (files.enter_context(atomic_write(path)) for path in (self.rec_path, self.idx_path))
-            self._files = files.pop_all()
-        return RecordAppender(rec, idx)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._files.__exit__(kind, error, traceback)
+@contextmanager
+def write_records(rec_path: Path | str) -> Iterator[RecordAppender]:
+    """Write a `.rec` and its `.idx`; both appear, complete and synced, when the `with` block ends without error."""
+    path = Path(rec_path)
+    with atomic_write(path) as rec, atomic_write(path.with_suffix(".idx")) as idx:
+        yield RecordAppender(rec, idx)

@@ -20,10 +20,10 @@ from data.recordio import (
     MAGIC,
     MAGIC_BYTES,
     IndexedRecordReader,
-    IndexedRecordWriter,
     RecordError,
     pack_image,
     unpack_image,
+    write_records,
 )
 from data.survey import survey_heads
 from data.tolerant_records import open_records
@@ -37,7 +37,7 @@ FACES_BY_KEY = {key: (str(label), image) for key, label, image in FACES}
 
 
 def write_rec(folder: Path, records: Records, name: str = "train.rec") -> Path:
-    with IndexedRecordWriter(folder / name) as writer:
+    with write_records(folder / name) as writer:
         for key, payload in records.items():
             writer.write(key, payload)
     return folder / name
