@@ -298,6 +298,22 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_ENDINGS and not _is_hidden(file)
 
 
+class ImageSubset:
+    """The images of `images` at `positions`, int64, as EncodedImages."""
+
+    def __init__(self, images: EncodedImages, positions: np.ndarray) -> None:
+        self._images, self.positions = images, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def encoded(self, i: int) -> bytes:
+        return self._images.encoded(int(self.positions[i]))
+
+    def describe(self, i: int) -> str:
+        return self._images.describe(int(self.positions[i]))
+
+
 def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
     """`views` of those sets that have it; of others None for every image."""
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
