@@ -19,9 +19,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from config import PRESETS, READS, Config
 from data.face_sets import FaceSetError
 from data.images import decode_face
@@ -33,7 +30,6 @@ from models.embedders.network import Precision
 from utils.checkpoints import BEST, HUB_WEIGHTS, newest_run, run_of, settings_beside
 from utils.devices import pick_device
 from utils.evaluation.board import write_board
-from utils.evaluation.breakdown import Groups, group_by, read_columns
 from utils.evaluation.check_sets import (
     TrainingSample,
     check_faces,
@@ -42,12 +38,12 @@ from utils.evaluation.check_sets import (
     sample_training_set,
 )
 from utils.evaluation.checks import Finding
+from utils.evaluation.columns import Tables, read_tables
 from utils.evaluation.embeddings import embed_by_all
-from utils.evaluation.measure import Measured, Options, Tables, compare, measure
+from utils.evaluation.measure import Measured, Options, compare, measure
 from utils.evaluation.pictures import draw_finding, draw_overview, draw_set
 from utils.evaluation.report import TestedModel, TestedSet, as_json, first_model_as_json, table, write_html
-from utils.evaluation.tables import qualities_by
-from utils.evaluation.test_sets import TestSet, keys_of, open_test_set, set_names, told_apart
+from utils.evaluation.test_sets import TestSet, open_test_set, set_names, told_apart
 from utils.files import write_text_atomic
 from utils.processes import worker_count
 from utils.ranks import DAYS, Ranks, join_ranks
@@ -171,7 +167,7 @@ class Test:
         test_set = open_test_set(path, name, Path(images) if images else None, self.embedders[0].image_size)
         for size in {embedder.image_size for embedder in self.embedders}:
             decode_face(test_set.images.encoded(0), size, False, test_set.images.describe(0))
-        return test_set, self._tables(test_set)
+        return test_set, read_tables(test_set, self.config.test.breakdown, self.config.test.quality)
 
     def run(self, test_set: TestSet, tables: Tables) -> TestedSet | None:
         """All models on one set, with its checks and pictures. Only the first rank has the result."""
@@ -197,26 +193,6 @@ class Test:
             drawn = [draw_finding(self.output, test_set, self.training, finding, size) for finding in findings]
             pictures += [picture for picture in drawn if picture is not None]
         return TestedSet(test_set, done, comparisons, findings, pictures)
-
-    def _tables(self, test_set: TestSet) -> Tables:
-        groups: dict[str, Groups] = {}
-        qualities: dict[str, NDArray[np.float64]] = {}
-        if test_set.ijb is not None:
-            if self.config.test.breakdown or set(self.config.test.quality) - {"norm"}:
-                what = "--breakdown" if self.config.test.breakdown else "--quality FILE.csv:COLUMN"
-                raise FaceSetError(f"{test_set.path}: {what} is for face sets and pairs of images, not templates")
-            return Tables()
-        for spec in self.config.test.breakdown:
-            file, _, column = spec.rpartition(":")
-            columns = read_columns(file)
-            title = column if column not in groups else f"{column} of {file}"
-            groups[title] = group_by(columns, column, keys_of(test_set, columns.key))
-        for spec in self.config.test.quality:
-            file, _, column = spec.rpartition(":")
-            # `norm` is the model's, see Tables.
-            title = f"{column} of {file}" if column in qualities or (file and column == "norm") else column
-            qualities[title] = qualities_by(file, column, test_set)
-        return Tables(groups, qualities)
 
     def _check(self, test_set: TestSet, measured: Sequence[Measured]) -> list[Finding]:
         findings = check_faces(test_set, measured, self.embedders, self.options)

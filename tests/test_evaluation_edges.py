@@ -13,8 +13,9 @@ import utils.evaluation.measure as measuring
 from data.face_sets import open_face_set
 from models.embedders.interface import FaceEmbedder
 from utils.evaluation.check_sets import sample_of
+from utils.evaluation.columns import Tables
 from utils.evaluation.embeddings import embed_by_all
-from utils.evaluation.measure import Measured, Options, Tables, measure
+from utils.evaluation.measure import Measured, Options, measure
 from utils.evaluation.pair_sets import PairSet
 from utils.evaluation.pictures import draw_set
 from utils.evaluation.report import TestedModel, TestedSet, as_json, table

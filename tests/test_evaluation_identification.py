@@ -16,10 +16,11 @@ from data.align import TEMPLATE, align
 from data.images import ImageError, decode_rgb, encode_jpeg
 from data.loading import DecodedFaces
 from utils.evaluation import identification
+from utils.evaluation.columns import Tables
 from utils.evaluation.curves import tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import gallery_split, identify, identify_people
 from utils.evaluation.ijb import IjbError, ijb_identification, ijb_verification, open_ijb, pair_scores
-from utils.evaluation.measure import Options, Tables, measure
+from utils.evaluation.measure import Options, measure
 from utils.evaluation.report import numbers
 from utils.evaluation.templates import PUBLISHED, Pooling, image_features, pool_templates
 from utils.evaluation.test_sets import open_test_set

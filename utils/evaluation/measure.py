@@ -11,7 +11,8 @@ from torch import Tensor
 
 from utils.evaluation.all_pairs import AllPairsResult, all_pairs
 from utils.evaluation.bootstrap import Intervals, bootstrap_identities, bootstrap_pairs, connected_groups
-from utils.evaluation.breakdown import Breakdown, Groups, breakdown_all_pairs, breakdown_pairs
+from utils.evaluation.breakdown import Breakdown, breakdown_all_pairs, breakdown_pairs
+from utils.evaluation.columns import Tables
 from utils.evaluation.comparison import Comparison, compare_identities, compare_pairs
 from utils.evaluation.curves import Roc, TarAtFar, roc_of_pairs, tar_at_far
 from utils.evaluation.folds import FoldResult, ten_fold
@@ -53,17 +54,6 @@ class Options:
     seed: int
     identify: bool
     hardest: int
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What tables say of the images, by column: groups, and qualities, a number for each image, NaN where unknown.
-
-    The values of the quality `norm` come from the model.
-    """
-
-    groups: Mapping[str, Groups] = field(default_factory=dict)
-    qualities: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

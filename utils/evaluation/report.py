@@ -10,7 +10,6 @@ import numpy as np
 
 from utils.evaluation.all_pairs import AllPairsResult
 from utils.evaluation.bootstrap import Interval, Intervals
-from utils.evaluation.breakdown import GroupRates
 from utils.evaluation.checks import Finding
 from utils.evaluation.comparison import Comparison
 from utils.evaluation.curves import TarAtFar
@@ -125,7 +124,7 @@ def numbers(test_set: TestSet, measured: Measured, mirror: bool) -> dict[str, An
             for name, curve in measured.rejects.items()
         }
     if measured.breakdowns:
-        found["breakdowns"] = {name: breakdown.as_json() for name, breakdown in measured.breakdowns.items()}
+        found["breakdowns"] = {name: asdict(breakdown) for name, breakdown in measured.breakdowns.items()}
     return found
 
 
@@ -443,11 +442,6 @@ def _set_section(page: HtmlReport, tested: TestedSet) -> None:
             page.table(*breakdown.as_table())
     for picture in tested.pictures:
         page.picture(picture.file, picture.caption)
-
-
-def group_name(row: GroupRates) -> str:
-    """The group, or the two that pairs go across."""
-    return row.groups[0] if row.within else " / ".join(row.groups)
 
 
 def _point_rows(tested: TestedSet) -> Iterable[tuple[str, ...]]:
