@@ -42,8 +42,11 @@ from utils.evaluation.columns import Tables, read_tables
 from utils.evaluation.embeddings import embed_by_all
 from utils.evaluation.measure import Measured, Options, compare, measure
 from utils.evaluation.pictures import draw_finding, draw_overview, draw_set
-from utils.evaluation.report import TestedModel, TestedSet, as_json, first_model_as_json, table, write_html
+from utils.evaluation.report_html import write_html
+from utils.evaluation.report_json import as_json, first_model_as_json
+from utils.evaluation.report_text import table
 from utils.evaluation.test_sets import TestSet, open_test_set, set_names, told_apart
+from utils.evaluation.tested import TestedModel, TestedSet
 from utils.files import write_text_atomic
 from utils.processes import worker_count
 from utils.ranks import DAYS, Ranks, join_ranks

@@ -18,8 +18,10 @@ from utils.evaluation.embeddings import embed_by_all
 from utils.evaluation.measure import Measured, Options, measure
 from utils.evaluation.pair_sets import PairSet
 from utils.evaluation.pictures import draw_set
-from utils.evaluation.report import TestedModel, TestedSet, as_json, table
+from utils.evaluation.report_json import as_json
+from utils.evaluation.report_text import table
 from utils.evaluation.test_sets import TestSet, open_test_set, told_apart
+from utils.evaluation.tested import TestedModel, TestedSet
 from utils.ranks import Ranks
 
 CPU = torch.device("cpu")

@@ -21,7 +21,7 @@ from utils.evaluation.curves import tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import gallery_split, identify, identify_people
 from utils.evaluation.ijb import IjbError, ijb_identification, ijb_verification, open_ijb, pair_scores
 from utils.evaluation.measure import Options, measure
-from utils.evaluation.report import numbers
+from utils.evaluation.report_json import numbers
 from utils.evaluation.templates import PUBLISHED, Pooling, image_features, pool_templates
 from utils.evaluation.test_sets import open_test_set
 from utils.ranks import Ranks

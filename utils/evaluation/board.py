@@ -6,7 +6,7 @@ from pathlib import Path
 
 from utils.board import Board
 from utils.evaluation.folds import FoldResult
-from utils.evaluation.report import TestedSet
+from utils.evaluation.tested import TestedSet
 
 
 def write_board(folder: Path, model: str, sets: Sequence[TestedSet]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.evaluation.all_pairs import AllPairsResult, all_pairs
-from utils.evaluation.bootstrap import Intervals, bootstrap_identities, bootstrap_pairs, connected_groups
+from utils.evaluation.bootstrap import Interval, Intervals, bootstrap_identities, bootstrap_pairs, connected_groups
 from utils.evaluation.breakdown import Breakdown, breakdown_all_pairs, breakdown_pairs
 from utils.evaluation.columns import Tables
 from utils.evaluation.comparison import Comparison, compare_identities, compare_pairs
@@ -88,6 +88,16 @@ class Measured:
     hardest: tuple[HardPairs, HardPairs] | None = None
     rejects: dict[str, RejectCurve] = field(default_factory=dict)
     breakdowns: dict[str, Breakdown] = field(default_factory=dict)
+
+    @property
+    def accuracy_interval(self) -> Interval | None:
+        """That of the accuracy; None without folds or intervals."""
+        return self.intervals.accuracy if self.intervals else None
+
+    @property
+    def tar_intervals(self) -> dict[float, Interval]:
+        """Those of the TARs, by FAR; none without intervals."""
+        return dict(zip(self.intervals.far, self.intervals.tar, strict=True)) if self.intervals else {}
 
 
 def unit_rows(features: NDArray[np.floating]) -> NDArray[np.float32]:

@@ -11,8 +11,8 @@ from utils.evaluation.checks import Finding
 from utils.evaluation.folds import FoldResult
 from utils.evaluation.hardest import HardPairs
 from utils.evaluation.measure import Measured
-from utils.evaluation.report import Picture
 from utils.evaluation.test_sets import TestSet
+from utils.evaluation.tested import Picture
 from utils.face_sheets import draw_pair_sheet
 from utils.plots import draw_bars, draw_det, draw_rejection, draw_roc, draw_score_histogram
 
