@@ -256,7 +256,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
             write_reports(test, tested)
     if ranks.first:
         if run_of(paths[0]) == paths[0]:
-            write_board(output, test.names[0], tested)
+            write_board(output, tested)
         print(printable(table(tested)))
         for note in test.notes:
             print(printable(f"note: {note.text}"))

@@ -1,7 +1,7 @@
 """One model on one set: embeddings, the set's protocol, and all that is measured beside it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from utils.evaluation.ijb import (
     ijb_verification,
 )
 from utils.evaluation.rejection import RejectCurve, error_versus_reject, pair_quality
-from utils.evaluation.templates import PUBLISHED, Pooling, image_features, pool_templates
+from utils.evaluation.templates import image_features, pool_templates
 from utils.evaluation.test_sets import TestSet
 from utils.ranks import Ranks
 
@@ -279,9 +279,7 @@ def _sampled_pairs(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 def _measure_ijb(name: str, test_set: TestSet, features: NDArray[np.floating], options: Options) -> Measured:
     ijb = test_set.ijb
     assert ijb is not None
-    # The features have those of the mirrored images in them already.
-    summed = image_features(features, None, ijb.scores, replace(PUBLISHED, mirror=False))
-    pooled = pool_templates(summed, ijb.templates, ijb.media)
+    pooled = pool_templates(image_features(features, ijb.scores), ijb.templates, ijb.media)
     result = ijb_verification(pooled, ijb.pairs, ijb.same)
     identification = ijb_identification(pooled, ijb) if ijb.galleries and ijb.probes is not None else None
     return Measured(
@@ -295,11 +293,6 @@ def _measure_ijb(name: str, test_set: TestSet, features: NDArray[np.floating], o
         _histogram_of_roc(result.roc),
         identification=identification,
     )
-
-
-def pooling_of(mirror: bool) -> Pooling:
-    """How the images of a template are pooled: as published, with or without the mirrored image."""
-    return replace(PUBLISHED, mirror=mirror)
 
 
 def _qualities(features: NDArray[np.floating], tables: Tables) -> dict[str, NDArray[np.float64]]:

@@ -15,7 +15,7 @@ from utils.evaluation.curves import TarAtFar
 from utils.evaluation.folds import FoldResult, tar_of_folds
 from utils.evaluation.identification import Identification
 from utils.evaluation.ijb import IjbVerification
-from utils.evaluation.measure import Measured, pooling_of
+from utils.evaluation.measure import Measured
 from utils.evaluation.test_sets import TestSet
 from utils.evaluation.tested import TestedModel, TestedSet, galleries, pair_counts
 
@@ -88,7 +88,8 @@ def numbers(test_set: TestSet, measured: Measured, mirror: bool) -> dict[str, An
         found["auc_bound"] = result.auc_bound
     if isinstance(result, IjbVerification):
         found["nearest_points"] = _points(result.nearest, {})
-        found["pooling"] = pooling_of(mirror).describe()
+        mirrored = "mirrored image added" if mirror else "no mirrored image"
+        found["pooling"] = f"{mirrored}, features as long as they are, times the detector's score"
     if intervals is not None:
         found["intervals"] = {
             "level": intervals.eer.level,
