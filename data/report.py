@@ -307,7 +307,8 @@ def _spread_text(spread: dict[str, float]) -> str:
     return ", ".join(f"{name} {spread[name]:,.10g}" for name in ("min", "median", "mean", "max") if name in spread)
 
 
-def _counts_text(counts: dict[str, int], shown: int = 5) -> str:
+def _counts_text(counts: dict[str, int]) -> str:
+    shown = 5
     texts = [f"{name}: {count:,}" for name, count in islice(counts.items(), shown)]
     return ", ".join(texts) + (f", {len(counts) - shown:,} others" if len(counts) > shown else "")
 
@@ -322,9 +323,9 @@ def broken_as_text(records: Records, survey: Survey) -> str:
 def set_name(path: Path) -> str:
     """What to call a set: the name of its folder or, where that may hold several, of its `.rec`."""
     path = path.resolve()
-    return (
-        path.stem if path.suffix == ".rec" and path.stem != "train" else (path.parent if path.is_file() else path).name
-    )
+    if path.suffix == ".rec" and path.stem != "train":
+        return path.stem
+    return path.parent.name if path.is_file() else path.name
 
 
 def main(argv: Sequence[str] | None = None) -> None:

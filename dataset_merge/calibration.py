@@ -178,7 +178,7 @@ def _solve_alike(cosine: NDArray[np.float64], sizes: NDArray[np.int64]) -> float
     return float(min(grid, key=lambda r: abs(np.median(expected_cosine(r, *sizes.T) - cosine))))
 
 
-def _genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres], seed: int) -> NDArray[np.float64]:
+def _genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres]) -> NDArray[np.float64]:
     """Scores of halves, brought to the numbers of images that the sets' identities have.
 
     Each half pair stands for its whole identity against one of any set with as many images as one drawn there has.
@@ -188,7 +188,7 @@ def _genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres], seed: 
     parts = []
     for part in halves:
         if len(part.cosine):
-            other = np.random.default_rng(seed).choice(images[images > 0], len(part.cosine))
+            other = np.random.default_rng(0).choice(images[images > 0], len(part.cosine))
             factor = expected_cosine(part.alike, part.whole, other) / expected_cosine(part.alike, *part.sizes.T)
             parts.append(np.minimum(part.cosine * factor, 1) - part.rival)
     return np.concatenate(parts) if parts else np.empty(0)
@@ -213,7 +213,6 @@ def calibrate(
     rule: Rule,
     wrong_joins: float,
     names: Sequence[str],
-    seed: int = 0,
 ) -> Calibration:
     """The lowest threshold at which the expected wrong joins are at most `wrong_joins` of the joins.
 
@@ -225,9 +224,9 @@ def calibrate(
     people = [int((part.images > 0).sum()) for part in centres]
     largest = max(range(len(people)), key=lambda number: (people[number], impostors[number].usual_rival))
     require_identities(people, names, enough=len(scores) >= _LEAST_SCORES)
-    genuine = _genuine_scores(halves, centres, seed)
+    genuine = _genuine_scores(halves, centres)
     maxima = scores if rule == "mutual" else np.concatenate([part.nearest for part in impostors])
-    tails = fit_tails(scores, maxima, genuine, seed)
+    tails = fit_tails(scores, maxima, genuine, 0)
     joins = [(one, other, _join_scores(pairs, one == other, rule)) for one, other, pairs in found]
     within = any(one == other for one, other, _ in found)
     every = np.sort(np.concatenate([np.empty(0), *(part for _, _, part in joins)]))

@@ -442,7 +442,7 @@ def test_scores_of_halves_are_brought_to_whole_identities() -> None:
     centres: Any = SimpleNamespace(images=torch.tensor([4, *[0] * 20]))
     # Mean lengths of 2 and 4 images whose cosine is 0.5: sqrt(0.75) and sqrt(0.625), of one image 1.
     expected = [0.5 / np.sqrt(0.75 * 0.625) - 0.1, 1 - 0.2]
-    assert calibration_module._genuine_scores([halves], [centres], 0) == pytest.approx(expected)
+    assert calibration_module._genuine_scores([halves], [centres]) == pytest.approx(expected)
 
 
 def test_pairs_that_are_left_to_join_wrongly() -> None:

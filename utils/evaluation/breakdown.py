@@ -112,7 +112,6 @@ def breakdown_pairs(
     index: NDArray[np.integer],
     groups: Groups,
     points: Sequence[TarAtFar],
-    level: float = 0.95,
 ) -> Breakdown:
     """Rates of a list of pairs by the groups of its images, for each point and each two groups that have pairs.
 
@@ -135,7 +134,7 @@ def breakdown_pairs(
                 accepted = (scores[here & kind] > point.threshold).repeat(2)
                 trials = np.bincount(ends, minlength=len(groups.of)).astype(np.float64)
                 hits = np.bincount(ends, accepted, len(groups.of))
-                intervals.append(clustered_interval(hits, trials, 2, level))
+                intervals.append(clustered_interval(hits, trials, 2))
             rates.append(
                 GroupRates(
                     (groups.names[first], groups.names[second]),
@@ -155,7 +154,6 @@ def breakdown_all_pairs(
     labels: Tensor,
     groups: Groups,
     points: Sequence[TarAtFar],
-    level: float = 0.95,
     block: int = 0,
     progress: bool = False,
     ranks: Ranks | None = None,
@@ -206,7 +204,7 @@ def breakdown_all_pairs(
         accepted = ranks.sum(hits).cpu().numpy()
         sizes = np.zeros((people, len(groups.names)), np.int64)
         np.add.at(sizes, (blocks.labels.cpu().numpy(), of.cpu().numpy()), 1)
-    rates = _group_rates(accepted, sizes, couples, groups.names, points, level)
+    rates = _group_rates(accepted, sizes, couples, groups.names, points)
     return Breakdown(groups.column, "identities", int((~chosen).sum()), tuple(rates))
 
 
@@ -216,7 +214,6 @@ def _group_rates(
     couples: Sequence[tuple[int, int]],
     names: Sequence[str],
     points: Sequence[TarAtFar],
-    level: float,
 ) -> list[GroupRates]:
     """From accepted pairs, int64 [points, kinds, people, couples], and images, int64 [people, groups]."""
     images = sizes.sum(axis=0)
@@ -239,8 +236,8 @@ def _group_rates(
                     int(impostor.sum()) // 2,
                     point.far,
                     point.threshold,
-                    clustered_interval(accepted[place, 0, :, number], genuine, 1, level),
-                    clustered_interval(accepted[place, 1, :, number], impostor, 2, level),
+                    clustered_interval(accepted[place, 0, :, number], genuine, 1),
+                    clustered_interval(accepted[place, 1, :, number], impostor, 2),
                 )
             )
     return rates

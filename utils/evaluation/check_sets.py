@@ -22,6 +22,7 @@ from utils.evaluation.checks import (
     check_channels,
     check_folds,
     check_precision,
+    is_name,
     same_bytes,
     same_pictures,
     sample_pairs,
@@ -152,8 +153,7 @@ def check_training_set(test_set: TestSet, measured: Measured, sample: TrainingSa
         _duplicates(test_set, sample, unit, size),
         _shared_people(test_set, sample, unit),
     ]
-    names = (test_set.identities or [], sample.names)
-    if all(any(map(_has_letters, of)) for of in names):  # where people are numbers, names say nothing
+    if any(map(is_name, test_set.identities or [])) and any(map(is_name, sample.names)):
         findings.append(_shared_names(test_set, sample))
     return findings
 
@@ -230,7 +230,3 @@ def _shared_names(test_set: TestSet, sample: TrainingSample) -> Finding:
     shown = f"{', '.join(shared[:_SHOWN])}{', ...' if len(shared) > _SHOWN else ''}"
     text = f"{test_set.name} and the training set share {len(shared):,} names of people: {shown}"
     return Finding("people", "warning", text)
-
-
-def _has_letters(name: str) -> bool:
-    return any(letter.isalpha() for letter in name)
