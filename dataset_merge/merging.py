@@ -18,23 +18,16 @@ from dataset_merge.cleaning import CleanedFaceSet, Findings, find_wrong
 from dataset_merge.deciding import MatchSettings, decide
 from dataset_merge.decisions import Decision, Identities, Match, decide_groups
 from dataset_merge.decisions_table import read_decisions, write_decisions
+from dataset_merge.disk_space import as_size, available, needed, require_space, stored_sizes
 from dataset_merge.exclude import HeldOutSet, Leaks, find_leaks
+from dataset_merge.face_sizes import how_to_mend
 from dataset_merge.grouping import Grouping
-from dataset_merge.joined_duplicates import COLUMNS, JoinedRows, parts_of, search
+from dataset_merge.joined_duplicates import COLUMNS, JoinedRows, parts_of, search, without
 from dataset_merge.merge_report import PICTURES, Merge, write_report
 from dataset_merge.opening import OpenedSets, cache_folder
 from dataset_merge.table_sources import check_sources, write_sources
 from dataset_merge.unit_rows import UnitRows
-from dataset_merge.writing import (
-    as_size,
-    available,
-    how_to_mend,
-    made_from,
-    needed,
-    require_space,
-    stored_sizes,
-    write_images,
-)
+from dataset_merge.writing import made_from, write_images
 from models.embedders import Embedder
 from models.embedding import embed_images
 from utils.files import write_csv_atomic
@@ -190,7 +183,7 @@ def _finish(
         model = embedder.fingerprint if embedder and rows else ""
         found = search(cache, done.sets, everything, parts, rows, model, workers)
         done = replace(done, duplicates=found, everything=everything)
-    choice = parts.without(done.duplicates)
+    choice = without(done.duplicates, parts)
     sizes = np.concatenate([stored_sizes(faces) for faces in done.sets])
     done = replace(done, size=needed(sizes[np.concatenate(choice)], len(choice)))
     output = Path(merge.output)

@@ -13,16 +13,9 @@ from data.face_sets import open_face_set
 from data.images import encode_png
 from data.joined_sets import JoinedFaceSet
 from dataset_merge import writing
-from dataset_merge.writing import (
-    as_size,
-    available,
-    face_size,
-    made_from,
-    needed,
-    require_space,
-    stored_sizes,
-    write_images,
-)
+from dataset_merge.disk_space import as_size, available, needed, require_space, stored_sizes
+from dataset_merge.face_sizes import face_size
+from dataset_merge.writing import made_from, write_images
 from tiny_faces import tiny_face
 from utils.resumable import JournalError, resumable_folder
 
