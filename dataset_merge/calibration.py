@@ -27,6 +27,8 @@ from utils.ranks import Ranks
 _SAMPLE = 200_000
 # Identities of a set that are cut in halves, at most; more are sampled.
 _HALVED = 50_000
+# Of all samples: the same sets have the same threshold.
+_SEED = 0
 # Below these numbers nothing is said about a tail.
 _LEAST_IDENTITIES = 200
 _LEAST_SCORES = 50
@@ -101,12 +103,11 @@ def impostor_scores(
     rival_weight: float,
     rule: Rule,
     block: int,
-    seed: int,
     ranks: Ranks | None = None,
     folder: Path | None = None,
 ) -> Impostors:
     """Match a set, or a sample of a large one, with itself by the rule of the merge. `folder`: as of top_matches."""
-    vectors = centres.vectors[_sampled(centres.images > 0, _SAMPLE, seed)]
+    vectors = centres.vectors[_sampled(centres.images > 0, _SAMPLE, _SEED)]
     count = len(vectors)
     if count < 2:
         return Impostors(np.empty(0), 0.0, np.empty(0))
@@ -133,19 +134,19 @@ def _sampled(wanted: Tensor, most: int, seed: int) -> Tensor:
     return numbers[torch.from_numpy(chosen).to(numbers.device)]
 
 
-def half_scores(embeddings: Rows, labels: Tensor, centres: Centres, impostors: Impostors, seed: int) -> Halves:
+def half_scores(embeddings: Rows, labels: Tensor, centres: Centres, impostors: Impostors) -> Halves:
     """Cut each identity with two images or more in two at random, and compare the halves; of many a sample.
 
     Memory: 6 x D bytes for each half, and 40 bytes an image.
     """
     device = labels.device
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(_SEED)
     order = torch.rand(len(labels), generator=generator).to(device).argsort()
     order = order[labels[order].sort(stable=True).indices]
     starts = centres.images.cumsum(0) - centres.images
     place = torch.empty_like(labels)
     place[order] = torch.arange(len(labels), device=device) - starts[labels[order]]
-    chosen = _sampled(centres.images >= 2, _HALVED, seed)
+    chosen = _sampled(centres.images >= 2, _HALVED, _SEED)
     number = torch.full((len(centres),), -1, dtype=torch.int64, device=device)
     number[chosen] = torch.arange(len(chosen), device=device)
     half = 2 * number[labels] + place % 2
@@ -188,7 +189,7 @@ def _genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres]) -> NDA
     parts = []
     for part in halves:
         if len(part.cosine):
-            other = np.random.default_rng(0).choice(images[images > 0], len(part.cosine))
+            other = np.random.default_rng(_SEED).choice(images[images > 0], len(part.cosine))
             factor = expected_cosine(part.alike, part.whole, other) / expected_cosine(part.alike, *part.sizes.T)
             parts.append(np.minimum(part.cosine * factor, 1) - part.rival)
     return np.concatenate(parts) if parts else np.empty(0)
@@ -226,7 +227,7 @@ def calibrate(
     require_identities(people, names, enough=len(scores) >= _LEAST_SCORES)
     genuine = _genuine_scores(halves, centres)
     maxima = scores if rule == "mutual" else np.concatenate([part.nearest for part in impostors])
-    tails = fit_tails(scores, maxima, genuine, 0)
+    tails = fit_tails(scores, maxima, genuine, _SEED)
     joins = [(one, other, _join_scores(pairs, one == other, rule)) for one, other, pairs in found]
     within = any(one == other for one, other, _ in found)
     every = np.sort(np.concatenate([np.empty(0), *(part for _, _, part in joins)]))

@@ -109,7 +109,7 @@ def test_what_is_told_of_halves_and_rivals() -> None:
     assert 0.3 < told.expected_recall < 0.99
     assert told.expected_recall == pytest.approx(reach, abs=0.03)
     rivals = [
-        impostor_scores(identity_centres(part.embeddings, part.labels, 600), 0.5, "mutual", 256, 0).usual_rival
+        impostor_scores(identity_centres(part.embeddings, part.labels, 600), 0.5, "mutual", 256).usual_rival
         for part in sets
     ]
     assert told.equivalent_cosine == pytest.approx(told.threshold + max(rivals))
@@ -148,10 +148,10 @@ def test_a_sample_of_the_identities_is_halved(monkeypatch: pytest.MonkeyPatch) -
     """A sample has whole identities, as if there were no others, and says the same about them."""
     people = draw_set(torch.arange(900), torch.arange(900) % 4 + 1, seed=1)
     centres = identity_centres(people.embeddings, people.labels, 900)
-    strangers = impostor_scores(centres, 0.5, "mutual", 256, 0)
-    every = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+    strangers = impostor_scores(centres, 0.5, "mutual", 256)
+    every = half_scores(people.embeddings, people.labels, centres, strangers)
     monkeypatch.setattr(calibration_module, "_HALVED", 300)
-    some = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+    some = half_scores(people.embeddings, people.labels, centres, strangers)
     assert len(every.cosine) == 675
     assert len(some.cosine) == 300
     assert np.isin(some.cosine.round(5), every.cosine.round(5)).all()
@@ -371,8 +371,8 @@ def test_halves_tell_how_alike_images_of_a_person_are() -> None:
     for images in (torch.full((400,), 2), torch.full((400,), 9)):
         people = draw_set(torch.arange(400), images, seed=1, size=256, spread=0.9)
         centres = identity_centres(people.embeddings, people.labels, 400)
-        strangers = impostor_scores(centres, 0.5, "mutual", 256, 0)
-        halves = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+        strangers = impostor_scores(centres, 0.5, "mutual", 256)
+        halves = half_scores(people.embeddings, people.labels, centres, strangers)
         assert halves.alike == pytest.approx(1 / (1 + 0.9**2), abs=0.03)
         assert (halves.sizes.sum(1) == halves.whole).all()
         assert halves.whole.tolist() == images.tolist()
@@ -430,7 +430,7 @@ def test_halves_are_halves() -> None:
     labels = torch.arange(23) % 4
     embeddings = F.normalize(torch.randn(23, 8, generator=torch.Generator().manual_seed(0)))
     nothing = Impostors(np.empty(0), 0.0, np.empty(0))
-    halves = half_scores(embeddings, labels, identity_centres(embeddings, labels, 4), nothing, 0)
+    halves = half_scores(embeddings, labels, identity_centres(embeddings, labels, 4), nothing)
     assert halves.sizes.tolist() == [[3, 3], [3, 3], [3, 3], [3, 2]]
 
 
