@@ -8,6 +8,7 @@ import numpy as np
 
 from data.face_sets import EncodedImages, FaceSet, images_by_identity
 from data.images import decode_face
+from data.joined_sets import JoinedFaceSet
 from dataset_merge.calibration import Calibration
 from dataset_merge.cleaning import Findings
 from dataset_merge.decisions import Decision, Identities, decision_counts
@@ -36,10 +37,11 @@ class Merge:
     paths: Sequence[Path]
     original: Sequence[FaceSet]
     sets: Sequence[FaceSet]
+    everything: JoinedFaceSet  # those of `sets`
     settings: Mapping[str, object]
     image_size: int
     decisions: Sequence[Decision]
-    size: int = 0  # bytes of the merged set
+    size: int  # bytes of the merged set
     grouping: Grouping | None = None
     calibration: Calibration | None = None
     leaks: Leaks | None = None
@@ -47,7 +49,6 @@ class Merge:
     findings: Sequence[Findings] = ()
     applied: bool = False  # the findings
     duplicates: Sequence[Duplicate] = ()  # positions in all sets together
-    everything: EncodedImages | None = None
     dry_run: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -328,7 +329,7 @@ def _tell_duplicates(report: HtmlReport, folder: Path, merge: Merge) -> None:
         f"{same:,} images were there to the byte, {len(near):,} as another copy of the picture; duplicates.csv names "
         "each, and the image that was kept."
     )
-    if near and merge.everything is not None:
+    if near:
         near = sorted(near, key=lambda duplicate: duplicate.correlation)[: 2 * ROWS_DRAWN]
         cells = [face(merge.everything, i, merge.image_size) for pair in near for i in (pair.original, pair.image)]
         labels = [f"{pair.correlation:.4f}" for pair in near]
