@@ -10,10 +10,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset_merge.calibration import Calibration, Impostors, calibrate, half_scores, impostor_scores
+from dataset_merge.calibration import Calibration, calibrate
 from dataset_merge.centres import Centres, Method, identity_centres, join_centres
 from dataset_merge.grouping import Grouping, Pairs, Rule, group_identities, join_pairs
 from dataset_merge.matching import top_matches
+from dataset_merge.reference_scores import Impostors, half_scores, impostor_scores
 from dataset_merge.scores import RIVAL_WEIGHT, score_pairs
 from dataset_merge.unit_rows import Rows, UnitRows
 from utils.ranks import Ranks

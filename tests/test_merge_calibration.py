@@ -13,21 +13,14 @@ from torch import Tensor
 
 from dataset_merge import calibration as calibration_module
 from dataset_merge import centres as centres_module
-from dataset_merge import matching
+from dataset_merge import matching, reference_scores
 from dataset_merge import scores as scores_module
-from dataset_merge.calibration import (
-    Calibration,
-    CalibrationError,
-    Halves,
-    Impostors,
-    expected_cosine,
-    half_scores,
-    impostor_scores,
-)
+from dataset_merge.calibration import Calibration, CalibrationError
 from dataset_merge.centres import identity_centres
 from dataset_merge.deciding import Decided, MatchSettings, decide
 from dataset_merge.grouping import Rule
 from dataset_merge.matching import TopMatches
+from dataset_merge.reference_scores import Halves, Impostors, expected_cosine, half_scores, impostor_scores
 from dataset_merge.scores import score_pairs
 from dataset_merge.tails import fit_tails
 from live_memory import LiveMemory
@@ -124,7 +117,7 @@ def test_memory_beside_the_embeddings(t: float | None, monkeypatch: pytest.Monke
     for module, name, limit in (
         (centres_module, "_CHUNK", 64),
         (scores_module, "_CHUNK", 64),
-        (calibration_module, "_HALVED", 100),
+        (reference_scores, "_HALVED", 100),
     ):
         monkeypatch.setattr(module, name, limit)
     sets = [draw_set(torch.arange(1500) + first, torch.full((1500,), 2), first, 512) for first in (0, 1200)]
@@ -150,7 +143,7 @@ def test_a_sample_of_the_identities_is_halved(monkeypatch: pytest.MonkeyPatch) -
     centres = identity_centres(people.embeddings, people.labels, 900)
     strangers = impostor_scores(centres, 0.5, "mutual", 256)
     every = half_scores(people.embeddings, people.labels, centres, strangers)
-    monkeypatch.setattr(calibration_module, "_HALVED", 300)
+    monkeypatch.setattr(reference_scores, "_HALVED", 300)
     some = half_scores(people.embeddings, people.labels, centres, strangers)
     assert len(every.cosine) == 675
     assert len(some.cosine) == 300
@@ -442,7 +435,7 @@ def test_scores_of_halves_are_brought_to_whole_identities() -> None:
     centres: Any = SimpleNamespace(images=torch.tensor([4, *[0] * 20]))
     # Mean lengths of 2 and 4 images whose cosine is 0.5: sqrt(0.75) and sqrt(0.625), of one image 1.
     expected = [0.5 / np.sqrt(0.75 * 0.625) - 0.1, 1 - 0.2]
-    assert calibration_module._genuine_scores([halves], [centres]) == pytest.approx(expected)
+    assert reference_scores.genuine_scores([halves], [centres]) == pytest.approx(expected)
 
 
 def test_pairs_that_are_left_to_join_wrongly() -> None:

@@ -8,24 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset_merge import calibration
-from dataset_merge.calibration import CalibrationError, Impostors, half_scores, impostor_scores, require_identities
+from dataset_merge import calibration, reference_scores
+from dataset_merge.calibration import CalibrationError, require_identities
 from dataset_merge.centres import identity_centres
 from dataset_merge.grouping import Pairs, Rule
+from dataset_merge.reference_scores import Impostors, half_scores, impostor_scores
 from merge_people import draw_set
 
 
 def test_a_sample_is_drawn_from_all() -> None:
     """Those that are wanted, each once and in their order, from the whole set and by the seed; all, if they are few."""
     wanted = torch.arange(1000) % 2 == 0
-    some, others = (calibration._sampled(wanted, 50, seed) for seed in (0, 1))
+    some, others = (reference_scores._sampled(wanted, 50, seed) for seed in (0, 1))
     assert len(some) == 50
     assert wanted[some].all()
     assert (some.diff() > 0).all()
     assert some.max() > 800
     assert not torch.equal(some, others)
     for most in (500, 501):
-        assert torch.equal(calibration._sampled(wanted, most, 0), wanted.nonzero().flatten())
+        assert torch.equal(reference_scores._sampled(wanted, most, 0), wanted.nonzero().flatten())
 
 
 @pytest.mark.parametrize(("rule", "weight"), [("mutual", 0.5), ("clusters", 0.1)])
