@@ -45,7 +45,7 @@ from utils.evaluation.pictures import draw_finding, draw_overview, draw_set
 from utils.evaluation.report_html import write_html
 from utils.evaluation.report_json import as_json, first_model_as_json
 from utils.evaluation.report_text import table
-from utils.evaluation.test_sets import TestSet, open_test_set, set_names, told_apart
+from utils.evaluation.test_sets import TestSet, distinct_names, open_test_set, set_names
 from utils.evaluation.tested import TestedModel, TestedSet
 from utils.files import write_text_atomic
 from utils.processes import worker_count
@@ -98,7 +98,7 @@ def model_names(paths: Sequence[Path]) -> list[str]:
     parts = [(path.parent if path.name == BEST else path).resolve() for path in paths]
     if len(set(parts)) < len(parts):
         raise ValueError(f"a model is named twice: {', '.join(map(str, paths))}")
-    return told_apart(parts, [part.stem if part.is_file() else part.name for part in parts])
+    return distinct_names(parts, [part.stem if part.is_file() else part.name for part in parts])
 
 
 class Test:
@@ -115,14 +115,14 @@ class Test:
         self.paths = list(paths)
         cache = Path(chosen.cache_folder) if chosen.cache_folder else Path(config.common.runs) / "embeddings"
         self.options = Options(
-            chosen.batch_size,
-            worker_count(config.common.workers),
-            chosen.mirror,
-            cache if chosen.cache else None,
-            chosen.draws,
-            chosen.seed,
-            chosen.identify,
-            chosen.hardest,
+            batch_size=chosen.batch_size,
+            workers=worker_count(config.common.workers),
+            mirror=chosen.mirror,
+            cache=cache if chosen.cache else None,
+            draws=chosen.draws,
+            seed=chosen.seed,
+            identify=chosen.identify,
+            hardest=chosen.hardest,
         )
         self.notes: list[Finding] = []
         #: Whether there is but one set, whose ROC is that of the overview.
@@ -148,13 +148,13 @@ class Test:
         facts = zip(self.names, self.paths, self.embedders, strict=True)
         return [TestedModel(name, path, one.runs_on, one.fingerprint) for name, path, one in facts]
 
-    def look_at_training_set(self) -> None:
+    def take_training_sample(self) -> None:
         """Take the sample of the training set that test sets are compared with, or note why there is none."""
         chosen = self.config.test.training_set
         known = bool(chosen) or bool(settings_beside(self.paths[0]))
         roots = [] if chosen == ("none",) else [Path(root) for root in chosen or self.config.data.root]
         missing = [str(root) for root in roots if not root.exists()]
-        if chosen and missing and roots:
+        if chosen and missing:
             raise FaceSetError(f"--training-set: {', '.join(missing)} does not exist (none: there is none)")
         if not self.config.test.training_sample or not roots or not known or missing:
             text = "The training set is not known or not here: nothing tells whether it shares images or people with "
@@ -164,8 +164,8 @@ class Test:
         self.training = sample_training_set(roots, sample, self.embedders[0], self.options)
 
     def open(self, name: str, path: Path) -> tuple[TestSet, Tables]:
-        """A set and its tables. All are opened before the first is tested: what is wrong with the last one is to be
-        said before hours of work on the others, not after."""
+        """A set and its tables. All are opened before the first is tested: an error in the last one should come before
+        hours of work on the others, not after."""
         images = self.config.test.images
         test_set = open_test_set(path, name, Path(images) if images else None, self.embedders[0].image_size)
         for size in {embedder.image_size for embedder in self.embedders}:
@@ -247,7 +247,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
             print(f"embeddings are kept in {test.options.cache} (--no-cache: not)")
         output.mkdir(parents=True, exist_ok=True)
         if config.test.checks:
-            test.look_at_training_set()
+            test.take_training_sample()
     tested: list[TestedSet] = []
     for test_set, tables in opened:
         one = test.run(test_set, tables)

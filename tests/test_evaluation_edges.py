@@ -20,7 +20,7 @@ from utils.evaluation.pair_sets import PairSet
 from utils.evaluation.pictures import draw_set
 from utils.evaluation.report_json import as_json
 from utils.evaluation.report_text import table
-from utils.evaluation.test_sets import TestSet, open_test_set, told_apart
+from utils.evaluation.test_sets import TestSet, distinct_names, open_test_set
 from utils.evaluation.tested import TestedModel, TestedSet
 from utils.ranks import Ranks
 
@@ -183,7 +183,7 @@ def test_pairs_that_all_hang_together_are_drawn_one_by_one() -> None:
     assert len(np.unique(sample.groups)) == len(sample.index)
 
 
-def test_paths_are_told_apart_by_as_many_folders_as_it_takes(tmp_path: Path) -> None:
+def test_paths_are_distinct_names_by_as_many_folders_as_it_takes(tmp_path: Path) -> None:
     """Protects reports from two models or sets under one name, whose numbers would replace each other."""
     paths = [tmp_path / one / "same" / "net.onnx" for one in ("a", "b")] + [tmp_path / "other.onnx"]
-    assert told_apart(paths, ["net", "net", "other"]) == ["a_same_net.onnx", "b_same_net.onnx", "other"]
+    assert distinct_names(paths, ["net", "net", "other"]) == ["a_same_net.onnx", "b_same_net.onnx", "other"]
