@@ -76,7 +76,7 @@ class InRecords(Protocol):
     def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
         """The encoded images at `positions`, int64, as uint8 arrays that are parts of the file, which is not copied.
 
-        None for those that cannot be had in one piece, being damaged, say: `encoded` has them, or the error.
+        None for those that do not lie there in one piece, damaged ones among them: `encoded` reads them, or raises.
         """
 
 
@@ -85,7 +85,7 @@ class RecFaceSet:
 
     `labels`: int64 [images], classes 0..C-1; `identities`: the label of each class in the file, as text;
     `keys`: int64 [images], the record key of each image.
-    Memory: 24 bytes an image; opening takes some more, in passing.
+    Memory: 24 bytes an image, and more for a moment while it is opened.
     The image records' own labels decide who is who. The ranges in the header and identity records are float32, which
     cannot hold keys above 2**24 exactly, so they are not used; those records are known by their empty image.
     """
@@ -186,7 +186,7 @@ def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
 
 
 class NotTaken(NamedTuple):
-    """What lies in a tree of images and is none of its images: its folder or file, and why."""
+    """A file or folder in a tree of images that is not one of its images, and why."""
 
     identity: str
     path: Path
@@ -196,7 +196,7 @@ class NotTaken(NamedTuple):
 class FolderFaceSet:
     """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names.
 
-    A warning says what else is there, but for hidden entries and for files beside the folders that are no images;
+    A warning names what else lies there, except hidden entries and files beside the folders that are not images;
     `not_taken` lists it. Raises FaceSetError for a tree without images, and for a link to a folder that is not there.
     """
 
@@ -315,7 +315,7 @@ class ImageSubset:
 
 
 def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
-    """`views` of those sets that have it; of others None for every image."""
+    """The `views` of a set that has them; None for every image of another."""
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
 
 
@@ -329,8 +329,8 @@ def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
 def identity_order(names: list[str]) -> list[int]:
     """Positions of `names` in the order that labels are given in: numbers by value, any other names by alphabet.
 
-    So the folders `999999` and `1000000`, whose alphabetical order is the other one, come back as they went. Names of
-    one value, `7` and `007`, are in the order of the alphabet, not in that of the disk.
+    So `999999` comes before `1000000`, which the alphabet has the other way round. Names of one value, `7` and `007`,
+    are in the order of the alphabet, not in that of the disk.
     """
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(range(len(names)), key=lambda position: (int(names[position]), names[position]))

@@ -206,8 +206,8 @@ class RecordFile:
     def image_spans(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first, end) bytes of the images in the records at `offsets`, all int64 [records].
 
-        `end` is 0 for a record whose image cannot be had as one piece of the file: it is cut at an embedded magic, has
-        no image, or is damaged. `read` and `unpack_image` tell which.
+        `end` is 0 for a record whose image is not one piece of the file: it is cut at an embedded magic, has no image,
+        or is damaged. `read` and `unpack_image` tell which.
         """
         heads = self.heads(offsets)
         start = offsets + _RECORD_HEAD.size

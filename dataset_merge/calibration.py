@@ -1,4 +1,4 @@
-"""--t auto: the threshold from the sets themselves, for a share of wrong joins that one is ready to accept.
+"""--t auto: the threshold from the sets themselves, for a share of wrong joins that one accepts.
 
 Scores that are known to be of different people, and of one person (reference_scores.py), say how many joins would be
 wrong at each threshold. docs/merging_threshold.md has the formulas and their test.

@@ -159,7 +159,7 @@ def check_training_set(test_set: TestSet, measured: Measured, sample: TrainingSa
 
 
 def _duplicates(test_set: TestSet, sample: TrainingSample, unit: NDArray[np.float32], size: int) -> Finding:
-    # The faces of IJB are cut out when they are read: their bytes are nobody else's, and dear.
+    # The faces of IJB are aligned and encoded when they are read: no file has the same bytes, and reading all is slow.
     positions = sample.byte_positions if test_set.ijb is None else sample.byte_positions[:0]
     equal = same_bytes(test_set.images, sample.faces, positions) if len(positions) else []
     alike = same_pictures(

@@ -123,7 +123,7 @@ class PairSample:
     """A sample of a set.
 
     positions: int64 [S], its images. index: int64 [P, 2], pairs of them, by their place in `positions`. same: bool
-    [P]. groups: int64 [S], what is drawn together: a person, or pairs of a list that hang together.
+    [P]. groups: int64 [S], what is drawn together: a person, or connected pairs of a list.
     """
 
     positions: NDArray[np.int64]
@@ -157,7 +157,7 @@ def sample_people(people: NDArray[np.int64], images: int, seed: int) -> PairSamp
 def sample_pairs(
     index: NDArray[np.int64], same: NDArray[np.bool_], groups: NDArray[np.int64], images: int, seed: int
 ) -> PairSample:
-    """Pairs of a list, as many of each kind, of `images` images at most. groups: int64 [P], pairs that hang together.
+    """Pairs of a list, as many of each kind, of `images` images at most. groups: int64 [P], connected pairs.
 
     An image of several pairs is in the sample once for each.
     """
