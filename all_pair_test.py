@@ -23,7 +23,7 @@ from config import PRESETS, READS, Config
 from data.face_sets import FaceSetError
 from data.images import decode_face
 from data.images_fingerprint import sample_digest
-from data.pack_bin import PairFiles
+from data.pair_lists import PairFiles
 from data.verification_bin import chosen_bins
 from models.embedders import Embedder, load_embedder
 from models.embedders.network import Precision

@@ -10,7 +10,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data.pack_bin import PairsError
+from data.pair_lists import PairsError
 from data.verification_bin import write_bin
 from ranks import run_on_ranks
 from test_all_pairs import clustered

@@ -18,9 +18,10 @@ from data.detect import Detection, DetectorError
 from data.face_sets import FaceSet, FaceSetError, open_face_set
 from data.fitting import Fit, Fitted, LeftOut, check_detector, find_and_fit, fit_images
 from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
-from data.pack_bin import PairsError, pack_bin
 from data.pack_bin import main as pack_bin_main
+from data.pack_bin import pack_bin
 from data.pack_set import Packed, main, pack, select
+from data.pair_lists import PairsError
 from data.recordio import pack_image, write_records
 from data.set_sources import LANDMARK_COLUMNS, open_source
 from data.verification_bin import read_bin

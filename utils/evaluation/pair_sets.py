@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.face_sets import EncodedImages
-from data.pack_bin import PairFiles, PairsError, read_pairs
+from data.pair_lists import PairFiles, PairsError, read_pairs
 from data.verification_bin import PairImages, read_bin
 
 

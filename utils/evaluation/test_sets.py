@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data.align import TEMPLATE_SIZE
 from data.face_sets import EncodedImages, FaceSet, FaceSetError, FolderFaceSet, open_face_set
 from data.folds import FOLDS
-from data.pack_bin import PairFiles
+from data.pair_lists import PairFiles
 from utils.evaluation.all_pairs import count_pairs
 from utils.evaluation.ijb import Ijb, open_ijb
 from utils.evaluation.pair_sets import PairSet, open_pair_set
