@@ -125,15 +125,12 @@ class RecFaceSet:
         return images
 
     def _compare_with_property(self) -> None:
-        path = self.path.with_name("property")
-        if not path.exists():
-            return
-        first_line = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
-        stated = first_line.split(",")[0].strip()
-        if stated != str(len(self.identities)):
+        line, found = property_line(self.path), len(self.identities)
+        stated = None if line is None else line.split(",")[0].strip()
+        if stated not in (None, str(found)):
+            path = self.path.with_name("property")
             warnings.warn(
-                f"{path} states {stated!r} identities, the images have {len(self.identities)}: the images are believed",
-                stacklevel=3,
+                f"{path} states {stated!r} identities, the images have {found}: the images are believed", stacklevel=3
             )
 
     def __len__(self) -> int:
@@ -161,6 +158,12 @@ class RecFaceSet:
         file = self._file.view()
         first, end = self._file.image_spans(self._offsets[positions])
         return [file[i:j] if j else None for i, j in zip(first.tolist(), end.tolist(), strict=True)]
+
+
+def property_line(rec_path: Path) -> str | None:
+    """The first line of the file `property` beside a `.rec`, `identities,height,width`; None without that file."""
+    path = rec_path.with_name("property")
+    return path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0].strip() if path.is_file() else None
 
 
 def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,7 @@ class Listed:
 
 def listed_pairs(same: np.ndarray, index: np.ndarray) -> TestSet:
     images = Listed([f"Žluť/{i}.png" for i in range(int(index.max()) + 1)])
-    pairs = PairSet("set", images, index, same, None)
+    pairs = PairSet(images, index, same, None)
     return TestSet("set", Path("set.bin"), images, None, None, pairs=pairs)
 
 
