@@ -405,17 +405,25 @@ def test_other_scores_in_the_second_pass_are_noticed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("embeddings", "labels", "message"),
+    ("embeddings", "labels", "arguments", "message"),
     [
-        (torch.ones(4, 2), torch.arange(4), "no genuine pairs"),
-        (torch.ones(0, 2), torch.arange(0), "no genuine pairs"),
-        (torch.ones(4, 2), torch.zeros(4).long(), "no impostor pairs"),
+        (torch.ones(4), torch.arange(4), {}, r"\[N, D\]"),
+        (torch.ones(4, 2, dtype=torch.int64), torch.arange(4), {}, "must be floats"),
+        (torch.ones(4, 2), torch.arange(5), {}, "4 embeddings need as many labels"),
+        (torch.ones(4, 2), torch.ones(4, 1).long(), {}, "4 embeddings need as many labels"),
+        (torch.ones(4, 2), torch.ones(4), {}, "labels must be integers"),
+        (torch.ones(4, 2), torch.arange(4), {"block": -1}, "block must be at least 1"),
+        (torch.ones(4, 2), torch.arange(4), {"far": (0.1, 0.0)}, "not at 0.0"),
+        (torch.ones(4, 2), torch.arange(4), {"far": (1.0,)}, "not at 1.0"),
+        (torch.ones(4, 2), torch.arange(4), {}, "no genuine pairs"),
+        (torch.ones(0, 2), torch.arange(0), {}, "no genuine pairs"),
+        (torch.ones(4, 2), torch.zeros(4).long(), {}, "no impostor pairs"),
     ],
 )
-def test_refuses_what_cannot_be_measured(embeddings: Tensor, labels: Tensor, message: str) -> None:
+def test_refuses_what_cannot_be_measured(embeddings: Tensor, labels: Tensor, arguments: dict, message: str) -> None:
     """Protects callers from a number without meaning."""
     with pytest.raises(ValueError, match=message):
-        all_pairs(embeddings, labels)
+        all_pairs(embeddings, labels, **arguments)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def test_a_giant_group_is_not_drawn() -> None:
     assert len(set(numbers.tolist())) == 9
     assert "9 groups" in unit
     assert "independent" in drawn_groups(10, None)[1]
+    with pytest.raises(ValueError, match="10 pairs need as many groups"):
+        drawn_groups(10, np.zeros(9))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -88,6 +90,9 @@ def test_intervals_of_pairs() -> None:
         assert interval.low <= interval.estimate <= interval.high
         assert interval.low < interval.high
     assert str(first.accuracy).startswith(f"{100 * result.accuracy:.3f} % (95%: ")
+    for options in ({"replicates": 1}, {"level": 1.0}):
+        with pytest.raises(ValueError, match="an interval needs"):
+            bootstrap_pairs(result, **options)  # type: ignore[arg-type]
 
 
 def grouped_pairs(groups: int, size: int, model_noise: float, seed: int) -> tuple[FoldResult, NDArray[np.int64]]:
@@ -246,8 +251,9 @@ def test_mcnemar_is_the_binomial_test(only_a: int, only_b: int) -> None:
     correct_a = np.repeat([True, False, True, False], [only_a, only_b, 50, 7])
     correct_b = np.repeat([False, True, True, False], [only_a, only_b, 50, 7])
     found = mcnemar(correct_a, correct_b)
+    assert (found.only_a, found.only_b) == (only_a, only_b)
     expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
-    assert found == pytest.approx(expected, abs=1e-12)
+    assert found.p_value == pytest.approx(expected, abs=1e-12)
     differences = correct_b.astype(int) - correct_a.astype(int)
     assert permutation_p_value(differences) == pytest.approx(expected, abs=1e-12)
 
@@ -307,6 +313,20 @@ def test_models_are_compared_on_all_pairs() -> None:
     assert all(one.better is None for one in compare_identities(counts_a, counts_a, result_a, result_a, 50))
     draws = identity_draws([counts_a, counts_a], RATES, 30, 0)
     np.testing.assert_array_equal(draws[0], draws[1])  # the same identities for both
+
+
+def test_refuses_models_tested_on_different_sets() -> None:
+    """Protects from comparing what cannot be compared."""
+    (one, groups), (other, _) = grouped_pairs(30, 8, 0.1, 0), grouped_pairs(31, 8, 0.1, 0)
+    with pytest.raises(ValueError, match="different pairs"):
+        compare_pairs(one, other, groups)
+    (result_a, counts_a), (result_b, counts_b) = measured(*clustered(60, 6)), measured(*clustered(80, 6))
+    with pytest.raises(ValueError, match="different sets"):
+        compare_identities(counts_a, counts_b, result_a, result_b)
+    with pytest.raises(ValueError, match="tested on"):
+        mcnemar(np.ones(3, bool), np.ones(4, bool))
+    with pytest.raises(ValueError, match="genuine and impostor"):
+        bootstrap_pairs(ten_fold_of_distances(np.ones(20), np.ones(20, bool)))
 
 
 def test_blocks_leave_no_tensors_behind(monkeypatch: pytest.MonkeyPatch) -> None:

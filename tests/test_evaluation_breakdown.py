@@ -234,6 +234,12 @@ def test_names_that_are_no_utf8_are_found(tmp_path: Path) -> None:
     assert (groups.names, groups.of.tolist()) == (("front", "side"), [0, 1])
 
 
+def test_no_image_in_any_group() -> None:
+    """Protects from an empty table that looks like a result."""
+    with pytest.raises(ValueError, match="no image has a group of column 'age'"):
+        breakdown_all_pairs(*clustered(20, 4), groups_of("age", [""] * 20), (TarAtFar(0.1, 0.9, 0.3, 1000),))
+
+
 def test_error_versus_reject_equals_a_loop() -> None:
     """Protects every point of the curve, with ties in quality: pairs below a quality go, the threshold stays."""
     random = np.random.default_rng(0)
@@ -256,6 +262,22 @@ def test_error_versus_reject_equals_a_loop() -> None:
     assert curve.area < 0.9
     assert error_versus_reject(scores, same, -quality, 0.01, shares).area > 1.1
     assert np.isnan(error_versus_reject(np.where(same, 1.0, 0.0), same, quality, 0.01, shares).area)
+
+
+@pytest.mark.parametrize(
+    ("quality", "shares", "message"),
+    [
+        (np.ones(9), (0.0,), "10 pairs need as many qualities"),
+        (np.full(10, np.nan), (0.0,), "all finite"),
+        (np.ones(10), (0.0, 1.0), "must rise within"),
+        (np.ones(10), (0.2, 0.1), "must rise within"),
+        (np.ones(10), (), "must rise within"),
+    ],
+)
+def test_refuses_curves_without_meaning(quality: NDArray, shares: tuple[float, ...], message: str) -> None:
+    """Protects callers from misaligned qualities and shares that cannot be."""
+    with pytest.raises(ValueError, match=message):
+        error_versus_reject(np.arange(10.0), np.arange(10) % 2 == 0, quality, 0.1, shares)
 
 
 @pytest.fixture

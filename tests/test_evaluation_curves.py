@@ -198,3 +198,38 @@ def test_what_folds_tell_of_pairs() -> None:
     np.testing.assert_allclose(by_fold, result.fold_accuracies, atol=1e-15)
     unit = embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)
     np.testing.assert_allclose(result.cosines, (unit[::2] * unit[1::2]).sum(1), atol=1e-12)
+    with pytest.raises(ValueError, match="607 pairs need as many distances"):
+        ten_fold_of_distances(result.distances[:-1], same)
+
+
+def test_det_has_no_zeros() -> None:
+    """Protects logarithmic axes."""
+    far, frr = roc(*smooth(0)).det()
+    assert len(far) > 10
+    assert far.min() > 0
+    assert frr.min() > 0
+
+
+@pytest.mark.parametrize(
+    ("genuine", "impostor", "far", "message"),
+    [
+        ([], [0.0], (0.1,), "no genuine scores"),
+        ([1.0], [], (0.1,), "no impostor scores"),
+        ([1.0, np.nan], [0.0], (0.1,), "genuine score 1 is not finite"),
+        ([1.0], [[0.0]], (0.1,), "in a row"),
+        ([1.0], [0.0], (0.0,), "not at 0.0"),
+        ([1.0], [0.0], (1.0,), "not at 1.0"),
+    ],
+)
+def test_refuses(genuine: list, impostor: list, far: tuple[float, ...], message: str) -> None:
+    """Protects callers from a number without meaning."""
+    with pytest.raises(ValueError, match=message):
+        tar_at_far(np.array(genuine), np.array(impostor), far)
+    with pytest.raises(ValueError, match=message):
+        tar_at_nearest_roc_point(np.array(genuine), np.array(impostor), far)
+
+
+def test_pairs_need_a_flag_each() -> None:
+    """Protects against a curve of misaligned scores and flags."""
+    with pytest.raises(ValueError, match="a score and a flag each"):
+        roc_of_pairs(np.ones(4), np.ones(5, bool))

@@ -133,7 +133,7 @@ def test_memory_of_unit_rows() -> None:
     vectors = np.random.default_rng(0).standard_normal((2000, 512), np.float32)
     tracemalloc.start()
     try:
-        unit = identification._unit(vectors, "probe")
+        unit = identification._unit(vectors, np.arange(2000), "probe")
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -145,6 +145,8 @@ def test_memory_of_unit_rows() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ((np.ones((2, 3)), np.arange(3), np.ones((2, 3)), np.arange(2)), "with n people"),
+        ((np.ones((2, 3)), np.arange(2), np.zeros((0, 3)), np.arange(0)), "gallery is empty"),
         ((np.ones((2, 3)), np.arange(2), np.zeros((2, 3)), np.arange(2)), "gallery row 0 .*zero norm"),
         ((np.full((2, 3), np.nan), np.arange(2), np.ones((2, 3)), np.arange(2)), "probe row 0 is not finite"),
         ((np.ones((2, 3)), np.arange(2), np.ones((2, 3)), np.arange(7, 9)), "no probe is of a person"),

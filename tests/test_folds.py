@@ -93,6 +93,27 @@ def test_distances_do_not_depend_on_length_and_dtype() -> None:
     np.testing.assert_array_equal(single.same, same)
 
 
+@pytest.mark.parametrize(
+    ("shape", "pairs", "folds", "message"),
+    [
+        ((41, 8), 20, 10, r"20 pairs need embeddings of shape \[40, D\], not \[41, 8\]"),
+        ((40,), 20, 10, "need embeddings of shape"),
+        ((18, 8), 9, 10, "9 pairs cannot make 10 folds"),
+        ((40, 8), 20, 1, "at least 2 folds"),
+    ],
+)
+def test_refuses_what_does_not_fit(shape: tuple[int, ...], pairs: int, folds: int, message: str) -> None:
+    """Protects callers from a number that was measured on misaligned input."""
+    with pytest.raises(ValueError, match=message):
+        ten_fold(np.ones(shape), np.ones(pairs, dtype=bool), folds)
+
+
+def test_refuses_labels_that_are_not_a_list() -> None:
+    """Protects against a column vector of labels, which would broadcast."""
+    with pytest.raises(ValueError, match="one-dimensional"):
+        ten_fold(np.ones((40, 8)), np.ones((20, 1), dtype=bool))
+
+
 @pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (np.inf, "not finite"), (0.0, "zero norm")])
 def test_names_the_bad_row(value: float, message: str) -> None:
     """Protects against NaN distances, which are silently "different person"; the message says where to look."""

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.devices import full_precision
-from utils.evaluation.curves import FAR_POINTS, TarAtFar, exact_rate
-from utils.evaluation.pair_blocks import PairBlocks
+from utils.evaluation.curves import FAR_POINTS, TarAtFar, check_rates, exact_rate
+from utils.evaluation.pair_blocks import PairBlocks, check_embeddings
 from utils.evaluation.threshold_search import (
     BINS,
     KeptScores,
@@ -106,9 +106,12 @@ def all_pairs(
     256 MiB, however many pairs there are. The product is in full float32 whatever TF32 or autocast settings are in
     force.
 
-    Raises ValueError when a row is not finite or has zero norm, or the set has no genuine or no impostor pair. Raises
-    RuntimeError if the device does not repeat its own matrix product bit for bit.
+    Raises ValueError when shapes or types do not fit, a FAR or the block size is out of range, a row is not finite or
+    has zero norm, or the set has no genuine or no impostor pair. Raises RuntimeError if the device does not repeat
+    its own matrix product bit for bit.
     """
+    check_embeddings(embeddings, labels, block)
+    check_rates(far)
     genuine, impostor = count_pairs(labels)
     ranks = ranks or Ranks()
     with torch.no_grad(), full_precision(embeddings.device):

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.evaluation.all_pairs import AllPairsResult
-from utils.evaluation.curves import FAR_POINTS, crossing, exact_rate
+from utils.evaluation.curves import FAR_POINTS, check_rates, crossing, exact_rate
 from utils.evaluation.folds import THRESHOLDS, FoldResult
 from utils.evaluation.identity_counts import IdentityCounts
 
@@ -77,6 +77,8 @@ def drawn_groups(pairs: int, groups: NDArray[np.integer] | None) -> tuple[NDArra
     """
     if groups is None:
         return np.arange(pairs), f"{pairs:,} pairs, taken as independent"
+    if np.shape(groups) != (pairs,):
+        raise ValueError(f"{pairs} pairs need as many groups, not shape {np.shape(groups)}")
     names, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     if sizes.max() > _LARGEST_GROUP * pairs:
         return np.arange(pairs), (
@@ -92,6 +94,9 @@ class PairMeasures:
     """
 
     def __init__(self, result: FoldResult, far: Sequence[float]) -> None:
+        check_rates(far)
+        if result.same.all() or not result.same.any():
+            raise ValueError("intervals need genuine and impostor pairs")
         self._rates = [exact_rate(rate) for rate in far]
         self._order = np.argsort(result.distances, kind="stable")
         distances = result.distances[self._order]
@@ -168,6 +173,7 @@ def bootstrap_pairs(
     groups: integers [P], what is drawn again as one: `connected_groups` of the pairs' images, or of the people where
     they are known. None, or one group with more than a fifth of all pairs: the pairs are drawn; `unit` says so.
     """
+    check_drawing(replicates, level)
     numbers, unit = drawn_groups(len(result.same), groups)
     measures = PairMeasures(result, far)
     exact = measures(np.ones(len(result.same), np.int64))
@@ -200,9 +206,16 @@ def bootstrap_identities(
 
     How counts by bins differ from the exact numbers is taken off the draws.
     """
+    check_drawing(replicates, level)
     exact = identity_estimates(result)
     once = counts.measures(np.ones((1, len(counts.people)), np.int64), result.far)[0]
     draws = (identity_draws([counts], result.far, replicates, seed)[0] + exact - once).clip(0, 1)
     auc, eer, *tar = (interval(*column, level) for column in zip(exact, draws.T, strict=True))
     unit = f"{len(counts.people):,} identities"
     return Intervals(None, auc, eer, result.far, tuple(tar), unit, replicates, seed)
+
+
+def check_drawing(replicates: int, level: float) -> None:
+    """Raise ValueError for numbers that give no interval."""
+    if replicates < 2 or not 0 < level < 1:
+        raise ValueError(f"an interval needs 2 draws or more and a level within 0..1, not {replicates} and {level}")

@@ -165,6 +165,8 @@ def breakdown_all_pairs(
     """
     ranks = ranks or Ranks()
     chosen = torch.from_numpy(groups.of >= 0).to(embeddings.device)
+    if not chosen.any():
+        raise ValueError(f"no image has a group of column {groups.column!r}")
     device = embeddings.device
     codes, couples = _pair_codes(len(groups.names))
     with torch.no_grad(), full_precision(device):

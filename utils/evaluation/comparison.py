@@ -17,6 +17,7 @@ from utils.evaluation.all_pairs import AllPairsResult
 from utils.evaluation.bootstrap import (
     Interval,
     PairMeasures,
+    check_drawing,
     drawn_groups,
     identity_draws,
     identity_estimates,
@@ -67,15 +68,27 @@ class Comparison:
         )
 
 
-def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> float:
-    """Two-sided p of McNemar's exact test: equal models share what one alone judges rightly.
+@dataclass(frozen=True)
+class McNemar:
+    """Pairs that only model A, and that only model B, judges rightly, and the exact two-sided p of McNemar's test."""
+
+    only_a: int
+    only_b: int
+    p_value: float
+
+
+def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> McNemar:
+    """McNemar's exact test: of the pairs that one model alone judges rightly, equal models have half each.
 
     correct_a, correct_b: bool [P]. It takes pairs as independent, and is too sure where they share images.
     """
+    correct_a, correct_b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
+    if correct_a.shape != correct_b.shape:
+        raise ValueError(f"the models were tested on {correct_a.shape} and {correct_b.shape} pairs")
     only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
     trials, fewer = only_a + only_b, min(only_a, only_b)
     tail = sum(comb(trials, k) for k in range(fewer + 1))
-    return min(1.0, 2 * tail / 2**trials)
+    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**trials))
 
 
 def permutation_p_value(differences: NDArray[np.integer]) -> float:
@@ -104,7 +117,13 @@ def compare_pairs(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[Comparison, ...]:
-    """Accuracy, AUC, EER and TAR at each FAR of two models on one list of pairs; groups as for `bootstrap_pairs`."""
+    """Accuracy, AUC, EER and TAR at each FAR of two models on one list of pairs; groups as for `bootstrap_pairs`.
+
+    Raises ValueError when the results are not of the same pairs.
+    """
+    check_drawing(replicates, level)
+    if not np.array_equal(a.same, b.same) or len(a.thresholds) != len(b.thresholds):
+        raise ValueError("the models were tested on different pairs: test both on the same set")
     numbers, unit = drawn_groups(len(a.same), groups)
     measures = [PairMeasures(result, far) for result in (a, b)]
     once = np.ones(len(a.same), np.int64)
@@ -114,7 +133,7 @@ def compare_pairs(
     gains = np.bincount(numbers, b.correct.astype(np.int64) - a.correct.astype(np.int64))
     accuracy = found[0]
     exact = permutation_p_value(np.rint(gains).astype(np.int64))
-    test = f"exact permutation over {unit}; McNemar over pairs: p = {mcnemar(a.correct, b.correct):.2g}"
+    test = f"exact permutation over {unit}; McNemar over pairs: p = {mcnemar(a.correct, b.correct).p_value:.2g}"
     return (Comparison("accuracy", accuracy.a, accuracy.b, accuracy.difference, exact, test), *found[1:])
 
 
@@ -127,7 +146,14 @@ def compare_identities(
     level: float = 0.95,
     seed: int = 0,
 ) -> tuple[Comparison, ...]:
-    """AUC, EER and TAR at each FAR of two models in the all-pairs test, by drawing identities for both at once."""
+    """AUC, EER and TAR at each FAR of two models in the all-pairs test, by drawing identities for both at once.
+
+    Raises ValueError when the results are not of the same set and rates.
+    """
+    check_drawing(replicates, level)
+    pairs_a, pairs_b = ((r.genuine, r.impostor, r.far) for r in (result_a, result_b))
+    if pairs_a != pairs_b or not np.array_equal(a.people, b.people):
+        raise ValueError("the models were tested on different sets or rates: test both on the same")
     draws = identity_draws([a, b], result_a.far, replicates, seed)
     for values, counts, result in zip(draws, (a, b), (result_a, result_b), strict=True):
         once = counts.measures(np.ones((1, len(counts.people)), np.int64), result.far)[0]

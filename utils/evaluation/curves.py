@@ -86,14 +86,24 @@ def exact_rate(rate: float) -> Fraction:
     return Fraction(str(float(rate)))
 
 
+def check_rates(rates: Sequence[float]) -> None:
+    """Raise ValueError for a rate that is not above 0 and below 1."""
+    for rate in rates:
+        if not 0 < rate < 1:
+            raise ValueError(f"a false accept rate lies between 0 and 1, not at {rate}")
+
+
 def tar_at_far(
     genuine: NDArray[np.floating], impostor: NDArray[np.floating], far: Sequence[float] = FAR_POINTS
 ) -> tuple[TarAtFar, ...]:
     """TAR by rank, exact: the genuine scores strictly above that of one impostor pair, the threshold.
 
     It is the impostor at rank floor(FAR x impostors), counted from 0 from the top, so that no more than the share FAR
-    of the impostor pairs is strictly above. genuine [G], impostor [I]: scores, finite; far: above 0, below 1.
+    of the impostor pairs is strictly above. genuine [G], impostor [I]: scores, finite. Raises ValueError for bad ones
+    or none, and for a rate outside of 0..1.
     """
+    genuine, impostor = _checked(genuine, impostor)
+    check_rates(far)
     ranks = [int(exact_rate(rate) * len(impostor)) for rate in far]
     places = [len(impostor) - 1 - rank for rank in ranks]
     thresholds = np.partition(impostor, places)[places]
@@ -133,6 +143,11 @@ class Roc:
         """The equal error rate, 0..1: where FAR and FRR meet, the ROC taken as straight between its points."""
         return crossing(self.far, self.frr)
 
+    def det(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """FAR and FRR of the points where neither is 0: the DET curve, for axes that have no zero."""
+        shown = (self.far > 0) & (self.tar < 1)
+        return self.far[shown], self.frr[shown]
+
     def corners(self) -> "Roc":
         """Without the points that lie within a straight run of equal steps, as scikit-learn leaves them out."""
         accepted = np.rint(np.stack([self.far * self.impostor, self.tar * self.genuine]))
@@ -162,8 +177,9 @@ def crossing(falls: NDArray[np.float64], rises: NDArray[np.float64]) -> float:
 def roc(genuine: NDArray[np.floating], impostor: NDArray[np.floating]) -> Roc:
     """The ROC with a point for every distinct score, equal to scikit-learn's `roc_curve(drop_intermediate=False)`.
 
-    genuine [G], impostor [I]: scores, finite, some of either kind.
+    genuine [G], impostor [I]: scores. Raises ValueError for scores that are not finite, and without any of a kind.
     """
+    genuine, impostor = _checked(genuine, impostor)
     scores = np.concatenate([genuine, impostor])
     order = np.argsort(-scores, kind="stable")
     is_genuine = order < len(genuine)
@@ -188,6 +204,9 @@ def split_scores(
     scores: NDArray[np.floating], same: NDArray[np.bool_]
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     """The genuine and the impostor scores of pairs: scores [P], same bool [P]."""
+    scores, same = np.asarray(scores), np.asarray(same, bool)
+    if scores.ndim != 1 or scores.shape != same.shape:
+        raise ValueError(f"pairs need a score and a flag each, not shapes {scores.shape} and {same.shape}")
     return scores[same], scores[~same]
 
 
@@ -200,6 +219,7 @@ def tar_at_nearest_roc_point(
     several with that FAR the highest, and between two equally near the one of the higher FAR. That may lie above the
     FAR asked for, and where the set has too few impostors it is 0 or 1 / impostors, whatever was asked for.
     """
+    check_rates(far)
     curve = roc(genuine, impostor).corners()
     points = []
     for rate in far:
@@ -207,3 +227,15 @@ def tar_at_nearest_roc_point(
         place = len(distance) - 1 - int(distance[::-1].argmin())
         points.append(TarAtFar(float(rate), float(curve.tar[place]), float(curve.thresholds[place]), curve.impostor))
     return tuple(points)
+
+
+def _checked(
+    genuine: NDArray[np.floating], impostor: NDArray[np.floating]
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    kinds = {"genuine": np.asarray(genuine), "impostor": np.asarray(impostor)}
+    for kind, scores in kinds.items():
+        if scores.ndim != 1 or not len(scores):
+            raise ValueError(f"there are no {kind} scores" if not scores.size else f"{kind} scores must be in a row")
+        if not np.isfinite(scores).all():
+            raise ValueError(f"{kind} score {int((~np.isfinite(scores)).argmax())} is not finite")
+    return kinds["genuine"], kinds["impostor"]

@@ -70,19 +70,28 @@ def ten_fold(
 
     embeddings: [2P, D], any float dtype; rows 2i and 2i + 1 are pair i. They need not be normalised.
     same: bool [P], True where the pair is of one person.
-    folds: how many, from 2 to P. As in scikit-learn's `KFold(shuffle=False)` they are runs of consecutive pairs, and
+    folds: how many, at least 2. As in scikit-learn's `KFold(shuffle=False)` they are runs of consecutive pairs, and
         the first P mod folds of them are one pair longer.
 
     A pair is called the same person when its distance is below the threshold. Among thresholds of equal accuracy the
     smallest is taken.
 
-    Raises ValueError when a row is not finite or has no direction (zero norm).
+    Raises ValueError when the shapes do not fit, when there are fewer pairs than folds, and when a row is not finite
+    or has no direction (zero norm).
     """
-    return ten_fold_of_distances(_pair_distances(embeddings), np.asarray(same, bool), folds)
+    same = np.asarray(same, dtype=bool)
+    embeddings = np.asarray(embeddings)
+    _check_shapes(embeddings, same, folds)
+
+    return ten_fold_of_distances(_pair_distances(embeddings), same, folds)
 
 
 def ten_fold_of_distances(distances: NDArray[np.float64], same: NDArray[np.bool_], folds: int = FOLDS) -> FoldResult:
     """The same from the squared L2 distances of the pairs, float64 [P] in 0..4, 2 - 2 x cosine."""
+    same = np.asarray(same, dtype=bool)
+    if distances.shape != same.shape:
+        raise ValueError(f"{len(same)} pairs need as many distances, not shape {list(distances.shape)}")
+    _check_folds(len(same), folds)
     fold = fold_numbers(len(same), folds)
     correct = correct_counts(distances, same, fold, folds)
     best = (correct.sum(axis=0) - correct).argmax(axis=1)  # argmax takes the first of equals
@@ -136,6 +145,23 @@ def tar_of_folds(result: FoldResult, far: float = 1e-3) -> FoldTar:
         for which in (same, ~same)
     )
     return FoldTar(far, float(tar.mean()), float(tar.std()), float(measured.mean()))
+
+
+def _check_shapes(embeddings: NDArray[np.floating], same: NDArray[np.bool_], folds: int) -> None:
+    if same.ndim != 1:
+        raise ValueError(f"same must be one-dimensional, not of shape {same.shape}")
+    if embeddings.ndim != 2 or len(embeddings) != 2 * len(same):
+        raise ValueError(
+            f"{len(same)} pairs need embeddings of shape [{2 * len(same)}, D], not {list(embeddings.shape)}"
+        )
+    _check_folds(len(same), folds)
+
+
+def _check_folds(pairs: int, folds: int) -> None:
+    if folds < 2:
+        raise ValueError(f"cross-validation needs at least 2 folds, not {folds}")
+    if pairs < folds:
+        raise ValueError(f"{pairs} pairs cannot make {folds} folds")
 
 
 def _pair_distances(embeddings: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.evaluation.curves import ErrorRate, exact_rate
+from utils.evaluation.curves import ErrorRate, check_rates, exact_rate
 from utils.progress import progress_bar
 
 _BLOCK = 2048
@@ -79,9 +79,14 @@ def identify(
 
     probes [P, D], gallery [G, D]: floats of any norm but zero; probe_people [P], gallery_people [G]: integers, who is
     who. Probes of people who are not in the gallery are the non-mated ones. Memory: 4 D (P + G) + 16 KiB x G bytes.
-    Raises ValueError for rows without direction, and without a mated probe.
+    Raises ValueError for shapes that do not fit, rows without direction, an empty gallery and no mated probe.
     """
-    queries, entries = _unit(probes, "probe"), _unit(gallery, "gallery")
+    check_rates(fpir)
+    if ranks < 1:
+        raise ValueError(f"a CMC has 1 rank or more, not {ranks}")
+    queries, entries = _unit(probes, probe_people, "probe"), _unit(gallery, gallery_people, "gallery")
+    if not len(entries):
+        raise ValueError("the gallery is empty")
     order = np.argsort(gallery_people, kind="stable")
     people, starts = np.unique(np.asarray(gallery_people)[order], return_index=True)
     entries = entries[order]
@@ -134,7 +139,10 @@ def _highest(scores: NDArray[np.float32], count: int) -> NDArray[np.float32]:
     return np.sort(scores)[::-1]
 
 
-def _unit(vectors: NDArray[np.floating], kind: str) -> NDArray[np.float32]:
+def _unit(vectors: NDArray[np.floating], people: NDArray[np.integer], kind: str) -> NDArray[np.float32]:
+    vectors = np.asarray(vectors)
+    if vectors.ndim != 2 or np.shape(people) != vectors.shape[:1]:
+        raise ValueError(f"{kind} vectors must be [n, D] with n people, not {vectors.shape} and {np.shape(people)}")
     norms = np.sqrt(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64))
     bad = ~np.isfinite(norms) | (norms == 0)
     if bad.any():

@@ -48,6 +48,7 @@ class PairBlocks:
     def __init__(
         self, embeddings: Tensor, labels: Tensor, block: int = 0, ranks: Ranks | None = None, progress: bool = False
     ) -> None:
+        check_embeddings(embeddings, labels, block)
         self.people, numbers = labels.to(embeddings.device).unique(return_inverse=True)
         self.order = numbers.argsort(stable=True)
         self.vectors, self.labels = _normalised(embeddings)[self.order], numbers[self.order]
@@ -122,6 +123,18 @@ def _one_thread_each(threads: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def check_embeddings(embeddings: Tensor, labels: Tensor, block: int) -> None:
+    """Raise ValueError when shapes or types do not fit, or the block size is out of range."""
+    if embeddings.ndim != 2 or not embeddings.is_floating_point():
+        raise ValueError(f"embeddings must be floats of shape [N, D], not {embeddings.dtype} {list(embeddings.shape)}")
+    if labels.shape != embeddings.shape[:1]:
+        raise ValueError(f"{len(embeddings)} embeddings need as many labels, not shape {list(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex():
+        raise ValueError(f"labels must be integers, not {labels.dtype}")
+    if block < 0:
+        raise ValueError(f"block must be at least 1, or 0 for automatic, not {block}")
 
 
 def _normalised(embeddings: Tensor) -> Tensor:

@@ -62,12 +62,16 @@ def error_versus_reject(
     """The error rates of pairs when those of the lowest quality are turned away, for each of the `shares` of all.
 
     scores [P]; same bool [P]; quality [P], see `pair_quality`. Pairs of equal quality stay or go together. The
-    threshold is that of `far` by `tar_at_far`, and scores strictly above it are accepted. Quality is finite, shares
-    rise within 0..1, 1 excluded.
+    threshold is that of `far` by `tar_at_far`, and scores strictly above it are accepted. Raises ValueError for quality
+    that is not finite, and for shares outside of 0..1 (1 excluded) or not rising.
     """
     genuine, impostor = split_scores(scores, same)
     threshold = tar_at_far(genuine, impostor, (far,))[0].threshold
     same, quality, asked = np.asarray(same, bool), np.asarray(quality), np.asarray(shares, np.float64)
+    if quality.shape != same.shape or not np.isfinite(quality).all():
+        raise ValueError(f"{len(same)} pairs need as many qualities, all finite, not shape {quality.shape}")
+    if not len(asked) or asked[0] < 0 or asked[-1] >= 1 or (np.diff(asked) <= 0).any():
+        raise ValueError(f"shares to reject must rise within 0..1, not {list(shares)}")
     order = np.argsort(quality, kind="stable")
     ranked = quality[order]
     passed, is_genuine = np.asarray(scores)[order] > threshold, same[order]
