@@ -19,21 +19,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from config import PRESETS, READS, Config
 from data.face_sets import FaceSetError
 from data.images import decode_face
 from data.images_fingerprint import sample_digest
-from data.pack_bin import PairFiles
+from data.pair_lists import PairFiles
 from data.verification_bin import chosen_bins
 from models.embedders import Embedder, load_embedder
 from models.embedders.network import Precision
 from utils.checkpoints import BEST, HUB_WEIGHTS, newest_run, run_of, settings_beside
 from utils.devices import pick_device
 from utils.evaluation.board import write_board
-from utils.evaluation.breakdown import Groups, group_by, read_columns
 from utils.evaluation.check_sets import (
     TrainingSample,
     check_faces,
@@ -42,12 +38,15 @@ from utils.evaluation.check_sets import (
     sample_training_set,
 )
 from utils.evaluation.checks import Finding
+from utils.evaluation.columns import Tables, read_tables
 from utils.evaluation.embeddings import embed_by_all
-from utils.evaluation.measure import Measured, Options, Tables, compare, measure
+from utils.evaluation.measure import Measured, Options, compare, measure
 from utils.evaluation.pictures import draw_finding, draw_overview, draw_set
-from utils.evaluation.report import TestedModel, TestedSet, as_json, first_model_as_json, table, write_html
-from utils.evaluation.tables import qualities_by
-from utils.evaluation.test_sets import TestSet, keys_of, open_test_set, set_names, told_apart
+from utils.evaluation.report_html import write_html
+from utils.evaluation.report_json import as_json, first_model_as_json
+from utils.evaluation.report_text import table
+from utils.evaluation.test_sets import TestSet, distinct_names, open_test_set, set_names
+from utils.evaluation.tested import TestedModel, TestedSet
 from utils.files import write_text_atomic
 from utils.processes import worker_count
 from utils.ranks import DAYS, Ranks, join_ranks
@@ -99,7 +98,7 @@ def model_names(paths: Sequence[Path]) -> list[str]:
     parts = [(path.parent if path.name == BEST else path).resolve() for path in paths]
     if len(set(parts)) < len(parts):
         raise ValueError(f"a model is named twice: {', '.join(map(str, paths))}")
-    return told_apart(parts, [part.stem if part.is_file() else part.name for part in parts])
+    return distinct_names(parts, [part.stem if part.is_file() else part.name for part in parts])
 
 
 class Test:
@@ -116,14 +115,14 @@ class Test:
         self.paths = list(paths)
         cache = Path(chosen.cache_folder) if chosen.cache_folder else Path(config.common.runs) / "embeddings"
         self.options = Options(
-            chosen.batch_size,
-            worker_count(config.common.workers),
-            chosen.mirror,
-            cache if chosen.cache else None,
-            chosen.draws,
-            chosen.seed,
-            chosen.identify,
-            chosen.hardest,
+            batch_size=chosen.batch_size,
+            workers=worker_count(config.common.workers),
+            mirror=chosen.mirror,
+            cache=cache if chosen.cache else None,
+            draws=chosen.draws,
+            seed=chosen.seed,
+            identify=chosen.identify,
+            hardest=chosen.hardest,
         )
         self.notes: list[Finding] = []
         #: Whether there is but one set, whose ROC is that of the overview.
@@ -149,13 +148,13 @@ class Test:
         facts = zip(self.names, self.paths, self.embedders, strict=True)
         return [TestedModel(name, path, one.runs_on, one.fingerprint) for name, path, one in facts]
 
-    def look_at_training_set(self) -> None:
+    def take_training_sample(self) -> None:
         """Take the sample of the training set that test sets are compared with, or note why there is none."""
         chosen = self.config.test.training_set
         known = bool(chosen) or bool(settings_beside(self.paths[0]))
         roots = [] if chosen == ("none",) else [Path(root) for root in chosen or self.config.data.root]
         missing = [str(root) for root in roots if not root.exists()]
-        if chosen and missing and roots:
+        if chosen and missing:
             raise FaceSetError(f"--training-set: {', '.join(missing)} does not exist (none: there is none)")
         if not self.config.test.training_sample or not roots or not known or missing:
             text = "The training set is not known or not here: nothing tells whether it shares images or people with "
@@ -165,13 +164,13 @@ class Test:
         self.training = sample_training_set(roots, sample, self.embedders[0], self.options)
 
     def open(self, name: str, path: Path) -> tuple[TestSet, Tables]:
-        """A set and its tables. All are opened before the first is tested: what is wrong with the last one is to be
-        said before hours of work on the others, not after."""
+        """A set and its tables. All are opened before the first is tested: an error in the last one should come before
+        hours of work on the others, not after."""
         images = self.config.test.images
         test_set = open_test_set(path, name, Path(images) if images else None, self.embedders[0].image_size)
         for size in {embedder.image_size for embedder in self.embedders}:
             decode_face(test_set.images.encoded(0), size, False, test_set.images.describe(0))
-        return test_set, self._tables(test_set)
+        return test_set, read_tables(test_set, self.config.test.breakdown, self.config.test.quality)
 
     def run(self, test_set: TestSet, tables: Tables) -> TestedSet | None:
         """All models on one set, with its checks and pictures. Only the first rank has the result."""
@@ -197,26 +196,6 @@ class Test:
             drawn = [draw_finding(self.output, test_set, self.training, finding, size) for finding in findings]
             pictures += [picture for picture in drawn if picture is not None]
         return TestedSet(test_set, done, comparisons, findings, pictures)
-
-    def _tables(self, test_set: TestSet) -> Tables:
-        groups: dict[str, Groups] = {}
-        qualities: dict[str, NDArray[np.float64]] = {}
-        if test_set.ijb is not None:
-            if self.config.test.breakdown or set(self.config.test.quality) - {"norm"}:
-                what = "--breakdown" if self.config.test.breakdown else "--quality FILE.csv:COLUMN"
-                raise FaceSetError(f"{test_set.path}: {what} is for face sets and pairs of images, not templates")
-            return Tables()
-        for spec in self.config.test.breakdown:
-            file, _, column = spec.rpartition(":")
-            columns = read_columns(file)
-            title = column if column not in groups else f"{column} of {file}"
-            groups[title] = group_by(columns, column, keys_of(test_set, columns.key))
-        for spec in self.config.test.quality:
-            file, _, column = spec.rpartition(":")
-            # `norm` is the model's, see Tables.
-            title = f"{column} of {file}" if column in qualities or (file and column == "norm") else column
-            qualities[title] = qualities_by(file, column, test_set)
-        return Tables(groups, qualities)
 
     def _check(self, test_set: TestSet, measured: Sequence[Measured]) -> list[Finding]:
         findings = check_faces(test_set, measured, self.embedders, self.options)
@@ -268,7 +247,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
             print(f"embeddings are kept in {test.options.cache} (--no-cache: not)")
         output.mkdir(parents=True, exist_ok=True)
         if config.test.checks:
-            test.look_at_training_set()
+            test.take_training_sample()
     tested: list[TestedSet] = []
     for test_set, tables in opened:
         one = test.run(test_set, tables)
@@ -277,7 +256,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
             write_reports(test, tested)
     if ranks.first:
         if run_of(paths[0]) == paths[0]:
-            write_board(output, test.names[0], tested)
+            write_board(output, tested)
         print(printable(table(tested)))
         for note in test.notes:
             print(printable(f"note: {note.text}"))

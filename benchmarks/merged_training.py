@@ -29,7 +29,8 @@ import numpy as np
 import torch
 
 from config import PRESETS, Config
-from data.face_sets import open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import open_face_set
 from data.make_demo_set import FIRST_NEW_PERSON, FIRST_TEST_PERSON, Album, add_people, draw_people
 from dataset_merge import dataset_merge
 from models.embedders import load_embedder

@@ -30,7 +30,7 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     covariance = (target - target_mean).T @ from_mean / len(source)
     u, singular, v_transposed = np.linalg.svd(covariance)
     turned = np.linalg.det(u) * np.linalg.det(v_transposed)
-    signs = np.array([1.0, 1.0 if turned > 0 else -1.0])  # a mirroring may fit better, but is none of a camera's doing
+    signs = np.array([1.0, 1.0 if turned > 0 else -1.0])  # a reflection may fit better, but cameras do not mirror
     scale = (singular * signs).sum() / variance
     matrix = scale * (u * signs) @ v_transposed
     return np.column_stack([matrix, target_mean - matrix @ source_mean])

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from config import PRESETS, READS, Config
-from data.face_sets import FaceSet, FaceSetError, images_by_identity, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, FaceSetError, images_by_identity
 from data.images import ImageError
 from data.joined_sets import identity_keys, open_training_set
 from data.loading import DecodedFaces, sequential_loader

@@ -7,8 +7,7 @@ class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i
 import os
 import warnings
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -19,21 +18,12 @@ from data.images_fingerprint import files_digest
 from data.index_cache import CACHED_FROM, ImageIndex, load_index, save_index
 from data.recordio import (
     IMAGE_HEADER_SIZE,
-    LENGTH_BITS,
-    LENGTH_MASK,
-    MAGIC,
-    WHOLE,
     IndexedRecordReader,
-    IndexedRecordWriter,
-    RecordAppender,
     RecordError,
     RecordFile,
-    pack_image,
     unlisted_remark,
     unpack_image,
 )
-from data.verification_bin import VerificationPairs
-from utils.files import atomic_folder, write_text_atomic
 from utils.progress import progress_bar
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
@@ -86,7 +76,7 @@ class InRecords(Protocol):
     def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
         """The encoded images at `positions`, int64, as uint8 arrays that are parts of the file, which is not copied.
 
-        None for those that cannot be had in one piece, being damaged, say: `encoded` has them, or the error.
+        None for those that do not lie there in one piece, damaged ones among them: `encoded` reads them, or raises.
         """
 
 
@@ -95,7 +85,7 @@ class RecFaceSet:
 
     `labels`: int64 [images], classes 0..C-1; `identities`: the label of each class in the file, as text;
     `keys`: int64 [images], the record key of each image.
-    Memory: 24 bytes an image; opening takes some more, in passing.
+    Memory: 24 bytes an image, and more for a moment while it is opened.
     The image records' own labels decide who is who. The ranges in the header and identity records are float32, which
     cannot hold keys above 2**24 exactly, so they are not used; those records are known by their empty image.
     """
@@ -135,15 +125,12 @@ class RecFaceSet:
         return images
 
     def _compare_with_property(self) -> None:
-        path = self.path.with_name("property")
-        if not path.exists():
-            return
-        first_line = path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0]
-        stated = first_line.split(",")[0].strip()
-        if stated != str(len(self.identities)):
+        line, found = property_line(self.path), len(self.identities)
+        stated = None if line is None else line.split(",")[0].strip()
+        if stated not in (None, str(found)):
+            path = self.path.with_name("property")
             warnings.warn(
-                f"{path} states {stated!r} identities, the images have {len(self.identities)}: the images are believed",
-                stacklevel=3,
+                f"{path} states {stated!r} identities, the images have {found}: the images are believed", stacklevel=3
             )
 
     def __len__(self) -> int:
@@ -173,39 +160,36 @@ class RecFaceSet:
         return [file[i:j] if j else None for i, j in zip(first.tolist(), end.tolist(), strict=True)]
 
 
+def property_line(rec_path: Path) -> str | None:
+    """The first line of the file `property` beside a `.rec`, `identities,height,width`; None without that file."""
+    path = rec_path.with_name("property")
+    return path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0].strip() if path.is_file() else None
+
+
 def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
     """(label float64 [records], has an image bool [records]) of every record, from one pass over the headers."""
-    size = reader.file.size
-    words = reader.file.words()
-    labels, has_image = np.zeros(len(reader)), np.zeros(len(reader), bool)
+    file, labels, has_image = reader.file, np.zeros(len(reader)), np.zeros(len(reader), bool)
     large = len(reader) >= CACHED_FROM
-    with progress_bar(len(reader), "record", f"labels of {reader.file.path}", disable=not large) as bar:
+    with progress_bar(len(reader), "record", f"labels of {file.path}", disable=not large) as bar:
         for start in range(0, len(reader), _HEADERS_AT_ONCE):
             offsets = reader.offsets[start : start + _HEADERS_AT_ONCE]
-            # Words of a record: magic, lrec, flag, label, four of ids, and the first label of an array. Of a record
-            # that ends sooner the last are somebody else's: its length masks them.
-            first = np.clip(offsets // 4, 0, len(words) - 1)
-            magic, lrec, flag, scalar, array = (
-                words[np.minimum(first + word, len(words) - 1)] for word in (0, 1, 2, 3, 8)
-            )
-            length = (lrec & LENGTH_MASK).astype(np.int64)
-            image_size = length - IMAGE_HEADER_SIZE - 4 * flag.astype(np.int64)
+            heads = file.heads(offsets)
+            scalar, first_of_several = (words.view("<f4") for words in file.words_at(offsets, 3, 8))
+            image_size = heads.length - IMAGE_HEADER_SIZE - 4 * heads.labels
             part = slice(start, start + len(offsets))
             with np.errstate(invalid="ignore"):  # where no record begins, the bytes may be anything
-                labels[part] = np.where(flag > 0, array.view("<f4"), scalar.view("<f4"))
+                labels[part] = np.where(heads.labels > 0, first_of_several, scalar)
             has_image[part] = image_size > 0
-            plain = (magic == MAGIC) & (lrec >> LENGTH_BITS == WHOLE) & (image_size >= 0)
-            plain &= (offsets >= 0) & (offsets % 4 == 0) & (offsets + 8 + length <= size)
-            for i in np.flatnonzero(~plain):  # cut at an embedded magic, or damaged: read it whole
-                where = f"{reader.file.path}, record {reader.keys[start + i]} at byte {offsets[i]}"
-                record = unpack_image(reader.file.read(int(offsets[i])), where)
+            for i in np.flatnonzero(~heads.whole | (image_size < 0)):  # cut at an embedded magic, or damaged
+                where = f"{file.path}, record {reader.keys[start + i]} at byte {offsets[i]}"
+                record = unpack_image(file.read(int(offsets[i])), where)
                 labels[start + i], has_image[start + i] = record.labels[0], bool(record.image)
             bar.update(len(offsets))
     return labels, has_image
 
 
 class NotTaken(NamedTuple):
-    """What lies in a tree of images and is none of its images: its folder or file, and why."""
+    """A file or folder in a tree of images that is not one of its images, and why."""
 
     identity: str
     path: Path
@@ -215,7 +199,7 @@ class NotTaken(NamedTuple):
 class FolderFaceSet:
     """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names.
 
-    A warning says what else is there, but for hidden entries and for files beside the folders that are no images;
+    A warning names what else lies there, except hidden entries and files beside the folders that are not images;
     `not_taken` lists it. Raises FaceSetError for a tree without images, and for a link to a folder that is not there.
     """
 
@@ -317,8 +301,24 @@ def _is_image(file: Path) -> bool:
     return file.suffix.lower() in IMAGE_ENDINGS and not _is_hidden(file)
 
 
+class ImageSubset:
+    """The images of `images` at `positions`, int64, as EncodedImages."""
+
+    def __init__(self, images: EncodedImages, positions: np.ndarray) -> None:
+        self._images, self.positions = images, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def encoded(self, i: int) -> bytes:
+        return self._images.encoded(int(self.positions[i]))
+
+    def describe(self, i: int) -> str:
+        return self._images.describe(int(self.positions[i]))
+
+
 def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
-    """`views` of those sets that have it; of others None for every image."""
+    """The `views` of a set that has them; None for every image of another."""
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
 
 
@@ -332,34 +332,12 @@ def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
 def identity_order(names: list[str]) -> list[int]:
     """Positions of `names` in the order that labels are given in: numbers by value, any other names by alphabet.
 
-    So the folders `999999` and `1000000`, whose alphabetical order is the other one, come back as they went. Names of
-    one value, `7` and `007`, are in the order of the alphabet, not in that of the disk.
+    So `999999` comes before `1000000`, which the alphabet has the other way round. Names of one value, `7` and `007`,
+    are in the order of the alphabet, not in that of the disk.
     """
     if all(name.isascii() and name.isdigit() for name in names):
         return sorted(range(len(names)), key=lambda position: (int(names[position]), names[position]))
     return sorted(range(len(names)), key=names.__getitem__)
-
-
-class PairImages:
-    """The distinct images of verification sets, one set after the other, as EncodedImages."""
-
-    def __init__(self, *sets: VerificationPairs) -> None:
-        self._sets = sets
-        self._images = [image for pairs in sets for image in pairs.images]
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def encoded(self, i: int) -> bytes:
-        return self._images[i]
-
-    def describe(self, i: int) -> str:
-        for pairs in self._sets:
-            if i < len(pairs.images):
-                break
-            i -= len(pairs.images)
-        pair, side = np.argwhere(pairs.index == i)[0]
-        return f"{pairs.name}, image {'AB'[side]} of pair {pair}"
 
 
 def find_rec(folder: Path) -> Path | None:
@@ -395,81 +373,3 @@ def open_face_set(path: Path | str) -> FaceSet:
     path = Path(path)
     rec_path = rec_of(path)
     return RecFaceSet(rec_path) if rec_path else FolderFaceSet(path)
-
-
-class FaceSetWriter:
-    """Adds identities to a set that is being written; made by `write_face_set`.
-
-    A set that was begun earlier goes on behind `images` images in all, those of the finished identities in `ranges`
-    and, behind them, those of one that is not finished.
-    """
-
-    def __init__(
-        self, folder: Path, records: RecordAppender, ranges: Sequence[tuple[int, int]] = (), images: int = 0
-    ) -> None:
-        #: The working folder: files put here appear together with the set.
-        self.folder = folder
-        #: The range of image keys (first, last + 1) of each identity so far.
-        self.ranges = list(ranges)
-        self._records = records
-        self._next_key = 1 + images
-
-    @property
-    def images(self) -> int:
-        """Images so far."""
-        return self._next_key - 1
-
-    @property
-    def images_of_identity(self) -> int:
-        """Images so far of the identity that is not finished."""
-        return self._next_key - self._first_key
-
-    @property
-    def _first_key(self) -> int:
-        return self.ranges[-1][1] if self.ranges else 1
-
-    def add_image(self, image: bytes) -> None:
-        """Append an encoded image, bytes as they are, to the identity that is not finished."""
-        if not image:
-            raise ValueError(f"image {self.images_of_identity} of identity {len(self.ranges)} is empty")
-        self._records.write(self._next_key, pack_image(float(len(self.ranges)), self._next_key, image))
-        self._next_key += 1
-
-    def end_identity(self) -> int:
-        """Finish the identity; the next image is another's. Returns its label."""
-        if not self.images_of_identity:
-            raise ValueError(f"identity {len(self.ranges)} has no images")
-        self.ranges.append((self._first_key, self._next_key))
-        return len(self.ranges) - 1
-
-    def add_identity(self, images: Iterable[bytes]) -> int:
-        """Append an identity with its encoded images, bytes as they are; returns its label."""
-        for image in images:
-            self.add_image(image)
-        return self.end_identity()
-
-    def finish(self, image_size: int) -> None:
-        """Write what describes the images: identity records, record 0 and `property`."""
-        if not self.ranges:
-            raise ValueError("a face set needs at least one identity")
-        identities = (self._next_key, self._next_key + len(self.ranges))
-        for key, images in enumerate(self.ranges, self._next_key):
-            self._records.write(key, pack_image(images, key, b""))
-        self._records.write(0, pack_image(identities, 0, b""))
-        write_text_atomic(self.folder / "property", f"{len(self.ranges)},{image_size},{image_size}")
-
-
-@contextmanager
-def write_face_set(folder: Path | str, image_size: int) -> Iterator[FaceSetWriter]:
-    """Write insightface's layout (`train.rec`, `train.idx`, `property`) into a folder that appears only when whole.
-
-    Records: 1..n the images, identity after identity; n+1.. one per identity with its range of image keys; 0, written
-    last, with the range of the identity records. Raises FileExistsError when `folder` is there and not empty.
-
-        with write_face_set("merged", image_size=112) as out:
-            out.add_identity([jpeg_bytes, ...])      # label 0
-    """
-    with atomic_folder(folder) as working, IndexedRecordWriter(working / "train.rec") as records:
-        writer = FaceSetWriter(working, records)
-        yield writer
-        writer.finish(image_size)

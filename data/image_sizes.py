@@ -2,13 +2,10 @@
 
 from collections import Counter
 
-import numpy as np
-
 from data.face_sets import FaceSet, FaceSetError
 from data.images import ImageError, decode_rgb
+from data.images_fingerprint import sample_positions
 from data.recordio import RecordError
-
-SAMPLE = 64
 
 
 def require_size(faces: FaceSet, size: int, most: int) -> None:
@@ -17,7 +14,7 @@ def require_size(faces: FaceSet, size: int, most: int) -> None:
     Images that do not decode tell nothing.
     """
     shapes: Counter[tuple[int, int]] = Counter()
-    for i in np.unique(np.linspace(0, len(faces) - 1, SAMPLE).astype(np.int64)).tolist():
+    for i in sample_positions(len(faces)):
         try:
             height, width = decode_rgb(faces.encoded(i), "").shape[:2]
         except (ImageError, RecordError, OSError):

@@ -73,8 +73,12 @@ def sample_digest(images: Images, tolerant: bool = False) -> str:
 
     `tolerant`: as in content_digest.
     """
-    sample = np.unique(np.linspace(0, len(images) - 1, SAMPLE).astype(np.int64)).tolist()
-    return content_digest(images, sample, tolerant)
+    return content_digest(images, sample_positions(len(images)), tolerant)
+
+
+def sample_positions(images: int) -> list[int]:
+    """`SAMPLE` positions spread over so many images, the first and the last among them; all where there are fewer."""
+    return np.unique(np.linspace(0, images - 1, SAMPLE).astype(np.int64)).tolist()
 
 
 def joined_digest(*parts: Any) -> str:

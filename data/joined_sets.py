@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.face_sets import FaceSet, FaceSetError, InRecords, RecordSpans, image_views, open_face_set
+from data.face_sets import FaceSet, FaceSetError, ImageSubset, InRecords, RecordSpans, image_views, open_face_set
 from data.images_fingerprint import images_fingerprint, joined_digest
 
 
@@ -61,7 +61,7 @@ class JoinedFaceSet:
         return views
 
 
-class FrequentIdentities:
+class FrequentIdentities(ImageSubset):
     """The identities of a set that have `min_images` images or more, numbered anew without holes.
 
     Memory: that of the set and 16 bytes an image.
@@ -75,8 +75,8 @@ class FrequentIdentities:
             raise FaceSetError(f"{faces.path}: no identity has {min_images} images (data.min_images)")
         self._kept = np.flatnonzero(kept)
         self.identities = [faces.identities[label] for label in self._kept.tolist()]
-        self._positions = np.flatnonzero(kept[faces.labels])
-        self.labels = (np.cumsum(kept) - 1)[faces.labels[self._positions]]
+        super().__init__(faces, np.flatnonzero(kept[faces.labels]))
+        self.labels = (np.cumsum(kept) - 1)[faces.labels[self.positions]]
 
     @property
     def identity_keys(self) -> list[str]:
@@ -84,25 +84,16 @@ class FrequentIdentities:
         keys = identity_keys(self._faces)
         return [keys[label] for label in self._kept.tolist()]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def encoded(self, i: int) -> bytes:
-        return self._faces.encoded(int(self._positions[i]))
-
-    def describe(self, i: int) -> str:
-        return self._faces.describe(int(self._positions[i]))
-
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
-        return joined_digest(images_fingerprint(self._faces), self._positions)
+        return joined_digest(images_fingerprint(self._faces), self.positions)
 
     def spans(self, positions: np.ndarray) -> Iterator[RecordSpans]:
         if isinstance(self._faces, InRecords):
-            yield from self._faces.spans(self._positions[positions])
+            yield from self._faces.spans(self.positions[positions])
 
     def views(self, positions: np.ndarray) -> list[np.ndarray | None]:
-        return image_views(self._faces, self._positions[positions])
+        return image_views(self._faces, self.positions[positions])
 
 
 def identity_keys(faces: FaceSet) -> list[str]:

@@ -1,16 +1,10 @@
 """Batches of decoded faces: uint8 until they are on the device, in an order that seed, epoch and position decide."""
 
 import math
-import os
-import signal
-import sys
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,13 +15,10 @@ from data.face_sets import EncodedImages, image_views
 from data.images import ImageError, decode_face, decode_plain_jpegs
 from data.jpeg_decoding import EncodedBatch, decode_jpegs, device_decoder, join_encoded
 from data.orders import Order
-from data.read_ahead import expect_random_reads, read_soon, why_unreadable
+from data.read_ahead import expect_random_reads, read_soon
 from data.recordio import RecordError
-from utils.processes import WorkerError, cause_of_death, starting_workers
+from data.worker_loader import PREFETCH, Repeatable, WorkerLoader, forks
 from utils.settings import require
-
-_REQUESTS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
-PREFETCH = 2  # batches that each worker makes ahead
 
 
 class Batch(NamedTuple):
@@ -151,8 +142,6 @@ class EpochBatches(Sampler[list[int]]):
 
 def part_of_batch(batch_size: int, rank: int, ranks: int) -> slice:
     """The rows of a batch that are those of `rank`; ConfigError unless all `ranks` get equally many."""
-    if not 0 <= rank < ranks:
-        raise ValueError(f"rank {rank} is none of {ranks} ranks")
     require(batch_size % ranks == 0, "train.batch_size", f"must be a multiple of the {ranks} ranks, got {batch_size}")
     rows = batch_size // ranks
     return slice(rank * rows, (rank + 1) * rows)
@@ -171,11 +160,12 @@ def training_loader(
     Raises ConfigError when that cannot be. For a CUDA device the workers decode into pinned memory, from which
     `data.prefetch.on_device` copies: who copies without blocking keeps a batch until that is done.
     """
-    positions = _ReadAhead(batches, faces.images)
+    positions = _reading_ahead(batches, faces.images)
     if decode == "gpu":
         device_decoder(device)  # an error now, not after the workers started
-        loader = _loader(_EncodedFaces(faces), faces.images, positions, workers, pin=False, keep_workers=workers > 0)
-        return _DecodedOnArrival(loader, faces, device)
+        encoded = _EncodedFaces(faces)
+        loader = WorkerLoader(encoded, faces.images, positions, workers, pin=False, keep_workers=workers > 0)
+        return Repeatable(_decoded_on_arrival, loader, faces, device)
     rows = batches.part.stop - batches.part.start
     return _decoding_loader(faces, positions, rows, workers, device, for_training=True)
 
@@ -188,19 +178,13 @@ def sequential_loader(
     positions: Sequence[int] | np.ndarray | None = None,
 ) -> Iterable[Batch]:
     """All faces once, or those at `positions`, in order, the last batch as large as it is."""
-    batches = _Consecutive(range(len(faces)) if positions is None else positions, batch_size)
+    batches = Repeatable(_consecutive, range(len(faces)) if positions is None else positions, batch_size)
     return _decoding_loader(faces, batches, batch_size, workers, device, for_training=False)
 
 
-class _Consecutive:
-    """Positions in batches that are made when they are asked for: of millions of images no list of all."""
-
-    def __init__(self, positions: Sequence[int] | np.ndarray, batch_size: int) -> None:
-        self._positions, self._batch_size = positions, batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self._positions), self._batch_size):
-            yield np.asarray(self._positions[start : start + self._batch_size]).tolist()
+def _consecutive(positions: Sequence[int] | np.ndarray, batch_size: int) -> Iterator[list[int]]:
+    for start in range(0, len(positions), batch_size):
+        yield np.asarray(positions[start : start + batch_size]).tolist()
 
 
 def _decoding_loader(
@@ -214,110 +198,22 @@ def _decoding_loader(
     """`for_training`: workers stay from epoch to epoch, and batches come in the very memory that they fill, pinned.
     Otherwise torch copies them to pinned memory, which it does not use again before its copies are done.
     """
-    cuda = device.type == "cuda"
-    keep_workers = for_training and workers > 0
-    if not (workers and _forks()):
-        return _loader(faces, faces.images, batches, workers, cuda, keep_workers)
+    cuda, keep_workers = device.type == "cuda", for_training and workers > 0
+    if not (workers and forks()):
+        return WorkerLoader(faces, faces.images, batches, workers, cuda, keep_workers)
     # Those that the workers are at, one that is in use, the one before, and one to spare.
     memory = BatchMemory(workers * PREFETCH + 3, (batch_size, faces.size, faces.size, 3))
-    pin_memory = cuda and for_training
-    loader = _loader(
-        _FacesInMemory(faces, memory),
-        faces.images,
-        _WithSlots(batches, memory),
-        workers,
-        cuda and not pin_memory,
-        keep_workers,
-    )
-    return _Pinning(loader, memory) if pin_memory else loader
+    dataset, to_jobs = _FacesInMemory(faces, memory), partial(_with_slots, memory)
+    pin_by_torch = cuda and not for_training
+    loader = WorkerLoader(dataset, faces.images, batches, workers, pin_by_torch, keep_workers, to_jobs)
+    return Repeatable(_from_pinned, loader, memory) if cuda and for_training else loader
 
 
-class _Pinning:
+def _from_pinned(loader: DataLoader, memory: BatchMemory) -> Iterator[Batch]:
     """The batches of `loader`, whose memory is pinned when its workers have been forked."""
-
-    def __init__(self, loader: DataLoader, memory: BatchMemory) -> None:
-        self._loader, self._memory = loader, memory
-
-    def __iter__(self) -> Iterator[Batch]:
-        batches = iter(self._loader)
-        self._memory.pin()
-        return batches
-
-
-def _loader(
-    dataset: Dataset, images: EncodedImages, batches: Iterable[Any], workers: int, pin: bool, keep_workers: bool
-) -> DataLoader:
-    return _Loader(
-        images,
-        batches,
-        workers,
-        dataset=dataset,
-        prefetch_factor=PREFETCH if workers else None,
-        collate_fn=_as_it_is,
-        pin_memory=pin,
-        persistent_workers=keep_workers,
-        # Python 3.14 would start every worker anew and pickle the index to it; forked ones share it.
-        multiprocessing_context="fork" if workers and _forks() else None,
-        worker_init_fn=_set_up_worker,
-    )
-
-
-def _forks() -> bool:
-    return sys.platform == "linux"
-
-
-class _Loader(DataLoader):
-    """Workers that leave requests to stop, which may come to the whole job, to the main process: it is its to heed
-    them, and it still needs batches. They have the signals blocked from their first moment."""
-
-    def __init__(self, images: EncodedImages, batches: Iterable[Any], workers: int, **options: Any) -> None:
-        self._images = images
-        #: The batches that workers may be at.
-        self._recent: deque[Any] = deque(maxlen=workers * PREFETCH + 1)
-        super().__init__(batch_sampler=_Noted(batches, self._recent), num_workers=workers, **options)
-
-    def __iter__(self) -> Any:
-        before, when_one_ends = signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS), signal.getsignal(signal.SIGCHLD)
-        try:
-            with starting_workers(), self._reasons():  # workers that stay may have died since the last epoch
-                batches = super().__iter__()
-            return self._with_reasons(batches)
-        finally:
-            if when_one_ends is not None and threading.current_thread() is threading.main_thread():
-                # Torch's handler would raise wherever the program is, in the middle of a step or a save.
-                signal.signal(signal.SIGCHLD, when_one_ends)
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def _with_reasons(self, batches: Any) -> Iterator[Any]:
-        with self._reasons(batches):
-            yield from batches
-
-    @contextmanager
-    def _reasons(self, batches: Any = None) -> Iterator[None]:
-        """WorkerError when a worker died in the block, of which torch does not say why. `batches`: what it makes, None
-        for what was made in the epoch before."""
-        try:
-            yield
-        except RuntimeError as error:
-            made = self._iterator if batches is None else batches
-            exit_codes = [process.exitcode for process in getattr(made, "_workers", ())]
-            if not any(exit_codes):
-                raise
-            positions = [i for batch in self._recent for i in (batch.positions if isinstance(batch, _Job) else batch)]
-            reason = why_unreadable(self._images, positions)
-            raise WorkerError(cause_of_death(exit_codes) + (f"; {reason}" if reason else "")) from error
-
-
-class _Noted:
-    """The same batches, the last of which are to be seen in `recent`."""
-
-    def __init__(self, batches: Iterable[Any], recent: deque[Any]) -> None:
-        self._batches, self._recent = batches, recent
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            self._recent.append(batch)
-            yield batch
+    batches = iter(loader)
+    memory.pin()
+    return batches
 
 
 class _Job(NamedTuple):
@@ -327,15 +223,10 @@ class _Job(NamedTuple):
     slot: int | None
 
 
-class _WithSlots:
+def _with_slots(memory: BatchMemory, batches: Iterable[Sequence[int]]) -> Iterator[_Job]:
     """Batches of positions as jobs. A slot is lost when its batch raises, and then there is one less."""
-
-    def __init__(self, batches: Iterable[Sequence[int]], memory: BatchMemory) -> None:
-        self._batches, self._memory = batches, memory
-
-    def __iter__(self) -> Iterator[_Job]:
-        for positions in self._batches:
-            yield _Job(positions, self._memory.lend())
+    for positions in batches:
+        yield _Job(positions, memory.lend())
 
 
 class _FacesInMemory(Dataset):
@@ -366,74 +257,45 @@ def _received(memory: int, slot: int, labels: np.ndarray, broken: list[str]) -> 
     return Batch(batch_memory(memory).take(slot, len(labels)), torch.from_numpy(labels), broken)
 
 
-class _ReadAhead:
+def _reading_ahead(batches: EpochBatches, images: EncodedImages) -> Iterable[list[int]]:
     """Batches of positions, with hints to the system: read what the workers get next, or the next stretch of the order.
 
     What is hinted is read while batches before it are decoded, many images at a time, as disks like it.
     """
-
-    def __init__(self, batches: EpochBatches, images: EncodedImages) -> None:
-        self._batches, self._images = batches, images
-        self._stretch = batches.order.stretch if isinstance(batches.order, Order) else 0
-        if not self._stretch:
-            expect_random_reads(images)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self._hinting_stretches() if self._stretch else self._hinting_batches()
-
-    def _hinting_batches(self) -> Iterator[list[int]]:
-        for positions in self._batches:
-            read_soon(self._images, np.array(positions))
-            yield positions
-
-    def _hinting_stretches(self) -> Iterator[list[int]]:
-        """While a stretch is shown, the next one is read in the order of the file."""
-        order, size = self._batches.order(self._batches.epoch), self._batches.batch_size
-        starts = range(0, len(order), self._stretch)
-        to_read = np.concatenate([np.sort(order[start : start + self._stretch]) for start in starts])
-        start = self._batches.first * size
-        read_soon(self._images, to_read[start - start % self._stretch : start + self._stretch])
-        for positions in self._batches:
-            read_soon(self._images, to_read[start + self._stretch :][:size])
-            start += size
-            yield positions
+    stretch = batches.order.stretch if isinstance(batches.order, Order) else 0
+    if stretch:
+        return Repeatable(_hinting_stretches, batches, images, stretch)
+    expect_random_reads(images)
+    return Repeatable(_hinting_batches, batches, images)
 
 
-class _DecodedOnArrival:
+def _hinting_batches(batches: EpochBatches, images: EncodedImages) -> Iterator[list[int]]:
+    for positions in batches:
+        read_soon(images, np.array(positions))
+        yield positions
+
+
+def _hinting_stretches(batches: EpochBatches, images: EncodedImages, stretch: int) -> Iterator[list[int]]:
+    """While a stretch is shown, the next one is read in the order of the file."""
+    order, size = batches.order(batches.epoch), batches.batch_size
+    to_read = np.concatenate([np.sort(order[start : start + stretch]) for start in range(0, len(order), stretch)])
+    start = batches.first * size
+    read_soon(images, to_read[start - start % stretch : start + stretch])
+    for positions in batches:
+        read_soon(images, to_read[start + stretch :][:size])
+        start += size
+        yield positions
+
+
+def _decoded_on_arrival(loader: DataLoader, faces: DecodedFaces, device: torch.device) -> Iterator[Batch]:
     """The batches of a loader of encoded faces, decoded on the device as they come."""
-
-    def __init__(self, loader: DataLoader, faces: DecodedFaces, device: torch.device) -> None:
-        self._loader, self._faces, self._device = loader, faces, device
-
-    def __iter__(self) -> Iterator[Batch]:
-        for encoded in self._loader:
-            yield self._decoded(encoded)
-
-    def _decoded(self, encoded: EncodedBatch) -> Batch:
-        known = self._faces
-        faces, broken = decode_jpegs(encoded, known.size, self._device, known.resize, known.images.describe)
-        if broken and not known.tolerant:
+    for encoded in loader:
+        decoded, broken = decode_jpegs(encoded, faces.size, device, faces.resize, faces.images.describe)
+        if broken and not faces.tolerant:
             raise ImageError(next(iter(broken.values())))
-        labels = known.labels[torch.as_tensor(encoded.positions)]
+        labels = faces.labels[torch.as_tensor(encoded.positions)]
         labels[list(broken)] = -1
-        return Batch(faces, labels, list(broken.values()))
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-def _set_up_worker(worker: int) -> None:
-    cv2.setNumThreads(0)  # the workers are the parallelism
-    # The main process ends its workers by SIGTERM, which is heeded from nobody else.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _REQUESTS)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
+        yield Batch(decoded, labels, list(broken.values()))
 
 
 def flips(seed: int, epoch: int, batch: int, batch_size: int, rank: int = 0, ranks: int = 1) -> Tensor:

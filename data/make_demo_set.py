@@ -17,12 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, READS, Config, DemoConfig
-from data.face_sets import FaceSetWriter, write_face_set
+from data.face_set_writer import FaceSetWriter, write_face_set
 from data.images import decode_rgb
 from data.synthetic_faces import draw_jpeg
 from data.verification_bin import write_bin
+from utils.face_sheets import draw_contact_sheet
 from utils.files import require_free, write_text_atomic
-from utils.plots import draw_contact_sheet
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors

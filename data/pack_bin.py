@@ -13,165 +13,26 @@ The order of the pairs is kept: testing cuts it into 10 consecutive folds, so ea
 Images keep their bytes, unless a resize is asked for, or a detector: then they are photos whose faces are aligned.
 """
 
-import csv
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
-from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
 from config import PRESETS, READS, Config
-from data.face_sets import IMAGE_ENDINGS
 from data.fitting import Fit, LeftOut, check_detector, chosen_detection, fit_images
 from data.folds import FOLDS, unmixed_folds
-from data.pair_drawing import COLUMNS, draw_pairs
-from data.set_sources import csv_separator
+from data.pair_drawing import draw_pairs
+from data.pair_lists import PairFiles, PairsError, read_pairs
 from data.verification_bin import write_bin
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
-
-
-class PairsError(ValueError):
-    """A list of pairs is not as it should be; the message names file and line."""
-
-
-class Pair(NamedTuple):
-    """Two image files, whether they show one person, and the line that says so."""
-
-    files: tuple[Path, Path]
-    same: bool
-    line: int
-
-
-class PairFiles:
-    """The distinct image files of some pairs, as EncodedImages; `index`, int64 [pairs, 2], says which are whose."""
-
-    def __init__(self, pairs: Sequence[Pair], source: Path) -> None:
-        self._source = source
-        self._files: list[Path] = []
-        self._lines: list[int] = []
-        position: dict[Path, int] = {}
-        for pair in pairs:
-            for file in pair.files:
-                if position.setdefault(file, len(position)) == len(self._files):
-                    self._files.append(file)
-                    self._lines.append(pair.line)
-        self.index = np.array([[position[file] for file in pair.files] for pair in pairs])
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-    def file(self, i: int) -> Path:
-        """The file of image `i`."""
-        return self._files[i]
-
-    def encoded(self, i: int) -> bytes:
-        try:
-            return self._files[i].read_bytes()
-        except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
-            raise PairsError(f"{self.describe(i)}: {getattr(error, 'strerror', None) or error}") from None
-
-    def describe(self, i: int) -> str:
-        return f"{self._source}, line {self._lines[i]}: {self._files[i]}"
-
-
-def read_pairs(path: Path | str, images: Path | str) -> list[Pair]:
-    """The pairs of the list `path`, of images in the folder `images`, in order.
-
-    Raises PairsError for a line that is no pair and for a number of pairs that is not the announced one.
-    """
-    path, images = Path(path), Path(images)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        lines = list(file)
-    first = next((line for line in lines if line.strip()), "")
-    separator = csv_separator(first, COLUMNS[0]) or ("," if "," in first and "\t" not in first else "")
-    if separator:
-        pairs = list(_csv_pairs(lines, path, images, separator))
-    else:
-        pairs = _lfw_pairs(lines, path, images)
-    if not pairs:
-        raise PairsError(f"{path} has no pairs")
-    return pairs
-
-
-def _lfw_pairs(lines: Sequence[str], path: Path, images: Path) -> list[Pair]:
-    rows = [
-        (number, [field.strip() for field in (line.split("\t") if "\t" in line else line.split())])
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    announced = None
-    if rows and len(rows[0][1]) <= 2 and all(map(_is_count, rows[0][1])):
-        announced = _announced([int(field) for field in rows.pop(0)[1]])
-    pairs = [_lfw_pair(number, fields, path, images) for number, fields in rows]
-    if announced not in (None, len(pairs)):
-        raise PairsError(f"{path}: its first line announces {announced} pairs, found {len(pairs)}: copy it again")
-    return pairs
-
-
-def _announced(counts: Sequence[int]) -> int:
-    """`10 300`: ten folds of 300 pairs of each kind; `1100`: one."""
-    return 2 * counts[-1] * (counts[0] if len(counts) == 2 else 1)
-
-
-def _lfw_pair(number: int, fields: Sequence[str], path: Path, images: Path) -> Pair:
-    if len(fields) not in (3, 4):
-        raise PairsError(f"{path}, line {number}: {len(fields)} columns, expected 'name i j' or 'name1 i name2 j'")
-    first, second = (fields[0], fields[1]), (fields[-2] if len(fields) == 4 else fields[0], fields[-1])
-    files = [_image_file(images, name, _number(image, path, number)) for name, image in (first, second)]
-    return Pair((files[0], files[1]), len(fields) == 3, number)
-
-
-def _number(text: str, path: Path, line: int) -> int:
-    if not _is_count(text):
-        raise PairsError(
-            f"{path}, line {line}: {text!r} is no number of an image, as in 'name i j' or 'name1 i name2 j': "
-            f"paths go into a CSV with the header {','.join(COLUMNS)}"
-        )
-    return int(text)
-
-
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
-def _image_file(images: Path, name: str, number: int) -> Path:
-    """Image `number` of a person, whatever its ending; the .jpg when there is none, for the message."""
-    jpeg = images / name / f"{name}_{number:04d}.jpg"
-    if jpeg.exists():
-        return jpeg
-    others = (jpeg.with_name(jpeg.stem + ending) for ending in sorted(IMAGE_ENDINGS))
-    return next((file for file in others if file.exists()), jpeg)
-
-
-_FLAGS: dict[str, bool] = {"1": True, "true": True, "0": False, "false": False}
-
-
-def _csv_pairs(lines: Sequence[str], path: Path, images: Path, separator: str) -> Iterator[Pair]:
-    rows = csv.reader(lines, strict=True, delimiter=separator)
-    try:
-        header = [name.strip().lower() for name in next(rows)]
-        if header != list(COLUMNS):
-            raise PairsError(f"{path}: its header is {','.join(header)!r}, expected {','.join(COLUMNS)}")
-        for row in rows:
-            if not row:
-                continue
-            where = f"{path}, line {rows.line_num}"
-            if len(row) != 3:
-                raise PairsError(f"{where}: {len(row)} columns, expected 3 (path1,path2,same)")
-            if row[2].strip().lower() not in _FLAGS:
-                raise PairsError(f"{where}: {row[2]!r} does not say whether it is one person, 1 or 0")
-            files = images / row[0].strip(), images / row[1].strip()
-            yield Pair(files, _FLAGS[row[2].strip().lower()], rows.line_num)
-    except csv.Error as error:
-        raise PairsError(f"{path}, line {rows.line_num}: {error}") from None
 
 
 def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: int) -> tuple[int, int]:

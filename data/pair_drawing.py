@@ -6,10 +6,9 @@ from math import isqrt
 from pathlib import Path
 
 from data.face_sets import FaceSetError, FolderFaceSet, images_by_identity
+from data.pair_lists import COLUMNS
 from utils.files import write_csv_atomic
 
-#: The header of a list of pairs.
-COLUMNS = ("path1", "path2", "same")
 # Of two people are drawn again when their images were a pair before; after so many tries there are too few of them.
 _TRIES = 1000
 

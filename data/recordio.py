@@ -10,11 +10,10 @@ import mmap
 import struct
 import warnings
 from array import array
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
-from types import TracebackType
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -113,6 +112,18 @@ def unpack_image(payload: bytes, where: str) -> ImageRecord:
     return ImageRecord(labels, id, id2, payload[image_start:])
 
 
+class RecordHeads(NamedTuple):
+    """What some records begin with, arrays of one length: whether a record `begins` there, and is `whole`, neither cut
+    at an embedded magic nor at the end of the file; the `length` of its payload, and how many `labels` follow its image
+    header, both int64, 0 labels where the only one is in the header. Where no record begins, they are arbitrary.
+    """
+
+    begins: np.ndarray
+    whole: np.ndarray
+    length: np.ndarray
+    labels: np.ndarray
+
+
 class RecordFile:
     """Random access to the payloads of a `.rec` file by byte offset.
 
@@ -175,37 +186,47 @@ class RecordFile:
         """The same as a uint32 array: records, their heads and payloads begin at multiples of 4 bytes."""
         return self._words
 
+    def words_at(self, offsets: np.ndarray, *places: int) -> list[np.ndarray]:
+        """Words of the records at `offsets`, int64: uint32 [records] for each of `places`, counted from the magic on.
+
+        2: how many labels follow the image header, 3: the label in it, 4 and 5: the id, 8: the first that follows.
+        What would lie outside of the file is arbitrary.
+        """
+        first = np.clip(offsets // 4, 0, len(self._words) - 1)
+        return [self._words[np.minimum(first + place, len(self._words) - 1)] for place in places]
+
+    def heads(self, offsets: np.ndarray) -> RecordHeads:
+        """What the records at `offsets`, int64, begin with."""
+        magic, lrec, labels = self.words_at(offsets, 0, 1, 2)
+        length = (lrec & LENGTH_MASK).astype(np.int64)
+        begins = (magic == MAGIC) & (offsets >= 0) & (offsets % 4 == 0)
+        whole = begins & (lrec >> LENGTH_BITS == WHOLE) & (offsets + _RECORD_HEAD.size + length <= self.size)
+        return RecordHeads(begins, whole, length, labels.astype(np.int64))
+
     def image_spans(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first, end) bytes of the images in the records at `offsets`, all int64 [records].
 
-        `end` is 0 for a record whose image cannot be had as one piece of the file: it is cut at an embedded magic, has
-        no image, or is damaged. `read` and `unpack_image` tell which.
+        `end` is 0 for a record whose image is not one piece of the file: it is cut at an embedded magic, has no image,
+        or is damaged. `read` and `unpack_image` tell which.
         """
-        if len(self._words) < 3:
-            return offsets, np.zeros_like(offsets)
-        word = np.clip(offsets // 4, 0, len(self._words) - 3)
-        magic, lrec, labels = (self._words[word + number].astype(np.int64) for number in range(3))
+        heads = self.heads(offsets)
         start = offsets + _RECORD_HEAD.size
-        first, end = start + IMAGE_HEADER_SIZE + 4 * labels, start + lrec
-        good = (magic == MAGIC) & (lrec <= LENGTH_MASK) & (first < end) & (end <= self.size)
-        return first, np.where(good & (offsets >= 0) & (offsets % 4 == 0), end, 0)
+        first, end = start + IMAGE_HEADER_SIZE + 4 * heads.labels, start + heads.length
+        return first, np.where(heads.whole & (first < end), end, 0)
 
     def extents(self, offsets: np.ndarray) -> np.ndarray:
         """Bytes of each record at `offsets`, int64 [records], from its beginning to the next one's; 0 where no whole
         record can be read.
         """
         extents = np.zeros(len(offsets), np.int64)
-        if len(self._words) < 2:
-            return extents
         for start in range(0, len(offsets), _HEADS_AT_ONCE):
             part = offsets[start : start + _HEADS_AT_ONCE]
-            word = np.clip(part // 4, 0, len(self._words) - 2)
-            magic, lrec = self._words[word], self._words[word + 1]
-            begins = (magic == MAGIC) & (part >= 0) & (part % 4 == 0)
-            ends = part + _RECORD_HEAD.size + (lrec & LENGTH_MASK)
-            whole = begins & (lrec >> LENGTH_BITS == WHOLE) & (ends <= self.size)
-            extents[start : start + len(part)] = np.where(whole, np.minimum(ends + -ends % 4, self.size) - part, 0)
-            for i in np.flatnonzero(begins & ~whole).tolist():  # cut at an embedded magic, or damaged
+            heads = self.heads(part)
+            ends = part + _RECORD_HEAD.size + heads.length
+            extents[start : start + len(part)] = np.where(
+                heads.whole, np.minimum(ends + -ends % 4, self.size) - part, 0
+            )
+            for i in np.flatnonzero(heads.begins & ~heads.whole).tolist():  # cut at an embedded magic, or damaged
                 with suppress(RecordError):
                     extents[start + i] = self._read_with_end(int(part[i]))[1] - part[i]
         return extents
@@ -335,9 +356,9 @@ class IndexedRecordReader:
     Without an `.idx` file the index is rebuilt by walking the `.rec` (see `keys_from_ids`).
     """
 
-    def __init__(self, rec_path: Path | str, idx_path: Path | str | None = None) -> None:
+    def __init__(self, rec_path: Path | str) -> None:
         self.file = RecordFile(rec_path)
-        index = Path(idx_path) if idx_path is not None else self.file.path.with_suffix(".idx")
+        index = self.file.path.with_suffix(".idx")
         keys, offsets = read_index(index) if index.exists() else self.file.scan()
         in_file_order = np.argsort(offsets, kind="stable")
         self.keys, self.offsets = keys[in_file_order], offsets[in_file_order]
@@ -392,23 +413,9 @@ class RecordAppender:
         self._offset += len(record)
 
 
-class IndexedRecordWriter:
-    """Writes a `.rec` and its `.idx`; both appear, complete and synced, when the `with` block ends without error."""
-
-    def __init__(self, rec_path: Path | str, idx_path: Path | str | None = None) -> None:
-        self.rec_path = Path(rec_path)
-        self.idx_path = Path(idx_path) if idx_path is not None else self.rec_path.with_suffix(".idx")
-
-    def __enter__(self) -> RecordAppender:
-        with ExitStack() as files:
-            rec, idx = (files.enter_context(atomic_write(path)) for path in (self.rec_path, self.idx_path))
-            self._files = files.pop_all()
-        return RecordAppender(rec, idx)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._files.__exit__(kind, error, traceback)
+@contextmanager
+def write_records(rec_path: Path | str) -> Iterator[RecordAppender]:
+    """Write a `.rec` and its `.idx`; both appear, complete and synced, when the `with` block ends without error."""
+    path = Path(rec_path)
+    with atomic_write(path) as rec, atomic_write(path.with_suffix(".idx")) as idx:
+        yield RecordAppender(rec, idx)

@@ -25,12 +25,14 @@ import cv2
 import numpy as np
 
 from config import PRESETS, READS, Config, ReportConfig
-from data.face_sets import FaceSetError, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSetError, property_line
 from data.survey import Survey, choose_sample, decode, decode_images, survey_heads, why_broken
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
 from utils.arrays import distinct
+from utils.face_sheets import draw_contact_sheet
 from utils.files import require_free, write_csv_atomic, write_text_atomic
-from utils.plots import draw_contact_sheet, draw_curves
+from utils.plots import draw_curves
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import printable, readable_errors
@@ -110,7 +112,7 @@ def _summarise(
     known = distinct(survey.labels[survey.labels != NO_LABEL])
     kinds = np.bincount(survey.kinds[good], minlength=len(KINDS)).tolist()
     image_bytes = survey.image_bytes[good]
-    property_line = _property(records)
+    stated = None if isinstance(records, FolderRecords) else property_line(Path(records.place(0).file))
     return Report(
         set=str(path),
         checked=copies is not None,
@@ -125,8 +127,8 @@ def _summarise(
         sizes={f"{width}x{height}": count for (width, height), count in survey.shapes.most_common()},
         kinds={kind: count for kind, count in zip(KINDS, kinds, strict=True) if count},
         image_bytes={"sum": int(image_bytes.sum(dtype=np.int64)), **_spread(image_bytes)},
-        property=property_line,
-        remarks=remarks + _compare_with_property(property_line, labels.size, survey.shapes),
+        property=stated,
+        remarks=remarks + _compare_with_property(stated, labels.size, survey.shapes),
     )
 
 
@@ -140,13 +142,6 @@ def _spread(values: np.ndarray) -> dict[str, float]:
         return {}
     measures = {"min": values.min(), "median": np.median(values), "mean": values.mean(), "max": values.max()}
     return {name: round(value.item(), 1) for name, value in measures.items()}
-
-
-def _property(records: Records) -> str | None:
-    path = Path(records.place(0).file).with_name("property")
-    if isinstance(records, FolderRecords) or not path.is_file():
-        return None
-    return path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0].strip()
 
 
 def _compare_with_property(line: str | None, identities: int, shapes: Counter[tuple[int, int]]) -> list[str]:
@@ -305,7 +300,8 @@ def _spread_text(spread: dict[str, float]) -> str:
     return ", ".join(f"{name} {spread[name]:,.10g}" for name in ("min", "median", "mean", "max") if name in spread)
 
 
-def _counts_text(counts: dict[str, int], shown: int = 5) -> str:
+def _counts_text(counts: dict[str, int]) -> str:
+    shown = 5
     texts = [f"{name}: {count:,}" for name, count in islice(counts.items(), shown)]
     return ", ".join(texts) + (f", {len(counts) - shown:,} others" if len(counts) > shown else "")
 
@@ -320,9 +316,9 @@ def broken_as_text(records: Records, survey: Survey) -> str:
 def set_name(path: Path) -> str:
     """What to call a set: the name of its folder or, where that may hold several, of its `.rec`."""
     path = path.resolve()
-    return (
-        path.stem if path.suffix == ".rec" and path.stem != "train" else (path.parent if path.is_file() else path).name
-    )
+    if path.suffix == ".rec" and path.stem != "train":
+        return path.stem
+    return path.parent.name if path.is_file() else path.name
 
 
 def main(argv: Sequence[str] | None = None) -> None:

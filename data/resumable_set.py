@@ -17,7 +17,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data.face_sets import FaceSet, FaceSetError, FaceSetWriter, FolderFaceSet
+from data.face_set_writer import FaceSetWriter
+from data.face_sets import FaceSet, FaceSetError, FolderFaceSet
 from data.fitting import Fit, Fitted, LeftOut
 from data.identity_choice import Identity
 from data.recordio import RecordAppender

@@ -1,4 +1,4 @@
-"""All records of a set looked through: what their heads say, which images do not decode, and which come twice."""
+"""A pass over all records of a set: what their heads say, which images do not decode, and which come twice."""
 
 import hashlib
 from collections import Counter
@@ -24,7 +24,7 @@ class Survey:
     labels: np.ndarray
     image_bytes: np.ndarray
     kinds: np.ndarray
-    #: Grows with every image that is decoded in vain.
+    #: bool [records], grows with every image that does not decode.
     broken: np.ndarray
     #: uint64, of the bytes of the images that were decoded.
     digests: np.ndarray

@@ -14,9 +14,7 @@ from data.images import ImageError
 from data.recordio import (
     IMAGE_HEADER_SIZE,
     LENGTH_BITS,
-    LENGTH_MASK,
     MAGIC,
-    WHOLE,
     RecordError,
     RecordFile,
     keys_from_ids,
@@ -32,8 +30,6 @@ SCAN_BYTES = 1 << 24
 NO_LABEL = -1
 # The share of an index's offsets at which records must lie for the others to count as broken records.
 LEAST_FOUND = 0.75
-_RECORD_HEAD = 8
-_HEAD = _RECORD_HEAD + IMAGE_HEADER_SIZE + 4  # record head, image header, first label of an array
 
 
 class Place(NamedTuple):
@@ -112,36 +108,30 @@ class RecRecords:
 
     def heads(self, start: int, stop: int) -> Heads:
         keys, offsets = self._keys[start:stop], self._offsets[start:stop]
-        heads = self._bytes_at(offsets, _HEAD)
-        magic, lrec, flag = heads[:, :12].copy().view("<u4").T
-        length, label_bytes = (lrec & LENGTH_MASK).astype(np.int64), 4 * flag.astype(np.int64)
-        scalar, first = heads[:, 12:16].copy().view("<f4")[:, 0], heads[:, 32:36].copy().view("<f4")[:, 0]
-        labels, label_counts = np.where(flag > 0, first, scalar), np.maximum(flag, 1)
-        sizes = length - IMAGE_HEADER_SIZE - label_bytes
-        starts = self._bytes_at(offsets + _RECORD_HEAD + IMAGE_HEADER_SIZE + label_bytes, 4)
-        plain = (magic == MAGIC) & (lrec >> LENGTH_BITS == WHOLE) & (sizes >= 0)
-        plain &= (offsets >= 0) & (offsets <= self._file.size - _RECORD_HEAD - length)
+        records = self._file.heads(offsets)
+        scalar, first_of_several = (words.view("<f4") for words in self._file.words_at(offsets, 3, 8))
+        labels = np.where(records.labels > 0, first_of_several, scalar)
+        label_counts = np.maximum(records.labels, 1)
+        sizes = records.length - IMAGE_HEADER_SIZE - 4 * records.labels
+        first, _ = self._file.image_spans(offsets)
+        (starts,) = self._file.words_at(first, 0)
 
         before = np.arange(start, stop) - 1
         broken = (before >= 0) & (offsets == self._offsets[before])
-        for i in np.flatnonzero(~plain).tolist():  # cut at an embedded magic, or damaged: read it whole
+        for i in np.flatnonzero(~records.whole | (sizes < 0)).tolist():  # cut at an embedded magic, or damaged
             try:
                 record = unpack_image(self._file.read(int(offsets[i])), str(self.place(start + i)))
             except RecordError:
                 broken[i] = True
                 continue
             labels[i], label_counts[i], sizes[i] = record.labels[0], record.labels.size, len(record.image)
-            starts[i] = np.frombuffer(record.image[:4].ljust(4, b"\0"), np.uint8)
+            starts[i] = int.from_bytes(record.image[:4], "little")
 
         # Header and identity records are empty too: a scalar label, or a key before theirs, tells a lost image.
         broken |= (sizes == 0) & (keys != 0) & ((keys < self._id_start) | (label_counts == 1))
         broken |= (sizes > 0) & ~_is_label(labels)
         good = ~broken & (sizes > 0)
         return Heads(np.where(good, labels, NO_LABEL).astype(np.int32), sizes, _kinds(starts), broken)
-
-    def _bytes_at(self, offsets: np.ndarray, count: int) -> np.ndarray:
-        """uint8 [offsets, count] bytes of the file from each offset on; what would lie outside is arbitrary."""
-        return self._file.view()[np.clip(offsets[:, None] + np.arange(count), 0, self._file.size - 1)]
 
 
 def _is_label(label: np.ndarray) -> np.ndarray:
@@ -150,9 +140,8 @@ def _is_label(label: np.ndarray) -> np.ndarray:
 
 
 def _kinds(starts: np.ndarray) -> np.ndarray:
-    """Indices into KINDS by the first bytes (uint8 [images, 4]) of images."""
-    words = np.ascontiguousarray(starts).view("<u4")[:, 0]
-    is_jpeg, is_png = words & 0xFFFFFF == 0xFFD8FF, words == 0x474E5089
+    """Indices into KINDS by the first four bytes of images, uint32 [images]."""
+    is_jpeg, is_png = starts & 0xFFFFFF == 0xFFD8FF, starts == 0x474E5089
     return np.select([is_jpeg, is_png], [0, 1], 2).astype(np.uint8)
 
 
@@ -181,11 +170,11 @@ class FolderRecords:
         return self._identities[label]
 
     def heads(self, start: int, stop: int) -> Heads:
-        sizes, starts = np.zeros(stop - start, np.int64), np.zeros((stop - start, 4), np.uint8)
+        sizes, starts = np.zeros(stop - start, np.int64), np.zeros(stop - start, np.uint32)
         for i, file in enumerate(self._files[start:stop]):
             try:
                 with Path(file).open("rb") as opened:
-                    starts[i] = np.frombuffer(opened.read(4).ljust(4, b"\0"), np.uint8)
+                    starts[i] = int.from_bytes(opened.read(4), "little")
                     sizes[i] = opened.seek(0, 2)
             except OSError:
                 pass  # a size of 0 says that it is broken; reading it again will say why
@@ -259,7 +248,7 @@ def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
 
     Every magic at a multiple of 4 begins a part of a record, because the writer cuts payloads there.
     """
-    words = file.view()[: file.size // 4 * 4].view("<u4")
+    words = file.words()
     found = [np.zeros(0, np.int64)]
     with progress_bar(file.size, "B", "search") as bar:
         for start in range(0, len(words), SCAN_BYTES // 4):
@@ -271,5 +260,5 @@ def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     heads = heads[words[heads + 1] >> LENGTH_BITS < 2]  # cflag: a whole record, or the first part of one
     if not heads.size:
         raise RecordError(f"{file.path} holds no record: it is no .rec file, copy it again")
-    low, high = (words[np.minimum(heads + word, len(words) - 1)].astype(np.uint64) for word in (4, 5))
+    low, high = (word.astype(np.uint64) for word in file.words_at(4 * heads, 4, 5))
     return keys_from_ids(low | high << np.uint64(32)), 4 * heads

@@ -104,6 +104,28 @@ class VerificationPairs:
     same: np.ndarray
 
 
+class PairImages:
+    """The distinct images of verification sets, one set after the other, as EncodedImages."""
+
+    def __init__(self, *sets: VerificationPairs) -> None:
+        self._sets = sets
+        self._images = [image for pairs in sets for image in pairs.images]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def encoded(self, i: int) -> bytes:
+        return self._images[i]
+
+    def describe(self, i: int) -> str:
+        for pairs in self._sets:
+            if i < len(pairs.images):
+                break
+            i -= len(pairs.images)
+        pair, side = np.argwhere(pairs.index == i)[0]
+        return f"{pairs.name}, image {'AB'[side]} of pair {pair}"
+
+
 def read_bin(path: Path | str) -> VerificationPairs:
     """Read a verification set, every image once however many pairs use it.
 
@@ -157,8 +179,6 @@ def _flag(value: object) -> bool:
 
 def write_bin(path: Path | str, images: Sequence[bytes], same: Sequence[bool]) -> None:
     """Write a verification set: `images` has the two encoded images of each pair in order, `same` a flag a pair."""
-    if len(images) != 2 * len(same):
-        raise ValueError(f"{len(images)} images for {len(same)} pairs, expected two a pair")
     with atomic_write(path) as file:
         # Protocol 4 stores bytes as BINBYTES, which insightface's own reader loads too.
         pickle.dump((list(images), [bool(value) for value in same]), file, protocol=4)

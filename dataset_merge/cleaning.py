@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from data.face_sets import FaceSet
+from data.face_sets import FaceSet, ImageSubset
 from data.images_fingerprint import images_fingerprint, joined_digest
 from dataset_merge.centres import cosines_with, identity_centres
 from dataset_merge.unit_rows import Rows
@@ -127,8 +127,11 @@ def _mean_pair(unit: np.ndarray) -> float:
     return float(total @ total - len(unit)) / (len(unit) * (len(unit) - 1))
 
 
-class CleanedFaceSet:
-    """A set as it is after cleaning: without its outliers, second people as identities of their own, `NAME#2`."""
+class CleanedFaceSet(ImageSubset):
+    """A set as it is after cleaning: without its outliers, second people as identities of their own, `NAME#2`.
+
+    `positions`: where its images lie in the set as it was.
+    """
 
     def __init__(self, faces: FaceSet, findings: Findings) -> None:
         self._faces, self.path = faces, faces.path
@@ -140,18 +143,8 @@ class CleanedFaceSet:
                 name += "'"
             names.add(name)
             self.identities.append(name)
-        #: Where the images lie in the set as it was, int64 [images].
-        self.positions = np.flatnonzero(findings.labels >= 0)
+        super().__init__(faces, np.flatnonzero(findings.labels >= 0))
         self.labels = findings.labels[self.positions]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def encoded(self, i: int) -> bytes:
-        return self._faces.encoded(int(self.positions[i]))
-
-    def describe(self, i: int) -> str:
-        return self._faces.describe(int(self.positions[i]))
 
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import PRESETS, READS, Config
 from dataset_merge.decisions import decision_counts
+from dataset_merge.disk_space import as_size
 from dataset_merge.merge_report import Merge
 from dataset_merge.merging import dry_run_folder, needs_embeddings, run_merge
 from dataset_merge.opening import open_sets, tell_size
-from dataset_merge.writing import as_size
 from models.embedders import Embedder, load_embedder
 from utils.checkpoints import newest_run
 from utils.devices import pick_device

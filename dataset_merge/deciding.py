@@ -10,24 +10,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dataset_merge.calibration import Calibration, calibrate, half_scores, impostor_scores
+from dataset_merge.calibration import Calibration, calibrate
 from dataset_merge.centres import Centres, Method, identity_centres, join_centres
-from dataset_merge.grouping import Grouping, Pairs, Rule, group_identities
+from dataset_merge.grouping import Grouping, Pairs, Rule, group_identities, join_pairs
 from dataset_merge.matching import top_matches
+from dataset_merge.reference_scores import Impostors, half_scores, impostor_scores
 from dataset_merge.scores import RIVAL_WEIGHT, score_pairs
 from dataset_merge.unit_rows import Rows, UnitRows
 from utils.ranks import Ranks
 
 # Pairs this far below a fixed threshold are kept, to be looked at.
 _BELOW_KEPT = 0.15
+# The most similar identities of each one in another set that are kept, at most.
+_CANDIDATES = 8
 
 
 @dataclass(frozen=True)
 class MatchSettings:
     """`t`: cosine from which two identities are one person; None: calibrated from the sets. `method`: see centres.py;
-    `rule`, `within`: see grouping.py. `wrong_joins`: share of joins that may be wrong, for the calibration.
-    `candidates`: kept of each identity in each other set. `block`: identities multiplied at once, 0: as matching.py
-    says. `seed`: chooses the halves of the calibration, and its sample of large sets.
+    `rule`, `within`: see grouping.py. `wrong_joins`: share of joins that may be wrong, for the calibration. `block`:
+    identities multiplied at once, 0: as matching.py says.
     """
 
     t: float | None = 0.65
@@ -35,9 +37,7 @@ class MatchSettings:
     rule: Rule = "mutual"
     within: bool = False
     wrong_joins: float = 0.01
-    candidates: int = 8
     block: int = 0
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,37 +76,17 @@ def decide(
     )
     everyone = join_centres(made, sum(identities))
     centres = everyone.split(identities)
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in centres])])
-    source = np.repeat(np.arange(len(centres)), np.diff(offsets))
-    # Without the assumption that an identity has one counterpart in a set at most, no other one speaks against it.
     auto = settings.t is None
+    # Without the assumption that an identity has one counterpart in a set at most, no other one speaks against it.
     weight = RIVAL_WEIGHT if auto and settings.rule == "mutual" and not settings.within else 0.0
-    floor = -1.0 if settings.t is None else settings.t - _BELOW_KEPT
-    candidates = 2 if weight else settings.candidates
     impostors = []
     if auto:
-        impostors = [
-            impostor_scores(part, weight, settings.rule, settings.block, settings.seed, ranks, folder)
-            for part in centres
-        ]
-        if not weight:  # half of the identities have someone else that near
-            floor = float(np.median(np.concatenate([part.nearest for part in impostors])))
-    found: list[tuple[int, int, Pairs]] = []
-    for one in range(len(centres)):
-        for other in range(one if settings.within else one + 1, len(centres)):
-            first, second = centres[one].vectors, None if one == other else centres[other].vectors
-            matches = top_matches(first, second, candidates, floor, settings.block, ranks, folder)
-            found.append((one, other, score_pairs(first, second, matches, weight)))
+        impostors = [impostor_scores(part, weight, settings.rule, settings.block, ranks, folder) for part in centres]
+    found = _scored_pairs(centres, settings, weight, impostors, ranks, folder)
     calibration = None
     if auto:
-        halves = [half_scores(*parts, settings.seed) for parts in zip(rows, classes, centres, impostors, strict=True)]
+        halves = [half_scores(*parts) for parts in zip(rows, classes, centres, impostors, strict=True)]
         calibration = calibrate(impostors, halves, centres, found, settings.rule, settings.wrong_joins, names)
-    pairs = Pairs(
-        np.concatenate([p.first + offsets[one] for one, _, p in found] or [np.empty(0, np.int64)]),
-        np.concatenate([p.second + offsets[other] for _, other, p in found] or [np.empty(0, np.int64)]),
-        np.concatenate([p.cosine for _, _, p in found] or [np.empty(0)]),
-        np.concatenate([p.score for _, _, p in found] or [np.empty(0)]),
-    )
     threshold = calibration.threshold if calibration else settings.t
     assert threshold is not None
     everyone = Centres(*(v.cpu() for v in (everyone.vectors, everyone.images, everyone.used, everyone.spread)))
@@ -115,8 +95,40 @@ def decide(
     def score(one: int, other: int) -> float:  # within sets it is the plain cosine
         return float(vectors[one].astype(np.float64) @ vectors[other])
 
+    source = np.repeat(np.arange(len(centres)), identities)
+    starts = np.cumsum([0, *identities])
+    pairs = join_pairs(
+        [Pairs(p.first + starts[one], p.second + starts[other], p.cosine, p.score) for one, other, p in found]
+    )
     grouping = group_identities(source, pairs, threshold, settings.rule, settings.within, score)
     return Decided(everyone, torch.from_numpy(source), grouping, calibration)
+
+
+def _scored_pairs(
+    centres: Sequence[Centres],
+    settings: MatchSettings,
+    weight: float,
+    impostors: Sequence[Impostors],
+    ranks: Ranks | None,
+    folder: Path | None,
+) -> list[tuple[int, int, Pairs]]:
+    """The most similar identities of each two sets (and of each with itself, if people are looked for there), scored:
+    the numbers of the two sets, and the pairs, by their numbers in these.
+    """
+    candidates = _CANDIDATES
+    if settings.t is not None:
+        floor = settings.t - _BELOW_KEPT
+    elif weight:
+        floor, candidates = -1.0, 2  # the best one, and the rival that is held against it
+    else:  # half of the identities have someone else that near
+        floor = float(np.median(np.concatenate([part.nearest for part in impostors])))
+    found = []
+    for one in range(len(centres)):
+        for other in range(one if settings.within else one + 1, len(centres)):
+            first, second = centres[one].vectors, None if one == other else centres[other].vectors
+            matches = top_matches(first, second, candidates, floor, settings.block, ranks, folder)
+            found.append((one, other, score_pairs(first, second, matches, weight)))
+    return found
 
 
 def _as_tensor(values: Tensor | NDArray) -> Tensor:

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.face_sets import EncodedImages, FaceSet, PairImages, open_face_set
-from data.verification_bin import read_bin
+from data.face_sets import EncodedImages, FaceSet, open_face_set
+from data.verification_bin import PairImages, read_bin
 from dataset_merge.centres import identity_centres
 from dataset_merge.decisions import Match
 from dataset_merge.matching import top_matches

@@ -5,7 +5,7 @@ pair that reaches the threshold joins. Either way the links are taken from the s
 would bring together two identities which one set holds apart is refused: of a chain A-B-C it is the weakest link.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,6 +29,13 @@ class Pairs:
 
     def __len__(self) -> int:
         return len(self.first)
+
+
+def join_pairs(parts: Sequence[Pairs]) -> Pairs:
+    """The pairs of all parts, one after another."""
+    none = Pairs(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0), np.empty(0))
+    columns = ((part.first, part.second, part.cosine, part.score) for part in (none, *parts))
+    return Pairs(*map(np.concatenate, zip(*columns, strict=True)))
 
 
 @dataclass(frozen=True)

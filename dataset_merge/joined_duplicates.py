@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +31,8 @@ _IDENTITIES_AT_ONCE = 16
 _IMAGES_FOR_WORKERS = 5000
 
 
-@dataclass(frozen=True)
-class Parts:
-    """The images under each new label: of each identity there, in the order they are taken, positions in all sets."""
-
-    of_label: list[list[np.ndarray]]
-
-    def without(self, duplicates: Sequence[Duplicate]) -> list[np.ndarray]:
-        """The positions under each label, int64, less the duplicates."""
-        whole = [np.concatenate(parts) for parts in self.of_label]
-        dropped = np.zeros(1 + max((int(images.max(initial=0)) for images in whole), default=0), bool)
-        dropped[[duplicate.image for duplicate in duplicates]] = True
-        return [images[~dropped[images]] for images in whole]
+#: The images under each new label: those of each identity there, in the order they are taken, positions in all sets.
+Parts = list[list[np.ndarray]]
 
 
 class JoinedRows:
@@ -66,15 +55,21 @@ def parts_of(sets: Sequence[FaceSet], decisions: Sequence[Decision]) -> Parts:
     people = Identities(sets)
     starts = np.cumsum([0, *(len(faces) for faces in sets)])
     images = [images_by_identity(faces) for faces in sets]
-    return Parts(
+    return [
         [
-            [
-                images[int(people.source[identity])][int(people.own[identity])] + starts[people.source[identity]]
-                for identity in identities
-            ]
-            for identities in members(decisions)
+            images[int(people.source[identity])][int(people.own[identity])] + starts[people.source[identity]]
+            for identity in identities
         ]
-    )
+        for identities in members(decisions)
+    ]
+
+
+def without(duplicates: Sequence[Duplicate], parts: Parts) -> list[np.ndarray]:
+    """The positions under each label, int64, less the duplicates."""
+    whole = [np.concatenate(images) for images in parts]
+    dropped = np.zeros(1 + max((int(images.max(initial=0)) for images in whole), default=0), bool)
+    dropped[[duplicate.image for duplicate in duplicates]] = True
+    return [images[~dropped[images]] for images in whole]
 
 
 def search(
@@ -90,7 +85,7 @@ def search(
     `embeddings`: None to go by bytes only; `model`: what made them. What is found is kept in the folder `cache`;
     another merge that is at the same search is waited for.
     """
-    joined = [images for images in parts.of_label if len(images) > 1]
+    joined = [images for images in parts if len(images) > 1]
     choice = [np.concatenate(images) for images in joined]
     made = {
         **made_from(sets, choice),

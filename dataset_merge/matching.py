@@ -13,6 +13,15 @@ from utils.devices import full_precision
 from utils.files import atomic_write
 from utils.ranks import Ranks
 
+# Row blocks for each of several ranks, at least.
+_BLOCKS_EACH = 4
+# Seconds of work after which the matches so far are saved; what takes less is not.
+_SAVED_AFTER = 60.0
+# Rows whose matches several ranks exchange at once.
+_SHARED_AT_ONCE = 1 << 17
+# Candidates in a part: of each part the highest cosine is found first, and only the best parts are looked through.
+_PART = 32
+
 
 @dataclass(frozen=True)
 class TopMatches:
@@ -89,16 +98,6 @@ def top_matches(
 def usual_block(device: torch.device) -> int:
     """Identities that are multiplied at once unless one says otherwise."""
     return 1024 if device.type == "cpu" else 8192
-
-
-# Row blocks for each of several ranks, at least.
-_BLOCKS_EACH = 4
-# Seconds of work after which the matches so far are saved; what takes less is not.
-_SAVED_AFTER = 60.0
-# Rows whose matches several ranks exchange at once.
-_SHARED_AT_ONCE = 1 << 17
-# Candidates in a part: of each part the highest cosine is found first, and only the best parts are looked through.
-_PART = 32
 
 
 def _padded(length: int) -> int:

@@ -8,14 +8,16 @@ import numpy as np
 
 from data.face_sets import EncodedImages, FaceSet, images_by_identity
 from data.images import decode_face
+from data.joined_sets import JoinedFaceSet
 from dataset_merge.calibration import Calibration
 from dataset_merge.cleaning import Findings
 from dataset_merge.decisions import Decision, Identities, decision_counts
 from dataset_merge.duplicates import Duplicate
 from dataset_merge.exclude import HeldOutSet, Leaks
 from dataset_merge.grouping import Grouping
+from utils.face_sheets import draw_contact_sheet
 from utils.html_report import HtmlReport
-from utils.plots import draw_contact_sheet, draw_marked_scores, draw_score_histogram
+from utils.plots import draw_marked_scores, draw_score_histogram
 
 ROWS_DRAWN = 16
 IMAGES_DRAWN = 4  # of each side
@@ -35,10 +37,11 @@ class Merge:
     paths: Sequence[Path]
     original: Sequence[FaceSet]
     sets: Sequence[FaceSet]
+    everything: JoinedFaceSet  # those of `sets`
     settings: Mapping[str, object]
     image_size: int
     decisions: Sequence[Decision]
-    size: int = 0  # bytes of the merged set
+    size: int  # bytes of the merged set
     grouping: Grouping | None = None
     calibration: Calibration | None = None
     leaks: Leaks | None = None
@@ -46,7 +49,6 @@ class Merge:
     findings: Sequence[Findings] = ()
     applied: bool = False  # the findings
     duplicates: Sequence[Duplicate] = ()  # positions in all sets together
-    everything: EncodedImages | None = None
     dry_run: bool = False
     notes: list[str] = field(default_factory=list)
 
@@ -105,22 +107,22 @@ def write_report(folder: Path, merge: Merge) -> None:
     columns, rows = decision_counts([str(path) for path in merge.paths], merge.decisions, len(merge.duplicates))
     report.table(columns, rows)
     report.text(f"The merged set takes {merge.size:,} bytes. merge.csv has a row for every identity of every set.")
-    _tell_threshold(report, folder, merge)
-    _tell_pairs(report, folder, merge, faces)
+    _threshold_section(report, folder, merge)
+    _pairs_section(report, folder, merge, faces)
     if merge.grouping is not None:
-        _tell_conflicts(report, merge.grouping, faces)
+        _conflicts_section(report, merge.grouping, faces)
     if merge.leaks is not None:
-        _tell_leaks(report, folder, merge, faces)
+        _leaks_section(report, folder, merge, faces)
     if merge.findings:
-        _tell_cleaning(report, folder, merge)
+        _cleaning_section(report, folder, merge)
     if merge.duplicates:
-        _tell_duplicates(report, folder, merge)
+        _duplicates_section(report, folder, merge)
     report.section("Settings")
     report.table(("setting", "value"), [(name, str(value)) for name, value in merge.settings.items()])
     report.write(folder / "report.html")
 
 
-def _tell_threshold(report: HtmlReport, folder: Path, merge: Merge) -> None:
+def _threshold_section(report: HtmlReport, folder: Path, merge: Merge) -> None:
     report.section("The threshold")
     calibration, grouping = merge.calibration, merge.grouping
     if calibration is not None:
@@ -184,7 +186,7 @@ def _pairs(merge: Merge, faces: _Faces) -> tuple[list[_Pair], list[_Pair]]:
     return joined_pairs[:ROWS_DRAWN], others[:ROWS_DRAWN]
 
 
-def _tell_pairs(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -> None:
+def _pairs_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -> None:
     report.section("Judge by eye")
     above, below = _pairs(merge, faces)
     report.text(
@@ -206,7 +208,7 @@ def _tell_pairs(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -
         report.picture(folder / name, f"{caption} Left of each row: score, and set:identity of both.")
 
 
-def _tell_conflicts(report: HtmlReport, grouping: Grouping, faces: _Faces) -> None:
+def _conflicts_section(report: HtmlReport, grouping: Grouping, faces: _Faces) -> None:
     decision = np.asarray(grouping.decision)
     conflicts = np.flatnonzero((decision == "not mutual") | (decision == "split"))
     report.section("Conflicts")
@@ -247,7 +249,7 @@ def _tell_conflicts(report: HtmlReport, grouping: Grouping, faces: _Faces) -> No
         )
 
 
-def _tell_leaks(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -> None:
+def _leaks_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -> None:
     leaks = merge.leaks
     assert leaks is not None
     excluded = leaks.excluded
@@ -290,7 +292,7 @@ def _example(held_out: HeldOutSet, label: str) -> int:
     return next(i for i in range(len(held_out.images)) if held_out.name(i) == label)
 
 
-def _tell_cleaning(report: HtmlReport, folder: Path, merge: Merge) -> None:
+def _cleaning_section(report: HtmlReport, folder: Path, merge: Merge) -> None:
     report.section("Cleaning")
     done = "was done" if merge.applied else "is listed only; --clean apply does it"
     report.text(f"What does not belong, by cleaning.csv. The cleaning {done}.")
@@ -319,7 +321,7 @@ def _tell_cleaning(report: HtmlReport, folder: Path, merge: Merge) -> None:
         )
 
 
-def _tell_duplicates(report: HtmlReport, folder: Path, merge: Merge) -> None:
+def _duplicates_section(report: HtmlReport, folder: Path, merge: Merge) -> None:
     report.section("Duplicates")
     same = sum(duplicate.kind == "bytes" for duplicate in merge.duplicates)
     near = [duplicate for duplicate in merge.duplicates if duplicate.kind == "near"]
@@ -327,7 +329,7 @@ def _tell_duplicates(report: HtmlReport, folder: Path, merge: Merge) -> None:
         f"{same:,} images were there to the byte, {len(near):,} as another copy of the picture; duplicates.csv names "
         "each, and the image that was kept."
     )
-    if near and merge.everything is not None:
+    if near:
         near = sorted(near, key=lambda duplicate: duplicate.correlation)[: 2 * ROWS_DRAWN]
         cells = [face(merge.everything, i, merge.image_size) for pair in near for i in (pair.original, pair.image)]
         labels = [f"{pair.correlation:.4f}" for pair in near]

@@ -1,7 +1,7 @@
 """The stages of a merge: embed, clean, decide, find duplicates, write. Each goes on where it was interrupted."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,23 +18,17 @@ from dataset_merge.cleaning import CleanedFaceSet, Findings, find_wrong
 from dataset_merge.deciding import MatchSettings, decide
 from dataset_merge.decisions import Decision, Identities, Match, decide_groups
 from dataset_merge.decisions_table import read_decisions, write_decisions
+from dataset_merge.disk_space import as_size, available, needed, require_space, stored_sizes
+from dataset_merge.duplicates import Duplicate
 from dataset_merge.exclude import HeldOutSet, Leaks, find_leaks
+from dataset_merge.face_sizes import how_to_mend
 from dataset_merge.grouping import Grouping
-from dataset_merge.joined_duplicates import COLUMNS, JoinedRows, parts_of, search
+from dataset_merge.joined_duplicates import COLUMNS, JoinedRows, parts_of, search, without
 from dataset_merge.merge_report import PICTURES, Merge, write_report
 from dataset_merge.opening import OpenedSets, cache_folder
 from dataset_merge.table_sources import check_sources, write_sources
 from dataset_merge.unit_rows import UnitRows
-from dataset_merge.writing import (
-    as_size,
-    available,
-    how_to_mend,
-    made_from,
-    needed,
-    require_space,
-    stored_sizes,
-    write_images,
-)
+from dataset_merge.writing import made_from, write_images
 from models.embedders import Embedder
 from models.embedding import embed_images
 from utils.files import write_csv_atomic
@@ -55,7 +49,7 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
 
     Of several ranks the first one decides and writes, and returns what was done, the others None.
     """
-    merge, cache = config.merge, cache_folder(config.merge)
+    merge, cache, workers = config.merge, cache_folder(config.merge), worker_count(config.common.workers)
     sets: Sequence[FaceSet] = opened.sets
     remark, decisions = None, None
     if merge.decisions:
@@ -63,7 +57,6 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
         if merge.clean != "apply":  # else who there is to decide on is known once the sets are cleaned
             decisions = read_decisions(Path(merge.decisions), sets)
     cache.mkdir(parents=True, exist_ok=True)
-    workers = worker_count(config.common.workers)
 
     def embed(images: EncodedImages, title: str) -> UnitRows:
         assert embedder is not None
@@ -76,17 +69,8 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
         return UnitRows(features, images.describe)
 
     embeddings = [embed(faces, str(faces.path)) for faces in sets] if embedder else []
-    findings: list[Findings] = []
-    if merge.clean != "off":
-        findings = [
-            find_wrong(rows, faces.labels, len(faces.identities), merge.clean_outlier, merge.clean_mixed)
-            for rows, faces in zip(embeddings, sets, strict=True)
-        ]
-    if merge.clean == "apply":
-        cleaned = [CleanedFaceSet(faces, wrong) for faces, wrong in zip(sets, findings, strict=True)]
-        embeddings = [rows.part(faces.positions) for rows, faces in zip(embeddings, cleaned, strict=True)]
-        sets = cleaned
-    compared = None
+    sets, embeddings, findings = _cleaned(merge, sets, embeddings)
+    compared = _Compared()
     if not merge.decisions:
         assert embedder is not None
         probes = [(test, embed(test.images, test.path)) for test in opened.held_out]
@@ -94,43 +78,69 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
     if not ranks.first:
         return None
     if decisions is None:
-        decisions = _decisions(merge, sets, compared) if compared else read_decisions(Path(merge.decisions), sets)
+        decisions = read_decisions(Path(merge.decisions), sets) if merge.decisions else _decide(merge, sets, compared)
     if not any(row.new_label is not None for row in decisions):
         raise FaceSetError("every identity is excluded: nothing is left to write")
+    everything, parts = JoinedFaceSet(sets), parts_of(sets, decisions)
+    duplicates: list[Duplicate] = []
+    if merge.duplicates != "keep":
+        rows = JoinedRows(embeddings) if merge.duplicates == "near" else None
+        model = embedder.fingerprint if embedder and rows else ""
+        duplicates = search(cache, sets, everything, parts, rows, model, workers)
+    choice = without(duplicates, parts)
+    sizes = np.concatenate([stored_sizes(faces) for faces in sets])
+    warnings = (
+        remark,
+        compared.calibration.warning if compared.calibration else None,
+        compared.leaks.warning if compared.leaks else None,
+    )
     done = Merge(
-        [Path(path) for path in merge.sets],
-        opened.sets,
-        sets,
-        {f"merge.{name}": value for name, value in vars(merge).items()},
-        opened.image_size,
-        decisions,
-        grouping=compared.grouping if compared else None,
-        calibration=compared.calibration if compared else None,
-        leaks=compared.leaks if compared else None,
+        paths=[Path(path) for path in merge.sets],
+        original=opened.sets,
+        sets=sets,
+        everything=everything,
+        settings={f"merge.{name}": value for name, value in vars(merge).items()},
+        image_size=opened.image_size,
+        decisions=decisions,
+        size=needed(sizes[np.concatenate(choice)], len(choice)),
+        grouping=compared.grouping,
+        calibration=compared.calibration,
+        leaks=compared.leaks,
         held_out=opened.held_out,
         findings=findings,
         applied=merge.clean == "apply",
+        duplicates=duplicates,
         dry_run=merge.dry_run,
+        notes=[warning for warning in warnings if warning],
     )
-    done.notes.extend(
-        note
-        for note in (
-            remark,
-            done.calibration.warning if done.calibration else None,
-            done.leaks.warning if done.leaks else None,
-        )
-        if note
-    )
-    return _finish(merge, done, embeddings, embedder, cache, workers)
+    _write(merge, done, choice)
+    return done
+
+
+def _cleaned(
+    merge: MergeConfig, sets: Sequence[FaceSet], embeddings: list[UnitRows]
+) -> tuple[Sequence[FaceSet], list[UnitRows], list[Findings]]:
+    """The sets and embeddings to go on with, cleaned if that is asked for, and what does not belong in the sets."""
+    if merge.clean == "off":
+        return sets, embeddings, []
+    findings = [
+        find_wrong(rows, faces.labels, len(faces.identities), merge.clean_outlier, merge.clean_mixed)
+        for rows, faces in zip(embeddings, sets, strict=True)
+    ]
+    if merge.clean == "report":
+        return sets, embeddings, findings
+    cleaned = [CleanedFaceSet(faces, wrong) for faces, wrong in zip(sets, findings, strict=True)]
+    parts = [rows.part(faces.positions) for rows, faces in zip(embeddings, cleaned, strict=True)]
+    return cleaned, parts, findings
 
 
 @dataclass(frozen=True)
 class _Compared:
     """Who is who: None for one set that is left as it is; and how near everybody is to the test sets."""
 
-    grouping: Grouping | None
-    calibration: Calibration | None
-    leaks: Leaks | None
+    grouping: Grouping | None = None
+    calibration: Calibration | None = None
+    leaks: Leaks | None = None
 
 
 def _compare(
@@ -162,7 +172,7 @@ def _compare(
     return _Compared(grouping, calibration, leaks)
 
 
-def _decisions(merge: MergeConfig, sets: Sequence[FaceSet], compared: _Compared) -> list[Decision]:
+def _decide(merge: MergeConfig, sets: Sequence[FaceSet], compared: _Compared) -> list[Decision]:
     people, grouping = Identities(sets), compared.grouping
     excluded = compared.leaks.excluded if compared.leaks else {}
     if grouping is None:
@@ -174,25 +184,8 @@ def _decisions(merge: MergeConfig, sets: Sequence[FaceSet], compared: _Compared)
     return decide_groups(people, grouping.group, matches, merge.on_match, excluded)
 
 
-def _finish(
-    merge: MergeConfig,
-    done: Merge,
-    embeddings: Sequence[UnitRows],
-    embedder: Embedder | None,
-    cache: Path,
-    workers: int,
-) -> Merge:
-    """Find duplicates, and write all that was decided."""
-    everything = JoinedFaceSet(done.sets)
-    parts = parts_of(done.sets, done.decisions)
-    if merge.duplicates != "keep":
-        rows = JoinedRows(embeddings) if merge.duplicates == "near" else None
-        model = embedder.fingerprint if embedder and rows else ""
-        found = search(cache, done.sets, everything, parts, rows, model, workers)
-        done = replace(done, duplicates=found, everything=everything)
-    choice = parts.without(done.duplicates)
-    sizes = np.concatenate([stored_sizes(faces) for faces in done.sets])
-    done = replace(done, size=needed(sizes[np.concatenate(choice)], len(choice)))
+def _write(merge: MergeConfig, done: Merge, choice: Sequence[np.ndarray]) -> None:
+    """Write all that was decided. `choice`: the images under each new label, int64 positions in all sets."""
     output = Path(merge.output)
     if merge.dry_run:
         if done.size > available(output):
@@ -202,11 +195,11 @@ def _finish(
         for name in (*PICTURES, DUPLICATES_CSV, CLEANING_CSV):  # of a dry run with other settings
             (folder / name).unlink(missing_ok=True)
         _write_tables(folder, merge, done)
-        return done
+        return
     require_space(output, done.size)
     try:
         with resumable_folder(output, made_from(done.sets, choice), merge.restart) as work:
-            taken_over = write_images(work, everything, choice, done.image_size)
+            taken_over = write_images(work, done.everything, choice, done.image_size)
             _write_tables(work.path, merge, done)
     except JournalError as error:
         raise JournalError(
@@ -214,7 +207,6 @@ def _finish(
         ) from None
     if taken_over:
         done.notes.append(f"{taken_over:,} images were taken over from an interrupted run")
-    return done
 
 
 def dry_run_folder(output: Path) -> Path:
@@ -229,7 +221,6 @@ def _write_tables(folder: Path, merge: MergeConfig, done: Merge) -> None:
         rows = cleaning.table(done.original, done.findings, done.applied)
         write_csv_atomic(folder / CLEANING_CSV, cleaning.COLUMNS, rows)
     if done.duplicates:
-        assert done.everything is not None
         describe = done.everything.describe
         named = ((describe(i), describe(kept), kind, f"{alike:.6f}") for i, kept, kind, alike in done.duplicates)
         write_csv_atomic(folder / DUPLICATES_CSV, COLUMNS, named)

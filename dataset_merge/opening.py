@@ -12,17 +12,9 @@ from config import MergeConfig
 from data.face_sets import EncodedImages, FaceSet, FaceSetError, open_face_set
 from data.images_fingerprint import sample_digest
 from dataset_merge.calibration import require_identities
+from dataset_merge.disk_space import as_size, available, nearest_existing, needed, require_space, stored_sizes
 from dataset_merge.exclude import HeldOutSet, open_held_out
-from dataset_merge.writing import (
-    as_size,
-    available,
-    face_size,
-    needed,
-    require_faces_of,
-    require_space,
-    stored_sizes,
-    there_already,
-)
+from dataset_merge.face_sizes import face_size, require_faces_of
 from models.embedders import Embedder
 from models.embedding import features_to_make
 from utils.files import require_free
@@ -90,7 +82,7 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
 
 def _require_writable(output: Path) -> None:
     """Raise FaceSetError where nothing can be put beside `output`: its first byte comes after hours of work."""
-    place = there_already(output.parent)
+    place = nearest_existing(output.parent)
     if not place.is_dir():
         raise FaceSetError(f"{output} cannot be written, as {place} is a file: name another output")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -120,13 +112,13 @@ def tell_size(merge: MergeConfig, opened: OpenedSets, embedder: Embedder | None)
     sizes = [stored_sizes(faces) for faces in opened.sets]
     most = needed(np.concatenate(sizes), sum(len(faces.identities) for faces in opened.sets))
     kept = sum(features_to_make(embedder, images, merge.mirror, cache) for images in opened.images()) if embedder else 0
-    room = shutil.disk_usage(there_already(cache)).free
+    room = shutil.disk_usage(nearest_existing(cache)).free
     if kept > room:
         raise FaceSetError(
             f"the embeddings need {as_size(kept)} in {cache}, but its disk has {as_size(room)}: free "
             f"{as_size(kept - room)}, or name a folder on another disk (--cache)"
         )
-    shared = kept if there_already(cache).stat().st_dev == there_already(output).stat().st_dev else 0
+    shared = kept if nearest_existing(cache).stat().st_dev == nearest_existing(output).stat().st_dev else 0
     # A second copy within the first set may go, too, where its identities are joined.
     whole = merge.on_match != "keep-larger" and (not merge.within or merge.duplicates == "keep")
     first_stays = whole and not (merge.exclude or merge.clean == "apply" or merge.decisions)

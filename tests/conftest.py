@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from config import Config
-from data.face_sets import write_face_set
+from data.face_set_writer import write_face_set
 from data.verification_bin import write_bin
 from tiny_faces import tiny_face
 from train import train

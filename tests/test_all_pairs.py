@@ -14,16 +14,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ranks import run_on_ranks
 from utils.evaluation import all_pairs as module
-from utils.evaluation import pair_blocks
-from utils.evaluation.all_pairs import (
-    _BINS,
-    AllPairsResult,
-    _first_search,
-    _keys,
-    _narrowed,
-    all_pairs,
-)
+from utils.evaluation import pair_blocks, threshold_search
+from utils.evaluation.all_pairs import AllPairsResult, all_pairs
 from utils.evaluation.pair_blocks import Block, PairBlocks
+from utils.evaluation.threshold_search import BINS, _keys, _narrowed, first_search
 from utils.ranks import Ranks
 
 RATES = (0.9, 0.5, 0.3, 1e-1, 1e-2, 1e-3, 1e-4, 1e-6)
@@ -238,7 +232,7 @@ def test_memory_does_not_grow_with_the_number_of_pairs(images: int) -> None:
     block = 500
     with LargestTensor() as largest:
         all_pairs(embeddings, labels, block=block)
-    assert largest.bytes <= max(8 * block**2, 8 * embeddings.numel(), 2 * 4 * module._KEPT)
+    assert largest.bytes <= max(8 * block**2, 8 * embeddings.numel(), 2 * 4 * threshold_search._KEPT)
     assert largest.bytes >= 4 * block**2  # the watcher sees the blocks
 
 
@@ -276,7 +270,7 @@ def test_progress_shows_each_pass(capsys: pytest.CaptureFixture[str], monkeypatc
     assert capsys.readouterr().err == ""
     all_pairs(embeddings, labels, (1e-2,), block=50, progress=True)
     assert capsys.readouterr().err.count("3/3") == 1
-    monkeypatch.setattr(module, "_KEPT", 0)
+    monkeypatch.setattr(threshold_search, "_KEPT", 0)
     all_pairs(embeddings, labels, (1e-2,), block=50, progress=True)
     shown = capsys.readouterr().err
     assert "thresholds" in shown
@@ -302,7 +296,7 @@ def test_a_sample_saves_the_second_pass(
     make: Callable[[int, int], tuple[Tensor, Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protects the speed on large sets, and exactness of thresholds found among the scores that a sample chose."""
-    monkeypatch.setattr(module, "_KEPT", 400_000)  # fewer than there are pairs
+    monkeypatch.setattr(threshold_search, "_KEPT", 400_000)  # fewer than there are pairs
     embeddings, labels = make(1000, 60)
     passes = Passes(monkeypatch)
     result = all_pairs(embeddings, labels, (1e-2, 1e-3, 1e-4, 1e-6), 200)
@@ -317,8 +311,8 @@ def test_a_sample_that_misses_costs_time_only(
     wrong: list[tuple[float, float]], kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Protects exactness when thresholds lie outside of what was kept, or more scores lie there than there is room."""
-    monkeypatch.setattr(module, "_KEPT", kept)
-    monkeypatch.setattr(module, "_promising", lambda *_: wrong)
+    monkeypatch.setattr(threshold_search, "_KEPT", kept)
+    monkeypatch.setattr(module, "promising", lambda *_: wrong)
     check_against_full_sort(*clustered(300, 20), 100)
 
 
@@ -368,7 +362,7 @@ def measured_by_a_rank() -> Tensor:
     embeddings, labels = clustered(400, 30)
     found = []
     for kept in (1 << 22, 40_000, 0):
-        module._KEPT = kept
+        threshold_search._KEPT = kept
         result = all_pairs(embeddings, labels, RATES, 50, ranks=Ranks(torch.distributed.group.WORLD))
         found.append([*result.tar, *result.threshold, result.eer, result.auc, result.impostor_counts.sum()])
     return torch.tensor(found)
@@ -403,9 +397,9 @@ def test_bounds_of_auc_and_eer_hold(noise: float) -> None:
 
 def test_other_scores_in_the_second_pass_are_noticed() -> None:
     """Protects "exact": a device that does not repeat its products bit for bit must fail, not give a near result."""
-    counts = np.zeros(_BINS, dtype=np.int64)
-    counts[_BINS // 2 + 7] = 5
-    search = _first_search(counts, counts, 2)
+    counts = np.zeros(BINS, dtype=np.int64)
+    counts[BINS // 2 + 7] = 5
+    search = first_search(counts, counts, 2)
     with pytest.raises(RuntimeError, match="other scores in the second pass"):
         _narrowed(search, np.array([0, 5]), np.array([0, 4]))
 

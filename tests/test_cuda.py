@@ -26,7 +26,8 @@ from train import train
 from utils.checkpoints import BEST
 from utils.compiling import CompiledNetwork
 from utils.evaluation.all_pairs import all_pairs
-from utils.evaluation.breakdown import Groups, breakdown_all_pairs
+from utils.evaluation.breakdown import breakdown_all_pairs
+from utils.evaluation.columns import Groups
 from utils.evaluation.hardest import hardest_of_all
 from utils.evaluation.identity_counts import identity_counts
 from utils.ranks import Ranks

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.face_sets import open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import open_face_set
 from data.images import decode_rgb, encode_jpeg
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge, deciding, matching, merging
@@ -309,7 +310,7 @@ def test_a_full_disk_is_told_before_the_writing(
     tmp_path: Path, two_sets: str, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing is begun for which there is no room."""
-    monkeypatch.setattr("dataset_merge.writing.available", lambda output: 10_000)
+    monkeypatch.setattr("dataset_merge.disk_space.available", lambda output: 10_000)
     with pytest.raises(
         SystemExit, match=r"merged needs .* KiB beside 1\.3 KiB of embeddings, but its disk has 9\.8 KiB"
     ):

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from data.face_sets import write_face_set
+from data.face_set_writer import write_face_set
 from models import create_network
 from tiny_faces import tiny_face
 from train import CHECKPOINTS

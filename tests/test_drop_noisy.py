@@ -22,7 +22,8 @@ from data.drop_noisy import (
     run_settings,
     write_clean,
 )
-from data.face_sets import FaceSetError, RecFaceSet, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSetError, RecFaceSet, open_face_set
 from data.images import ImageError, decode_rgb, encode_png
 from models import create_network
 from models.embedders import load_embedder

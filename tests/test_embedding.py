@@ -3,9 +3,8 @@
 import numpy as np
 import torch
 
-from data.face_sets import PairImages
 from data.images import encode_png
-from data.verification_bin import VerificationPairs
+from data.verification_bin import PairImages, VerificationPairs
 from models.embedding import embed_images
 from utils.evaluation.verification import verify
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,21 +10,14 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from data.pack_bin import PairsError
+from data.pair_lists import PairsError
 from data.verification_bin import write_bin
 from ranks import run_on_ranks
 from test_all_pairs import clustered
 from tiny_faces import tiny_face
 from utils.evaluation.all_pairs import all_pairs
-from utils.evaluation.breakdown import (
-    ColumnsError,
-    breakdown_all_pairs,
-    breakdown_pairs,
-    clustered_interval,
-    group_by,
-    groups_of,
-    read_columns,
-)
+from utils.evaluation.breakdown import breakdown_all_pairs, breakdown_pairs, clustered_interval
+from utils.evaluation.columns import ColumnsError, group_by, groups_of, read_columns
 from utils.evaluation.curves import TarAtFar, tar_at_far
 from utils.evaluation.folds import ten_fold
 from utils.evaluation.pair_sets import open_pair_set
@@ -137,7 +131,7 @@ def test_pairs_by_group() -> None:
     assert all(len(row) == len(header) for row in rows)
     assert rows[1][0] == "old / young"
     assert only.as_table()[1][0][-1] == ""
-    assert json.loads(json.dumps(found.as_json()))["rates"][0]["groups"] == ["old", "old"]
+    assert json.loads(json.dumps(asdict(found)))["rates"][0]["groups"] == ["old", "old"]
 
 
 def test_intervals_of_units_that_err_together() -> None:
@@ -304,7 +298,7 @@ def test_pairs_of_a_list_equal_those_of_a_bin(listed: Path) -> None:
     encoded = [pairs.images.encoded(i) for i in pairs.index.reshape(-1)]
     write_bin(listed / "pairs.bin", encoded, pairs.same.tolist())
     packed = open_pair_set(listed / "pairs.bin")
-    assert (packed.name, pairs.name, packed.people) == ("pairs", "pairs", None)
+    assert packed.people is None
     assert [packed.images.encoded(i) for i in packed.index.reshape(-1)] == encoded
     np.testing.assert_array_equal(packed.same, pairs.same)
     assert pairs.same.tolist() == [True, False, True, False]

@@ -16,12 +16,13 @@ from data.align import TEMPLATE, align
 from data.images import ImageError, decode_rgb, encode_jpeg
 from data.loading import DecodedFaces
 from utils.evaluation import identification
+from utils.evaluation.columns import Tables
 from utils.evaluation.curves import tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import gallery_split, identify, identify_people
 from utils.evaluation.ijb import IjbError, ijb_identification, ijb_verification, open_ijb, pair_scores
-from utils.evaluation.measure import Options, Tables, measure
-from utils.evaluation.report import numbers
-from utils.evaluation.templates import PUBLISHED, Pooling, image_features, pool_templates
+from utils.evaluation.measure import Options, measure
+from utils.evaluation.report_json import numbers
+from utils.evaluation.templates import image_features, pool_templates
 from utils.evaluation.test_sets import open_test_set
 from utils.ranks import Ranks
 
@@ -170,43 +171,28 @@ def slow_templates(features: NDArray, templates: NDArray, media: NDArray) -> dic
     return vectors
 
 
-@pytest.mark.parametrize(
-    "pooling", [PUBLISHED, Pooling(mirror=False), Pooling(True, True, False), Pooling(False, True)]
-)
-def test_templates_equal_a_loop(pooling: Pooling) -> None:
-    """Protects pooling in each variant, with media of several images and media numbers that come again elsewhere."""
+def test_templates_equal_a_loop() -> None:
+    """Protects pooling, with media of several images and media numbers that come again elsewhere."""
     random = np.random.default_rng(0)
-    plain, mirrored = random.normal(size=(2, 300, 70)).astype(np.float32)
+    plain = random.normal(size=(300, 70)).astype(np.float32)
     scores, templates, media = random.random(300), random.integers(5, 60, 300) * 3, random.integers(0, 4, 300)
-    features = plain.astype(np.float64) + (mirrored if pooling.mirror else 0)
-    if pooling.unit_images:
-        features /= np.linalg.norm(features, axis=1, keepdims=True)
-    if pooling.detector_score:
-        features *= scores[:, None]
-    found = pool_templates(image_features(plain, mirrored, scores, pooling), templates, media)
+    features = plain.astype(np.float64) * scores[:, None]
+    found = pool_templates(image_features(plain, scores), templates, media)
     expected = slow_templates(features, templates, media)
     assert found.ids.tolist() == list(expected)
     np.testing.assert_allclose(found.vectors, list(expected.values()), atol=1e-6)
     assert found.rows(np.array([found.ids[4], found.ids[0]])).tolist() == [4, 0]
     with pytest.raises(ValueError, match="template 4 has no images"):
         found.rows(np.array([4]))
-    assert len({choice.describe() for choice in (PUBLISHED, Pooling(False), Pooling(True, True), pooling)}) >= 3
 
 
 def test_features_that_cannot_be_pooled() -> None:
     """Protects templates from NaN and from features without direction; the message says which."""
     plain = np.ones((3, 2), np.float32)
     plain[1] = np.nan
-    with pytest.raises(ValueError, match="feature 1 is not finite"):
-        image_features(plain, None, np.ones(3))
+    with pytest.raises(ValueError, match="template 8 has no direction"):
+        pool_templates(plain, np.array([9, 8, 9]), np.array([0, 0, 0]))
     plain[1] = 0
-    assert image_features(plain, None, np.ones(3))[1].tolist() == [0, 0]
-    with pytest.raises(ValueError, match=r"feature 1 .*zero norm"):
-        image_features(plain, None, np.ones(3), Pooling(unit_images=True))
-    with pytest.raises(ValueError, match="3 features need as many"):
-        image_features(plain, None, np.ones(4))
-    with pytest.raises(ValueError, match="mirrored images have the shape"):
-        image_features(plain, np.ones((2, 2)), np.ones(3))
     with pytest.raises(ValueError, match="template 8 has no direction"):
         pool_templates(plain, np.array([9, 8, 9]), np.array([0, 0, 0]))
 
@@ -309,7 +295,7 @@ def test_ijb_numbers_equal_loops(small_ijb: tuple[Path, NDArray[np.float64]], mo
     features = random.normal(size=(8, 6))[PEOPLE] + 2.5 * random.normal(size=(96, 6))
     weighted = features * ijb.scores[:, None].astype(np.float64)
     expected = slow_templates(weighted, ijb.templates, ijb.media)
-    pooled = pool_templates(image_features(features, None, ijb.scores), ijb.templates, ijb.media)
+    pooled = pool_templates(image_features(features, ijb.scores), ijb.templates, ijb.media)
     scores = np.array([expected[a] @ expected[b] for a, b in ijb.pairs.tolist()])
     monkeypatch.setattr("utils.evaluation.ijb._PAIRS_AT_ONCE", 50)
     np.testing.assert_allclose(pair_scores(pooled, ijb.pairs), scores, atol=1e-6)
@@ -320,6 +306,7 @@ def test_ijb_numbers_equal_loops(small_ijb: tuple[Path, NDArray[np.float64]], mo
         expected_points = rule(genuine, impostor, (0.1, 0.01))
         assert [point.tar for point in points] == [point.tar for point in expected_points]
     searched = ijb_identification(pooled, ijb, 20, FPIR)
+    assert searched is not None
     probes = ijb.probes
     assert probes is not None
     queries = np.array([expected[template] for template in probes.templates.tolist()])
@@ -437,8 +424,7 @@ def test_missing_images_and_galleries(tmp_path: Path) -> None:
     (told,) = faces.__getitems__([4]).broken  # as of any broken image, and not by a worker's traceback
     assert re.search(message, told)
     pooled = pool_templates(np.random.default_rng(0).normal(size=(96, 4)), ijb.templates, ijb.media)
-    with pytest.raises(IjbError, match="no galleries and probes"):
-        ijb_identification(pooled, ijb)
+    assert ijb_identification(pooled, ijb) is None
 
 
 def test_a_probe_at_the_threshold_is_not_identified() -> None:

@@ -13,29 +13,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.face_sets import (
-    FaceSet,
-    FaceSetError,
-    FolderFaceSet,
-    PairImages,
-    RecFaceSet,
-    find_rec,
-    open_face_set,
-    write_face_set,
-)
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, RecFaceSet, find_rec, open_face_set
 from data.images import ImageError, decode_plain_jpegs, decode_rgb, encode_jpeg, encode_png, image_extension
 from data.recordio import (
     MAGIC,
     MAGIC_BYTES,
     IndexedRecordReader,
-    IndexedRecordWriter,
     RecordError,
     pack_image,
     unpack_image,
+    write_records,
 )
 from data.survey import survey_heads
 from data.tolerant_records import open_records
-from data.verification_bin import VerificationPairs
+from data.verification_bin import PairImages, VerificationPairs
 
 Records = dict[int, bytes]
 
@@ -45,7 +37,7 @@ FACES_BY_KEY = {key: (str(label), image) for key, label, image in FACES}
 
 
 def write_rec(folder: Path, records: Records, name: str = "train.rec") -> Path:
-    with IndexedRecordWriter(folder / name) as writer:
+    with write_records(folder / name) as writer:
         for key, payload in records.items():
             writer.write(key, payload)
     return folder / name

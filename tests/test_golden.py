@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.face_sets import RecFaceSet, write_face_set
-from data.recordio import IndexedRecordReader, IndexedRecordWriter, RecordFile, pack_image, unpack_image
+from data.face_set_writer import write_face_set
+from data.face_sets import RecFaceSet
+from data.recordio import IndexedRecordReader, RecordFile, pack_image, unpack_image, write_records
 from golden.records import IMAGES, PAYLOADS, PEOPLE
 
 GOLDEN = Path(__file__).resolve().parent / "golden"
@@ -16,7 +17,7 @@ IMAGE_PAYLOADS = {key: pack_image(label, id, image, id2) for key, (label, id, id
 @pytest.mark.parametrize(("name", "records"), [("payloads", PAYLOADS), ("images", IMAGE_PAYLOADS)])
 def test_written_as_mxnet_does(tmp_path: Path, name: str, records: dict[int, bytes]) -> None:
     """Both files, byte for byte: cuts at magics, padding, labels and ids, keys in any order."""
-    with IndexedRecordWriter(tmp_path / f"{name}.rec") as file:
+    with write_records(tmp_path / f"{name}.rec") as file:
         for key, payload in records.items():
             file.write(key, payload)
     for ending in (".rec", ".idx"):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.face_sheets import draw_contact_sheet
 from utils.html_report import HtmlReport
-from utils.plots import draw_contact_sheet
 
 
 class _Page(HTMLParser):

@@ -7,7 +7,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data.face_sets import FolderFaceSet, RecFaceSet, image_views, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FolderFaceSet, RecFaceSet, image_views, open_face_set
 from data.images import (
     ImageError,
     decode_face,
@@ -19,7 +20,7 @@ from data.images import (
 )
 from data.joined_sets import FrequentIdentities, JoinedFaceSet, open_training_set
 from data.loading import DecodedFaces
-from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordFile, pack_image
+from data.recordio import MAGIC_BYTES, RecordFile, pack_image, write_records
 from tiny_faces import tiny_face
 
 SIZE = 16
@@ -32,7 +33,7 @@ def face(seed: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
 @pytest.fixture
 def records(tmp_path: Path) -> RecFaceSet:
     """Ten images, with scalar and array labels; the third is cut at an embedded magic, the fifth is a PNG."""
-    with IndexedRecordWriter(tmp_path / "rec" / "train.rec") as writer:
+    with write_records(tmp_path / "rec" / "train.rec") as writer:
         for key in range(1, 11):
             image = encode_png(face(key)) if key == 5 else encode_jpeg(face(key))
             if key == 3:

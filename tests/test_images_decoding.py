@@ -19,7 +19,7 @@ from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
 from data.jpeg_decoding import decode_jpegs, decode_what_can_be, device_decoder, join_encoded
 from data.loading import Batch, DecodedFaces, EpochBatches, training_loader
 from data.orders import exact_order
-from data.recordio import IndexedRecordWriter, pack_image
+from data.recordio import pack_image, write_records
 from data.synthetic_faces import draw_face
 from utils.settings import ConfigError
 
@@ -39,7 +39,7 @@ def encoded_faces() -> list[bytes]:
 @pytest.fixture
 def records(tmp_path: Path) -> RecFaceSet:
     """The faces as a set whose record 11, a JPEG, was damaged after it was opened."""
-    with IndexedRecordWriter(tmp_path / "train.rec") as writer:
+    with write_records(tmp_path / "train.rec") as writer:
         for key, image in enumerate(encoded_faces(), 1):
             writer.write(key, pack_image(float(key % 3), key, image))
     faces = RecFaceSet(tmp_path / "train.rec")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from data import images_fingerprint as module
-from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, PairImages, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, open_face_set
 from data.images_fingerprint import images_fingerprint
 from data.joined_sets import FrequentIdentities, JoinedFaceSet
 from data.set_sources import ListedFaceSet
-from data.verification_bin import VerificationPairs
+from data.verification_bin import PairImages, VerificationPairs
 from tiny_faces import tiny_face
 
 

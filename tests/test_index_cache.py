@@ -12,7 +12,7 @@ import pytest
 from data import face_sets, index_cache, recordio
 from data.face_sets import RecFaceSet
 from data.index_cache import cache_path
-from data.recordio import IndexedRecordWriter, pack_image
+from data.recordio import pack_image, write_records
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def small_sets_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def write_set(folder: Path, labels: list[int]) -> Path:
-    with IndexedRecordWriter(folder / "train.rec") as writer:
+    with write_records(folder / "train.rec") as writer:
         for key, label in enumerate(labels, 1):
             writer.write(key, pack_image(float(label), key, b"image"))
     return folder / "train.rec"

@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from config import MergeConfig
-from data.face_sets import open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import open_face_set
 from data.images import encode_png
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge, opening
 from dataset_merge.decisions import DecisionsError
+from dataset_merge.disk_space import needed, stored_sizes
 from dataset_merge.opening import open_sets
 from dataset_merge.table_sources import check_sources, write_sources
 from dataset_merge.unit_rows import UnitRows
-from dataset_merge.writing import needed, stored_sizes
 from models.embedders import NetworkEmbedder
 from tiny_faces import tiny_face
 
@@ -134,7 +135,7 @@ def test_a_broken_image_of_many_is_told_with_a_way_round(
     tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One that no sample sees stops the embedding."""
-    monkeypatch.setattr("dataset_merge.writing.SAMPLE", 1)
+    monkeypatch.setattr("data.images_fingerprint.SAMPLE", 1)
     one, _ = strangers(tmp_path)
     tree = folder_set(
         tmp_path / "tree", {"anna": [tiny_face(0, 0)], "bert": [encode_png(np.zeros((9, 9, 3), np.uint8))]}

@@ -13,21 +13,14 @@ from torch import Tensor
 
 from dataset_merge import calibration as calibration_module
 from dataset_merge import centres as centres_module
-from dataset_merge import matching
+from dataset_merge import matching, reference_scores
 from dataset_merge import scores as scores_module
-from dataset_merge.calibration import (
-    Calibration,
-    CalibrationError,
-    Halves,
-    Impostors,
-    expected_cosine,
-    half_scores,
-    impostor_scores,
-)
+from dataset_merge.calibration import Calibration, CalibrationError
 from dataset_merge.centres import identity_centres
 from dataset_merge.deciding import Decided, MatchSettings, decide
 from dataset_merge.grouping import Rule
 from dataset_merge.matching import TopMatches
+from dataset_merge.reference_scores import Halves, Impostors, expected_cosine, half_scores, impostor_scores
 from dataset_merge.scores import score_pairs
 from dataset_merge.tails import fit_tails
 from live_memory import LiveMemory
@@ -109,7 +102,7 @@ def test_what_is_told_of_halves_and_rivals() -> None:
     assert 0.3 < told.expected_recall < 0.99
     assert told.expected_recall == pytest.approx(reach, abs=0.03)
     rivals = [
-        impostor_scores(identity_centres(part.embeddings, part.labels, 600), 0.5, "mutual", 256, 0).usual_rival
+        impostor_scores(identity_centres(part.embeddings, part.labels, 600), 0.5, "mutual", 256).usual_rival
         for part in sets
     ]
     assert told.equivalent_cosine == pytest.approx(told.threshold + max(rivals))
@@ -124,7 +117,7 @@ def test_memory_beside_the_embeddings(t: float | None, monkeypatch: pytest.Monke
     for module, name, limit in (
         (centres_module, "_CHUNK", 64),
         (scores_module, "_CHUNK", 64),
-        (calibration_module, "_HALVED", 100),
+        (reference_scores, "_HALVED", 100),
     ):
         monkeypatch.setattr(module, name, limit)
     sets = [draw_set(torch.arange(1500) + first, torch.full((1500,), 2), first, 512) for first in (0, 1200)]
@@ -148,10 +141,10 @@ def test_a_sample_of_the_identities_is_halved(monkeypatch: pytest.MonkeyPatch) -
     """A sample has whole identities, as if there were no others, and says the same about them."""
     people = draw_set(torch.arange(900), torch.arange(900) % 4 + 1, seed=1)
     centres = identity_centres(people.embeddings, people.labels, 900)
-    strangers = impostor_scores(centres, 0.5, "mutual", 256, 0)
-    every = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
-    monkeypatch.setattr(calibration_module, "_HALVED", 300)
-    some = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+    strangers = impostor_scores(centres, 0.5, "mutual", 256)
+    every = half_scores(people.embeddings, people.labels, centres, strangers)
+    monkeypatch.setattr(reference_scores, "_HALVED", 300)
+    some = half_scores(people.embeddings, people.labels, centres, strangers)
     assert len(every.cosine) == 675
     assert len(some.cosine) == 300
     assert np.isin(some.cosine.round(5), every.cosine.round(5)).all()
@@ -371,8 +364,8 @@ def test_halves_tell_how_alike_images_of_a_person_are() -> None:
     for images in (torch.full((400,), 2), torch.full((400,), 9)):
         people = draw_set(torch.arange(400), images, seed=1, size=256, spread=0.9)
         centres = identity_centres(people.embeddings, people.labels, 400)
-        strangers = impostor_scores(centres, 0.5, "mutual", 256, 0)
-        halves = half_scores(people.embeddings, people.labels, centres, strangers, seed=0)
+        strangers = impostor_scores(centres, 0.5, "mutual", 256)
+        halves = half_scores(people.embeddings, people.labels, centres, strangers)
         assert halves.alike == pytest.approx(1 / (1 + 0.9**2), abs=0.03)
         assert (halves.sizes.sum(1) == halves.whole).all()
         assert halves.whole.tolist() == images.tolist()
@@ -430,7 +423,7 @@ def test_halves_are_halves() -> None:
     labels = torch.arange(23) % 4
     embeddings = F.normalize(torch.randn(23, 8, generator=torch.Generator().manual_seed(0)))
     nothing = Impostors(np.empty(0), 0.0, np.empty(0))
-    halves = half_scores(embeddings, labels, identity_centres(embeddings, labels, 4), nothing, 0)
+    halves = half_scores(embeddings, labels, identity_centres(embeddings, labels, 4), nothing)
     assert halves.sizes.tolist() == [[3, 3], [3, 3], [3, 3], [3, 2]]
 
 
@@ -442,7 +435,7 @@ def test_scores_of_halves_are_brought_to_whole_identities() -> None:
     centres: Any = SimpleNamespace(images=torch.tensor([4, *[0] * 20]))
     # Mean lengths of 2 and 4 images whose cosine is 0.5: sqrt(0.75) and sqrt(0.625), of one image 1.
     expected = [0.5 / np.sqrt(0.75 * 0.625) - 0.1, 1 - 0.2]
-    assert calibration_module._genuine_scores([halves], [centres], 0) == pytest.approx(expected)
+    assert reference_scores.genuine_scores([halves], [centres]) == pytest.approx(expected)
 
 
 def test_pairs_that_are_left_to_join_wrongly() -> None:

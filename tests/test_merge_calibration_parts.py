@@ -8,24 +8,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dataset_merge import calibration
-from dataset_merge.calibration import CalibrationError, Impostors, half_scores, impostor_scores, require_identities
+from dataset_merge import calibration, reference_scores
+from dataset_merge.calibration import CalibrationError, require_identities
 from dataset_merge.centres import identity_centres
 from dataset_merge.grouping import Pairs, Rule
+from dataset_merge.reference_scores import Impostors, half_scores, impostor_scores
 from merge_people import draw_set
 
 
 def test_a_sample_is_drawn_from_all() -> None:
     """Those that are wanted, each once and in their order, from the whole set and by the seed; all, if they are few."""
     wanted = torch.arange(1000) % 2 == 0
-    some, others = (calibration._sampled(wanted, 50, seed) for seed in (0, 1))
+    some, others = (reference_scores._sampled(wanted, 50, seed) for seed in (0, 1))
     assert len(some) == 50
     assert wanted[some].all()
     assert (some.diff() > 0).all()
     assert some.max() > 800
     assert not torch.equal(some, others)
     for most in (500, 501):
-        assert torch.equal(calibration._sampled(wanted, most, 0), wanted.nonzero().flatten())
+        assert torch.equal(reference_scores._sampled(wanted, most, 0), wanted.nonzero().flatten())
 
 
 @pytest.mark.parametrize(("rule", "weight"), [("mutual", 0.5), ("clusters", 0.1)])
@@ -35,7 +36,7 @@ def test_strangers_equal_a_loop(rule: Rule, weight: float) -> None:
     images = torch.ones(40, dtype=torch.int64)
     images[[3, 17]] = 0
     people = draw_set(torch.arange(40), images, seed=0, size=6)
-    told = impostor_scores(identity_centres(people.embeddings, people.labels, 40), weight, rule, 16, 0)
+    told = impostor_scores(identity_centres(people.embeddings, people.labels, 40), weight, rule, 16)
     cosines = (people.embeddings.double() @ people.embeddings.double().T).numpy()
     np.fill_diagonal(cosines, -1)
     nearest = cosines.max(1)
@@ -57,7 +58,7 @@ def test_strangers_of_next_to_nobody() -> None:
     """Nothing to compare with one person; and with two that are opposites no rival takes off less than nothing."""
     vectors = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     for people, compared in ((0, 0.0), (1, 0.0), (2, 1.0)):
-        told = impostor_scores(identity_centres(vectors[:people], torch.arange(people), people), 0.5, "mutual", 16, 0)
+        told = impostor_scores(identity_centres(vectors[:people], torch.arange(people), people), 0.5, "mutual", 16)
         assert (told.compared, told.usual_rival, len(told.nearest)) == (compared, 0.0, people if people > 1 else 0)
 
 
@@ -70,8 +71,8 @@ def test_halves_of_wrong_labels_have_no_say(images: int) -> None:
     people = draw_set(own, torch.ones(len(own), dtype=torch.int64), seed=1, size=256, spread=0.9)
     labels = torch.arange(400).repeat_interleave(images)
     centres = identity_centres(people.embeddings, labels, 400)
-    strangers = impostor_scores(centres, 0.5, "mutual", 256, 0)
-    halves = half_scores(people.embeddings, labels, centres, strangers, seed=0)
+    strangers = impostor_scores(centres, 0.5, "mutual", 256)
+    halves = half_scores(people.embeddings, labels, centres, strangers)
     right = halves.cosine[180:]
     if images == 2:
         assert halves.alike == np.median(halves.cosine[halves.cosine > np.median(strangers.nearest)])
@@ -83,7 +84,7 @@ def test_no_halves_tell_nothing() -> None:
     """Nobody has two images: how alike two of one person are is not known."""
     embeddings = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)))
     nothing = Impostors(np.empty(0), 0.0, np.empty(0))
-    halves = half_scores(embeddings, torch.arange(5), identity_centres(embeddings, torch.arange(5), 5), nothing, 0)
+    halves = half_scores(embeddings, torch.arange(5), identity_centres(embeddings, torch.arange(5), 5), nothing)
     assert len(halves.cosine) == 0
     assert np.isnan(halves.alike)
 

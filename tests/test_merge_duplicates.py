@@ -26,7 +26,7 @@ from dataset_merge.duplicates import (
     may_be_same,
     thumbnail,
 )
-from dataset_merge.joined_duplicates import Parts, search
+from dataset_merge.joined_duplicates import search, without
 from models.embedders import load_embedder
 from tiny_faces import tiny_face
 
@@ -192,7 +192,7 @@ def test_dropping_many_is_quick() -> None:
     labels = [[np.arange(4 * i, 4 * i + 2), np.arange(4 * i + 2, 4 * i + 4)] for i in range(count)]
     dropped = [Duplicate(4 * i + 2, 4 * i, "bytes", 1.0) for i in range(count)]
     start = time.process_time()
-    left = Parts(labels).without(dropped)
+    left = without(dropped, labels)
     assert time.process_time() - start < 3
     assert [images.tolist() for images in left] == [[4 * i, 4 * i + 1, 4 * i + 3] for i in range(count)]
 
@@ -208,7 +208,7 @@ def test_processes_find_what_one_finds(
                 (tmp_path / name / f"{number:02d}" / f"{shot}.jpg").write_bytes(encode_jpeg(face, quality))
     sets = [open_face_set(tmp_path / name) for name in ("one", "two")]
     positions = np.arange(60).reshape(20, 3)
-    parts = Parts([[own, 60 + own[::-1]] for own in positions])
+    parts = [[own, 60 + own[::-1]] for own in positions]
     unit = np.tile(np.eye(60, dtype=np.float32), (2, 1))
     unit[60] = unit[1]  # the first copy looks like another picture to the model
     found = search(tmp_path / "alone", sets, JoinedFaceSet(sets), parts, unit, "model", 0)
@@ -240,7 +240,7 @@ def test_what_was_found_is_for_its_model_limits_and_identities(tmp_path: Path, m
     monkeypatch.setattr(joined_duplicates, "_search", counted)
 
     def look(first: int, model: str, embeddings: np.ndarray | None) -> int:
-        parts = Parts([[np.arange(first), np.arange(first, 6)]])
+        parts = [[np.arange(first), np.arange(first, 6)]]
         found = search(tmp_path / "cache", sets, JoinedFaceSet(sets), parts, embeddings, model, 0)
         assert first != 3 or [(d.image, d.original) for d in found] == [(3, 0), (4, 1), (5, 2)]
         return len(made)
@@ -261,7 +261,7 @@ def test_merges_that_share_a_cache_search_once(tmp_path: Path, monkeypatch: pyte
         (tmp_path / name / "a").mkdir(parents=True)
         (tmp_path / name / "a" / "x.png").write_bytes(tiny_face(0, 0))
     sets = [open_face_set(tmp_path / name) for name in ("one", "two")]
-    parts = Parts([[np.array([0]), np.array([1])]])
+    parts = [[np.array([0]), np.array([1])]]
     begun, go_on = threading.Event(), threading.Event()
     whole = joined_duplicates._search
 

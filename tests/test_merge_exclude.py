@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.face_sets import write_face_set
+from data.face_set_writer import write_face_set
 from data.images import decode_rgb
 from data.verification_bin import write_bin
 from dataset_merge.centres import identity_centres

@@ -8,20 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.face_sets import open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import open_face_set
 from data.images import encode_png
 from data.joined_sets import JoinedFaceSet
 from dataset_merge import writing
-from dataset_merge.writing import (
-    as_size,
-    available,
-    face_size,
-    made_from,
-    needed,
-    require_space,
-    stored_sizes,
-    write_images,
-)
+from dataset_merge.disk_space import as_size, available, needed, require_space, stored_sizes
+from dataset_merge.face_sizes import face_size
+from dataset_merge.writing import made_from, write_images
 from tiny_faces import tiny_face
 from utils.resumable import JournalError, resumable_folder
 

@@ -18,8 +18,9 @@ from data import pair_drawing
 from data.face_sets import IMAGE_ENDINGS, FaceSetError
 from data.fitting import Fit
 from data.images import ImageError, decode_rgb
-from data.pack_bin import PairsError, main, pack_bin, read_pairs
+from data.pack_bin import main, pack_bin
 from data.pair_drawing import draw_pairs
+from data.pair_lists import PairsError, read_pairs
 from data.verification_bin import read_bin
 from tiny_faces import tiny_face
 

@@ -18,10 +18,11 @@ from data.detect import Detection, DetectorError
 from data.face_sets import FaceSet, FaceSetError, open_face_set
 from data.fitting import Fit, Fitted, LeftOut, check_detector, find_and_fit, fit_images
 from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
-from data.pack_bin import PairsError, pack_bin
 from data.pack_bin import main as pack_bin_main
+from data.pack_bin import pack_bin
 from data.pack_set import Packed, main, pack, select
-from data.recordio import IndexedRecordWriter, pack_image
+from data.pair_lists import PairsError
+from data.recordio import pack_image, write_records
 from data.set_sources import LANDMARK_COLUMNS, open_source
 from data.verification_bin import read_bin
 from tiny_detectors import LANDMARKS, lookup_detector, red_block_detector
@@ -92,7 +93,7 @@ def as_csv(root: Path) -> Path:
 
 
 def as_records(root: Path) -> Path:
-    with IndexedRecordWriter(root / "a.rec") as writer:
+    with write_records(root / "a.rec") as writer:
         for key, name in enumerate(PLACES):
             writer.write(key, pack_image(float(name[0]), key, (root / name).read_bytes()))
     return root / "a.rec"

@@ -21,7 +21,8 @@ from config import PackConfig
 from conftest import ROOT
 from data import fitting, resumable_set
 from data.detect import Detection
-from data.face_sets import FaceSetError, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSetError, open_face_set
 from data.fitting import Fit
 from data.identity_choice import Identity
 from data.images import ImageError, encode_jpeg, encode_png

@@ -18,13 +18,14 @@ from config import PackConfig
 from conftest import ROOT
 from data import fitting
 from data.align import TEMPLATE, align
-from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
 from data.fitting import Fit, fit_image, fit_images
 from data.identity_choice import Identity
 from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
 from data.pack_set import Packed, main, pack, select, summary, warn_of_like_names
 from data.prepare_data import prepare
-from data.recordio import IndexedRecordWriter, pack_image
+from data.recordio import pack_image, write_records
 from data.set_sources import LANDMARK_COLUMNS, ListedFaceSet, open_source
 from tiny_faces import tiny_face
 from utils import processes
@@ -94,7 +95,7 @@ def with_tabs(folder: Path) -> Path:
 
 def as_rec(folder: Path) -> Path:
     """Records in the order of no identity, without record 0, labels with holes."""
-    with IndexedRecordWriter(folder / "some.rec") as writer:
+    with write_records(folder / "some.rec") as writer:
         for key, (name, path) in enumerate(files(folder), 11):
             writer.write(key, pack_image([float(NUMBERS[name]), 1.0], key, (folder / path).read_bytes()))
     return folder / "some.rec"

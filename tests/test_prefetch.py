@@ -14,7 +14,7 @@ from data.images import encode_png
 from data.loading import Batch, DecodedFaces, EpochBatches, training_loader
 from data.orders import exact_order
 from data.prefetch import Copy, on_device, one_ahead
-from data.recordio import IndexedRecordWriter, pack_image
+from data.recordio import pack_image, write_records
 
 
 def batches(number: int, pinned: bool, taken: list[int]) -> Iterator[Batch]:
@@ -126,7 +126,7 @@ def test_on_cuda_batches_are_copied_one_ahead(number: int) -> None:
 def test_on_cuda_workers_fill_memory_that_is_being_copied(tmp_path: Path) -> None:
     """Copies that are held up read what the workers decoded for them, not what they decode meanwhile."""
     images, size, device = 64, 32, torch.device("cuda")
-    with IndexedRecordWriter(tmp_path / "train.rec") as writer:
+    with write_records(tmp_path / "train.rec") as writer:
         for key in range(1, images + 1):
             writer.write(key, pack_image(float(key), key, encode_png(np.full((size, size, 3), key, np.uint8))))
     faces = RecFaceSet(tmp_path / "train.rec")

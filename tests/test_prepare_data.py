@@ -23,7 +23,7 @@ from data.fitting import Fit
 from data.identity_choice import choose_identities
 from data.pack_set import pack, select
 from data.prepare_data import JOURNAL, TABLE, JournalError, main, prepare
-from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, pack_image
+from data.recordio import MAGIC_BYTES, RecordError, pack_image, write_records
 from data.set_sources import LANDMARK_COLUMNS, open_source
 from data.unpacked_names import FORBIDDEN, portable_names
 from tiny_faces import tiny_face
@@ -56,7 +56,7 @@ def rec(tmp_path: Path) -> Path:
     """A set of 15 images of 4 identities, with header and identity record."""
     path = tmp_path / "set" / "train.rec"
     path.parent.mkdir()
-    with IndexedRecordWriter(path) as writer:
+    with write_records(path) as writer:
         for key in range(1, IMAGES + 1):
             writer.write(key, pack_image(float(label(key)), key, image(key)))
         writer.write(IMAGES + 1, pack_image([1.0, 16.0], IMAGES + 1, b""))
@@ -272,7 +272,7 @@ def test_output_of_another_set_is_refused(
     elif other == "block":
         monkeypatch.setattr(prepare_data, "IMAGES_PER_BLOCK", BLOCK + 1)
     else:
-        with IndexedRecordWriter(rec) as writer:
+        with write_records(rec) as writer:
             for key in range(1, IMAGES + 1 + (other == "images")):
                 writer.write(key, pack_image(0.0, key, image(key) + b"...."))
     before = tree(out)

@@ -20,7 +20,8 @@ import torch
 
 import all_pair_test
 from data import prepare_data
-from data.face_sets import FaceSet, images_by_identity, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, images_by_identity, open_face_set
 from data.verification_bin import write_bin
 from dataset_merge import dataset_merge
 from models.embedders import OnnxEmbedder

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from data.recordio import (
     MAGIC_BYTES,
     IndexedRecordReader,
-    IndexedRecordWriter,
     RecordError,
     RecordFile,
     encode_record,
     pack_image,
     unpack_image,
+    write_records,
 )
 
 # What mxnet 1.9.1 wrote for pack(IRHeader(0, 3.0, 1, 0), b"abc") and for the payload magic x 3 + "xx".
@@ -30,7 +30,7 @@ payloads = st.lists(st.sampled_from([MAGIC_BYTES, MAGIC_BYTES[:3], b"a", b"bcde"
 
 def write(folder: Path, payloads: dict[int, bytes]) -> Path:
     path = folder / "train.rec"
-    with IndexedRecordWriter(path) as writer:
+    with write_records(path) as writer:
         for key, payload in payloads.items():
             writer.write(key, payload)
     return path
@@ -135,7 +135,7 @@ def test_reader_travels_to_worker_processes(tmp_path: Path) -> None:
 def test_nothing_is_left_behind_when_writing_fails(tmp_path: Path) -> None:
     """An interrupted writer leaves neither a half-written file nor its temporary one."""
 
-    with pytest.raises(KeyboardInterrupt), IndexedRecordWriter(tmp_path / "train.rec") as writer:
+    with pytest.raises(KeyboardInterrupt), write_records(tmp_path / "train.rec") as writer:
         writer.write(0, b"abc")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []

@@ -16,9 +16,10 @@ from conftest import ROOT
 from data import report as report_module
 from data import survey as survey_module
 from data import tolerant_records
-from data.face_sets import FaceSet, open_face_set, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSet, open_face_set
 from data.images import encode_jpeg, encode_png
-from data.recordio import MAGIC_BYTES, IndexedRecordWriter, RecordError, RecordFile, pack_image, read_index
+from data.recordio import MAGIC_BYTES, RecordError, RecordFile, pack_image, read_index, write_records
 from data.report import Report, as_text, main, make_report, set_name
 from data.tolerant_records import find_records, open_records
 from tiny_faces import tiny_face
@@ -65,7 +66,7 @@ def damaged(tmp_path: Path) -> Path:
     folder = tmp_path / "sets" / "damaged"
     folder.mkdir(parents=True)
     rec = folder / "train.rec"
-    with IndexedRecordWriter(rec) as writer:
+    with write_records(rec) as writer:
         for key, label in HEADERS.items():
             writer.write(key, pack_image(label, key, b""))
         for key, (label, image, _) in FACES.items():
@@ -217,7 +218,7 @@ def test_with_an_unreadable_index(damaged: Path, tmp_path: Path, index: str) -> 
 def test_an_index_that_was_cut(tmp_path: Path) -> None:
     """The records that it lists are reported, with a note of what it does not list; damage alone makes no such note."""
     rec = tmp_path / "a.rec"
-    with IndexedRecordWriter(rec) as writer:
+    with write_records(rec) as writer:
         for key in range(1, 9):
             writer.write(key, pack_image(0.0, key, SPLIT))
     index = rec.with_suffix(".idx")
@@ -238,7 +239,7 @@ def test_an_index_of_another_set(tmp_path: Path) -> None:
     cut off keeps its own.
     """
     for name, images in (("a", [JPEG] * 20), ("b", [PNG, JPEG] * 30)):
-        with IndexedRecordWriter(tmp_path / f"{name}.rec") as writer:
+        with write_records(tmp_path / f"{name}.rec") as writer:
             for key, image in enumerate(images, 1):
                 writer.write(key, pack_image(float(key % 4), key, image))
     own = (tmp_path / "a.idx").read_bytes()
@@ -256,7 +257,7 @@ def test_an_index_of_another_set(tmp_path: Path) -> None:
 
 def test_keys_that_occur_twice(tmp_path: Path) -> None:
     """Training refuses such a set, the report says so, and repair makes a good one of it."""
-    with IndexedRecordWriter(tmp_path / "a.rec") as writer:
+    with write_records(tmp_path / "a.rec") as writer:
         for key in (1, 1, 2):
             writer.write(key, pack_image(float(key), key, PNG))
     with pytest.raises(RecordError, match="more than once"):
@@ -271,7 +272,7 @@ def test_keys_that_occur_twice(tmp_path: Path) -> None:
 def test_millions_of_keys_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether keys occur twice is asked of a sorted array: the hash table of numpy's `unique` took a minute for 42
     million of them, 50 times as long."""
-    with IndexedRecordWriter(tmp_path / "a.rec") as writer:
+    with write_records(tmp_path / "a.rec") as writer:
         for key in (3, 1, 2):
             writer.write(key, pack_image(float(key), key, PNG))
     monkeypatch.delattr(np, "unique")
@@ -299,7 +300,7 @@ def test_many_lost_identities_are_counted() -> None:
 def test_identity_records_beyond_float32(tmp_path: Path) -> None:
     """id_start may be rounded up: an identity record is not taken for an image that lost its bytes."""
     first = 2**24 + 3  # stored as 2**24 + 4
-    with IndexedRecordWriter(tmp_path / "a.rec") as writer:
+    with write_records(tmp_path / "a.rec") as writer:
         writer.write(first - 1, pack_image(0.0, first - 1, PNG))
         writer.write(first, pack_image([first - 1, first], first, b""))
         writer.write(0, pack_image([first, first + 1], 0, b""))
@@ -322,7 +323,7 @@ def test_a_file_without_any_record(tmp_path: Path, content: bytes) -> None:
 def test_a_set_of_broken_images_only(tmp_path: Path) -> None:
     """The report is written all the same; repair has nothing to write, and says so."""
     rec = tmp_path / "a.rec"
-    with IndexedRecordWriter(rec) as writer:
+    with write_records(rec) as writer:
         for key in range(2):
             writer.write(key, pack_image(0.5, key, PNG))
     report = report_on(rec, tmp_path / "out", check=True)

@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import small_sets
 from config import CommonConfig, Config, TrainConfig
-from data.face_sets import write_face_set
+from data.face_set_writer import write_face_set
 from tests.tiny_faces import tiny_face
 from utils.checkpoints import CONFIG
 from utils.settings import to_json

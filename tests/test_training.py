@@ -15,7 +15,8 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from config import Config, LossConfig, ModelConfig, TrainConfig
-from data.face_sets import FaceSetError, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import FaceSetError
 from data.image_sizes import require_size
 from data.images import decode_rgb, encode_png
 from data.joined_sets import open_training_set

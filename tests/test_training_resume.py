@@ -17,7 +17,7 @@ from torch.nn.functional import dropout
 
 from config import Config
 from data.augment import Chances
-from data.face_sets import write_face_set
+from data.face_set_writer import write_face_set
 from data.loading import Batch
 from data.prepare_data import prepare
 from models.backbones.demonet import DemoNet

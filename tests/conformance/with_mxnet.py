@@ -13,15 +13,16 @@ import pytest
 
 from conformance import cases
 from conformance.mxnet_process import Mxnet
-from data.face_sets import RecFaceSet, write_face_set
+from data.face_set_writer import write_face_set
+from data.face_sets import RecFaceSet
 from data.images import decode_rgb
 from data.recordio import (
     IndexedRecordReader,
-    IndexedRecordWriter,
     RecordFile,
     pack_image,
     read_index,
     unpack_image,
+    write_records,
 )
 from golden.records import IMAGES, PAYLOADS, PEOPLE
 
@@ -30,7 +31,7 @@ GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
 def write(rec_path: Path, records: dict[int, bytes]) -> None:
-    with IndexedRecordWriter(rec_path) as file:
+    with write_records(rec_path) as file:
         for key, payload in records.items():
             file.write(key, payload)
 

@@ -24,7 +24,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 # Below the first the eyes are not where they should be; a best answer below the second is no photo of faces.
 _ALIGNED, _SEEN = 0.75, 0.7
-# The found crop is told when the answer at the template's places is less than this share of its own.
+# The best crop is reported when the answer at the template's places is less than this share of the answer to it.
 _WORSE = 0.75
 _ZOOMS = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.4, 1.7, 2.0, 2.4)
 _RIGHT = (-18, -12, -6, 0, 6, 12, 18)

@@ -6,24 +6,21 @@ from pathlib import Path
 
 from utils.board import Board
 from utils.evaluation.folds import FoldResult
-from utils.evaluation.report import TestedSet
+from utils.evaluation.tested import TestedSet
 
 
-def write_board(folder: Path, model: str, sets: Sequence[TestedSet]) -> None:
-    """Write what `model` reached into `folder`, in place of an earlier test's record."""
+def write_board(folder: Path, sets: Sequence[TestedSet]) -> None:
+    """Write what the first model reached into `folder`, in place of an earlier test's record."""
     for earlier in folder.glob("events.out.tfevents.*"):
         earlier.unlink()
     with closing(Board(folder, 0, print)) as board:
         for tested in sets:
-            name = tested.test_set.name
-            for one in tested.measured:
-                if one.model != model:
-                    continue
-                if isinstance(one.result, FoldResult):
-                    board.scalar(f"test/{name}/accuracy", one.result.accuracy, 0)
-                board.scalar(f"test/{name}/eer", one.eer, 0)
-                for point in one.points:
-                    if point.supported:
-                        board.scalar(f"test/{name}/tar_at_far_{point.far:.0e}", point.tar, 0)
+            name, one = tested.test_set.name, tested.measured[0]
+            if isinstance(one.result, FoldResult):
+                board.scalar(f"test/{name}/accuracy", one.result.accuracy, 0)
+            board.scalar(f"test/{name}/eer", one.eer, 0)
+            for point in one.points:
+                if point.supported:
+                    board.scalar(f"test/{name}/tar_at_far_{point.far:.0e}", point.tar, 0)
             for picture in tested.pictures:
                 board.image(f"test/{name}/{picture.file.stem}", picture.file.read_bytes(), 0)

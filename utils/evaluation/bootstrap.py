@@ -1,7 +1,7 @@
 """Confidence intervals by drawing again from the people, not from the pairs.
 
 Pairs are no independent trials: two that share an image or a person err together. What is drawn again, with
-replacement, are therefore whole groups. In a list of pairs these are the pairs that hang together by shared images. In
+replacement, are therefore whole groups. In a list of pairs these are the pairs that are connected by shared images. In
 the all-pairs test they are the identities: one that is drawn m times counts m times with its genuine pairs, and the
 impostor pairs of two identities m1 x m2 times (copies of one identity are not compared). This is the vertex bootstrap
 of T. Snijders and S. Borgatti (Connections 22, 1999); R. Fogliato, P. Patil and P. Perona, "Confidence intervals for
@@ -60,7 +60,7 @@ def connected_groups(index: NDArray[np.integer]) -> NDArray[np.int64]:
     index: integers [P, 2], the images (or people) of each pair.
     """
     first, second = np.asarray(index, np.int64).T
-    lowest = np.arange(int(max(first.max(), second.max())) + 1)  # of those known to hang together with each image
+    lowest = np.arange(int(max(first.max(), second.max())) + 1)  # of the images known to be connected with each
     while (lowest[first] != lowest[second]).any():
         least = np.minimum(lowest[first], lowest[second])
         np.minimum.at(lowest, lowest[first], least)

@@ -1,136 +1,30 @@
-"""Error rates by group: any column of a CSV, of images or of identities (age, pose, quality, ...).
+"""Error rates by group: any column of a table, of images or of identities (age, pose, quality, ...).
 
-    image,pose                          identity,group
-    Ann_Lee/Ann_Lee_0001.jpg,frontal    Ann_Lee,A
-
-A column of numbers with more than `MOST_GROUPS` different values is cut at its quartiles. Rates are those at the
-thresholds of the whole set, as a deployed system has one threshold for everybody, for the pairs within each group and
-across each two. Impostors of one's own group are the harder ones: a rate over all pairs hides that.
+Rates are those at the thresholds of the whole set, as a deployed system has one threshold for everybody, for the pairs
+within each group and across each two. Impostors of one's own group are the harder ones: a rate over all pairs hides
+that.
 
 Intervals are Wilson's, for as many independent trials as would have the variance that is found when all pairs with an
 identity (or image) may err together. Where nothing or everything is accepted there is no variance to be found: then the
 trials are the identities of genuine pairs, and half of those of impostor pairs, which is cautious.
 """
 
-import csv
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import pairwise
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import NormalDist
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.set_sources import csv_separator
 from utils.devices import full_precision
 from utils.evaluation.bootstrap import Interval
+from utils.evaluation.columns import Groups
 from utils.evaluation.curves import TarAtFar
 from utils.evaluation.pair_blocks import Block, PairBlocks
 from utils.ranks import Ranks
-
-MOST_GROUPS = 12
-
-
-class ColumnsError(ValueError):
-    """A CSV of columns is not as it should be; the message names file and line."""
-
-
-@dataclass(frozen=True, eq=False)
-class Columns:
-    """What a CSV says of images or identities. key: `image` or `identity`. values: by column, then by key."""
-
-    path: Path
-    key: str
-    values: dict[str, dict[str, str]]
-
-
-@dataclass(frozen=True, eq=False)
-class Groups:
-    """The group of each of N things: names, and `of`, int64 [N] into them, -1 where the CSV says nothing."""
-
-    column: str
-    names: tuple[str, ...]
-    of: NDArray[np.int64]
-
-
-def read_columns(path: Path | str) -> Columns:
-    """Read a CSV (commas, semicolons or tabs) with a header whose first column is `image` or `identity`.
-
-    Raises ColumnsError, with the line, for another header, a line of another length and a key that comes twice.
-    """
-    path = Path(path)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        first = file.readline()
-        file.seek(0)
-        separator = csv_separator(first, "image") or csv_separator(first, "identity") or ","
-        rows = csv.reader(file, strict=True, delimiter=separator)
-        try:
-            header = [name.strip() for name in next(rows, [])]
-            if len(header) < 2 or header[0] not in ("image", "identity") or len(set(header)) < len(header):
-                raise ColumnsError(
-                    f"{path}, line 1: {','.join(header)!r}: expected 'image' or 'identity', then one column or more"
-                )
-            values: dict[str, dict[str, str]] = {name: {} for name in header[1:]}
-            for row in rows:
-                if not row:
-                    continue
-                where = f"{path}, line {rows.line_num}"
-                if len(row) != len(header):
-                    raise ColumnsError(f"{where}: {len(row)} columns, the header has {len(header)}")
-                if row[0].strip() in values[header[1]]:
-                    raise ColumnsError(f"{where}: {row[0].strip()!r} comes twice")
-                for name, value in zip(header[1:], row[1:], strict=True):
-                    values[name][row[0].strip()] = value.strip()
-        except csv.Error as error:
-            raise ColumnsError(f"{path}, line {rows.line_num}: {error}") from None
-    return Columns(path, header[0], values)
-
-
-def group_by(columns: Columns, column: str, keys: Sequence[str]) -> Groups:
-    """The group of each of some things by `column`; keys: their images (a path in the set) or identities.
-
-    An image that the CSV does not name by its path is looked for by its file's name. Empty values are no group. Raises
-    ColumnsError for a column that is not there, when nothing of it fits the keys, and for more than `MOST_GROUPS`
-    groups that are no numbers.
-    """
-    if column not in columns.values:
-        raise ColumnsError(f"{columns.path} has no column {column!r}, only {', '.join(columns.values)}")
-    listed = columns.values[column]
-    found = [listed.get(key, listed.get(key.rsplit("/", 1)[-1], "")) for key in keys]
-    if not any(found):
-        raise ColumnsError(f"{columns.path}: none of its {columns.key} names is in the set, such as {keys[0]!r}")
-    try:
-        return groups_of(column, found)
-    except ValueError as error:
-        raise ColumnsError(f"{columns.path}: {error}") from None
-
-
-def groups_of(column: str, values: Sequence[str]) -> Groups:
-    """Groups from a text for each thing; things with an empty one are in none.
-
-    Raises ValueError for more than `MOST_GROUPS` different texts that are no numbers.
-    """
-    names = sorted(set(values) - {""})
-    if len(names) <= MOST_GROUPS:
-        number = {name: place for place, name in enumerate(names)}
-        return Groups(column, tuple(names), np.array([number.get(value, -1) for value in values], np.int64))
-    try:
-        numbers = np.array([float(value) if value else np.nan for value in values])
-    except ValueError as error:
-        raise ValueError(
-            f"column {column!r} has {len(names)} different values, which are no numbers ({error}): "
-            f"{MOST_GROUPS} groups are the most"
-        ) from None
-    cuts = np.unique(np.nanquantile(numbers, [0.25, 0.5, 0.75]))
-    place = np.where(np.isnan(numbers), -1, np.searchsorted(cuts, numbers, side="right"))
-    bounds = [f"{cut:.4g}" for cut in cuts]
-    texts = [f"{low} to {high}" for low, high in pairwise(bounds)]
-    return Groups(column, (f"below {bounds[0]}", *texts, f"{bounds[-1]} and above"), place.astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -152,9 +46,9 @@ class GroupRates:
     far: Interval | None
 
     @property
-    def within(self) -> bool:
-        """Whether the pairs lie within one group."""
-        return self.groups[0] == self.groups[1]
+    def name(self) -> str:
+        """The group, or the two that pairs go across."""
+        return " / ".join(dict.fromkeys(self.groups))
 
 
 @dataclass(frozen=True)
@@ -171,14 +65,9 @@ class Breakdown:
         header = [self.column, self.unit, "genuine", "impostor", "FAR of all", "TAR", "interval", "FAR", "interval"]
         rows: list[list[str | int]] = []
         for rate in self.rates:
-            name = rate.groups[0] if rate.within else " / ".join(rate.groups)
             cells = [*_cells(rate.tar, ".3f"), *_cells(rate.far, ".5f")]
-            rows.append([name, rate.members, rate.genuine, rate.impostor, f"{rate.far_of_all:g}", *cells])
+            rows.append([rate.name, rate.members, rate.genuine, rate.impostor, f"{rate.far_of_all:g}", *cells])
         return header, rows
-
-    def as_json(self) -> dict[str, Any]:
-        """The same as plain values; shares are 0..1."""
-        return asdict(self)
 
 
 def _cells(share: Interval | None, digits: str) -> tuple[str, str]:
@@ -223,7 +112,6 @@ def breakdown_pairs(
     index: NDArray[np.integer],
     groups: Groups,
     points: Sequence[TarAtFar],
-    level: float = 0.95,
 ) -> Breakdown:
     """Rates of a list of pairs by the groups of its images, for each point and each two groups that have pairs.
 
@@ -246,7 +134,7 @@ def breakdown_pairs(
                 accepted = (scores[here & kind] > point.threshold).repeat(2)
                 trials = np.bincount(ends, minlength=len(groups.of)).astype(np.float64)
                 hits = np.bincount(ends, accepted, len(groups.of))
-                intervals.append(clustered_interval(hits, trials, 2, level))
+                intervals.append(clustered_interval(hits, trials, 2))
             rates.append(
                 GroupRates(
                     (groups.names[first], groups.names[second]),
@@ -266,7 +154,6 @@ def breakdown_all_pairs(
     labels: Tensor,
     groups: Groups,
     points: Sequence[TarAtFar],
-    level: float = 0.95,
     block: int = 0,
     progress: bool = False,
     ranks: Ranks | None = None,
@@ -317,7 +204,7 @@ def breakdown_all_pairs(
         accepted = ranks.sum(hits).cpu().numpy()
         sizes = np.zeros((people, len(groups.names)), np.int64)
         np.add.at(sizes, (blocks.labels.cpu().numpy(), of.cpu().numpy()), 1)
-    rates = _group_rates(accepted, sizes, couples, groups.names, points, level)
+    rates = _group_rates(accepted, sizes, couples, groups.names, points)
     return Breakdown(groups.column, "identities", int((~chosen).sum()), tuple(rates))
 
 
@@ -327,7 +214,6 @@ def _group_rates(
     couples: Sequence[tuple[int, int]],
     names: Sequence[str],
     points: Sequence[TarAtFar],
-    level: float,
 ) -> list[GroupRates]:
     """From accepted pairs, int64 [points, kinds, people, couples], and images, int64 [people, groups]."""
     images = sizes.sum(axis=0)
@@ -350,8 +236,8 @@ def _group_rates(
                     int(impostor.sum()) // 2,
                     point.far,
                     point.threshold,
-                    clustered_interval(accepted[place, 0, :, number], genuine, 1, level),
-                    clustered_interval(accepted[place, 1, :, number], impostor, 2, level),
+                    clustered_interval(accepted[place, 0, :, number], genuine, 1),
+                    clustered_interval(accepted[place, 1, :, number], impostor, 2),
                 )
             )
     return rates

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.face_sets import EncodedImages, FaceSet, open_face_set
+from data.face_sets import EncodedImages, FaceSet, ImageSubset, images_by_identity
 from data.images import decode_face
-from data.joined_sets import open_training_set
+from data.joined_sets import identity_keys, open_training_set
 from models.embedders import Embedder
 from models.embedding import embed_images
 from utils.evaluation.bootstrap import connected_groups, drawn_groups
@@ -22,6 +22,7 @@ from utils.evaluation.checks import (
     check_channels,
     check_folds,
     check_precision,
+    is_name,
     same_bytes,
     same_pictures,
     sample_pairs,
@@ -37,22 +38,6 @@ _FACES, _SAMPLE = 500, 300
 # Images of one training person that are embedded, and how many more training images have their bytes compared.
 _EACH, _BYTES = 2, 100
 _SHOWN = 10
-
-
-class _Chosen:
-    """The images of a set at some positions, as EncodedImages."""
-
-    def __init__(self, images: EncodedImages, positions: NDArray[np.int64]) -> None:
-        self._images, self._positions = images, positions
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    def encoded(self, i: int) -> bytes:
-        return self._images.encoded(int(self._positions[i]))
-
-    def describe(self, i: int) -> str:
-        return self._images.describe(int(self._positions[i]))
 
 
 def decode_some(images: EncodedImages, positions: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
@@ -138,22 +123,20 @@ class TrainingSample:
 
 def sample_training_set(paths: Sequence[Path], images: int, embedder: Embedder, options: Options) -> TrainingSample:
     """Two images each of as many identities as give `images`, embedded; 100 times as many to compare bytes of."""
-    faces = open_training_set([str(path) for path in paths], 1)
-    names = [name for path in paths for name in open_face_set(path).identities]
+    faces = open_training_set(paths, 1)
+    joined = len(paths) > 1  # of joined sets the keys begin with the number of the set
+    names = [key.split(": ", 1)[1] if joined else key for key in identity_keys(faces)]
     random = np.random.default_rng(options.seed)
-    order = np.argsort(faces.labels, kind="stable")
-    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
-    starts = np.append(0, ends[:-1])
+    images_of = images_by_identity(faces)
     chosen: list[int] = []
     for person in random.permutation(len(faces.identities)).tolist():
         if len(chosen) >= images:
             break
-        own = order[starts[person] : ends[person]]
-        chosen += random.permutation(own)[:_EACH].tolist()
+        chosen += random.permutation(images_of[person])[:_EACH].tolist()
     positions = np.sort(np.array(chosen, np.int64))
     title = "sample of the training set"
     vectors = embed_images(
-        embedder, _Chosen(faces, positions), options.batch_size, options.workers, options.mirror, title,
+        embedder, ImageSubset(faces, positions), options.batch_size, options.workers, options.mirror, title,
         cache=options.cache,
     )  # fmt: skip
     byte_positions = np.sort(random.permutation(len(faces))[: _BYTES * images])
@@ -170,14 +153,13 @@ def check_training_set(test_set: TestSet, measured: Measured, sample: TrainingSa
         _duplicates(test_set, sample, unit, size),
         _shared_people(test_set, sample, unit),
     ]
-    names = (test_set.identities or [], sample.names)
-    if all(any(map(_has_letters, of)) for of in names):  # where people are numbers, names say nothing
+    if any(map(is_name, test_set.identities or [])) and any(map(is_name, sample.names)):
         findings.append(_shared_names(test_set, sample))
     return findings
 
 
 def _duplicates(test_set: TestSet, sample: TrainingSample, unit: NDArray[np.float32], size: int) -> Finding:
-    # The faces of IJB are cut out when they are read: their bytes are nobody else's, and dear.
+    # The faces of IJB are aligned and encoded when they are read: no file has the same bytes, and reading all is slow.
     positions = sample.byte_positions if test_set.ijb is None else sample.byte_positions[:0]
     equal = same_bytes(test_set.images, sample.faces, positions) if len(positions) else []
     alike = same_pictures(
@@ -248,7 +230,3 @@ def _shared_names(test_set: TestSet, sample: TrainingSample) -> Finding:
     shown = f"{', '.join(shared[:_SHOWN])}{', ...' if len(shared) > _SHOWN else ''}"
     text = f"{test_set.name} and the training set share {len(shared):,} names of people: {shown}"
     return Finding("people", "warning", text)
-
-
-def _has_letters(name: str) -> bool:
-    return any(letter.isalpha() for letter in name)

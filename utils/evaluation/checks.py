@@ -22,6 +22,8 @@ Pixels = Callable[[int], NDArray[np.uint8]]
 
 # Faces fewer than this have no mean that could be judged.
 _LEAST_FACES = 20
+# Images of a person in a sample, at most.
+_EACH = 4
 # The separation has to grow by this share, and by more than chance does in 99 of 100 draws.
 _CLEARLY = 0.01
 _DRAWS = 400
@@ -121,7 +123,7 @@ class PairSample:
     """A sample of a set.
 
     positions: int64 [S], its images. index: int64 [P, 2], pairs of them, by their place in `positions`. same: bool
-    [P]. groups: int64 [S], what is drawn together: a person, or pairs of a list that hang together.
+    [P]. groups: int64 [S], what is drawn together: a person, or connected pairs of a list.
     """
 
     positions: NDArray[np.int64]
@@ -135,8 +137,8 @@ class PairSample:
         return np.einsum("pd,pd->p", exact[self.index[:, 0]], exact[self.index[:, 1]])
 
 
-def sample_people(people: NDArray[np.int64], images: int, seed: int, each: int = 4) -> PairSample:
-    """People who have two images or more, `each` images at most of one, until there are `images`; all their pairs."""
+def sample_people(people: NDArray[np.int64], images: int, seed: int) -> PairSample:
+    """People who have two images or more, four images at most of each, until there are `images`; all their pairs."""
     generator = np.random.default_rng(seed)
     order = np.argsort(people, kind="stable")
     groups = np.split(order, np.flatnonzero(np.diff(people[order])) + 1)
@@ -145,7 +147,7 @@ def sample_people(people: NDArray[np.int64], images: int, seed: int, each: int =
     for number in generator.permutation(len(groups)).tolist():
         if sum(map(len, chosen)) >= images:
             break
-        chosen.append(np.sort(generator.permutation(groups[number])[:each]))
+        chosen.append(np.sort(generator.permutation(groups[number])[:_EACH]))
     positions = np.concatenate(chosen) if chosen else np.empty(0, np.int64)
     owner = np.repeat(np.arange(len(chosen)), [len(group) for group in chosen])
     index = np.stack(np.triu_indices(len(positions), 1), 1).astype(np.int64)
@@ -155,7 +157,7 @@ def sample_people(people: NDArray[np.int64], images: int, seed: int, each: int =
 def sample_pairs(
     index: NDArray[np.int64], same: NDArray[np.bool_], groups: NDArray[np.int64], images: int, seed: int
 ) -> PairSample:
-    """Pairs of a list, as many of each kind, of `images` images at most. groups: int64 [P], pairs that hang together.
+    """Pairs of a list, as many of each kind, of `images` images at most. groups: int64 [P], connected pairs.
 
     An image of several pairs is in the sample once for each.
     """
@@ -178,7 +180,7 @@ class SeparationGain:
     high: float
 
 
-def separation_gain(plain: Vectors, swapped: Vectors, sample: PairSample, seed: int = 0) -> SeparationGain:
+def separation_gain(plain: Vectors, swapped: Vectors, sample: PairSample) -> SeparationGain:
     """(mean genuine - mean impostor score) / standard deviation of the impostor scores, in both conditions.
 
     The genuine scores' own spread hangs on a few bad images, and would hide a difference that nearly all pairs show.
@@ -186,7 +188,7 @@ def separation_gain(plain: Vectors, swapped: Vectors, sample: PairSample, seed: 
     scores = np.stack([sample.scores(plain), sample.scores(swapped)])
     count = int(sample.groups.max()) + 1
     first, second = sample.groups[sample.index].T
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     ratios = []
     for _ in range(_DRAWS):
         drawn = np.bincount(generator.integers(0, count, count), minlength=count).astype(np.float64)
@@ -285,12 +287,13 @@ def centres(vectors: Vectors, people: NDArray[np.int64]) -> Vectors:
 
 def shared_names(test: Sequence[str], training: Sequence[str]) -> list[str]:
     """Names of people that both sets have, in the test set's spelling; numbers are no names, and are left out."""
-    known = {_plain(name) for name in training if not _is_number(name)}
-    return [name for name in test if not _is_number(name) and _plain(name) in known]
+    known = {_plain(name) for name in training if is_name(name)}
+    return [name for name in test if is_name(name) and _plain(name) in known]
 
 
-def _is_number(name: str) -> bool:
-    return not any(letter.isalpha() for letter in name)
+def is_name(text: str) -> bool:
+    """Whether an identity is called by a name, not by a number."""
+    return any(letter.isalpha() for letter in text)
 
 
 def _plain(name: str) -> str:

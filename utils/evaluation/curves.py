@@ -40,11 +40,6 @@ class ErrorRate:
         return self.support != "none"
 
     @property
-    def weak(self) -> bool:
-        """Whether there are 1 / rate trials, but not 10 / rate."""
-        return self.support == "weak"
-
-    @property
     def note(self) -> str:
         """What to print behind the number; empty where it needs no word."""
         return support_note(self.support, self.trials)

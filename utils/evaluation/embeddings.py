@@ -17,7 +17,7 @@ from utils.evaluation.measure import Options
 from utils.ranks import Ranks
 
 # Images of a set that is embedded by several models at once. Their features are held in memory until all are done; of a
-# larger set each model's go to the cache as they are made, so that a test that is killed can be gone on with.
+# larger set each model's go to the cache as they are made, so that a killed test can be resumed.
 MOST_AT_ONCE = 100_000
 
 

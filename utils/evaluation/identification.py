@@ -182,7 +182,6 @@ def identify_people(
     embeddings: NDArray[np.floating],
     labels: NDArray[np.integer],
     seed: int | None = None,
-    ranks: int = 20,
     fpir: Sequence[float] = (0.01, 0.1),
     progress: bool = False,
 ) -> Identification:
@@ -191,4 +190,4 @@ def identify_people(
     split = gallery_split(labels, seed)
     probes = np.concatenate([split.mated, split.non_mated])
     gallery = embeddings[split.gallery], labels[split.gallery]
-    return identify(embeddings[probes], labels[probes], *gallery, ranks, fpir, progress=progress)
+    return identify(embeddings[probes], labels[probes], *gallery, fpir=fpir, progress=progress)

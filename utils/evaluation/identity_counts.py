@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.devices import full_precision
-from utils.evaluation.all_pairs import AllPairsResult, uniform_bins
+from utils.evaluation.all_pairs import AllPairsResult
 from utils.evaluation.curves import crossing
 from utils.evaluation.pair_blocks import Block, PairBlocks
+from utils.evaluation.threshold_search import uniform_bins
 from utils.ranks import Ranks
 
 # Impostor pairs, from the top, that are listed one by one.

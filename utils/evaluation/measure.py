@@ -1,7 +1,7 @@
 """One model on one set: embeddings, the set's protocol, and all that is measured beside it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.evaluation.all_pairs import AllPairsResult, all_pairs
-from utils.evaluation.bootstrap import Intervals, bootstrap_identities, bootstrap_pairs, connected_groups
-from utils.evaluation.breakdown import Breakdown, Groups, breakdown_all_pairs, breakdown_pairs
+from utils.evaluation.bootstrap import Interval, Intervals, bootstrap_identities, bootstrap_pairs, connected_groups
+from utils.evaluation.breakdown import Breakdown, breakdown_all_pairs, breakdown_pairs
+from utils.evaluation.columns import Tables
 from utils.evaluation.comparison import Comparison, compare_identities, compare_pairs
 from utils.evaluation.curves import Roc, TarAtFar, roc_of_pairs, tar_at_far
 from utils.evaluation.folds import FoldResult, ten_fold
@@ -25,7 +26,7 @@ from utils.evaluation.ijb import (
     ijb_verification,
 )
 from utils.evaluation.rejection import RejectCurve, error_versus_reject, pair_quality
-from utils.evaluation.templates import PUBLISHED, Pooling, image_features, pool_templates
+from utils.evaluation.templates import image_features, pool_templates
 from utils.evaluation.test_sets import TestSet
 from utils.ranks import Ranks
 
@@ -53,17 +54,6 @@ class Options:
     seed: int
     identify: bool
     hardest: int
-
-
-@dataclass(frozen=True)
-class Tables:
-    """What tables say of the images, by column: groups, and qualities, a number for each image, NaN where unknown.
-
-    The values of the quality `norm` come from the model.
-    """
-
-    groups: Mapping[str, Groups] = field(default_factory=dict)
-    qualities: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +89,16 @@ class Measured:
     rejects: dict[str, RejectCurve] = field(default_factory=dict)
     breakdowns: dict[str, Breakdown] = field(default_factory=dict)
 
+    @property
+    def accuracy_interval(self) -> Interval | None:
+        """That of the accuracy; None without folds or intervals."""
+        return self.intervals.accuracy if self.intervals else None
+
+    @property
+    def tar_intervals(self) -> dict[float, Interval]:
+        """Those of the TARs, by FAR; none without intervals."""
+        return dict(zip(self.intervals.far, self.intervals.tar, strict=True)) if self.intervals else {}
+
 
 def unit_rows(features: NDArray[np.floating]) -> NDArray[np.float32]:
     """Rows of length 1, float32."""
@@ -116,8 +116,7 @@ def measure(
 ) -> Measured | None:
     """Test a model, called `name`, on the set by its features [N, D]. All ranks compare; only the first has the result.
 
-    Raises ValueError, naming the image, for features that are not finite or, of single images, zero, and for a set
-    that lacks pairs of a kind.
+    Raises ValueError, naming the image, for features that are not finite or, of single images, zero.
     """
     _check_features(features, name, test_set)
     if test_set.faces is not None:
@@ -146,12 +145,9 @@ def _measure_pairs(
 ) -> Measured:
     pairs = test_set.pairs
     assert pairs is not None
-    try:
-        result = ten_fold(unit_rows(features)[pairs.index.reshape(-1)], pairs.same)
-        scores, same = result.cosines, result.same
-        curve = roc_of_pairs(scores, same)
-    except ValueError as error:
-        raise ValueError(f"{test_set.name}: {error}") from None
+    result = ten_fold(unit_rows(features)[pairs.index.reshape(-1)], pairs.same)
+    scores, same = result.cosines, result.same
+    curve = roc_of_pairs(scores, same)
     points = tar_at_far(scores[same], scores[~same])
     intervals = None
     if options.draws:
@@ -161,11 +157,11 @@ def _measure_pairs(
         features,
         result,
         points,
-        curve.auc,
-        curve.eer,
-        (curve.far, curve.tar),
-        _histogram(scores, same),
-        intervals,
+        auc=curve.auc,
+        eer=curve.eer,
+        curve=(curve.far, curve.tar),
+        histogram=_histogram(scores, same),
+        intervals=intervals,
         hardest=hardest_of_pairs(scores, same, pairs.index, options.hardest),
         rejects={
             quality: rejects
@@ -192,10 +188,7 @@ def _measure_all_pairs(
     assert faces is not None
     unit = torch.from_numpy(unit_rows(features)).to(device)
     labels = torch.from_numpy(faces.labels)
-    try:
-        result = all_pairs(unit, labels, progress=ranks.first, ranks=ranks)
-    except ValueError as error:
-        raise ValueError(f"{test_set.name}: {error}") from None
+    result = all_pairs(unit, labels, progress=ranks.first, ranks=ranks)
     counts = identity_counts(unit, labels, result, progress=ranks.first, ranks=ranks) if options.draws else None
     breakdowns = {
         title: breakdown_all_pairs(
@@ -211,16 +204,16 @@ def _measure_all_pairs(
         features,
         result,
         result.points,
-        result.auc,
-        result.eer,
-        result.roc(),
-        Histogram(result.genuine_counts, result.impostor_counts, result.edges),
-        bootstrap_identities(counts, result, options.draws, seed=options.seed) if counts else None,
-        counts,
-        identify_people(unit.cpu().numpy(), faces.labels, progress=True) if options.identify else None,
-        hardest,
-        _rejects_of_all(unit, faces.labels, _qualities(features, tables), options.seed),
-        breakdowns,
+        auc=result.auc,
+        eer=result.eer,
+        curve=result.roc(),
+        histogram=Histogram(result.genuine_counts, result.impostor_counts, result.edges),
+        intervals=bootstrap_identities(counts, result, options.draws, seed=options.seed) if counts else None,
+        counts=counts,
+        identification=identify_people(unit.cpu().numpy(), faces.labels, progress=True) if options.identify else None,
+        hardest=hardest,
+        rejects=_rejects_of_all(unit, faces.labels, _qualities(features, tables), options.seed),
+        breakdowns=breakdowns,
     )
 
 
@@ -279,27 +272,19 @@ def _sampled_pairs(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 def _measure_ijb(name: str, test_set: TestSet, features: NDArray[np.floating], options: Options) -> Measured:
     ijb = test_set.ijb
     assert ijb is not None
-    # The features have those of the mirrored images in them already.
-    summed = image_features(features, None, ijb.scores, replace(PUBLISHED, mirror=False))
-    pooled = pool_templates(summed, ijb.templates, ijb.media)
+    pooled = pool_templates(image_features(features, ijb.scores), ijb.templates, ijb.media)
     result = ijb_verification(pooled, ijb.pairs, ijb.same)
-    identification = ijb_identification(pooled, ijb) if ijb.galleries and ijb.probes is not None else None
     return Measured(
         name,
         features,
         result,
         result.ranked,
-        result.auc,
-        result.eer,
-        (result.roc.far, result.roc.tar),
-        _histogram_of_roc(result.roc),
-        identification=identification,
+        auc=result.auc,
+        eer=result.eer,
+        curve=(result.roc.far, result.roc.tar),
+        histogram=_histogram_of_roc(result.roc),
+        identification=ijb_identification(pooled, ijb),
     )
-
-
-def pooling_of(mirror: bool) -> Pooling:
-    """How the images of a template are pooled: as published, with or without the mirrored image."""
-    return replace(PUBLISHED, mirror=mirror)
 
 
 def _qualities(features: NDArray[np.floating], tables: Tables) -> dict[str, NDArray[np.float64]]:

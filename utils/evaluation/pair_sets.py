@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data.face_sets import EncodedImages, PairImages
-from data.pack_bin import PairFiles, PairsError, read_pairs
-from data.verification_bin import read_bin
+from data.face_sets import EncodedImages
+from data.pair_lists import PairFiles, PairsError, read_pairs
+from data.verification_bin import PairImages, read_bin
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,6 @@ class PairSet:
     people: int64 [images], who is on each, numbered; None where the set does not say.
     """
 
-    name: str
     images: EncodedImages
     index: NDArray[np.int64]
     same: NDArray[np.bool_]
@@ -38,7 +37,7 @@ def open_pair_set(path: Path | str, images: Path | str | None = None) -> PairSet
     path = Path(path)
     if path.suffix == ".bin":
         pairs = read_bin(path)
-        return PairSet(pairs.name, PairImages(pairs), pairs.index, pairs.same, None)
+        return PairSet(PairImages(pairs), pairs.index, pairs.same, None)
     if images is None:
         raise PairsError(f"{path}: a list of pairs needs the folder of its images")
     listed = read_pairs(path, images)
@@ -53,4 +52,4 @@ def open_pair_set(path: Path | str, images: Path | str | None = None) -> PairSet
     people = np.zeros(len(files), np.int64)
     people[files.index.reshape(-1)] = [number[folder] for folder in folders]
     agrees = np.array_equal(people[files.index[:, 0]] == people[files.index[:, 1]], same)
-    return PairSet(path.stem, files, files.index, same, people if agrees else None)
+    return PairSet(files, files.index, same, people if agrees else None)

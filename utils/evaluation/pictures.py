@@ -11,9 +11,10 @@ from utils.evaluation.checks import Finding
 from utils.evaluation.folds import FoldResult
 from utils.evaluation.hardest import HardPairs
 from utils.evaluation.measure import Measured
-from utils.evaluation.report import Picture, group_name
 from utils.evaluation.test_sets import TestSet
-from utils.plots import draw_bars, draw_det, draw_pair_sheet, draw_rejection, draw_roc, draw_score_histogram
+from utils.evaluation.tested import Picture
+from utils.face_sheets import draw_pair_sheet
+from utils.plots import draw_bars, draw_det, draw_rejection, draw_roc, draw_score_histogram
 
 _COLUMNS = 4
 _PAIRS_OF_A_FINDING = 12
@@ -104,7 +105,7 @@ def _draw_breakdowns(folder: Path, name: str, measured: Sequence[Measured]) -> l
         if not shown:
             continue
         first = tables[measured[0].model]
-        rows = [f"{group_name(first.rates[i])} ({first.rates[i].genuine:,} genuine pairs)" for i in shown]
+        rows = [f"{first.rates[i].name} ({first.rates[i].genuine:,} genuine pairs)" for i in shown]
         values, intervals = {}, {}
         for model, table in tables.items():
             rates = [rate for i in shown if (rate := table.rates[i].tar) is not None]

@@ -12,63 +12,12 @@ from numpy.typing import NDArray
 _COLUMNS = 64
 
 
-@dataclass(frozen=True)
-class Pooling:
-    """What goes into the sums; published IJB numbers have the defaults.
+def image_features(features: NDArray[np.floating], scores: NDArray[np.floating]) -> NDArray[np.float32]:
+    """What is summed of each image, float32 [N, D]: its feature times `scores` [N], the detector's confidence.
 
-    mirror: the feature of the mirrored image is added. unit_images: features are scaled to unit length before they are
-    summed; if not, images whose feature is long count for more. detector_score: features count times the detector's
-    confidence in the face.
+    Features are as long as the network makes them, as in published IJB numbers: long ones count for more.
     """
-
-    mirror: bool = True
-    unit_images: bool = False
-    detector_score: bool = True
-
-    def describe(self) -> str:
-        """The choice in words."""
-        return ", ".join(
-            (
-                "mirrored image added" if self.mirror else "no mirrored image",
-                "features scaled to unit length" if self.unit_images else "features as long as they are",
-                "times the detector's score" if self.detector_score else "no detector's score",
-            )
-        )
-
-
-PUBLISHED = Pooling()
-
-
-def image_features(
-    plain: NDArray[np.floating],
-    mirrored: NDArray[np.floating] | None,
-    scores: NDArray[np.floating],
-    pooling: Pooling = PUBLISHED,
-) -> NDArray[np.float32]:
-    """What is summed of each image, float32 [N, D].
-
-    plain, mirrored: features of the images and of their mirror images, [N, D], as long as the network makes them;
-    mirrored is None where there is none, or `plain` has it added already. scores: [N], the detector's. Raises
-    ValueError for a feature that is not finite, or has no direction where it is to be scaled.
-    """
-    features = np.array(plain, np.float32)
-    if len(scores) != len(features):
-        raise ValueError(f"{len(features)} features need as many detector scores, not {len(scores)}")
-    if pooling.mirror and mirrored is not None:
-        if mirrored.shape != features.shape:
-            raise ValueError(f"features of mirrored images have the shape {mirrored.shape}, others {features.shape}")
-        features += mirrored
-    norms = np.sqrt(np.einsum("nd,nd->n", features, features, dtype=np.float64))
-    bad = ~np.isfinite(norms) | (pooling.unit_images & (norms == 0))
-    if bad.any():
-        raise ValueError(f"feature {int(bad.argmax())} is not finite or has zero norm ({int(bad.sum())} such images)")
-    weights = np.ones(len(features))
-    if pooling.unit_images:
-        weights /= norms
-    if pooling.detector_score:
-        weights *= scores
-    features *= weights[:, None].astype(np.float32)
-    return features
+    return np.asarray(features, np.float32) * np.asarray(scores, np.float32)[:, None]
 
 
 @dataclass(frozen=True, eq=False)

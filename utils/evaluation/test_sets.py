@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from data.align import TEMPLATE_SIZE
 from data.face_sets import EncodedImages, FaceSet, FaceSetError, FolderFaceSet, open_face_set
 from data.folds import FOLDS
-from data.pack_bin import PairFiles
+from data.pair_lists import PairFiles
 from utils.evaluation.all_pairs import count_pairs
 from utils.evaluation.ijb import Ijb, open_ijb
 from utils.evaluation.pair_sets import PairSet, open_pair_set
@@ -112,10 +112,10 @@ def set_names(paths: Sequence[Path]) -> list[str]:
     names = [part.stem if part.suffix in endings and part.is_file() else part.name for part in parts]
     if len(set(parts)) < len(parts):
         raise FaceSetError(f"a set is named twice: {', '.join(map(str, paths))}")
-    return told_apart(parts, names)
+    return distinct_names(parts, names)
 
 
-def told_apart(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
+def distinct_names(paths: Sequence[Path], names: Sequence[str]) -> list[str]:
     """`names` of different paths; names that clash become the last parts of their paths, as many as it takes."""
     found, longest = list(names), max(len(path.parts) for path in paths)
     for parts in range(2, longest + 1):

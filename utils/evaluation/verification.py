@@ -6,10 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.face_sets import PairImages
 from data.folds import FOLDS
 from data.loading import DecodedFaces
-from data.verification_bin import VerificationPairs
+from data.verification_bin import PairImages, VerificationPairs
 from models.embedders import Embedder, NetworkEmbedder
 from models.embedding import embed_images
 from utils.evaluation.folds import FoldResult, ten_fold

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.face_sets import EncodedImages, FaceSetError, PairImages, open_face_set
+from data.face_sets import EncodedImages, FaceSetError, open_face_set
 from data.images import ImageError, decode_face
 from data.recordio import RecordError
 from data.synthetic_faces import draw_face
-from data.verification_bin import find_bins, read_bin
+from data.verification_bin import PairImages, find_bins, read_bin
 from models.embedders import Embedder
 
 #: Largest 1 - cosine that an export may show, by its precision.

@@ -17,8 +17,9 @@ from data.images import encode_png
 from data.loading import Batch
 from utils.appended_file import AppendedFile
 from utils.board import Board
+from utils.face_sheets import draw_contact_sheet, tile
 from utils.files import write_text_atomic
-from utils.plots import draw_contact_sheet, draw_curves, tile
+from utils.plots import draw_curves
 from utils.training.metrics import METRICS, VERIFIED, read_metrics
 from utils.training.step import StepOutput
 

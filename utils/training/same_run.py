@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from data.face_sets import FaceSet, PairImages
+from data.face_sets import FaceSet
 from data.images_fingerprint import sample_digest
 from data.joined_sets import identity_keys
-from data.verification_bin import VerificationPairs
+from data.verification_bin import PairImages, VerificationPairs
 from utils.settings import flatten, from_json
 from utils.training.run_folders import TrainingError
 
