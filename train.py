@@ -41,7 +41,7 @@ from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, readable_errors
-from utils.settings import describe, flatten, parse_settings, to_json
+from utils.settings import describe, parse_settings, to_json
 from utils.training.broken_images import BrokenImages
 from utils.training.building import build_input, build_step
 from utils.training.checkpoint_store import CheckpointStore
@@ -55,7 +55,7 @@ from utils.training.optimizers import create_optimizer, parameter_groups, train_
 from utils.training.parts import build_head, build_network, build_schedule, unused_here, verification_sets
 from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
-from utils.training.same_run import OWN, check_notes, set_facts, set_notes, unused_again
+from utils.training.same_run import check_notes, require_same_settings, set_facts, set_notes, unused_again
 from utils.training.saved_checkpoints import checkpoint_folders
 from utils.training.state import TrainingState
 from utils.training.summary import summarise
@@ -179,7 +179,8 @@ class Trainer:
         self.most_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
         self.log = stack.enter_context(ranks.together(self.open_record))
         self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
-        self.requests = RunRequests(stack.enter_context(catch_interrupt()), ranks, settings.checkpoint_minutes)
+        interrupt = stack.enter_context(catch_interrupt(shared=ranks.size > 1))
+        self.requests = RunRequests(interrupt, ranks, settings.checkpoint_minutes)
         size = settings.batch_size
         self.bar = stack.enter_context(
             progress_bar(self.steps * size, "image", initial=self.step * size, smoothing=0.05, disable=not ranks.first)
@@ -464,7 +465,7 @@ def train(config: Config) -> Path:
     """
     device = pick_device(config.common.device)
     with join_ranks(device) as ranks:
-        ranks.require_alike(lambda: flatten(config, without=OWN))
+        require_same_settings(config, ranks)
         run = Path(ranks.agree(ranks.together(lambda: str(run_folder(config)) if ranks.first else "")))
         try:
             trainer = ranks.together(lambda: Trainer(config, run, device, ranks))

@@ -21,7 +21,18 @@ from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
-from utils.files import LOCK, BusyError, naming, partial_folder, publish, remove, unfinished
+from utils.files import (
+    LOCK,
+    SEEN_WITHIN,
+    BusyError,
+    look_again,
+    naming,
+    partial_folder,
+    publish,
+    remove,
+    seen,
+    unfinished,
+)
 from utils.ranks import Ranks
 from utils.training.host_copy import DTYPES, HostCopy, wait_for_copies
 from utils.training.saved_checkpoints import (
@@ -223,12 +234,19 @@ class CheckpointStore:
                 return ""
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            return uuid.uuid4().hex[:8]
+            token = uuid.uuid4().hex[:8]
+            if self._ranks.size > 1:
+                (self._partial / token).touch()  # the first save removes it
+            return token
 
         def see() -> None:
-            if not self._ranks.first:
-                what = f"{self._partial}, which the first rank made: put the run where all ranks see it"
-                _await(what, lambda: self._partial.is_dir() or None, None, _LOCK_SECONDS)
+            # The folder itself may be another run's, of the same name on another disk.
+            mark = self._partial / token
+            if not self._ranks.first and seen(lambda: mark.exists() or None, self._partial, SEEN_WITHIN) is None:
+                raise TimeoutError(
+                    f"waited {SEEN_WITHIN:g} s in vain for {mark}, which the first rank made: put the run where all "
+                    "ranks see it"
+                )
 
         token = self._ranks.agree(self._ranks.together(begin))
         self._ranks.together(see)
@@ -337,6 +355,7 @@ class CheckpointStore:
                 said = json.loads((self._folder / _OUTCOME).read_text())
                 if said["token"] == self._token and said["number"] >= save.number:
                     return said
+            look_again(self._folder)
             return None
 
         said = _await("the first rank", outcome, save.working, self._patience)
