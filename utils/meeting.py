@@ -47,11 +47,12 @@ def meet() -> tuple[dist.Store, int, int]:
 
 def why_not_connected(error: Exception, rank: int, size: int) -> str:
     """What to say when all were there, but no connections came about between them."""
-    network = os.environ.get("GLOO_SOCKET_IFNAME") or f"the one of {_listening_at()}, by this machine's name"
+    interface = os.environ.get("GLOO_SOCKET_IFNAME")
+    way = f"interface {interface}" if interface else f"address {_listening_at()}, to which this machine's name leads"
     return (
         f"process {rank} ({socket.gethostname()}) could not connect to the others of the {size} "
-        f"({str(error).splitlines()[0].rstrip('.')}), on the network {network}: name the interface that the machines "
-        "share with GLOO_SOCKET_IFNAME (`ip -brief address` lists them), and let no firewall block ports between them"
+        f"({str(error).splitlines()[0].rstrip('.')}) by the {way}: name the interface that the machines share with "
+        "GLOO_SOCKET_IFNAME (`ip -brief address` lists them), and let no firewall block ports between them"
     )
 
 
@@ -82,8 +83,8 @@ def _addresses(store: dist.Store, rank: int, size: int) -> list[str]:
             store.wait([f"address-{other}"], _COME_WITHIN)
         except dist.DistError:
             raise MeetingError(
-                f"process {other} of {size} did not come within {_COME_WITHIN.seconds // 60} minutes: its machine "
-                "says why"
+                f"process {other} of {size} did not come within {_COME_WITHIN.total_seconds():g} s: its machine says "
+                "why"
             ) from None
         addresses.append(store.get(f"address-{other}").decode())
     return addresses
@@ -140,7 +141,10 @@ def _is_loopback(address: str) -> bool:
 
 def _why_not_met(error: Exception) -> str:
     there = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
+    advice = "start them by torchrun, or unset WORLD_SIZE for a single one"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        advice = "the machines of those that did not come say why, unless a firewall blocks ports between them"
     return (
         f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet at {there} "
-        f"({str(error).splitlines()[0].rstrip('.')}): start them by torchrun, or unset WORLD_SIZE for a single one"
+        f"({str(error).splitlines()[0].rstrip('.')}): {advice}"
     )

@@ -23,7 +23,6 @@ from utils.scripts import LostRanksError
 # Their names since torch 2.14, which warns of the older ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 _Result = TypeVar("_Result")
 
@@ -34,10 +33,11 @@ _GONE = (
     "Connection timed out", "No route to host", "Network is unreachable", "Timed out waiting",
 )  # fmt: skip
 
-#: The `patience` of `join_ranks` in training.
-HALF_AN_HOUR = timedelta(minutes=30)
+# How long processes wait for one that still runs, as torch has it: about tensors on CUDA, in a step; on the host, also
+# at the start, when one may read a set for the first time and another not.
+_PATIENCE = {"cuda": timedelta(minutes=10), "cpu": timedelta(minutes=30)}
 
-#: That where the first rank may work alone for hours, or wait for another program.
+#: The `patience` of `join_ranks` where the first rank may work alone for hours, or wait for another program.
 DAYS = timedelta(days=7)
 
 # Seconds that the other processes of a machine have to end with the first when torchrun was killed.
@@ -194,13 +194,14 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(device: torch.device, patience: timedelta = HALF_AN_HOUR) -> Iterator[Ranks]:
+def join_ranks(device: torch.device, patience: timedelta | None = None) -> Iterator[Ranks]:
     """This process among those that torchrun started (by `WORLD_SIZE` and its kin), or alone.
 
     About tensors on CUDA the processes talk over nccl, each with the card `LOCAL_RANK`, about those on the host over
     gloo: to agree about a number is to wait for the other processes, not for what the cards have still to do.
-    `patience`: how long they wait for one that still runs. Raises MeetingError, and LostRanksError in place of what
-    comes of another one's end. Where torchrun itself is killed, the process gets SIGTERM: nobody would ever end it.
+    `patience`: how long they wait for one that still runs; None: half an hour, in nccl ten minutes. Raises
+    MeetingError, and LostRanksError in place of what comes of another one's end. Where torchrun itself is killed, the
+    process gets SIGTERM: nobody would ever end it.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         _warn_of_copies()
@@ -219,9 +220,11 @@ def join_ranks(device: torch.device, patience: timedelta = HALF_AN_HOUR) -> Iter
             timeout=CONNECT_WITHIN,
             device_id=device if on_cuda else None,
         )
-        _set_timeout(patience)
-        connected = True
-        ranks, stopped = Ranks(dist.group.WORLD), None
+        connected, group = True, dist.group.WORLD
+        assert group is not None
+        for kind in {"cpu", device.type}:
+            group._get_backend(torch.device(kind))._set_default_timeout(patience or _PATIENCE[kind])
+        ranks, stopped = Ranks(group), None
         try:
             yield ranks
         except Stopped as end:  # on all ranks
