@@ -52,6 +52,11 @@ class UnlikeRanksError(ValueError):
     """The ranks were not started alike; the message says in what they differ."""
 
 
+def lost_another(error: BaseException | None) -> str | None:
+    """The words by which `error`, of an exchange between ranks, tells that another one is gone; None: it does not."""
+    return next((words for words in _GONE if words in str(error)), None) if isinstance(error, RuntimeError) else None
+
+
 def share_of(total: int, rank: int, ranks: int) -> range:
     """What one rank has of `total` things: consecutive ones, and of any two ranks one has at most one more."""
     return range(total * rank // ranks, total * (rank + 1) // ranks)
@@ -235,7 +240,7 @@ def join_ranks(device: torch.device, patience: timedelta | None = None) -> Itera
         if stopped is not None:
             raise stopped
     except RuntimeError as error:
-        gone = next((words for words in _GONE if words in str(error)), None)
+        gone = lost_another(error)
         if gone is None and not connected and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise MeetingError(why_not_connected(error, rank, size)) from None
         if gone is None:

@@ -33,7 +33,7 @@ from utils.files import (
     seen,
     unfinished,
 )
-from utils.ranks import Ranks
+from utils.ranks import Ranks, lost_another
 from utils.training.host_copy import DTYPES, HostCopy, wait_for_copies
 from utils.training.saved_checkpoints import (
     BACKBONE,
@@ -53,6 +53,9 @@ _OUTCOME = ".outcome.json"
 
 # The workers of a killed run keep its lock until they see that it is gone.
 _LOCK_SECONDS = 30.0
+
+# Seconds without progress for which a save is waited for when another rank is known to be lost.
+_LOST_SECONDS = 60.0
 
 _Found = TypeVar("_Found")
 
@@ -186,6 +189,8 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if lost_another(error):
+            self._patience = min(self._patience, _LOST_SECONDS)
         try:
             self.finish()
         except OSError:
@@ -296,7 +301,7 @@ class CheckpointStore:
             if save.has_backbone:
                 sums[BACKBONE] = asdict(self._backbone.write(save.working / BACKBONE))
             self._write_shard(save)
-            records = _await("the rows of all ranks", lambda: self._records(save), save.working, self._patience)
+            records = self._await("the rows of all ranks", lambda: self._records(save), save.working)
             content = {
                 "format": FORMAT,
                 "step": save.step,
@@ -358,9 +363,23 @@ class CheckpointStore:
             look_again(self._folder)
             return None
 
-        said = _await("the first rank", outcome, save.working, self._patience)
+        said = self._await("the first rank", outcome, save.working)
         if said["number"] == save.number and said["error"] is not None:
             raise OSError(f"the checkpoint of step {save.step:,} could not be written: {said['error']}")
+
+    def _await(self, what: str, probe: Callable[[], _Found | None], growing: Path) -> _Found:
+        """What `probe` finds in the end. Raises TimeoutError when for so long as the patience, which may become less
+        meanwhile, no file in `growing` grew."""
+        pause, size, grew = 0.002, -1, time.monotonic()
+        while (found := probe()) is None:
+            if (now := _bytes_in(growing)) != size:
+                size, grew = now, time.monotonic()
+            patience = self._patience
+            if time.monotonic() > grew + patience:
+                raise TimeoutError(f"waited {patience:g} s in vain for {what}")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+        return found
 
     def _prune(self) -> None:
         """Remove all but the newest of each of the last `keep` steps."""
@@ -373,19 +392,6 @@ class CheckpointStore:
                     remove(path.rename(self._partial / path.name))
                 except OSError as error:
                     self._say(f"{path} could not be removed: {error}")
-
-
-def _await(what: str, probe: Callable[[], _Found | None], growing: Path | None, patience: float) -> _Found:
-    """What `probe` finds in the end. Raises TimeoutError when for `patience` seconds no file in `growing` grew."""
-    pause, size, deadline = 0.002, -1, time.monotonic() + patience
-    while (found := probe()) is None:
-        if growing and (now := _bytes_in(growing)) != size:
-            size, deadline = now, time.monotonic() + patience
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {patience:g} s in vain for {what}")
-        time.sleep(pause)
-        pause = min(2 * pause, 0.25)
-    return found
 
 
 def _joined(rows: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
