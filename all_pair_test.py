@@ -49,6 +49,7 @@ from utils.evaluation.test_sets import TestSet, distinct_names, open_test_set, s
 from utils.evaluation.tested import TestedModel, TestedSet
 from utils.files import write_text_atomic
 from utils.processes import worker_count
+from utils.program import program_facts
 from utils.ranks import DAYS, Ranks, join_ranks
 from utils.scripts import end_rank, printable, readable_errors
 from utils.settings import Settings, describe, flatten, parse_settings
@@ -224,7 +225,7 @@ def write_reports(test: Test, tested: Sequence[TestedSet]) -> None:
 
 def run_test(config: Config, ranks: Ranks) -> None:
     """Test all models on all sets; the first rank prints and writes."""
-    ranks.require_alike(lambda: flatten(config, without=["common.workers"]))
+    ranks.require_alike(lambda: program_facts() | flatten(config, without=["common.workers"]))
     paths = chosen_models(config.test.model, config.test.sets, config.common.runs)
     sets = chosen_sets(config)
     names = set_names(sets)

@@ -37,7 +37,7 @@ from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, is_first, readable_errors
-from utils.settings import describe, flatten, parse_settings, to_json
+from utils.settings import describe, parse_settings, to_json
 from utils.training.broken_images import BrokenImages
 from utils.training.build_parts import build_head, build_network, build_schedule, unused_here
 from utils.training.build_step import build_input, build_step
@@ -51,7 +51,7 @@ from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
-from utils.training.same_run import OWN, check_notes, set_facts, set_notes, unused_again
+from utils.training.same_run import check_notes, require_same_settings, set_facts, set_notes, unused_again
 from utils.training.saved_checkpoints import checkpoint_folders
 from utils.training.sets import open_faces, verification_sets
 from utils.training.state import TrainingState
@@ -168,7 +168,8 @@ class Trainer:
         self.device_flops = ranks.size * quick_matmul_flops_per_s(self.device, self.precision)
         self.log = stack.enter_context(ranks.together(self.open_log))
         self.profiler = stack.enter_context(step_profiler(settings.profile if ranks.first else 0, self.run))
-        self.requests = RunRequests(stack.enter_context(catch_interrupt()), ranks, settings.checkpoint_minutes)
+        interrupt = stack.enter_context(catch_interrupt(shared=ranks.size > 1))
+        self.requests = RunRequests(interrupt, ranks, settings.checkpoint_minutes)
         size = settings.batch_size
         self.bar = stack.enter_context(
             progress_bar(self.steps * size, "image", initial=self.step * size, smoothing=0.05, disable=not ranks.first)
@@ -451,7 +452,7 @@ def train(config: Config) -> Path:
     """
     device = pick_device(config.common.device)
     with join_ranks(device) as ranks:
-        ranks.require_alike(lambda: flatten(config, without=OWN))
+        require_same_settings(config, ranks)
         run = Path(ranks.agree(ranks.together(lambda: str(run_folder(config)) if ranks.first else "")))
         try:
             trainer = ranks.together(lambda: Trainer(config, run, device, ranks))

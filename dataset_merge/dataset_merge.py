@@ -30,6 +30,7 @@ from dataset_merge.opening import open_sets, tell_size
 from models.embedders import Embedder, load_embedder
 from utils.checkpoints import newest_run
 from utils.devices import pick_device
+from utils.program import program_facts
 from utils.ranks import DAYS, join_ranks
 from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, parse_settings
@@ -74,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
                 print(describe(config, ("merge", "common")))
-            ranks.require_alike(lambda: flatten(config, without=["common.workers"]))
+            ranks.require_alike(lambda: program_facts() | flatten(config, without=["common.workers"]))
             opened = open_sets(config.merge)
             ranks.require_alike(opened.digests)
             embedder = load_model(config) if needs_embeddings(config.merge) else None

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from utils.files import JOURNAL, clear_partial, naming, partial_folder, sync_folder, unfinished
+from utils.files import JOURNAL, clear_partial, naming, partial_folder, seen, sync_folder, unfinished
 from utils.ranks import Ranks, share_of
 
 BLOCK = 256
@@ -168,7 +168,7 @@ def _make(
 ) -> int:
     """Compute this rank's blocks, `numbers`; returns D when all ranks have computed theirs."""
     partial, dimension = partial_folder(path), 0
-    if not partial.is_dir():
+    if seen(lambda: partial.is_dir() or None, path.parent) is None:
         raise OSError(f"{path.parent} is not the same folder for all processes: a cache needs a disk that they share")
     if numbers:
         positions = np.concatenate([np.arange(rows.start, rows.stop) for rows in (_rows(n, count) for n in numbers)])
@@ -244,7 +244,7 @@ def _read_header(path: Path, key: str, count: int) -> dict[str, Any] | None:
 
 
 def _open(path: Path, key: str, count: int) -> np.ndarray:
-    header = _read_header(path, key, count) if path.exists() else None
+    header = seen(lambda: _read_header(path, key, count) if path.exists() else None, path.parent)
     if header is None:
         raise OSError(f"{path} is not the file that was just made: a cache needs a disk that all processes share")
     shape = (count, header["dimension"])

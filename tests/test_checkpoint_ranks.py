@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,17 @@ def dead_rank(folder: Path, ranks: Ranks, dead: int) -> tuple[str, bool]:
     return failure, old_stays
 
 
+def lost_rank(folder: Path, ranks: Ranks) -> bool:
+    """Whether a save that another rank will never finish is given up soon, once the training noticed the loss."""
+    checkpoint_store._LOST_SECONDS = 0.3
+    start = time.monotonic()
+    with suppress(RuntimeError), CheckpointStore(folder, ranks, say=lambda line: None) as store:
+        if ranks.first:
+            save_step(store, 1, ranks, wait=False)
+        raise RuntimeError("... Connection closed by peer ...")
+    return time.monotonic() < start + 30
+
+
 def overlap(folder: Path, ranks: Ranks) -> str:
     """What two ranks' saving the same rows comes to."""
     store = CheckpointStore(folder, ranks, say=lambda line: None)
@@ -111,12 +122,13 @@ def overlap(folder: Path, ranks: Ranks) -> str:
 def no_common_folder(folder: Path, ranks: Ranks) -> str:
     """What each rank hears when each has a folder of its own; all let go of what they took."""
     own = folder / str(ranks.rank)
-    patience, checkpoint_store._LOCK_SECONDS = checkpoint_store._LOCK_SECONDS, 0.2
+    (own / ".checkpoints.partial").mkdir(parents=True)  # what a killed run of the same name left
+    patience, checkpoint_store.SEEN_WITHIN = checkpoint_store.SEEN_WITHIN, 0.2
     try:
         failure = attempt(lambda: CheckpointStore(own / "checkpoints", ranks))
     finally:
-        checkpoint_store._LOCK_SECONDS = patience
-    assert not (own / ".checkpoints.partial").exists()
+        checkpoint_store.SEEN_WITHIN = patience
+    assert (own / ".checkpoints.partial").exists() != ranks.first
     return failure
 
 
@@ -138,6 +150,7 @@ def all_on_ranks(folder: str) -> dict[str, Any]:
         found["no common folder"] = no_common_folder(Path(folder, "own"), member[2])
         for dead in (0, 1):
             found[f"dead {dead}"] = dead_rank(Path(folder, f"dead{dead}"), member[2], dead)
+        found["lost"] = lost_rank(Path(folder, "lost"), member[2])
     if 3 in member:
         found["full disk"] = full_disk(Path(folder, "full"), member[3])
     return found
@@ -272,7 +285,8 @@ def test_a_slow_rank_is_not_taken_for_dead(tmp_path: Path) -> None:
 
     writer = threading.Thread(target=write_slowly)
     writer.start()
-    checkpoint_store._await("the record", lambda: (tmp_path / "record").exists() or None, tmp_path, patience=0.5)
+    with CheckpointStore(tmp_path / "checkpoints", Ranks(), patience=0.5) as store:
+        store._await("the record", lambda: (tmp_path / "record").exists() or None, tmp_path)
     writer.join()
 
 
@@ -301,3 +315,9 @@ def test_parts_of_a_matrix() -> None:
             checkpoint_store._joined([part(0, 3), other])
     with pytest.raises(ValueError, match="do not make up one a"):
         checkpoint_store._joined([part(0, 5), {}])
+
+
+def test_a_lost_rank_is_not_waited_for_long(on_ranks: list[dict[str, Any]]) -> None:
+    """kill -9 of a process on another machine, in the middle of a save: nobody tells torchrun here, which would end the
+    others, so that they have to end themselves; ten minutes would be lost in them."""
+    assert [on_ranks[rank]["lost"] for rank in (0, 1)] == [True, True]

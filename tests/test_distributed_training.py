@@ -204,7 +204,7 @@ def test_processes_whose_torchrun_was_killed_save_and_end(tiny_set: Path, tmp_pa
     [
         (
             {"lr": 0.1},
-            "train.lr: 0.05 on process 0 (HOST), 0.1 on process 1 (HOST): all processes need the same settings",
+            "train.lr: 0.05 on process 0 (HOST), 0.1 on process 1 (HOST): all processes need the same program",
         ),
         ({"data__root": "other"}, "data.root: 48 images of 6 identities (checksums "),
     ],

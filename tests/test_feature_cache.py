@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -228,6 +229,18 @@ def embed_on_rank(cache: Path) -> list[tuple[torch.Tensor, int]]:
         features = embed_images(embedder, Greys(count), 3, 0, False, "greys", ranks, cache, normalised=False)
         results.append((torch.from_numpy(features.copy()), embedder.seen))
     return results
+
+
+def test_what_another_machine_made_may_be_seen_late(tmp_path: Path) -> None:
+    """NFS shows a new folder, or a file under its name, up to a minute after they were made: no reason to take the disk
+    for one that is not shared, after hours of embedding."""
+    embed(CountingEmbedder(), tmp_path)
+    path = only_file(tmp_path)
+    elsewhere = path.rename(tmp_path / "not yet seen")
+    threading.Timer(0.2, elsewhere.rename, [path]).start()
+    np.testing.assert_array_equal(feature_cache._open(path, path.stem, COUNT), wanted(COUNT))
+    threading.Timer(0.2, partial_folder(path).mkdir).start()
+    assert feature_cache._make(path, [], COUNT, lambda positions: [], Ranks()) == 0
 
 
 def test_ranks_share_the_work(tmp_path: Path) -> None:

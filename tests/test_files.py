@@ -12,7 +12,7 @@ import pytest
 
 from conftest import ROOT
 from utils import files
-from utils.files import BusyError, atomic_folder, atomic_path, atomic_write, partial_folder, require_free
+from utils.files import BusyError, atomic_folder, atomic_path, atomic_write, partial_folder, require_free, seen
 from utils.resumable import resumable_folder
 
 HOLD = """
@@ -184,6 +184,16 @@ def test_file_systems_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     refuse(errno.EIO)
     with pytest.raises(OSError, match=r"Input/output error: .*\.y\.partial/\.lock"), atomic_path(tmp_path / "y"):
         pytest.fail("the block must not be entered")
+
+
+def test_what_another_machine_wrote_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network file system goes on for a while to say that there is nothing, NFS until the folder is opened."""
+    folder, fresh = tmp_path / "a" / "b", []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda place: (fresh.append(place), scandir(place))[1])
+    assert seen(lambda: "found" if folder in fresh else None, folder) == "found"
+    assert fresh == [tmp_path, tmp_path / "a", folder], "a folder that was not there is looked for in the one above"
+    assert seen(lambda: None, folder, seconds=0.01) is None
 
 
 @pytest.mark.parametrize("leads_to", ["somebodys", "nowhere"])

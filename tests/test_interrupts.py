@@ -21,7 +21,7 @@ def say(line):
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background begins without
 try:
-    with catch_interrupt() as interrupt:
+    with catch_interrupt("shared" in sys.argv) as interrupt:
         if "child" in sys.argv:
             parent = os.getpid()
             child = os.fork()
@@ -163,3 +163,14 @@ def test_afterwards_signals_do_what_they_did(start: Start) -> None:
     assert [run.line(), run.line()] == ["asked 138", "stopped"]
     run.process.send_signal(signal.SIGTERM)
     assert run.end()[1] == -signal.SIGTERM
+
+
+def test_a_signal_that_comes_late_does_not_disturb_an_end_with_others(start: Start) -> None:
+    """Two machines get SIGTERM a moment apart: the second one's process, which has stopped and saved with the first's
+    and waits for it to draw its pictures, must not die of it, as the first would say that it lost the other."""
+    run = start("after", "shared")
+    run.process.send_signal(signal.SIGTERM)
+    assert [run.line(), run.line()] == ["asked 143", "stopped"]
+    run.process.send_signal(signal.SIGTERM)
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.end("go on\n") == ([], 143)

@@ -1,5 +1,6 @@
 """The folder of a run: what may be started, started again or gone on with, and whether it is still the same run."""
 
+import json
 import os
 import shutil
 import struct
@@ -20,12 +21,13 @@ from data.face_sets import FaceSet, open_face_set
 from data.prepare_data import prepare
 from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
+from utils import program
 from utils.checkpoints import BEST, CONFIG
-from utils.ranks import Ranks
+from utils.ranks import Ranks, UnlikeRanksError
 from utils.settings import as_flags, flatten
 from utils.training.metrics import METRICS, read_metrics
 from utils.training.run_folders import CHECKPOINTS, run_folder, saved_settings
-from utils.training.same_run import set_facts, set_notes
+from utils.training.same_run import require_same_settings, set_facts, set_notes
 from utils.training.saved_checkpoints import checkpoint_folders
 
 
@@ -159,6 +161,58 @@ def test_of_two_runs_of_one_name_the_second_is_refused(tiny_set: Path, tmp_path:
     with pytest.raises(TrainingError, match=rf"{run} was made by another process meanwhile: .* --resume {run}"):
         late.train()
     assert ((run / METRICS).read_bytes(), (run / CONFIG).read_bytes()) == before
+
+
+@pytest.mark.parametrize(
+    ("unlike", "sees", "said"),
+    [
+        (
+            {"train.lr": 7.0},
+            "no run is there",
+            "train.resume: a run is there on process 0 .*, no run is there on process 1",
+        ),
+        ({"train.lr": 7.0}, "a run is there", "train.lr: 0.05 on process 0 .*, 7.0 on process 1"),
+        (
+            {"the program": "another"},
+            "a run is there",
+            r"the program: \d+ \.py files .* on process 0 .*, another on process 1",
+        ),
+        ({"torch": "1.0"}, "a run is there", "torch: .* on process 0 .*, 1.0 on process 1"),
+    ],
+)
+def test_machines_that_are_not_alike_are_told_in_what(
+    unlike: dict[str, object], sees: str, said: str, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that does not see the run to go on with has the settings of config.py instead: that is what has to be said,
+    and not the first that differs. Machines with two versions of the program would train something between the two."""
+    (tmp_path / "a" / CHECKPOINTS / "step-000000006").mkdir(parents=True)
+    config = configure(tiny_set, tmp_path, train__resume=str(tmp_path / "a"))
+    ranks = Ranks()
+    ranks.size = 2
+    monkeypatch.setattr(ranks, "together", lambda function: function())
+
+    def texts(mine: str) -> list[str]:
+        facts = json.loads(mine)[1]
+        return [mine, json.dumps(["other", facts | unlike if "torch" in facts else {"train.resume": sees}])]
+
+    monkeypatch.setattr(ranks, "texts", texts)
+    with pytest.raises(UnlikeRanksError, match=said):
+        require_same_settings(config, ranks)
+
+
+def test_the_program_is_known_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them but config.py, whose settings may be a machine's own."""
+    monkeypatch.setattr(program, "__file__", str(tmp_path / "utils" / "program.py"))
+    for name in ("train.py", "config.py", "models/heads/dense.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("a = 1\n")
+    before = program.program_facts()
+    (tmp_path / "config.py").write_text("a = 2\n")
+    assert program.program_facts() == before
+    (tmp_path / "models/heads/dense.py").write_text("a = 2\n")
+    after = program.program_facts()
+    assert after["the program"] != before["the program"]
+    assert after["torch"] == before["torch"]
 
 
 def test_a_run_without_a_checkpoint_starts_again(

@@ -11,14 +11,20 @@ import fcntl
 import io
 import os
 import shutil
+import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 LOCK = ".lock"
 JOURNAL = ".journal.json"
+
+#: Seconds for which a network file system may show what was before another machine wrote (NFS: 60, as a rule).
+SEEN_WITHIN = 90.0
+
+_Found = TypeVar("_Found")
 
 # What flock answers on a file system that has no locks.
 _NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -40,6 +46,24 @@ def sync_folder(folder: Path) -> None:
 def partial_folder(path: Path) -> Path:
     """Where unfinished work on `path` lies: hidden, in the same folder, so that the rename stays in one file system."""
     return path.with_name(f".{path.name}.partial")
+
+
+def look_again(folder: Path) -> None:
+    """Let the next look into `folder` be a fresh one, on NFS too, which remembers for a while what was not there."""
+    for place in (*reversed(folder.parents[:2]), folder):
+        with suppress(OSError), os.scandir(place):  # NFS asks the server when a folder is opened
+            pass
+
+
+def seen(probe: Callable[[], _Found | None], folder: Path, seconds: float = SEEN_WITHIN) -> _Found | None:
+    """What `probe` finds of what another process, perhaps on another machine, has put into `folder`; None: it was not
+    seen here in so many `seconds`."""
+    deadline, pause = time.monotonic() + seconds, 0.002
+    while (found := probe()) is None and time.monotonic() < deadline:
+        time.sleep(pause)
+        pause = min(2 * pause, 0.25)
+        look_again(folder)
+    return found
 
 
 @contextmanager

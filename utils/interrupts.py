@@ -28,13 +28,16 @@ class Interrupt:
 
 
 @contextmanager
-def catch_interrupt() -> Iterator[Interrupt]:
+def catch_interrupt(shared: bool = False) -> Iterator[Interrupt]:
     """Within the block the first Ctrl-C only sets `number`; a second one interrupts as usual.
 
     SIGTERM and SIGUSR1 set it, too, however often they come: whoever sends them kills in the end. In processes forked
     from this one SIGTERM ends as usual and SIGUSR1 does nothing. Only the main thread can enter.
+
+    `shared`: other processes stop with this one, and wait for it. Once it is Stopped, SIGTERM and SIGUSR1 do nothing
+    any more: they come to the processes of several machines at several times, and also to those that stop already.
     """
-    interrupt = Interrupt()
+    interrupt, deaf = Interrupt(), False
     process = os.getpid()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -50,6 +53,9 @@ def catch_interrupt() -> Iterator[Interrupt]:
         for number in SIGNALS:
             signal.signal(number, note)
         yield interrupt
+    except Stopped:
+        deaf = shared
+        raise
     finally:
         for number in SIGNALS:
-            signal.signal(number, previous[number])
+            signal.signal(number, signal.SIG_IGN if deaf and number != signal.SIGINT else previous[number])

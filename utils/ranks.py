@@ -17,17 +17,25 @@ import torch.distributed as dist
 from torch import Tensor
 
 from utils.interrupts import Stopped
+from utils.meeting import CONNECT_WITHIN, MeetingError, meet, why_not_connected
 from utils.scripts import LostRanksError
 
 # Their names since torch 2.14, which warns of the older ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
 
 _Result = TypeVar("_Result")
 
-# Messages of gloo, nccl and torch's sockets when the process at the other end is gone.
-_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
+# What gloo, nccl and the sockets of torch say when the other process is gone, or its machine, or the network.
+_GONE = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
+    "Connection timed out", "No route to host", "Network is unreachable", "Timed out waiting",
+)  # fmt: skip
+
+#: The `patience` of `join_ranks` in a training: one process may read a set for the first time while the others wait.
+HALF_AN_HOUR = timedelta(minutes=30)
 
 #: The `patience` of `join_ranks` where the first rank may work alone for hours, or wait for another program.
 DAYS = timedelta(days=7)
@@ -44,8 +52,9 @@ class UnlikeRanksError(ValueError):
     """The ranks were not started alike; the message says in what they differ."""
 
 
-class MeetingError(OSError):
-    """The ranks did not find each other."""
+def lost_another(error: BaseException | None) -> str | None:
+    """The words by which `error`, of an exchange between ranks, tells that another one is gone; None: it does not."""
+    return next((words for words in _GONE if words in str(error)), None) if isinstance(error, RuntimeError) else None
 
 
 def share_of(total: int, rank: int, ranks: int) -> range:
@@ -171,7 +180,7 @@ class Ranks:
                 if mine.get(name) != its.get(name):
                     raise UnlikeRanksError(
                         f"{name}: {mine.get(name)} on process 0 ({host}), {its.get(name)} on process {rank} "
-                        f"({its_host}): all processes need the same settings and the same sets"
+                        f"({its_host}): all processes need the same program, settings and sets"
                     )
 
     def any(self, flag: bool) -> bool:
@@ -190,37 +199,33 @@ class Ranks:
 
 
 @contextmanager
-def join_ranks(device: torch.device, patience: timedelta | None = None) -> Iterator[Ranks]:
+def join_ranks(device: torch.device, patience: timedelta = HALF_AN_HOUR) -> Iterator[Ranks]:
     """This process among those that torchrun started (environment variables `WORLD_SIZE` and so on), or alone.
 
     Tensors on CUDA are exchanged over nccl, each process having the card `LOCAL_RANK`, and tensors on the host over
     gloo, so that agreeing on a number does not wait for the cards. `patience`: how long a process waits for another one
-    that still runs; None: torch's default, half an hour. Raises MeetingError, and LostRanksError in place of torch's
-    errors when another process ended. If torchrun itself is killed, the process gets SIGTERM: nothing else would end
-    it.
+    that still runs. Raises MeetingError, and LostRanksError in place of torch's errors when another process ended. If
+    torchrun itself is killed, the process gets SIGTERM: nothing else would end it.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         _warn_of_copies()
         yield Ranks()
         return
-    try:
-        store, rank, size = next(dist.rendezvous("env://"))
-    except (ValueError, dist.DistError) as error:
-        raise MeetingError(_why_not_met(error)) from None
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    # After a restart by torchrun the store still has what the processes before wrote there, addresses that are dead.
-    store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    on_cuda = device.type == "cuda"
+    store, rank, size = meet()
+    on_cuda, connected = device.type == "cuda", False
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if on_cuda else "gloo",
             store=store,
             rank=rank,
             world_size=size,
-            timeout=patience,
+            timeout=CONNECT_WITHIN,
             device_id=device if on_cuda else None,
         )
+        connected = True
+        _set_timeout(patience)
         ranks, stopped = Ranks(dist.group.WORLD), None
         try:
             yield ranks
@@ -232,11 +237,14 @@ def join_ranks(device: torch.device, patience: timedelta | None = None) -> Itera
         if stopped is not None:
             raise stopped
     except RuntimeError as error:
-        gone = next((words for words in _GONE if words in str(error)), None)
+        gone = lost_another(error)
+        if gone is None and not connected and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise MeetingError(why_not_connected(error, rank, size)) from None
         if gone is None:
             raise
         raise LostRanksError(
-            f"process {rank} lost another of the {size} ({gone}): that one ended, and says why here or on its machine"
+            f"process {rank} lost another of the {size} ({gone}): that one ended, and says why here or on its machine, "
+            "or the network failed"
         ) from None
     dist.destroy_process_group()  # not after an error: nccl would wait for ranks that may be waiting for this one
 
@@ -250,14 +258,6 @@ def _warn_of_copies() -> None:
                 f"{launcher} started {copies} of these, and each works alone: let it start torchrun, once a machine",
                 stacklevel=4,
             )
-
-
-def _why_not_met(error: Exception) -> str:
-    there = ":".join(os.environ.get(name, f"({name} is not set)") for name in ("MASTER_ADDR", "MASTER_PORT"))
-    return (
-        f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes did not meet at {there} "
-        f"({str(error).splitlines()[0].rstrip('.')}): start them by torchrun, or unset WORLD_SIZE for a single one"
-    )
 
 
 def _end_with(launcher: int) -> None:

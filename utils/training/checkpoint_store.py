@@ -21,8 +21,19 @@ from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
-from utils.files import LOCK, BusyError, naming, partial_folder, publish, remove, unfinished
-from utils.ranks import Ranks
+from utils.files import (
+    LOCK,
+    SEEN_WITHIN,
+    BusyError,
+    look_again,
+    naming,
+    partial_folder,
+    publish,
+    remove,
+    seen,
+    unfinished,
+)
+from utils.ranks import Ranks, lost_another
 from utils.training.host_copy import DTYPES, HostCopy, wait_for_copies
 from utils.training.saved_checkpoints import (
     BACKBONE,
@@ -42,6 +53,9 @@ _OUTCOME = ".outcome.json"
 
 # How long to wait for the lock: the workers of a killed run hold it until they notice that it is gone.
 _LOCK_SECONDS = 30.0
+
+# Seconds without progress for which a save is waited for when another rank is known to be lost.
+_LOST_SECONDS = 60.0
 
 _Found = TypeVar("_Found")
 
@@ -170,6 +184,8 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if lost_another(error):
+            self._patience = min(self._patience, _LOST_SECONDS)
         try:
             self.finish()
         except OSError:
@@ -219,12 +235,19 @@ class CheckpointStore:
                 return ""
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock()
-            return uuid.uuid4().hex[:8]
+            token = uuid.uuid4().hex[:8]
+            if self._ranks.size > 1:
+                (self._partial / token).touch()  # the first save removes it
+            return token
 
         def see() -> None:
-            if not self._ranks.first:
-                what = f"{self._partial}, which the first rank made: put the run where all ranks see it"
-                _await(what, lambda: self._partial.is_dir() or None, None, _LOCK_SECONDS)
+            # The folder itself may be another run's, of the same name on another disk.
+            mark = self._partial / token
+            if not self._ranks.first and seen(lambda: mark.exists() or None, self._partial, SEEN_WITHIN) is None:
+                raise TimeoutError(
+                    f"waited {SEEN_WITHIN:g} s in vain for {mark}, which the first rank made: put the run where all "
+                    "ranks see it"
+                )
 
         token = self._ranks.agree(self._ranks.together(begin))
         self._ranks.together(see)
@@ -274,7 +297,7 @@ class CheckpointStore:
             if save.has_backbone:
                 sums[BACKBONE] = asdict(self._backbone.write(save.working / BACKBONE))
             self._write_shard(save)
-            records = _await("the rows of all ranks", lambda: self._records(save), save.working, self._patience)
+            records = self._await("the rows of all ranks", lambda: self._records(save), save.working)
             content = {
                 "format": FORMAT,
                 "step": save.step,
@@ -333,11 +356,26 @@ class CheckpointStore:
                 said = json.loads((self._folder / _OUTCOME).read_text())
                 if said["token"] == self._token and said["number"] >= save.number:
                     return said
+            look_again(self._folder)
             return None
 
-        said = _await("the first rank", outcome, save.working, self._patience)
+        said = self._await("the first rank", outcome, save.working)
         if said["number"] == save.number and said["error"] is not None:
             raise OSError(f"the checkpoint of step {save.step:,} could not be written: {said['error']}")
+
+    def _await(self, what: str, probe: Callable[[], _Found | None], growing: Path) -> _Found:
+        """What `probe` finds in the end. Raises TimeoutError when for so long as the patience, which may become less
+        meanwhile, no file in `growing` grew."""
+        pause, size, grew = 0.002, -1, time.monotonic()
+        while (found := probe()) is None:
+            if (now := _bytes_in(growing)) != size:
+                size, grew = now, time.monotonic()
+            patience = self._patience
+            if time.monotonic() > grew + patience:
+                raise TimeoutError(f"waited {patience:g} s in vain for {what}")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.25)
+        return found
 
     def _prune(self) -> None:
         """Remove all but the newest of each of the last `keep` steps."""
@@ -350,19 +388,6 @@ class CheckpointStore:
                     remove(path.rename(self._partial / path.name))
                 except OSError as error:
                     self._say(f"{path} could not be removed: {error}")
-
-
-def _await(what: str, probe: Callable[[], _Found | None], growing: Path | None, patience: float) -> _Found:
-    """Wait until `probe` finds something. Raises TimeoutError when for `patience` seconds no file in `growing` grew."""
-    pause, size, deadline = 0.002, -1, time.monotonic() + patience
-    while (found := probe()) is None:
-        if growing and (now := _bytes_in(growing)) != size:
-            size, deadline = now, time.monotonic() + patience
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"waited {patience:g} s in vain for {what}")
-        time.sleep(pause)
-        pause = min(2 * pause, 0.25)
-    return found
 
 
 def _joined(rows: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:

@@ -85,6 +85,13 @@ def _begun(run: Path) -> bool:
     return (run / CONFIG).exists() or (run / CHECKPOINTS).is_dir()
 
 
+def goes_on(config: Config) -> bool:
+    """Whether the run to go on with, if one is asked for, is there."""
+    settings = config.train
+    run = Path(config.common.runs, settings.name) if settings.resume == "auto" else Path(settings.resume)
+    return bool(settings.resume) and has_checkpoints(run)
+
+
 def saved_settings(settings: Settings) -> Settings:
     """The settings of the run to resume, {} if there is none: those of its config.json, or, with a warning, if that is
     lost those of its newest checkpoint. Raises TrainingError when no checkpoint has them either.

@@ -11,8 +11,10 @@ from data.face_sets import FaceSet
 from data.images_fingerprint import sample_digest
 from data.joined_sets import identity_keys
 from data.verification_bin import PairImages, VerificationPairs
+from utils.program import program_facts
+from utils.ranks import Ranks, UnlikeRanksError
 from utils.settings import flatten, from_json
-from utils.training.run_folders import TrainingError
+from utils.training.run_folders import TrainingError, goes_on
 
 #: Settings that cannot change in a run: they decide which faces a step sees, and what tensors a checkpoint has.
 FIXED = (
@@ -39,6 +41,16 @@ def set_facts(faces: FaceSet, verified: Sequence[VerificationPairs]) -> dict[str
         "data.root": f"{len(faces):,} images of {len(faces.identities):,} identities (checksums {sums})",
         "data.verification": ", ".join(tests) or "nothing",
     }
+
+
+def require_same_settings(config: Config, ranks: Ranks) -> None:
+    """Raise UnlikeRanksError, on all ranks, unless they run one program with the same settings. Waits."""
+    try:
+        ranks.require_alike(lambda: program_facts() | flatten(config, without=OWN))
+    except UnlikeRanksError:
+        # One that does not see the run has other settings, as it could not take them from there.
+        ranks.require_alike(lambda: {"train.resume": "a run is there" if goes_on(config) else "no run is there"})
+        raise
 
 
 def set_notes(faces: FaceSet) -> dict[str, int]:
