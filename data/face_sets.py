@@ -4,11 +4,11 @@ A face set has `labels` (int64 [images], class indices 0..identities-1 without h
 class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i)`, the bytes of image i as stored.
 """
 
-import os
 import warnings
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -35,6 +35,7 @@ from data.recordio import (
 from data.verification_bin import VerificationPairs
 from utils.files import atomic_folder, write_text_atomic
 from utils.progress import progress_bar
+from utils.texts import Texts
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 _HEADERS_AT_ONCE = 1 << 16
@@ -58,6 +59,13 @@ class EncodedImages(Protocol):
 
     def describe(self, i: int) -> str:
         """Where image `i` lies, for messages."""
+
+
+class Divisible(EncodedImages, Protocol):
+    """Images of which some can be sent to another process, which large sets are too large for."""
+
+    def part(self, positions: np.ndarray) -> EncodedImages:
+        """The images at `positions`, int64, alone, to be read and described."""
 
 
 class FaceSet(EncodedImages, Protocol):
@@ -158,6 +166,12 @@ class RecFaceSet:
     def describe(self, i: int) -> str:
         return f"{self.path}, record {self.keys[i]} at byte {self._offsets[i]}"
 
+    def part(self, positions: np.ndarray) -> "RecFaceSet":
+        part = copy(self)
+        part.keys, part._offsets, part.labels = self.keys[positions], self._offsets[positions], self.labels[positions]
+        part.identities = []
+        return part
+
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
         return files_digest(self, [self.path], self._offsets)
@@ -223,8 +237,7 @@ class FolderFaceSet:
         self.path = Path(root)
         self.identities = []
         self.not_taken: list[NotTaken] = []
-        # Trees have millions of images, and every worker gets a copy: no object an image.
-        self._names, ends = bytearray(), array("q", [0])
+        self._names = Texts()
         counts = []
         folders = self._folders()
         for folder in (folders[position] for position in identity_order([entry.name for entry in folders])):
@@ -237,8 +250,7 @@ class FolderFaceSet:
                 self.identities.append(folder.name)
                 counts.append(len(images))
                 for image in images:
-                    self._names += os.fsencode(image.name)
-                    ends.append(len(self._names))
+                    self._names.append(image.name)
             else:
                 self.not_taken.append(NotTaken(folder.name, folder, "a folder without images"))
         if not counts:
@@ -249,7 +261,6 @@ class FolderFaceSet:
             )
         if self.not_taken:
             warnings.warn(self._others(f"{self.path}: not taken are "), stacklevel=3)
-        self._ends = np.array(ends)
         self.labels = np.repeat(np.arange(len(counts)), counts)
 
     def _folders(self) -> list[Path]:
@@ -287,14 +298,20 @@ class FolderFaceSet:
 
     def relative_file(self, i: int) -> str:
         """`<identity>/<image>`, the same however the path of the set is spelled."""
-        name = os.fsdecode(bytes(self._names[self._ends[i] : self._ends[i + 1]]))
-        return f"{self.identities[self.labels[i]]}/{name}"
+        return f"{self.identities[self.labels[i]]}/{self._names[i]}"
 
     def encoded(self, i: int) -> bytes:
         return self.file(i).read_bytes()
 
     def describe(self, i: int) -> str:
         return str(self.file(i))
+
+    def part(self, positions: np.ndarray) -> "FolderFaceSet":
+        part = copy(self)
+        part._names, part.not_taken = self._names.part(positions), []
+        part.identities = [self.identities[label] for label in self.labels[positions].tolist()]
+        part.labels = np.arange(len(positions))
+        return part
 
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
@@ -322,11 +339,11 @@ def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
 
 
-def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
-    """The positions of each identity's images, int64, in order."""
-    order = np.argsort(faces.labels, kind="stable")
-    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
-    return np.split(order, ends[:-1])
+def images_by_identity(faces: FaceSet, keys: np.ndarray | None = None) -> list[np.ndarray]:
+    """The positions of each identity's images, int64, in order, or in that of `keys`, [images]."""
+    order = np.argsort(faces.labels, kind="stable") if keys is None else np.lexsort((keys, faces.labels))
+    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities))).tolist()
+    return [order[start:end] for start, end in pairwise([0, *ends])]
 
 
 def identity_order(names: list[str]) -> list[int]:
@@ -387,7 +404,7 @@ def rec_of(path: Path) -> Path | None:
     return path
 
 
-def open_face_set(path: Path | str) -> FaceSet:
+def open_face_set(path: Path | str) -> RecFaceSet | FolderFaceSet:
     """Open a `.rec` file, a folder that holds one, or a folder with one folder of images per identity.
 
     Raises FaceSetError when `path` is none of these, RecordError when the records are damaged.

@@ -13,16 +13,17 @@ Paths are relative to a folder that the caller names.
 """
 
 import csv
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
+from data.face_sets import FaceSetError, FolderFaceSet, RecFaceSet, identity_order, open_face_set
 from data.images_fingerprint import files_digest
+from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 FACE2REC_COLUMNS = (3, 7, 17)
@@ -53,10 +54,10 @@ class ListedFaceSet:
         #: What the paths of the list are relative to.
         self.image_root = self.path.parent if image_root is None else Path(image_root)
         self._default_root = image_root is None
-        # Lists have millions of lines, and every worker gets a copy: no object a line.
-        codes, lines, ends, landmarks = array("q"), array("q"), array("q", [0]), array("f")
+        # Lists have millions of lines: no object a line.
+        codes, lines, landmarks = array("q"), array("q"), array("f")
         names: dict[str, int] = {}
-        self._paths, self._aligned = bytearray(), bytearray()
+        self._paths, self._aligned = Texts(), bytearray()
         with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             for row in _read_lines(file, self.path):
                 if row.aligned is False and not row.landmarks and not detected:
@@ -71,13 +72,11 @@ class ListedFaceSet:
                 codes.append(names.setdefault(row.identity, len(names)))
                 lines.append(row.line)
                 self._aligned.append(_ALIGNED[row.aligned])
-                self._paths += os.fsencode(row.path)
-                ends.append(len(self._paths))
+                self._paths.append(row.path)
         if not codes:
             raise FaceSetError(f"{self.path} names no images")
         #: The number of each image's line in the list, int64 [images], growing.
         self.lines = np.array(lines)
-        self._ends = np.array(ends)
         self._landmarks = np.array(landmarks).reshape(-1, 5, 2)
         texts = list(names)
         order = identity_order(texts)
@@ -93,7 +92,7 @@ class ListedFaceSet:
 
     def relative_file(self, i: int) -> str:
         """The path of image `i` as the list has it."""
-        return os.fsdecode(bytes(self._paths[self._ends[i] : self._ends[i + 1]]))
+        return self._paths[i]
 
     def landmarks(self, i: int) -> np.ndarray | None:
         """What to align image `i` by: float32 [5, 2], (x, y) in pixels; None when the list has no landmarks of it."""
@@ -120,6 +119,16 @@ class ListedFaceSet:
     def describe(self, i: int) -> str:
         return f"{self.path}, line {self.lines[i]}: {self.file(i)}"
 
+    def part(self, positions: np.ndarray) -> "ListedFaceSet":
+        part = copy(self)
+        part.lines, part.labels, part.identities = self.lines[positions], self.labels[positions], []
+        part._paths, part._aligned = (
+            self._paths.part(positions),
+            bytearray(self._aligned[i] for i in positions.tolist()),
+        )
+        part._landmarks = self._landmarks[positions] if len(self._landmarks) else self._landmarks
+        return part
+
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py. The bytes are those of the files: what a list says of alignment is no part.
 
@@ -132,7 +141,10 @@ class ListedFaceSet:
             raise FaceSetError(f"{self.path}: {error.filename}: {error.strerror or error}") from None
 
 
-def open_source(path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> FaceSet:
+FaceSource = RecFaceSet | FolderFaceSet | ListedFaceSet
+
+
+def open_source(path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> FaceSource:
     """Open anything that can be packed or unpacked: the sets of `open_face_set`, and lists.
 
     `image_root` is what the paths of a list are relative to, without it the folder of the list; `detected` is as in
