@@ -39,6 +39,7 @@ from utils.texts import Texts
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 _HEADERS_AT_ONCE = 1 << 16
+_FOLDERS_SHOWN = 10_000  # from which on reading them shows its progress
 # What Windows puts beside images, as other systems do under names that begin with a dot.
 _HIDDEN = ("thumbs.db", "desktop.ini")
 _NAMED = 3  # of what is not taken for one reason, in a message
@@ -240,7 +241,9 @@ class FolderFaceSet:
         self._names = Texts()
         counts = []
         folders = self._folders()
-        for folder in (folders[position] for position in identity_order([entry.name for entry in folders])):
+        ordered = [folders[position] for position in identity_order([entry.name for entry in folders])]
+        shown = len(ordered) >= _FOLDERS_SHOWN
+        for folder in progress_bar(len(ordered), "folder", str(self.path), iterable=ordered, disable=not shown):
             entries = sorted(entry for entry in folder.iterdir() if not _is_hidden(entry))
             images = [entry for entry in entries if _is_image(entry)]
             self.not_taken += [

@@ -177,8 +177,9 @@ def _write_table(path: Path, unpacked: UnpackedNames, identities: Sequence[Ident
         for label, identity in enumerate(identities)
         for i in identity.images.tolist()
     )
-    with naming(path):
-        write_csv_atomic(path, ("key", "label", "identity", "file"), rows)
+    images = sum(len(identity.images) for identity in identities)
+    with naming(path), progress_bar(images, "line", path.name, iterable=rows) as shown:
+        write_csv_atomic(path, ("key", "label", "identity", "file"), shown)
 
 
 def _fingerprint(faces: FaceSet, order: np.ndarray, unpacked: UnpackedNames) -> dict[str, Any]:
@@ -193,7 +194,7 @@ def _fingerprint(faces: FaceSet, order: np.ndarray, unpacked: UnpackedNames) -> 
         source: dict[str, Any] = {"rec": faces.path.name, "bytes": faces.path.stat().st_size}
     else:
         assert isinstance(faces, FolderFaceSet | ListedFaceSet)
-        for i in order.tolist():
+        for i in progress_bar(len(order), "file", "check", iterable=map(int, order)):
             try:
                 line = f"{stamp(faces.file(i))} {faces.relative_file(i)}\n{unpacked.file(i, '')}\n"
             except OSError as error:

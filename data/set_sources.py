@@ -16,6 +16,7 @@ import csv
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -23,11 +24,14 @@ import numpy as np
 
 from data.face_sets import FaceSetError, FolderFaceSet, RecFaceSet, identity_order, open_face_set
 from data.images_fingerprint import files_digest
+from utils.progress import progress_bar
 from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 FACE2REC_COLUMNS = (3, 7, 17)
 LARGEST_LABEL = 2**31 - 1
+_SHOWN = 10 << 20  # bytes of a list from which on reading it shows its progress
+_LINES_AT_ONCE = 1 << 14
 _NO_LANDMARKS = [float("nan")] * 10
 _ALIGNED = {None: 0, True: 1, False: 2}
 
@@ -58,8 +62,12 @@ class ListedFaceSet:
         codes, lines, landmarks = array("q"), array("q"), array("f")
         names: dict[str, int] = {}
         self._paths, self._aligned = Texts(), bytearray()
-        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for row in _read_lines(file, self.path):
+        with (
+            self.path.open("rb") as file,
+            progress_bar(size := self.path.stat().st_size, "B", f"lines of {self.path}", disable=size < _SHOWN) as bar,
+        ):
+            text = TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            for row in _read_lines(text, self.path):
                 if row.aligned is False and not row.landmarks and not detected:
                     raise FaceSetError(
                         f"{self.path}, line {row.line}: the face is not aligned (0) and has no landmarks to do it by: "
@@ -71,8 +79,11 @@ class ListedFaceSet:
                     landmarks.extend(row.landmarks or _NO_LANDMARKS)
                 codes.append(names.setdefault(row.identity, len(names)))
                 lines.append(row.line)
+                if not len(lines) % _LINES_AT_ONCE:
+                    bar.update(file.tell() - bar.n)
                 self._aligned.append(_ALIGNED[row.aligned])
                 self._paths.append(row.path)
+            bar.update(size - bar.n)
         if not codes:
             raise FaceSetError(f"{self.path} names no images")
         #: The number of each image's line in the list, int64 [images], growing.

@@ -608,7 +608,10 @@ def test_lists_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "l.lst").write_text("0\t0.png\t5\n")
     main(["--r", str(tmp_path / "l.lst"), "--image-root", str(tmp_path / "photos"), "--output", str(tmp_path / "out"),
           "--unaligned", "copy", "--workers", "0"])  # fmt: skip
-    assert "1 images of 1 identities; 1 written now" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "1 images of 1 identities; 1 written now" in shown.out
+    assert "check: 100%" in shown.err, "the files of millions of images take minutes"
+    assert f"{TABLE}: 100%" in shown.err
     assert list(tree(tmp_path / "out")) == ["000005/000000001.png"]
 
 
