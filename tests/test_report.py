@@ -435,6 +435,16 @@ def test_sample_and_sheet_follow_the_seed(face_data: Path, tmp_path: Path) -> No
     assert pictures[0].shape != pictures[2].shape or (pictures[0] != pictures[2]).any()
 
 
+def test_a_set_whose_images_all_turn_out_broken_is_reported(tmp_path: Path) -> None:
+    """A small one is broken altogether once the sheet of faces was tried: it ended in an IndexError."""
+    with IndexedRecordWriter(tmp_path / "train.rec") as writer:
+        for key in range(3):
+            writer.write(key, pack_image(float(key), key, JPEG[:20]))
+    report = report_on(tmp_path / "train.rec", tmp_path / "out", sample=1)
+    assert (report.images, report.broken, report.identities_lost) == (0, 3, ["0", "1", "2"])
+    assert not (tmp_path / "out" / "images_per_identity.png").exists()
+
+
 def test_pictures_of_images_of_any_size(tmp_path: Path) -> None:
     """Loose crops and one-image identities: the sheet has a white-framed tile for each, and both pictures open."""
     sizes = [(5, 40), (300, 100), (1, 1)]
