@@ -15,7 +15,7 @@ import numpy as np
 
 from data.face_sets import EncodedImages, FaceSet, images_by_identity
 from data.joined_sets import JoinedFaceSet
-from dataset_merge.decisions import Decision, Identities, members
+from dataset_merge.decisions import Decision, members
 from dataset_merge.duplicates import CANDIDATE_COSINE, SAME_CORRELATION, Duplicate, Rows, find_duplicates
 from dataset_merge.unit_rows import UnitRows
 from dataset_merge.writing import describe_choice, made_from
@@ -40,7 +40,9 @@ class Parts:
 
     def without(self, duplicates: Sequence[Duplicate]) -> list[np.ndarray]:
         """The positions under each label, int64, less the duplicates."""
-        whole = [np.concatenate(parts) for parts in self.of_label]
+        whole = [np.concatenate(parts) if len(parts) > 1 else parts[0] for parts in self.of_label]
+        if not duplicates:
+            return whole
         dropped = np.zeros(1 + max((int(images.max(initial=0)) for images in whole), default=0), bool)
         dropped[[duplicate.image for duplicate in duplicates]] = True
         return [images[~dropped[images]] for images in whole]
@@ -63,18 +65,10 @@ class JoinedRows:
 
 def parts_of(sets: Sequence[FaceSet], decisions: Sequence[Decision]) -> Parts:
     """Which images go under which label, as decided."""
-    people = Identities(sets)
     starts = np.cumsum([0, *(len(faces) for faces in sets)])
-    images = [images_by_identity(faces) for faces in sets]
-    return Parts(
-        [
-            [
-                images[int(people.source[identity])][int(people.own[identity])] + starts[people.source[identity]]
-                for identity in identities
-            ]
-            for identities in members(decisions)
-        ]
-    )
+    own = zip(sets, starts, strict=False)
+    images = [positions + start for faces, start in own for positions in images_by_identity(faces)]
+    return Parts([[images[identity] for identity in identities] for identities in members(decisions)])
 
 
 def search(
