@@ -69,12 +69,15 @@ class Divisible(EncodedImages, Protocol):
         """The images at `positions`, int64, alone, to be read and described."""
 
 
-class FaceSet(EncodedImages, Protocol):
+class FaceSet(Divisible, Protocol):
     """Encoded images with an identity each."""
 
     path: Path
     labels: np.ndarray
     identities: list[str]
+
+    def part(self, positions: np.ndarray) -> "FaceSet":
+        """As of Divisible; its labels and identities say nothing."""
 
 
 class RecordSpans(NamedTuple):
@@ -407,7 +410,7 @@ def rec_of(path: Path) -> Path | None:
     return path
 
 
-def open_face_set(path: Path | str) -> RecFaceSet | FolderFaceSet:
+def open_face_set(path: Path | str) -> FaceSet:
     """Open a `.rec` file, a folder that holds one, or a folder with one folder of images per identity.
 
     Raises FaceSetError when `path` is none of these, RecordError when the records are damaged.

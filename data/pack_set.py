@@ -33,7 +33,7 @@ from data.fitting import Fit, check_detector, chosen_detection, fit_images
 from data.identity_choice import Identity, choose_identities
 from data.images import ImageError
 from data.resumable_set import ResumableSet, made_from
-from data.set_sources import FaceSource, open_source
+from data.set_sources import open_source
 from utils.files import require_free
 from utils.processes import worker_count
 from utils.progress import progress_bar
@@ -87,7 +87,7 @@ def warn_of_like_names(identities: Sequence[Identity]) -> None:
 
 
 def pack(
-    faces: FaceSource, identities: Sequence[Identity], output: Path, fit: Fit, workers: int, restart: bool = False
+    faces: FaceSet, identities: Sequence[Identity], output: Path, fit: Fit, workers: int, restart: bool = False
 ) -> Packed:
     """Write `identities` of `faces` as the new set `output`, labelled in their order.
 
@@ -110,7 +110,7 @@ def pack(
         ) from None
 
 
-def _pack(out: ResumableSet, faces: FaceSource, fit: Fit, workers: int) -> Packed:
+def _pack(out: ResumableSet, faces: FaceSet, fit: Fit, workers: int) -> Packed:
     taken_over, rest = out.standing.images, out.rest
     with (
         progress_bar(out.standing.taken + len(rest), "image", "pack", initial=out.standing.taken) as bar,

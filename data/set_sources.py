@@ -22,7 +22,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.face_sets import FaceSetError, FolderFaceSet, RecFaceSet, identity_order, open_face_set
+from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
 from data.images_fingerprint import files_digest
 from utils.progress import progress_bar
 from utils.texts import Texts
@@ -152,10 +152,7 @@ class ListedFaceSet:
             raise FaceSetError(f"{self.path}: {error.filename}: {error.strerror or error}") from None
 
 
-FaceSource = RecFaceSet | FolderFaceSet | ListedFaceSet
-
-
-def open_source(path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> FaceSource:
+def open_source(path: Path | str, image_root: Path | str | None = None, detected: bool = False) -> FaceSet:
     """Open anything that can be packed or unpacked: the sets of `open_face_set`, and lists.
 
     `image_root` is what the paths of a list are relative to, without it the folder of the list; `detected` is as in

@@ -153,6 +153,9 @@ class CleanedFaceSet:
     def describe(self, i: int) -> str:
         return self._faces.describe(int(self.positions[i]))
 
+    def part(self, positions: np.ndarray) -> FaceSet:
+        return self._faces.part(self.positions[positions])
+
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
         return joined_digest(images_fingerprint(self._faces), self.positions)

@@ -78,7 +78,7 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
         require_free(merge.output)
     _require_writable(Path(merge.output))
     _require_outside(merge)
-    sets: list[FaceSet] = [open_face_set(path) for path in merge.sets]
+    sets = [open_face_set(path) for path in merge.sets]
     if merge.t == "auto" and not merge.decisions and (len(sets) > 1 or merge.within):
         require_identities([len(faces.identities) for faces in sets], [str(faces.path) for faces in sets])
     held_out = [open_held_out(path) for path in merge.exclude]
