@@ -107,7 +107,7 @@ def prepare(
 def _require_aligned(faces: FaceSet, order: np.ndarray) -> None:
     if not isinstance(faces, ListedFaceSet):
         return
-    unaligned = [i for i in order.tolist() if faces.is_unaligned(i)]
+    unaligned = [i for i in map(int, order) if faces.is_unaligned(i)]
     if unaligned:
         raise FaceSetError(
             f"{faces.describe(unaligned[0])} is not aligned, as its landmarks or the list say ({len(unaligned):,} such "
