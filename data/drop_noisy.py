@@ -199,15 +199,12 @@ def write_clean(faces: FaceSet, measured: Measured, limit: float, output: Path, 
             ("image", "identity", "angle", "sub_center"),
             (_noisy_row(faces, measured, i) for positions in images for i in positions[~keep[positions]].tolist()),
         )
+        of_identity = (np.bincount(faces.labels[one], minlength=len(images)).tolist() for one in (keep, ~keep))
+        dominants = (found if found >= 0 else "" for found in measured.dominant.tolist())
         write_csv_atomic(
             out.folder / "identities.csv",
             ("identity", "label", "kept", "dropped", "dominant"),
-            (
-                (name, label, int(keep[own].sum()), int((~keep[own]).sum()), found if found >= 0 else "")
-                for name, label, own, found in zip(
-                    faces.identities, labels, images, measured.dominant.tolist(), strict=True
-                )
-            ),
+            zip(faces.identities, labels, *of_identity, dominants, strict=True),
         )
         if np.isfinite(measured.angle).any():
             draw_angles(out.folder / "angles.png", measured.angle, limit, str(faces.path))

@@ -4,10 +4,10 @@ A face set has `labels` (int64 [images], class indices 0..identities-1 without h
 class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i)`, the bytes of image i as stored.
 """
 
-import os
 import warnings
-from array import array
 from collections.abc import Iterator
+from copy import copy
+from itertools import pairwise
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -25,9 +25,11 @@ from data.recordio import (
     unpack_image,
 )
 from utils.progress import progress_bar
+from utils.texts import Texts
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 _HEADERS_AT_ONCE = 1 << 16
+_FOLDERS_SHOWN = 10_000  # from which on reading them shows its progress
 # What Windows puts beside images, as other systems do under names that begin with a dot.
 _HIDDEN = ("thumbs.db", "desktop.ini")
 _NAMED = 3  # of what is not taken for one reason, in a message
@@ -50,12 +52,22 @@ class EncodedImages(Protocol):
         """Where image `i` lies, for messages."""
 
 
-class FaceSet(EncodedImages, Protocol):
+class Divisible(EncodedImages, Protocol):
+    """Images of which some can be sent to another process, which large sets are too large for."""
+
+    def part(self, positions: np.ndarray) -> EncodedImages:
+        """The images at `positions`, int64, alone, to be read and described."""
+
+
+class FaceSet(Divisible, Protocol):
     """Encoded images with an identity each."""
 
     path: Path
     labels: np.ndarray
     identities: list[str]
+
+    def part(self, positions: np.ndarray) -> "FaceSet":
+        """As of Divisible; its labels and identities say nothing."""
 
 
 class RecordSpans(NamedTuple):
@@ -145,6 +157,12 @@ class RecFaceSet:
     def describe(self, i: int) -> str:
         return f"{self.path}, record {self.keys[i]} at byte {self._offsets[i]}"
 
+    def part(self, positions: np.ndarray) -> "RecFaceSet":
+        part = copy(self)
+        part.keys, part._offsets, part.labels = self.keys[positions], self._offsets[positions], self.labels[positions]
+        part.identities = []
+        return part
+
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
         return files_digest(self, [self.path], self._offsets)
@@ -207,11 +225,12 @@ class FolderFaceSet:
         self.path = Path(root)
         self.identities = []
         self.not_taken: list[NotTaken] = []
-        # Trees have millions of images, and every worker gets a copy: no object an image.
-        self._names, ends = bytearray(), array("q", [0])
+        self._names = Texts()
         counts = []
         folders = self._folders()
-        for folder in (folders[position] for position in identity_order([entry.name for entry in folders])):
+        ordered = [folders[position] for position in identity_order([entry.name for entry in folders])]
+        shown = len(ordered) >= _FOLDERS_SHOWN
+        for folder in progress_bar(len(ordered), "folder", str(self.path), iterable=ordered, disable=not shown):
             entries = sorted(entry for entry in folder.iterdir() if not _is_hidden(entry))
             images = [entry for entry in entries if _is_image(entry)]
             self.not_taken += [
@@ -221,8 +240,7 @@ class FolderFaceSet:
                 self.identities.append(folder.name)
                 counts.append(len(images))
                 for image in images:
-                    self._names += os.fsencode(image.name)
-                    ends.append(len(self._names))
+                    self._names.append(image.name)
             else:
                 self.not_taken.append(NotTaken(folder.name, folder, "a folder without images"))
         if not counts:
@@ -233,7 +251,6 @@ class FolderFaceSet:
             )
         if self.not_taken:
             warnings.warn(self._others(f"{self.path}: not taken are "), stacklevel=3)
-        self._ends = np.array(ends)
         self.labels = np.repeat(np.arange(len(counts)), counts)
 
     def _folders(self) -> list[Path]:
@@ -271,14 +288,20 @@ class FolderFaceSet:
 
     def relative_file(self, i: int) -> str:
         """`<identity>/<image>`, the same however the path of the set is spelled."""
-        name = os.fsdecode(bytes(self._names[self._ends[i] : self._ends[i + 1]]))
-        return f"{self.identities[self.labels[i]]}/{name}"
+        return f"{self.identities[self.labels[i]]}/{self._names[i]}"
 
     def encoded(self, i: int) -> bytes:
         return self.file(i).read_bytes()
 
     def describe(self, i: int) -> str:
         return str(self.file(i))
+
+    def part(self, positions: np.ndarray) -> "FolderFaceSet":
+        part = copy(self)
+        part._names, part.not_taken = self._names.part(positions), []
+        part.identities = [self.identities[label] for label in self.labels[positions].tolist()]
+        part.labels = np.arange(len(positions))
+        return part
 
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
@@ -322,11 +345,11 @@ def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
 
 
-def images_by_identity(faces: FaceSet) -> list[np.ndarray]:
-    """The positions of each identity's images, int64, in order."""
-    order = np.argsort(faces.labels, kind="stable")
-    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities)))
-    return np.split(order, ends[:-1])
+def images_by_identity(faces: FaceSet, keys: np.ndarray | None = None) -> list[np.ndarray]:
+    """The positions of each identity's images, int64, in order, or in that of `keys`, [images]."""
+    order = np.argsort(faces.labels, kind="stable") if keys is None else np.lexsort((keys, faces.labels))
+    ends = np.cumsum(np.bincount(faces.labels, minlength=len(faces.identities))).tolist()
+    return [order[start:end] for start, end in pairwise([0, *ends])]
 
 
 def identity_order(names: list[str]) -> list[int]:

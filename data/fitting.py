@@ -14,7 +14,7 @@ import numpy as np
 from config import PackBinConfig, PackConfig
 from data.align import align
 from data.detect import Detection, FaceChoice, FaceDetector, choose_face, open_detector
-from data.face_sets import EncodedImages
+from data.face_sets import Divisible, EncodedImages
 from data.images import ImageError, decode_rgb, encode_jpeg
 from data.set_sources import ListedFaceSet
 from utils.processes import map_ordered
@@ -111,34 +111,32 @@ def _fit_photo(image: np.ndarray, landmarks: np.ndarray, fit: Fit) -> Fitted:
     return Fitted(encode_jpeg(align(image, landmarks, fit.size), fit.quality), True)
 
 
-def fit_images(
-    images: EncodedImages, order: np.ndarray, fit: Fit, workers: int
-) -> Generator[Fitted | LeftOut, None, None]:
+def fit_images(images: Divisible, order: np.ndarray, fit: Fit, workers: int) -> Generator[Fitted | LeftOut, None, None]:
     """The images at the positions `order` as `fit` asks for them, in that order.
 
     Landmarks are those of a ListedFaceSet; with `fit.detection`, faces of images that have none are found. LeftOut
     comes for images without a face, and for bad ones where `fit` leaves them out. `workers` processes read, decode,
     find and encode; 0 means this one. A few blocks of images are held at a time.
     """
-    blocks = [order[start : start + IMAGES_PER_BLOCK] for start in range(0, len(order), IMAGES_PER_BLOCK)]
-    for block in map_ordered(_fit_block, blocks, workers, _open, images, fit):
+    starts = range(0, len(order), IMAGES_PER_BLOCK)
+    blocks = (images.part(order[start : start + IMAGES_PER_BLOCK]) for start in starts)
+    for block in map_ordered(_fit_block, blocks, workers, _open, fit):
         yield from block
 
 
 _worker: dict[str, Any] = {}
 
 
-def _open(images: EncodedImages, fit: Fit) -> None:
+def _open(fit: Fit) -> None:
     cv2.setNumThreads(0)  # the processes are the parallelism
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # its warnings name no file; errors here do
-    _worker.update(images=images, fit=fit, detector=None)
+    _worker.update(fit=fit, detector=None)
 
 
-def _fit_block(block: np.ndarray) -> list[Fitted | LeftOut]:
-    images: EncodedImages = _worker["images"]
+def _fit_block(images: EncodedImages) -> list[Fitted | LeftOut]:
     fit: Fit = _worker["fit"]
     fitted: list[Fitted | LeftOut] = []
-    for i in block.tolist():
+    for i in range(len(images)):
         encoded, where = images.encoded(i), images.describe(i)
         landmarks, aligned = None, False
         if isinstance(images, ListedFaceSet):

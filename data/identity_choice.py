@@ -26,12 +26,11 @@ def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> 
     identity is left, or when one that is asked for by name does not exist.
     """
     wanted = _expand(names)
-    unknown = wanted - set(faces.identities)
+    unknown = wanted.difference(faces.identities)
     if unknown:
         raise FaceSetError(f"{faces.path} has no identity {min(unknown)!r} ({len(unknown)} such names)")
-    images = images_by_identity(faces)
-    if isinstance(faces, RecFaceSet):  # as their folders have them
-        images = [positions[np.argsort(faces.keys[positions], kind="stable")] for positions in images]
+    # Those of records in the order that their folders have them in.
+    images = images_by_identity(faces, faces.keys if isinstance(faces, RecFaceSet) else None)
     identities = [
         Identity(faces.identities[label], images[label])
         for label in identity_order(faces.identities)

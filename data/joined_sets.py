@@ -43,6 +43,13 @@ class JoinedFaceSet:
         faces, position = self._locate(i)
         return faces.describe(position)
 
+    def part(self, positions: np.ndarray) -> "JoinedFaceSet":
+        """See Divisible. The images of each set come behind those of the one before, whatever the order asked for."""
+        own = zip(self._sets, self._starts, self._starts[1:], strict=False)
+        return JoinedFaceSet(
+            [faces.part(positions[(positions >= start) & (positions < end)] - start) for faces, start, end in own]
+        )
+
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
         return joined_digest([images_fingerprint(faces) for faces in self._sets])
@@ -83,6 +90,9 @@ class FrequentIdentities(ImageSubset):
         """See `identity_keys`."""
         keys = identity_keys(self._faces)
         return [keys[label] for label in self._kept.tolist()]
+
+    def part(self, positions: np.ndarray) -> FaceSet:
+        return self._faces.part(self.positions[positions])
 
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""

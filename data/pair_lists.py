@@ -57,6 +57,12 @@ class PairFiles:
     def describe(self, i: int) -> str:
         return f"{self._source}, line {self._lines[i]}: {self._files[i]}"
 
+    def part(self, positions: np.ndarray) -> "PairFiles":
+        part = PairFiles((), self._source)
+        part._files = [self._files[i] for i in positions.tolist()]
+        part._lines = [self._lines[i] for i in positions.tolist()]
+        return part
+
 
 def read_pairs(path: Path | str, images: Path | str) -> list[Pair]:
     """The pairs of the list `path`, of images in the folder `images`, in order.

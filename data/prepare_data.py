@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, READS, Config
-from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, RecFaceSet, find_rec
+from data.face_sets import Divisible, EncodedImages, FaceSet, FaceSetError, FolderFaceSet, RecFaceSet, find_rec
 from data.identity_choice import Identity, choose_identities
 from data.images import EXTENSIONS, image_extension
 from data.set_sources import ListedFaceSet, open_source, stamp
@@ -76,7 +76,9 @@ def prepare(
     """
     faces = open_source(source, image_root, detected=True)  # what is not aligned gets a message of its own, see below
     identities = choose_identities(faces, names, min_images)[: limit or None]
-    order = np.sort(np.concatenate([identity.images for identity in identities]))
+    chosen = np.zeros(len(faces), bool)
+    chosen[np.concatenate([identity.images for identity in identities])] = True
+    order = np.flatnonzero(chosen)
     if unaligned == "refuse":
         _require_aligned(faces, order)
     if isinstance(faces, FolderFaceSet) and output.resolve().is_relative_to(faces.path.resolve()):
@@ -89,10 +91,10 @@ def prepare(
     kinds = np.zeros(len(faces), np.uint8)  # indices into EXTENSIONS
     with _Journal(output / JOURNAL, fingerprint) as journal:
         starts = range(0, len(order), IMAGES_PER_BLOCK)
-        blocks = [(start, order[start : start + IMAGES_PER_BLOCK], start in journal.done) for start in starts]
+        blocks = (_block(faces, unpacked, order, start, start in journal.done) for start in starts)
         written = size = 0
         with progress_bar(len(order), "image", "prepare") as bar:
-            for block in map_unordered(_write_block, blocks, workers, _open, faces, unpacked, output):
+            for block in map_unordered(_write_block, blocks, workers, _open, output):
                 journal.add(block.start)
                 images = order[block.start : block.start + IMAGES_PER_BLOCK]
                 kinds[images] = block.kinds
@@ -105,7 +107,7 @@ def prepare(
 def _require_aligned(faces: FaceSet, order: np.ndarray) -> None:
     if not isinstance(faces, ListedFaceSet):
         return
-    unaligned = [i for i in order.tolist() if faces.is_unaligned(i)]
+    unaligned = [i for i in map(int, order) if faces.is_unaligned(i)]
     if unaligned:
         raise FaceSetError(
             f"{faces.describe(unaligned[0])} is not aligned, as its landmarks or the list say ({len(unaligned):,} such "
@@ -114,36 +116,49 @@ def _require_aligned(faces: FaceSet, order: np.ndarray) -> None:
         )
 
 
+class _Block(NamedTuple):
+    """What a worker needs: its images, their names without what `adds_extension` adds, whether they are there."""
+
+    start: int
+    images: EncodedImages
+    names: list[str]
+    adds_extension: bool
+    done: bool
+
+
+def _block(faces: Divisible, unpacked: UnpackedNames, order: np.ndarray, start: int, done: bool) -> _Block:
+    positions = order[start : start + IMAGES_PER_BLOCK]
+    names = [unpacked.file(i, "") for i in positions.tolist()]
+    return _Block(start, faces.part(positions), names, unpacked.adds_extension, done)
+
+
 _worker: dict[str, Any] = {}
 
 
-def _open(faces: FaceSet, unpacked: UnpackedNames, output: Path) -> None:
-    _worker.update(faces=faces, unpacked=unpacked, output=output)
+def _open(output: Path) -> None:
+    _worker["output"] = output
 
 
-class _Block(NamedTuple):
+class _Written(NamedTuple):
     start: int
     kinds: list[int]
     written: int
     bytes: int
 
 
-def _write_block(block: tuple[int, np.ndarray, bool]) -> _Block:
-    start, images, done = block
-    faces: FaceSet = _worker["faces"]
-    unpacked: UnpackedNames = _worker["unpacked"]
+def _write_block(block: _Block) -> _Written:
     kinds = []
     written = size = 0
-    for i in images.tolist():
-        image = faces.encoded(i)
+    for i, name in enumerate(block.names):
+        image = block.images.encoded(i)
         extension = image_extension(image)
         kinds.append(EXTENSIONS.index(extension))
-        path: Path = _worker["output"] / unpacked.file(i, extension)
-        if done and path.exists() and path.stat().st_size == len(image):
+        path: Path = _worker["output"] / (name + extension * block.adds_extension)
+        if block.done and path.exists() and path.stat().st_size == len(image):
             continue
         _write(path, image)
         written, size = written + 1, size + len(image)
-    return _Block(start, kinds, written, size)
+    return _Written(block.start, kinds, written, size)
 
 
 def _write(path: Path, image: bytes) -> None:
@@ -162,8 +177,9 @@ def _write_table(path: Path, unpacked: UnpackedNames, identities: Sequence[Ident
         for label, identity in enumerate(identities)
         for i in identity.images.tolist()
     )
-    with naming(path):
-        write_csv_atomic(path, ("key", "label", "identity", "file"), rows)
+    images = sum(len(identity.images) for identity in identities)
+    with naming(path), progress_bar(images, "line", path.name, iterable=rows) as shown:
+        write_csv_atomic(path, ("key", "label", "identity", "file"), shown)
 
 
 def _fingerprint(faces: FaceSet, order: np.ndarray, unpacked: UnpackedNames) -> dict[str, Any]:
@@ -173,12 +189,12 @@ def _fingerprint(faces: FaceSet, order: np.ndarray, unpacked: UnpackedNames) -> 
     """
     digest = hashlib.sha256()
     if isinstance(faces, RecFaceSet):
-        digest.update(faces.keys[order].tobytes())
-        digest.update(np.array(faces.identities, np.int64)[faces.labels[order]].tobytes())
+        digest.update(faces.keys[order].data)
+        digest.update(np.array(faces.identities, np.int64)[faces.labels[order]].data)
         source: dict[str, Any] = {"rec": faces.path.name, "bytes": faces.path.stat().st_size}
     else:
         assert isinstance(faces, FolderFaceSet | ListedFaceSet)
-        for i in order.tolist():
+        for i in progress_bar(len(order), "file", "check", iterable=map(int, order)):
             try:
                 line = f"{stamp(faces.file(i))} {faces.relative_file(i)}\n{unpacked.file(i, '')}\n"
             except OSError as error:

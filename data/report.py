@@ -92,9 +92,11 @@ def make_report(path: Path, output: Path, options: ReportConfig, workers: int) -
         decode_images(records, survey, choose_sample(survey, options.sample, options.seed), 0, "sample")
     if survey.good.any():
         _draw_faces(output / "faces.png", records, survey, options)
-        _draw_images_per_identity(output / "images_per_identity.png", survey, set_name(path))
+    per_identity = survey.per_identity()
+    if per_identity[0].size:
+        _draw_images_per_identity(output / "images_per_identity.png", per_identity[1], set_name(path))
     copies = survey.copies() if checked else None
-    report = _summarise(path, records, survey, copies, remarks)
+    report = _summarise(path, records, survey, per_identity, copies, remarks)
     write_text_atomic(output / "report.json", json.dumps(asdict(report), indent=2) + "\n")
     write_broken(output / "broken.csv", records, survey)
     if copies is not None:
@@ -105,10 +107,15 @@ def make_report(path: Path, output: Path, options: ReportConfig, workers: int) -
 
 
 def _summarise(
-    path: Path, records: Records, survey: Survey, copies: tuple[np.ndarray, np.ndarray] | None, remarks: list[str]
+    path: Path,
+    records: Records,
+    survey: Survey,
+    per_identity: tuple[np.ndarray, np.ndarray],
+    copies: tuple[np.ndarray, np.ndarray] | None,
+    remarks: list[str],
 ) -> Report:
     good = survey.good
-    labels, per_identity = survey.per_identity()
+    labels, counts = per_identity
     known = distinct(survey.labels[survey.labels != NO_LABEL])
     kinds = np.bincount(survey.kinds[good], minlength=len(KINDS)).tolist()
     image_bytes = survey.image_bytes[good]
@@ -122,8 +129,8 @@ def _summarise(
         broken=int(survey.broken.sum()),
         identities=labels.size,
         copies=None if copies is None else _count_copies(survey, *copies),
-        identities_lost=[records.identity(label) for label in np.setdiff1d(known, labels).tolist()],
-        images_per_identity=_spread(per_identity),
+        identities_lost=[records.identity(label) for label in np.setdiff1d(known, labels, assume_unique=True).tolist()],
+        images_per_identity=_spread(counts),
         sizes={f"{width}x{height}": count for (width, height), count in survey.shapes.most_common()},
         kinds={kind: count for kind, count in zip(KINDS, kinds, strict=True) if count},
         image_bytes={"sum": int(image_bytes.sum(dtype=np.int64)), **_spread(image_bytes)},
@@ -184,9 +191,8 @@ def write_copies(path: Path, records: Records, survey: Survey, copies: np.ndarra
     write_csv_atomic(path, header, ([*facts(copy), *facts(original)] for copy, original in pairs))
 
 
-def _draw_images_per_identity(path: Path, survey: Survey, name: str) -> None:
+def _draw_images_per_identity(path: Path, counts: np.ndarray, name: str) -> None:
     """A histogram. A few large identities would flatten it, so its last bar holds all beyond the 99th percentile."""
-    _, counts = survey.per_identity()
     # At least 20 bars: the outline of fewer would be drawn with dots.
     top = max(20, int(np.percentile(counts, 99)))
     width = -(-top // 50)

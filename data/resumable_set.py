@@ -110,7 +110,7 @@ class ResumableSet:
     def _check_files(self) -> None:
         digest, taken, begun = "", self.standing.taken, self._folder.path.parent
         with progress_bar(taken, "image", "check", disable=not taken) as bar:
-            for i in self._order[:taken].tolist():
+            for i in map(int, self._order[:taken]):
                 try:
                     digest = self._with_file(digest, i)
                 except FileNotFoundError as error:

@@ -13,9 +13,10 @@ Paths are relative to a folder that the caller names.
 """
 
 import csv
-import os
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -23,10 +24,14 @@ import numpy as np
 
 from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
 from data.images_fingerprint import files_digest
+from utils.progress import progress_bar
+from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 FACE2REC_COLUMNS = (3, 7, 17)
 LARGEST_LABEL = 2**31 - 1
+_SHOWN = 10 << 20  # bytes of a list from which on reading it shows its progress
+_LINES_AT_ONCE = 1 << 14
 _NO_LANDMARKS = [float("nan")] * 10
 _ALIGNED = {None: 0, True: 1, False: 2}
 
@@ -53,12 +58,16 @@ class ListedFaceSet:
         #: What the paths of the list are relative to.
         self.image_root = self.path.parent if image_root is None else Path(image_root)
         self._default_root = image_root is None
-        # Lists have millions of lines, and every worker gets a copy: no object a line.
-        codes, lines, ends, landmarks = array("q"), array("q"), array("q", [0]), array("f")
+        # Lists have millions of lines: no object a line.
+        codes, lines, landmarks = array("q"), array("q"), array("f")
         names: dict[str, int] = {}
-        self._paths, self._aligned = bytearray(), bytearray()
-        with self.path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            for row in _read_lines(file, self.path):
+        self._paths, self._aligned = Texts(), bytearray()
+        with (
+            self.path.open("rb") as file,
+            progress_bar(size := self.path.stat().st_size, "B", f"lines of {self.path}", disable=size < _SHOWN) as bar,
+        ):
+            text = TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            for row in _read_lines(text, self.path):
                 if row.aligned is False and not row.landmarks and not detected:
                     raise FaceSetError(
                         f"{self.path}, line {row.line}: the face is not aligned (0) and has no landmarks to do it by: "
@@ -70,14 +79,15 @@ class ListedFaceSet:
                     landmarks.extend(row.landmarks or _NO_LANDMARKS)
                 codes.append(names.setdefault(row.identity, len(names)))
                 lines.append(row.line)
+                if not len(lines) % _LINES_AT_ONCE:
+                    bar.update(file.tell() - bar.n)
                 self._aligned.append(_ALIGNED[row.aligned])
-                self._paths += os.fsencode(row.path)
-                ends.append(len(self._paths))
+                self._paths.append(row.path)
+            bar.update(size - bar.n)
         if not codes:
             raise FaceSetError(f"{self.path} names no images")
         #: The number of each image's line in the list, int64 [images], growing.
         self.lines = np.array(lines)
-        self._ends = np.array(ends)
         self._landmarks = np.array(landmarks).reshape(-1, 5, 2)
         texts = list(names)
         order = identity_order(texts)
@@ -93,7 +103,7 @@ class ListedFaceSet:
 
     def relative_file(self, i: int) -> str:
         """The path of image `i` as the list has it."""
-        return os.fsdecode(bytes(self._paths[self._ends[i] : self._ends[i + 1]]))
+        return self._paths[i]
 
     def landmarks(self, i: int) -> np.ndarray | None:
         """What to align image `i` by: float32 [5, 2], (x, y) in pixels; None when the list has no landmarks of it."""
@@ -119,6 +129,16 @@ class ListedFaceSet:
 
     def describe(self, i: int) -> str:
         return f"{self.path}, line {self.lines[i]}: {self.file(i)}"
+
+    def part(self, positions: np.ndarray) -> "ListedFaceSet":
+        part = copy(self)
+        part.lines, part.labels, part.identities = self.lines[positions], self.labels[positions], []
+        part._paths, part._aligned = (
+            self._paths.part(positions),
+            bytearray(self._aligned[i] for i in positions.tolist()),
+        )
+        part._landmarks = self._landmarks[positions] if len(self._landmarks) else self._landmarks
+        return part
 
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py. The bytes are those of the files: what a list says of alignment is no part.

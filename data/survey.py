@@ -117,7 +117,7 @@ def decode_images(records: Records, survey: Survey, wanted: np.ndarray, workers:
     `workers` processes do it; 0 means this one.
     """
     starts = [start for start in range(0, len(records), BLOCK) if wanted[start : start + BLOCK].any()]
-    blocks = [(start, records.part(start, start + BLOCK), wanted[start : start + BLOCK]) for start in starts]
+    blocks = ((start, records.part(start, start + BLOCK), wanted[start : start + BLOCK]) for start in starts)
     with progress_bar(int(wanted.sum()), "image", title) as bar:
         for decoded in map_unordered(_decode_block, blocks, workers, cv2.setNumThreads, 1):
             survey.broken[decoded.broken] = True

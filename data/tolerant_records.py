@@ -3,7 +3,6 @@
 RecFaceSet refuses a set with a broken record; a report on such a set, and its repair, need the rest of it.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -148,37 +147,37 @@ def _kinds(starts: np.ndarray) -> np.ndarray:
 class FolderRecords:
     """The image files of a folder of identity folders."""
 
-    def __init__(self, files: Sequence[str], labels: np.ndarray, identities: list[str]) -> None:
-        self._files, self._labels, self._identities = files, labels, identities
+    def __init__(self, faces: FolderFaceSet) -> None:
+        self._faces = faces
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._faces)
 
     def part(self, start: int, stop: int) -> "FolderRecords":
-        return FolderRecords(self._files[start:stop], self._labels[start:stop], [])
+        return FolderRecords(self._faces.part(np.arange(start, min(stop, len(self)))))
 
     def encoded(self, i: int) -> bytes:
-        image = Path(self._files[i]).read_bytes()
+        image = self._faces.encoded(i)
         if not image:
-            raise ImageError(f"{self._files[i]}: the file is empty")
+            raise ImageError(f"{self._faces.describe(i)}: the file is empty")
         return image
 
     def place(self, i: int) -> Place:
-        return Place(self._files[i], "", "")
+        return Place(self._faces.describe(i), "", "")
 
     def identity(self, label: int) -> str:
-        return self._identities[label]
+        return self._faces.identities[label]
 
     def heads(self, start: int, stop: int) -> Heads:
         sizes, starts = np.zeros(stop - start, np.int64), np.zeros(stop - start, np.uint32)
-        for i, file in enumerate(self._files[start:stop]):
+        for i in range(stop - start):
             try:
-                with Path(file).open("rb") as opened:
+                with self._faces.file(start + i).open("rb") as opened:
                     starts[i] = int.from_bytes(opened.read(4), "little")
                     sizes[i] = opened.seek(0, 2)
             except OSError:
                 pass  # a size of 0 says that it is broken; reading it again will say why
-        labels = np.where(sizes > 0, self._labels[start:stop], NO_LABEL)
+        labels = np.where(sizes > 0, self._faces.labels[start:stop], NO_LABEL)
         return Heads(labels.astype(np.int32), sizes, _kinds(starts), sizes == 0)
 
 
@@ -190,8 +189,7 @@ def open_records(path: Path) -> tuple[Records, list[str]]:
     rec_path = rec_of(path)
     if rec_path is not None:
         return _open_rec(rec_path)
-    faces = FolderFaceSet(path)
-    return FolderRecords([faces.describe(i) for i in range(len(faces))], faces.labels, faces.identities), []
+    return FolderRecords(FolderFaceSet(path)), []
 
 
 def _open_rec(path: Path) -> tuple[RecRecords, list[str]]:

@@ -33,8 +33,11 @@ class UnpackedNames:
             folders = portable_names(names, identity_order)
         #: The folder of each identity.
         self.folders = folders
+        #: Whether `file` adds the extension that it gets.
+        self.adds_extension = not isinstance(faces, FolderFaceSet)
         self._faces = faces
-        self._folder_of_class = {int(faces.labels[i.images[0]]): f for i, f in zip(identities, folders, strict=True)}
+        classes = faces.labels[[identity.images[0] for identity in identities]].tolist()
+        self._folder_of_class = dict(zip(classes, folders, strict=True))
         self._files = _renamed_files(faces, identities) if isinstance(faces, FolderFaceSet) else {}
         numbers = self._numbers()
         self._digits = max(9, len(str(numbers.max()))) if numbers.size else 9

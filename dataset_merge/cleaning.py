@@ -146,6 +146,9 @@ class CleanedFaceSet(ImageSubset):
         super().__init__(faces, np.flatnonzero(findings.labels >= 0))
         self.labels = findings.labels[self.positions]
 
+    def part(self, positions: np.ndarray) -> FaceSet:
+        return self._faces.part(self.positions[positions])
+
     def fingerprint(self) -> str:
         """See data/images_fingerprint.py."""
         return joined_digest(images_fingerprint(self._faces), self.positions)

@@ -5,7 +5,6 @@ added; `dropped`, its images are not taken because another set has the person; `
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -20,8 +19,7 @@ class DecisionsError(ValueError):
     """A table of decisions does not fit the sets, or contradicts itself; the message names file and line."""
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What became of one identity; a row of `merge.csv`.
 
     `source`: number of its set, from 0; `label`: its name there; `images`: how many it has there; `new_label`: its
@@ -39,7 +37,7 @@ class Decision:
     decision: str
 
 
-COLUMNS = tuple(field.name for field in fields(Decision))
+COLUMNS = Decision._fields
 
 
 class Match(NamedTuple):

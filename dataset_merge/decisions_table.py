@@ -2,8 +2,6 @@
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -12,11 +10,12 @@ import numpy as np
 from data.face_sets import FaceSet
 from dataset_merge.decisions import COLUMNS, KEPT, LEFT, Decision, DecisionsError, Identities
 from utils.files import write_csv_atomic
+from utils.progress import progress_bar
 
 
 def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
     """Write the rows as `merge.csv`."""
-    write_csv_atomic(path, COLUMNS, map(attrgetter(*COLUMNS), decisions))
+    write_csv_atomic(path, COLUMNS, decisions)
 
 
 class _Row(NamedTuple):
@@ -74,7 +73,8 @@ def read_decisions(path: Path, sets: Sequence[FaceSet]) -> list[Decision]:
     """
     people = Identities(sets)
     names = _Names(people, sets)
-    rows = sorted(_read_rows(path, people, names, sets), key=lambda row: row.identity)
+    read = progress_bar(len(people), "row", f"read {path}", iterable=_read_rows(path, people, names, sets))
+    rows = sorted(read, key=lambda row: row.identity)
     if len(rows) < len(people):
         given = np.zeros(len(people), bool)
         given[[row.identity for row in rows]] = True
@@ -89,15 +89,16 @@ def read_decisions(path: Path, sets: Sequence[FaceSet]) -> list[Decision]:
 
 def _read_rows(path: Path, people: Identities, names: _Names, sets: Sequence[FaceSet]) -> Iterator[_Row]:
     lines: dict[int, int] = {}
+    wheres = [f"set {source} ({faces.path})" for source, faces in enumerate(sets)]
     with path.open(encoding=_encoding(path), errors="surrogateescape", newline="") as file:
         line = 1
         try:
             for line, row in _open_table(file):
-                if not any(cell.strip() for cell in row):
+                if not "".join(row).strip():
                     continue
                 cells = row[: len(COLUMNS)] + _without_empty_end(row[len(COLUMNS) :])
                 decision = _parse(cells, sets)
-                where = f"set {decision.source} ({sets[decision.source].path})"
+                where = wheres[decision.source]
                 same = names.find(decision.source, decision.label)
                 if len(same) > 1:
                     raise ValueError(
@@ -110,8 +111,9 @@ def _read_rows(path: Path, people: Identities, names: _Names, sets: Sequence[Fac
                         "with which the table was made"
                     )
                 number, match = same[0], names.of_match(decision)
-                match_label = decision.match_label if match is None else people.name(match)
-                decision = replace(decision, label=people.name(number), match_label=match_label)
+                labels = people.name(number), decision.match_label if match is None else people.name(match)
+                if labels != (decision.label, decision.match_label):
+                    decision = decision._replace(label=labels[0], match_label=labels[1])
                 if number in lines:
                     raise ValueError(
                         f"identity {decision.label!r} of {where} has a row in line {lines[number]} already"
@@ -147,31 +149,34 @@ def _open_table(file: TextIO) -> Iterator[tuple[int, list[str]]]:
 
 def _without_empty_end(cells: list[str]) -> list[str]:
     """The cells up to the last that has something in it."""
-    return cells[: max((place for place, cell in enumerate(cells, 1) if cell.strip()), default=0)]
+    end = len(cells)
+    while end and not cells[end - 1].strip():
+        end -= 1
+    return cells[:end]
 
 
 def _parse(cells: Sequence[str], sets: Sequence[FaceSet]) -> Decision:
     if len(cells) != len(COLUMNS):
         raise ValueError(f"{len(cells)} fields, expected {len(COLUMNS)}")
-    row = dict(zip(COLUMNS, cells, strict=True))
-    decision = row["decision"].strip().lower()
+    set_number, label, images, new_label, match_set, match_label, score, decision = cells
+    decision = decision.strip().lower()
     if decision not in KEPT + LEFT:
         raise ValueError(f"decision must be one of {', '.join(KEPT + LEFT)}, found {decision!r}")
-    source = _whole(row["source"], "source")
+    source = _whole(set_number, "source")
     if source >= len(sets):
         raise ValueError(f"source must be a set's number, 0 to {len(sets) - 1}, found {source}")
-    new_label = row["new_label"].strip()
-    match_source: int | str | None = row["match_source"] or None
-    if decision != "excluded" and _without_point(row["match_source"]).isdecimal():
-        match_source = int(_without_point(row["match_source"]))
+    new_label = new_label.strip()
+    match_source: int | str | None = match_set or None
+    if decision != "excluded" and (number := _without_point(match_set)).isdecimal():
+        match_source = int(number)
     return Decision(
         source,
-        row["label"],
-        _whole(row["images"], "images"),
+        label,
+        _whole(images, "images"),
         _whole(new_label, "new_label") if new_label and decision in KEPT else None,
         match_source,
-        row["match_label"] or None,
-        _score(row["score"]),
+        match_label or None,
+        _score(score),
         decision,
     )
 
@@ -258,7 +263,8 @@ def _relabelled(path: Path, rows: Sequence[_Row], names: _Names) -> list[Decisio
             if root not in added:
                 name = "joined" if root in seen else "added"
             seen.add(root)
-            decision = replace(decision, new_label=new_labels[root], decision=name)
+            if (new_labels[root], name) != (decision.new_label, decision.decision):
+                decision = decision._replace(new_label=new_labels[root], decision=name)
         decisions.append(decision)
     return decisions
 

@@ -5,16 +5,16 @@ import hashlib
 import itertools
 import json
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
 from data.face_sets import EncodedImages, FaceSet, images_by_identity
 from data.joined_sets import JoinedFaceSet
-from dataset_merge.decisions import Decision, Identities, members
+from dataset_merge.decisions import Decision, members
 from dataset_merge.duplicates import CANDIDATE_COSINE, SAME_CORRELATION, Duplicate, Rows, find_duplicates
 from dataset_merge.unit_rows import UnitRows
 from dataset_merge.writing import describe_choice, made_from
@@ -52,21 +52,17 @@ class JoinedRows:
 
 def parts_of(sets: Sequence[FaceSet], decisions: Sequence[Decision]) -> Parts:
     """Which images go under which label, as decided."""
-    people = Identities(sets)
     starts = np.cumsum([0, *(len(faces) for faces in sets)])
-    images = [images_by_identity(faces) for faces in sets]
-    return [
-        [
-            images[int(people.source[identity])][int(people.own[identity])] + starts[people.source[identity]]
-            for identity in identities
-        ]
-        for identities in members(decisions)
-    ]
+    own = zip(sets, starts, strict=False)
+    images = [positions + start for faces, start in own for positions in images_by_identity(faces)]
+    return [[images[identity] for identity in identities] for identities in members(decisions)]
 
 
 def without(duplicates: Sequence[Duplicate], parts: Parts) -> list[np.ndarray]:
     """The positions under each label, int64, less the duplicates."""
-    whole = [np.concatenate(images) for images in parts]
+    whole = [np.concatenate(images) if len(images) > 1 else images[0] for images in parts]
+    if not duplicates:
+        return whole
     dropped = np.zeros(1 + max((int(images.max(initial=0)) for images in whole), default=0), bool)
     dropped[[duplicate.image for duplicate in duplicates]] = True
     return [images[~dropped[images]] for images in whole]
@@ -124,9 +120,9 @@ def _search(
         table.write(csv_line(COLUMNS))
     done = saved = int(work.state.get("identities", 0))
     few = sum(map(len, itertools.chain.from_iterable(joined[done:]))) < _IMAGES_FOR_WORKERS
-    blocks = _Blocks(joined[done:], embeddings)
+    blocks = _blocks(everything, joined[done:], embeddings)
     with progress_bar(len(joined), "identity", "duplicates", initial=done) as bar:
-        for count, found in map_ordered(_search_block, blocks, 0 if few else workers, _start, everything):
+        for count, found in map_ordered(_search_block, blocks, 0 if few else workers, _start):
             for duplicate in found:
                 table.write(csv_line(duplicate))
             done += count
@@ -136,54 +132,41 @@ def _search(
                 saved = done
 
 
-# The parts of an identity, and the embeddings of its images in their order.
-_Task = tuple[Sequence[np.ndarray], np.ndarray | None]
+class _Task(NamedTuple):
+    """An identity: the positions of the images of each of its parts, the images alone, and their embeddings."""
+
+    parts: Sequence[np.ndarray]
+    images: EncodedImages
+    unit: np.ndarray | None
 
 
-class _Blocks(Sequence[list[_Task]]):
+def _blocks(
+    everything: JoinedFaceSet, joined: Sequence[Sequence[np.ndarray]], embeddings: Rows | None
+) -> Iterator[list[_Task]]:
     """What a process gets at a time. The embeddings are read when it does, as those of all may lie in files."""
-
-    def __init__(self, joined: Sequence[Sequence[np.ndarray]], embeddings: Rows | None) -> None:
-        self._joined, self._embeddings = joined, embeddings
-
-    def __len__(self) -> int:
-        return -(-len(self._joined) // _IDENTITIES_AT_ONCE)
-
-    def __getitem__(self, number: Any) -> Any:
-        block = self._joined[number * _IDENTITIES_AT_ONCE : (number + 1) * _IDENTITIES_AT_ONCE]
-        if not block:
-            raise IndexError(number)
-        return [
-            (parts, None if self._embeddings is None else self._embeddings[np.concatenate(parts)]) for parts in block
+    for start in range(0, len(joined), _IDENTITIES_AT_ONCE):
+        block = joined[start : start + _IDENTITIES_AT_ONCE]
+        whole = [np.concatenate(parts) for parts in block]
+        yield [
+            _Task(parts, everything.part(positions), None if embeddings is None else embeddings[positions])
+            for parts, positions in zip(block, whole, strict=True)
         ]
 
 
-class _OwnRows:
-    """The embeddings of one identity's images, by their positions in all sets."""
-
-    def __init__(self, positions: np.ndarray, unit: np.ndarray) -> None:
-        self._order, self._positions, self._unit = np.argsort(positions), np.sort(positions), unit
-
-    def __getitem__(self, positions: np.ndarray) -> np.ndarray:
-        return self._unit[self._order[np.searchsorted(self._positions, positions)]]
-
-
-_images: EncodedImages | None = None
-
-
-def _start(images: EncodedImages) -> None:
-    """Give this process the images; it is one of several, so OpenCV works in it alone."""
-    global _images
-    _images = images
+def _start() -> None:
+    """This process is one of several, so OpenCV works in it alone."""
     if multiprocessing.parent_process() is not None:
         cv2.setNumThreads(1)
 
 
 def _search_block(block: Sequence[_Task]) -> tuple[int, list[Duplicate]]:
     """How many identities there were, and their duplicates."""
-    assert _images is not None
     found: list[Duplicate] = []
-    for parts, unit in block:
-        rows = None if unit is None else _OwnRows(np.concatenate(parts), unit)
-        found.extend(find_duplicates(_images, parts, rows))
+    for parts, images, unit in block:
+        positions = np.concatenate(parts).tolist()
+        own = np.split(np.arange(len(positions)), np.cumsum([len(part) for part in parts])[:-1])
+        found.extend(
+            one._replace(image=positions[one.image], original=positions[one.original])
+            for one in find_duplicates(images, own, unit)
+        )
     return len(block), found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from utils.devices import full_precision
 from utils.files import atomic_write
+from utils.progress import progress_bar
 from utils.ranks import Ranks
 
 # Row blocks for each of several ranks, at least.
@@ -21,6 +22,8 @@ _SAVED_AFTER = 60.0
 _SHARED_AT_ONCE = 1 << 17
 # Candidates in a part: of each part the highest cosine is found first, and only the best parts are looked through.
 _PART = 32
+# Pairs from which on comparing shows its progress: half a minute on a CPU.
+_PAIRS_SHOWN = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,9 @@ def top_matches(
     kept = [of_rows] if within else [of_rows, of_columns]
     saved = _Saved(folder, (first, second), (k, floor, row_block, column_block, ranks.rank, ranks.size), kept)
     buffer = first.new_empty(_padded(min(row_block, n)) * _padded(min(column_block, m)))
-    with full_precision(first.device):
+    shown = ranks.first and n * m >= _PAIRS_SHOWN
+    bar = progress_bar(n, "identity", "compare", initial=min(saved.start, n), disable=not shown)
+    with full_precision(first.device), bar:
         for i in range(saved.start + ranks.rank * row_block, n, ranks.size * row_block):
             own = first[i : i + row_block]
             for j in range(i if within else 0, m, column_block):
@@ -88,7 +93,9 @@ def top_matches(
                 of_rows.offer(cosines, 1, i, j)
                 if not (within and i == j):
                     of_columns.offer(cosines, 0, j, i)
-            saved.done(i + (ranks.size - ranks.rank) * row_block)
+            done = i + (ranks.size - ranks.rank) * row_block
+            saved.done(done)
+            bar.update(min(done, n) - bar.n)
     of_rows.share(ranks)
     if not within:
         of_columns.share(ranks)

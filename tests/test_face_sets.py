@@ -652,7 +652,7 @@ def test_folder_and_rec_are_interchangeable(face_data: Path) -> None:
 
 
 def test_a_tree_keeps_no_object_an_image(tmp_path: Path) -> None:
-    """Trees have millions of images, and every worker gets a copy: names take their letters and a number."""
+    """Trees have millions of images: names take their letters and a number."""
     for person in range(20):
         folder = tmp_path / "tree" / f"{person:03}"
         folder.mkdir(parents=True)

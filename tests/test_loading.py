@@ -415,6 +415,15 @@ def test_random_orders_are_announced(tmp_path: Path, name: str, random: bool, jo
     assert all(("rr" in mapping_flags(part.path)) == random for part in sets)
 
 
+def test_a_part_of_sets_made_of_others_has_its_images(tmp_path: Path) -> None:
+    """The positions asked for, those in one set behind those in the set before it."""
+    joined = JoinedFaceSet([large_set(tmp_path / part) for part in "ab"])
+    positions = np.array([3, len(joined) - 1, 1, len(joined) - 4])
+    for faces in (joined, FrequentIdentities(joined, 2)):
+        part = faces.part(positions)
+        assert [part.encoded(i) for i in range(4)] == [faces.encoded(int(i)) for i in positions[[0, 2, 1, 3]]]
+
+
 @pytest.mark.parametrize("kind", ["plain", "joined", "frequent"])
 @pytest.mark.parametrize(("stretch", "first"), [(0, 0), (0, 3), (24, 0), (24, 7)])
 def test_images_are_announced_before_they_are_read(

@@ -106,6 +106,9 @@ class Lettered:
     def describe(self, i: int) -> str:
         return f"letter {i}"
 
+    def part(self, positions: np.ndarray) -> "Lettered":
+        return Lettered(self.path, "".join(self._text[i] for i in positions), [], [])
+
 
 def test_a_cleaned_set_is_a_face_set(tmp_path: Path) -> None:
     """Without the outliers, second people behind the others under names that nobody has, bytes as they were."""
@@ -120,6 +123,7 @@ def test_a_cleaned_set_is_a_face_set(tmp_path: Path) -> None:
         by_name[clean.identities[clean.labels[i]]] += clean.encoded(i).decode()
     assert by_name == {"anna": "abcdef", "anna#2": "jklmnopq", "anna#2'": "ghi"}
     assert clean.describe(9) == "letter 9"
+    assert [clean.part(np.array([9, 2])).encoded(i) for i in range(2)] == [clean.encoded(9), clean.encoded(2)]
     assert (
         clean.fingerprint()
         != CleanedFaceSet(faces, find_wrong(torch.from_numpy(embeddings), faces.labels, 2, -1, -1)).fingerprint()

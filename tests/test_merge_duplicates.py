@@ -1,6 +1,7 @@
 """Copies of a picture are known whatever was done to them, other pictures of the person are not taken for copies."""
 
 import itertools
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -220,6 +221,18 @@ def test_processes_find_what_one_finds(
         with pytest.raises(OSError, match="pulled out"):
             search(tmp_path / "many", sets, JoinedFaceSet(sets), parts, unit, "model", 0)
     assert search(tmp_path / "many", sets, JoinedFaceSet(sets), parts, unit, "model", 2) == found
+
+
+def test_processes_get_their_images_alone(tiny_set: Path) -> None:
+    """Not the places of all images, of which 43 million are more than a GiB for each process."""
+    faces, sizes = open_face_set(tiny_set), []
+    for count in (len(faces), 5000):
+        large = faces.part(np.resize(np.arange(len(faces)), count))
+        joined = [[np.array([7, 1]), np.array([count, count + 3])]]
+        (task,) = next(joined_duplicates._blocks(JoinedFaceSet([large, large]), joined, None))
+        assert [task.images.encoded(i) for i in range(4)] == [faces.encoded(i) for i in (7, 1, 0, 3)]
+        sizes.append(len(pickle.dumps(task)))
+    assert sizes[0] == sizes[1]
 
 
 def test_what_was_found_is_for_its_model_limits_and_identities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,20 @@ def test_ranks_share_the_work_and_agree() -> None:
             torch.testing.assert_close(mine, expected)
 
 
+def test_a_bar_shows_how_far_millions_are_compared(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """It ends at all of them, where a call goes on from what was kept, too; few are compared without a word."""
+    first, second = unit(83, 16, 0), unit(61, 16, 1)
+    top_matches(first, second, 4, 0.5, 16)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(matching, "_PAIRS_SHOWN", 1)
+    monkeypatch.setattr(matching, "_SAVED_AFTER", 0.0)
+    for _ in range(2):
+        top_matches(first, second, 4, 0.5, 16, folder=tmp_path)
+        assert "compare: 100%" in capsys.readouterr().err
+
+
 class OneOfSeveral(Ranks):
     """A rank that keeps what it has found to itself."""
 

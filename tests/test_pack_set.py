@@ -2,6 +2,8 @@
 
 import csv
 import os
+import pickle
+import re
 import shlex
 import signal
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 
 from config import PackConfig
 from conftest import ROOT
-from data import fitting
+from data import face_sets, fitting, set_sources
 from data.align import TEMPLATE, align
 from data.face_set_writer import write_face_set
 from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
@@ -386,6 +388,40 @@ def test_an_image_of_another_size_is_named(tmp_path: Path, folder: Path, workers
         ImageError, match=r"ann.* has 32x32 pixels, expected 48x48: resize such images with --other-size"
     ):
         pack_all(folder, tmp_path / "set", fit=Fit(48, "refuse", 95), workers=workers)
+
+
+@pytest.mark.parametrize(("kind", "title"), [(as_folders, "faces: 100%"), (as_csv, "lines of .*faces.csv: 100%")])
+def test_a_bar_shows_how_far_large_sources_are_read(
+    folder: Path,
+    kind: Callable[[Path], Path],
+    title: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Millions of folders or lines take minutes; small sources open without a word."""
+    source = kind(folder)
+    open_source(source)
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(face_sets, "_FOLDERS_SHOWN", 1)
+    monkeypatch.setattr(set_sources, "_SHOWN", 1)
+    monkeypatch.setattr(set_sources, "_LINES_AT_ONCE", 1)
+    assert len(open_source(source)) == sum(PEOPLE.values())
+    assert re.search(title, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("kind", [as_folders, as_face2rec, as_csv, as_rec])
+def test_a_part_is_sent_to_workers_alone(folder: Path, kind: Callable[[Path], Path]) -> None:
+    """It has the bytes, places and landmarks of its images, and nothing of the others."""
+    faces = open_source(kind(folder))
+    few = np.array([5, 2, 7])
+    part = pickle.loads(pickle.dumps(faces.part(few)))
+    for i, whole in enumerate(few.tolist()):
+        assert (part.encoded(i), part.describe(i)) == (faces.encoded(whole), faces.describe(whole))
+        if isinstance(faces, ListedFaceSet):
+            assert part.is_aligned(i) == faces.is_aligned(whole)
+            assert np.array_equal(part.landmarks(i), faces.landmarks(whole))
+    large = faces.part(np.resize(np.arange(len(faces)), 5000))
+    assert len(pickle.dumps(large.part(few))) == len(pickle.dumps(faces.part(few)))
 
 
 def test_few_results_wait(monkeypatch: pytest.MonkeyPatch, tiny_set: Path) -> None:

@@ -3,12 +3,14 @@
 import csv
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +29,7 @@ from data.recordio import MAGIC_BYTES, RecordError, pack_image, write_records
 from data.set_sources import LANDMARK_COLUMNS, open_source
 from data.unpacked_names import FORBIDDEN, portable_names
 from tiny_faces import tiny_face
+from utils import processes
 from utils.files import BusyError
 
 SCRIPT = ROOT / "data" / "prepare_data.py"
@@ -42,6 +45,20 @@ def image(key: int) -> bytes:
 
 def path_of(key: int) -> str:
     return f"{label(key):06d}/{key:09d}{'.png' if key % 3 == 0 else '.jpg'}"
+
+
+class MeasuredPool(ProcessPoolExecutor):
+    """Notes in `sent` how many bytes workers get, when they are started and with each block."""
+
+    sent: ClassVar[list[int]] = []
+
+    def __init__(self, workers: int, context: Any, initialise: Any, arguments: Any) -> None:
+        super().__init__(workers, context, initialise, arguments)
+        self.sent.append(len(pickle.dumps((initialise, arguments))))
+
+    def submit(self, *task: Any) -> Any:
+        self.sent.append(len(pickle.dumps(task)))
+        return super().submit(*task)
 
 
 def label(key: int) -> int:
@@ -76,6 +93,23 @@ def tree(output: Path) -> dict[str, bytes]:
         for path in output.rglob("*")
         if path.is_file() and path.name not in (JOURNAL, TABLE)
     }
+
+
+def test_workers_get_their_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacking and packing send a worker the places of a block of images, not those of the set: of 42 million they
+    are a GiB, for each of them.
+    """
+    count, sent = 2000, MeasuredPool.sent
+    with write_records(tmp_path / "train.rec") as writer:
+        for key in range(count):
+            writer.write(key, pack_image(float(key % 50), key, tiny_face(key % 3, 0)))
+    monkeypatch.setattr(processes, "ProcessPoolExecutor", MeasuredPool)
+    monkeypatch.setattr(prepare_data, "IMAGES_PER_BLOCK", 64)
+    prepare(tmp_path / "train.rec", tmp_path / "images", 1)
+    faces = open_source(tmp_path / "train.rec")
+    pack(faces, select(faces, PackConfig()), tmp_path / "packed", Fit(32, "refuse", 95), 1)
+    assert len(sent) > 2 * count // 64
+    assert max(sent) < 8 * count
 
 
 def test_files_are_the_bytes_of_the_records(tmp_path: Path, rec: Path) -> None:
@@ -574,7 +608,10 @@ def test_lists_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "l.lst").write_text("0\t0.png\t5\n")
     main(["--r", str(tmp_path / "l.lst"), "--image-root", str(tmp_path / "photos"), "--output", str(tmp_path / "out"),
           "--unaligned", "copy", "--workers", "0"])  # fmt: skip
-    assert "1 images of 1 identities; 1 written now" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "1 images of 1 identities; 1 written now" in shown.out
+    assert "check: 100%" in shown.err, "the files of millions of images take minutes"
+    assert f"{TABLE}: 100%" in shown.err
     assert list(tree(tmp_path / "out")) == ["000005/000000001.png"]
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import cv2
@@ -434,6 +435,33 @@ def test_sample_and_sheet_follow_the_seed(face_data: Path, tmp_path: Path) -> No
     pictures = [cv2.imread(str(tmp_path / name / "faces.png")) for name in "abc"]
     assert (pictures[0] == pictures[1]).all()
     assert pictures[0].shape != pictures[2].shape or (pictures[0] != pictures[2]).any()
+
+
+def test_a_set_whose_images_all_turn_out_broken_is_reported(tmp_path: Path) -> None:
+    """A small one is broken altogether once the sheet of faces was tried: it ended in an IndexError."""
+    with write_records(tmp_path / "train.rec") as writer:
+        for key in range(3):
+            writer.write(key, pack_image(float(key), key, JPEG[:20]))
+    report = report_on(tmp_path / "train.rec", tmp_path / "out", sample=1)
+    assert (report.images, report.broken, report.identities_lost) == (0, 3, ["0", "1", "2"])
+    assert not (tmp_path / "out" / "images_per_identity.png").exists()
+
+
+def test_a_tree_of_folders_keeps_no_object_an_image(tmp_path: Path) -> None:
+    """Trees have millions of images, whose paths alone were gigabytes; a part of them has the same ones."""
+    for person in range(20):
+        (tmp_path / "tree" / f"{person:03}").mkdir(parents=True)
+        for image in range(50):
+            (tmp_path / "tree" / f"{person:03}" / f"{image:03}.png").write_bytes(PNG)
+    tracemalloc.start()
+    try:
+        records, _ = open_records(tmp_path / "tree")
+        kept = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert kept < 80 * len(records)
+    part = records.part(990, 2000)
+    assert (len(part), part.place(9), part.encoded(9)) == (10, records.place(999), PNG)
 
 
 def test_pictures_of_images_of_any_size(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -54,18 +54,18 @@ def worker_count(workers: int) -> int:
 
 
 def map_ordered(
-    function: Callable[[Any], Any], items: Sequence[Any], workers: int, initialise: Callable[..., None], *arguments: Any
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int, initialise: Callable[..., None], *arguments: Any
 ) -> Iterator[Any]:
     """`function(item)` for every item, results in order; `initialise(*arguments)` runs once in each process.
 
-    Only a few results are made ahead of those that were taken. With `workers` 0 all of it happens in this process.
-    An error in a worker is raised here; WorkerError when one died.
+    Only a few items are taken, and results made, ahead of those that were taken. With `workers` 0 all of it happens in
+    this process. An error in a worker is raised here; WorkerError when one died.
     """
     return _map(_take_first, function, items, workers, initialise, arguments)
 
 
 def map_unordered(
-    function: Callable[[Any], Any], items: Sequence[Any], workers: int, initialise: Callable[..., None], *arguments: Any
+    function: Callable[[Any], Any], items: Iterable[Any], workers: int, initialise: Callable[..., None], *arguments: Any
 ) -> Iterator[Any]:
     """As `map_ordered`, with results as they come."""
     return _map(_take_finished, function, items, workers, initialise, arguments)
@@ -74,7 +74,7 @@ def map_unordered(
 def _map(
     take: Callable[[list[Future]], Future],
     function: Callable[[Any], Any],
-    items: Sequence[Any],
+    items: Iterable[Any],
     workers: int,
     initialise: Callable[..., None],
     arguments: tuple,
@@ -84,7 +84,7 @@ def _map(
         yield from map(function, items)
         return
     waiting: list[Future] = []
-    with _executor(min(workers, len(items)), initialise, arguments) as pool:
+    with _executor(workers, initialise, arguments) as pool:
         for item in items:
             with starting_workers():
                 waiting.append(pool.submit(_answer, function, item))
@@ -110,7 +110,7 @@ def _executor(workers: int, initialise: Callable[..., None], arguments: tuple) -
     # multiprocessing.Pool, the executor notices when one is killed (out of memory, say) instead of waiting for ever.
     context = multiprocessing.get_context("spawn")
     with starting_workers():
-        executor = ProcessPoolExecutor(max(1, workers), context, _start_worker, (initialise, *arguments))
+        executor = ProcessPoolExecutor(workers, context, _start_worker, (initialise, *arguments))
     with executor as pool:
         try:
             yield pool
