@@ -66,7 +66,7 @@ def balanced_order(labels: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     images, counts = len(labels), np.bincount(labels)
     shuffled = generator.permutation(images)
     # Sorted by label, and the images of each as they were shuffled: numbers are sorted ten times as fast as by a key.
-    places = labels[shuffled] * images + np.arange(images)
+    places = labels[shuffled] * np.int64(images) + np.arange(images)
     places.sort()
     places %= images
     by_identity = shuffled[places]
