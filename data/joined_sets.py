@@ -44,10 +44,12 @@ class JoinedFaceSet:
         return faces.describe(position)
 
     def part(self, positions: np.ndarray) -> "JoinedFaceSet":
-        """See Divisible. The images of each set come behind those of the one before, whatever the order asked for."""
-        own = zip(self._sets, self._starts, self._starts[1:], strict=False)
+        """See Divisible. Raises ValueError unless `positions` go through the sets in their order."""
+        numbers = np.searchsorted(self._starts, positions, side="right") - 1
+        if (np.diff(numbers) < 0).any():
+            raise ValueError("a part of joined sets has to have their images in the order of the sets")
         return JoinedFaceSet(
-            [faces.part(positions[(positions >= start) & (positions < end)] - start) for faces, start, end in own]
+            [faces.part(positions[numbers == number] - self._starts[number]) for number, faces in enumerate(self._sets)]
         )
 
     def fingerprint(self) -> str:

@@ -133,10 +133,8 @@ class ListedFaceSet:
     def part(self, positions: np.ndarray) -> "ListedFaceSet":
         part = copy(self)
         part.lines, part.labels, part.identities = self.lines[positions], self.labels[positions], []
-        part._paths, part._aligned = (
-            self._paths.part(positions),
-            bytearray(self._aligned[i] for i in positions.tolist()),
-        )
+        part._paths = self._paths.part(positions)
+        part._aligned = bytearray(self._aligned[i] for i in positions.tolist())
         part._landmarks = self._landmarks[positions] if len(self._landmarks) else self._landmarks
         return part
 

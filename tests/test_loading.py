@@ -416,12 +416,14 @@ def test_random_orders_are_announced(tmp_path: Path, name: str, random: bool, jo
 
 
 def test_a_part_of_sets_made_of_others_has_its_images(tmp_path: Path) -> None:
-    """The positions asked for, those in one set behind those in the set before it."""
+    """Those at the positions asked for, in their order; one that a part cannot have is refused, not changed."""
     joined = JoinedFaceSet([large_set(tmp_path / part) for part in "ab"])
-    positions = np.array([3, len(joined) - 1, 1, len(joined) - 4])
+    positions = np.array([3, 1, len(joined) - 1, len(joined) - 4])
     for faces in (joined, FrequentIdentities(joined, 2)):
         part = faces.part(positions)
-        assert [part.encoded(i) for i in range(4)] == [faces.encoded(int(i)) for i in positions[[0, 2, 1, 3]]]
+        assert [part.encoded(i) for i in range(4)] == [faces.encoded(i) for i in positions.tolist()]
+        with pytest.raises(ValueError, match="order of the sets"):
+            faces.part(positions[::-1])
 
 
 @pytest.mark.parametrize("kind", ["plain", "joined", "frequent"])
