@@ -7,11 +7,11 @@ import torch
 
 # config.py is left out: its settings are compared one by one, and may differ where they are of a machine.
 _SOURCES = ("*.py", "data/*.py", "dataset_merge/*.py", "models/**/*.py", "utils/**/*.py")
-_ROOT = Path(__file__).resolve().parents[1]
 
 
-def program_facts(root: Path = _ROOT) -> dict[str, str]:
-    """The version of torch, and a checksum of the program's sources, which lie below `root`."""
+def program_facts() -> dict[str, str]:
+    """The version of torch, and a checksum of the program's sources."""
+    root = Path(__file__).resolve().parents[1]
     files = sorted(path for pattern in _SOURCES for path in root.glob(pattern) if path.name != "config.py")
     checksum = 0
     for path in files:
