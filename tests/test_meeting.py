@@ -84,8 +84,12 @@ def test_who_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that ended before it met the others: they do not wait for ever, and say which it was."""
     monkeypatch.setattr(meeting, "_COME_WITHIN", timedelta(seconds=0.2))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(MeetingError, match=r"process 1 of 2 did not come within 0\.2 s"):
-        meeting._addresses(dist.HashStore(), 0, 2)
+    store = dist.HashStore()
+    store.set("address-2", HERE)
+    with pytest.raises(MeetingError, match=r"process 1 of 3 did not come within 0\.2 s"):
+        meeting._addresses(store, 0, 3)
+    store.set("address-1", "")
+    assert meeting._addresses(store, 0, 3) == ["127.0.0.1", "", HERE]
 
 
 def two_machines(code: str, **of_the_second: str) -> list[tuple[int, list[str]]]:

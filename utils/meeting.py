@@ -77,17 +77,15 @@ def _addresses(store: dist.Store, rank: int, size: int) -> list[str]:
     """The IPv4 address of each process's machine on its way to `MASTER_ADDR`; an empty one where there is none. Waits
     for all of them."""
     store.set(f"address-{rank}", _address_towards(os.environ["MASTER_ADDR"]))
-    addresses = []
-    for other in range(size):
-        try:
-            store.wait([f"address-{other}"], _COME_WITHIN)
-        except dist.DistError:
-            raise MeetingError(
-                f"process {other} of {size} did not come within {_COME_WITHIN.total_seconds():g} s: its machine says "
-                "why"
-            ) from None
-        addresses.append(store.get(f"address-{other}").decode())
-    return addresses
+    names = [f"address-{other}" for other in range(size)]
+    try:
+        store.wait(names, _COME_WITHIN)
+    except dist.DistError:
+        missing = next((other for other, name in enumerate(names) if not store.check([name])), size - 1)
+        raise MeetingError(
+            f"process {missing} of {size} did not come within {_COME_WITHIN.total_seconds():g} s: its machine says why"
+        ) from None
+    return [address.decode() for address in store.multi_get(names)]
 
 
 def _use_shared_network(addresses: Iterable[str]) -> None:
