@@ -179,6 +179,8 @@ def _flag(value: object) -> bool:
 
 def write_bin(path: Path | str, images: Sequence[bytes], same: Sequence[bool]) -> None:
     """Write a verification set: `images` has the two encoded images of each pair in order, `same` a flag a pair."""
+    if len(images) != 2 * len(same):
+        raise ValueError(f"{len(images)} images for {len(same)} pairs, expected two a pair")
     with atomic_write(path) as file:
         # Protocol 4 stores bytes as BINBYTES, which insightface's own reader loads too.
         pickle.dump((list(images), [bool(value) for value in same]), file, protocol=4)

@@ -70,8 +70,13 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
     vector before is at least 0.6 of the identity's median cosine with it.
 
     `embeddings` may lie elsewhere (see unit_rows.py) and go to the device in chunks. Memory there: 4 x D bytes an
-    identity (medoid: three times, trimmed: four times as much), and 30 bytes an image.
+    identity (medoid: three times, trimmed: four times as much), and 30 bytes an image. Raises ValueError for labels
+    that do not fit.
     """
+    if len(embeddings) != len(labels):
+        raise ValueError(f"{len(embeddings)} embeddings, but {len(labels)} labels")
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < identities:
+        raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())} for {identities} identities")
     images = torch.bincount(labels, minlength=identities)
     used = images
     vectors = sums(embeddings, labels, identities)

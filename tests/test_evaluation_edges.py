@@ -112,6 +112,15 @@ def test_an_embedding_that_is_not_finite_is_named_by_its_image(tiny_set: Path) -
             measure(features, CPU, "model", test_set, Tables(), options(), Ranks())
 
 
+@pytest.mark.parametrize("kind", [True, False])
+def test_pairs_of_one_kind_are_an_error_that_names_the_set(kind: bool) -> None:
+    """A list of genuine pairs alone has an accuracy but no FAR: it is refused by name."""
+    index = np.arange(40).reshape(20, 2)
+    features = np.random.default_rng(0).normal(size=(40, 8))
+    with pytest.raises(ValueError, match=f"set: there are no {'impostor' if kind else 'genuine'} scores"):
+        measure(features, CPU, "m", listed_pairs(np.full(20, kind), index), Tables(), options(), Ranks())
+
+
 def test_ten_pairs_are_enough_for_a_report(tmp_path: Path) -> None:
     """The smallest set that folds can be made of has numbers, intervals and a valid JSON."""
     random = np.random.default_rng(0)

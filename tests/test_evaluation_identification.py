@@ -306,7 +306,6 @@ def test_ijb_numbers_equal_loops(small_ijb: tuple[Path, NDArray[np.float64]], mo
         expected_points = rule(genuine, impostor, (0.1, 0.01))
         assert [point.tar for point in points] == [point.tar for point in expected_points]
     searched = ijb_identification(pooled, ijb, 20, FPIR)
-    assert searched is not None
     probes = ijb.probes
     assert probes is not None
     queries = np.array([expected[template] for template in probes.templates.tolist()])
@@ -424,7 +423,8 @@ def test_missing_images_and_galleries(tmp_path: Path) -> None:
     (told,) = faces.__getitems__([4]).broken  # as of any broken image, and not by a worker's traceback
     assert re.search(message, told)
     pooled = pool_templates(np.random.default_rng(0).normal(size=(96, 4)), ijb.templates, ijb.media)
-    assert ijb_identification(pooled, ijb) is None
+    with pytest.raises(IjbError, match="no galleries and probes"):
+        ijb_identification(pooled, ijb)
 
 
 def test_a_probe_at_the_threshold_is_not_identified() -> None:

@@ -168,12 +168,15 @@ def test_ranks_do_to_a_face_what_one_process_does(ranks: int, epoch: int, batch:
 
 
 def test_ranks_must_divide_the_batch() -> None:
-    """Unequal parts are refused by the name of the setting."""
+    """Unequal parts are refused by the name of the setting; so is a rank that does not exist."""
     order = partial(exact_order, 100, 0)
     with pytest.raises(ConfigError, match=r"train\.batch_size: must be a multiple of the 3 ranks, got 10"):
         EpochBatches(order, 100, 10, 0, 3)
     with pytest.raises(ConfigError, match=r"train\.batch_size"):
         flips(0, 0, 0, 10, 1, 4)
+    for rank in (-1, 2):
+        with pytest.raises(ValueError, match=f"rank {rank} is none of 2"):
+            EpochBatches(order, 100, 10, rank, 2)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

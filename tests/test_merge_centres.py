@@ -84,6 +84,15 @@ def test_joined_centres_keep_their_order() -> None:
     assert torch.equal(both.spread[5:], part.spread)
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"), [([0, 1], "3 embeddings, but 2 labels"), ([0, 1, 2], "from 0 to 2 for 2")]
+)
+def test_labels_that_do_not_fit(labels: list[int], message: str) -> None:
+    """Refused with the numbers, before anything is computed."""
+    with pytest.raises(ValueError, match=message):
+        identity_centres(torch.eye(3), torch.from_numpy(np.array(labels)), 2)
+
+
 @pytest.mark.parametrize("method", ["mean", "trimmed", "medoid"])
 def test_vectors_of_any_length_are_taken_as_unit_ones(method: Method) -> None:
     """Centres need no copy of the embeddings at length 1, nor one of those that cleaning leaves."""

@@ -147,6 +147,13 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, written: list[tupl
         assert pickle.load(file, encoding="bytes") == (images, same)
 
 
+def test_write_refuses_a_wrong_number_of_images(tmp_path: Path) -> None:
+    """Three images are no pairs: nothing is written."""
+    with pytest.raises(ValueError, match="3 images for 2 pairs"):
+        write_bin(tmp_path / "x.bin", [b"a", b"b", b"c"], [True, False])
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- what a file must not do ------------------------------------------------------------------------------------------
 
 

@@ -289,16 +289,16 @@ class IjbIdentification:
 
 def ijb_identification(
     templates: Templates, ijb: Ijb, ranks: int = 20, fpir: Sequence[float] = (0.01, 0.1)
-) -> IjbIdentification | None:
-    """The 1:N protocol; None for a set without its files."""
-    probes = ijb.probes
-    if probes is None:
-        return None
-    queries = templates.vectors[templates.rows(probes.templates)]
+) -> IjbIdentification:
+    """The 1:N protocol. Raises IjbError for a set without its files."""
+    if ijb.probes is None:
+        raise IjbError(f"{ijb.name}: its meta folder has no galleries and probes, so there is no 1:N test")
+    queries = templates.vectors[templates.rows(ijb.probes.templates)]
 
     def search(templates_of: NDArray[np.int64], subjects: NDArray[np.int64], joined: bool) -> Identification:
         entries = templates.vectors[templates.rows(templates_of)]
-        return identify(queries, probes.subjects, entries, subjects, ranks, fpir, over_scores=joined)
+        assert ijb.probes is not None
+        return identify(queries, ijb.probes.subjects, entries, subjects, ranks, fpir, over_scores=joined)
 
     galleries = ijb.galleries
     return IjbIdentification(

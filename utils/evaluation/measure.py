@@ -116,7 +116,8 @@ def measure(
 ) -> Measured | None:
     """Test a model, called `name`, on the set by its features [N, D]. All ranks compare; only the first has the result.
 
-    Raises ValueError, naming the image, for features that are not finite or, of single images, zero.
+    Raises ValueError, naming the image, for features that are not finite or, of single images, zero, and for a set
+    that lacks pairs of a kind.
     """
     _check_features(features, name, test_set)
     if test_set.faces is not None:
@@ -145,9 +146,12 @@ def _measure_pairs(
 ) -> Measured:
     pairs = test_set.pairs
     assert pairs is not None
-    result = ten_fold(unit_rows(features)[pairs.index.reshape(-1)], pairs.same)
-    scores, same = result.cosines, result.same
-    curve = roc_of_pairs(scores, same)
+    try:
+        result = ten_fold(unit_rows(features)[pairs.index.reshape(-1)], pairs.same)
+        scores, same = result.cosines, result.same
+        curve = roc_of_pairs(scores, same)
+    except ValueError as error:
+        raise ValueError(f"{test_set.name}: {error}") from None
     points = tar_at_far(scores[same], scores[~same])
     intervals = None
     if options.draws:
@@ -188,7 +192,10 @@ def _measure_all_pairs(
     assert faces is not None
     unit = torch.from_numpy(unit_rows(features)).to(device)
     labels = torch.from_numpy(faces.labels)
-    result = all_pairs(unit, labels, progress=ranks.first, ranks=ranks)
+    try:
+        result = all_pairs(unit, labels, progress=ranks.first, ranks=ranks)
+    except ValueError as error:
+        raise ValueError(f"{test_set.name}: {error}") from None
     counts = identity_counts(unit, labels, result, progress=ranks.first, ranks=ranks) if options.draws else None
     breakdowns = {
         title: breakdown_all_pairs(
@@ -274,6 +281,7 @@ def _measure_ijb(name: str, test_set: TestSet, features: NDArray[np.floating], o
     assert ijb is not None
     pooled = pool_templates(image_features(features, ijb.scores), ijb.templates, ijb.media)
     result = ijb_verification(pooled, ijb.pairs, ijb.same)
+    identification = ijb_identification(pooled, ijb) if ijb.galleries and ijb.probes is not None else None
     return Measured(
         name,
         features,
@@ -283,7 +291,7 @@ def _measure_ijb(name: str, test_set: TestSet, features: NDArray[np.floating], o
         eer=result.eer,
         curve=(result.roc.far, result.roc.tar),
         histogram=_histogram_of_roc(result.roc),
-        identification=ijb_identification(pooled, ijb),
+        identification=identification,
     )
 
 
