@@ -239,6 +239,39 @@ def test_one_partial_row_is_as_wide_as_its_images(tmp_path: Path) -> None:
     assert read_rgb(tmp_path / "sheet.png").shape == (28, 44, 3)
 
 
+@pytest.mark.parametrize(
+    ("images", "columns", "labels", "message"),
+    [
+        (faces(2), 0, None, "columns must be at least 1"),
+        (faces(0), 2, None, "no image"),
+        ([faces(1)[0], faces(1, height=21)[0]], 2, None, "of one size.*image 1 is uint8"),
+        (faces(2).astype(np.float32), 2, None, "image 0 is float32"),
+        (faces(2)[..., 0], 2, None, "must be uint8"),
+        (faces(3), 2, ["one"], "1 labels for 2 rows"),
+    ],
+)
+def test_contact_sheet_refuses_what_it_cannot_tile(
+    images: NDArray[np.uint8], columns: int, labels: list[str] | None, message: str, tmp_path: Path
+) -> None:
+    """Protects callers from a sheet with missing, wrapped-around or mislabelled faces."""
+    with pytest.raises(ValueError, match=message):
+        draw_contact_sheet(tmp_path / "sheet.png", images, columns, row_labels=labels)
+
+
+def test_charts_refuse_empty_data(tmp_path: Path) -> None:
+    """Protects against blank pictures, and against counts that do not belong to the edges."""
+    path, counts, edges = tmp_path / "chart.png", np.ones(4, dtype=np.int64), np.linspace(0, 1, 5)
+    with pytest.raises(ValueError, match="no curve"):
+        draw_roc(path, {"all at zero": ([0.0, 0.0], [0.1, 0.2])}, "title")
+    with pytest.raises(ValueError, match="no curve"):
+        draw_curves(path, {}, "x", "y", "title")
+    with pytest.raises(ValueError, match="genuine and impostor"):
+        draw_score_histogram(path, counts * 0, counts, edges, "title")
+    with pytest.raises(ValueError, match="do not fit"):
+        draw_score_histogram(path, counts, counts, edges[1:], "title")
+    assert not path.exists()
+
+
 def test_histogram_keeps_all_scores_when_it_joins_bins(tmp_path: Path) -> None:
     """Protects the few genuine scores beside a million impostors: their curve is as high as the impostors'."""
     path = tmp_path / "histogram.png"
@@ -267,6 +300,9 @@ def test_det_shows_the_better_model_below(tmp_path: Path) -> None:
     left, right = (np.flatnonzero(coloured(tmp_path / "det.png", (0, 0x72, 0xB2))[:, columns].any(axis=1)).min()
                    for columns in (slice(100, 200), slice(400, 500)))  # fmt: skip
     assert left < right, "false rejects do not fall with the false accept rate"
+    with pytest.raises(ValueError, match="no curve has a point"):
+        draw_det(tmp_path / "none.png", {"a": (FAR, 0 * FAR)}, "title")
+    assert not (tmp_path / "none.png").exists()
 
 
 def test_rejection_falls_where_the_errors_do(tmp_path: Path) -> None:
@@ -277,6 +313,8 @@ def test_rejection_falls_where_the_errors_do(tmp_path: Path) -> None:
     columns = np.flatnonzero(blue.any(axis=0))
     tops = [np.flatnonzero(blue[:, column]).mean() for column in (columns[2], columns[-3])]
     assert tops[0] < tops[1]
+    with pytest.raises(ValueError, match="no curve"):
+        draw_rejection(tmp_path / "none.png", {}, "title")
 
 
 def test_bars_are_as_long_as_their_numbers(tmp_path: Path) -> None:
@@ -291,6 +329,9 @@ def test_bars_are_as_long_as_their_numbers(tmp_path: Path) -> None:
     assert len(breaks) == 1, "two bars, one above the other"
     assert lengths[0] < lengths[-1]
     bars(path)
+    for values in ({"a": [1.0]}, {}):
+        with pytest.raises(ValueError, match="2 rows need"):
+            draw_bars(path, ["one", "two"], values, None, "title", "x")
 
 
 def test_pair_sheet_keeps_every_pixel_and_its_captions(tmp_path: Path) -> None:
@@ -313,6 +354,9 @@ def test_pair_sheet_keeps_every_pixel_and_its_captions(tmp_path: Path) -> None:
     assert len({x for _, x in places}) == 2
     for border in (sheet[0], sheet[-1], sheet[:, 0], sheet[:, -1]):
         assert (border == 255).all(), "a text runs out of the picture"
+    for captions in ([("a",)] * 4, [("a",)] * 4 + [("a", "b")], []):
+        with pytest.raises(ValueError, match="captions"):
+            draw_pair_sheet(tmp_path / "sheet.png", shown, captions, 2, "title")
 
 
 def test_import_is_light_and_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:

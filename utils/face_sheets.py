@@ -28,9 +28,15 @@ def draw_contact_sheet(
 
     images: uint8 [N, H, W, 3] RGB, or a list of N images of one size. columns: images in a row, at least 1.
     title: a line above the grid. row_labels: a text left of each row.
+
+    Raises ValueError if there is no image, the images are not of one size in uint8 RGB, columns is below 1, or the
+    number of labels is not the number of rows.
     """
     sheet = tile(images, columns)
     rows = -(-len(images) // columns)
+    if row_labels is not None and len(row_labels) != rows:
+        raise ValueError(f"{len(row_labels)} labels for {rows} rows")
+
     figure = new_figure()
     title_width, title_height = text_size(figure, [title] if title else [], fontsize=11)
     labels_width, _ = text_size(figure, row_labels or [], fontsize=9)
@@ -60,8 +66,14 @@ def draw_pair_sheet(
 
     pairs: two uint8 [S, S, 3] RGB each, all of one size. captions: the lines of each pair, as many for all; what is
         too long for the pair is cut off in the middle.
+
+    Raises ValueError if there is no pair, sizes differ or captions do not fit.
     """
+    if not pairs or len(captions) != len(pairs) or len({len(lines) for lines in captions}) != 1:
+        raise ValueError(f"{len(pairs)} pairs need captions of as many lines each, got {len(captions)} captions")
     cells = [tile(list(pair), 2) for pair in pairs]
+    if len({cell.shape for cell in cells}) != 1:
+        raise ValueError("the pairs are not of one size")
     figure = new_figure()
     cell_height, cell_width = cells[0].shape[:2]
     line_height = text_size(figure, ["Ag"], fontsize=8)[1]
@@ -86,7 +98,17 @@ def draw_pair_sheet(
 
 def tile(images: NDArray[np.uint8] | Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
     """The images in one white array, `GAP` pixels between and around them."""
+    if columns < 1:
+        raise ValueError(f"columns must be at least 1, not {columns}")
+    if len(images) == 0:
+        raise ValueError("there is no image to draw")
     shape = np.shape(images[0])
+    for index, image in enumerate(images):
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.shape != shape:
+            raise ValueError(
+                f"images must be uint8 [H, W, 3] of one size: the first has shape {shape}, "
+                f"image {index} is {image.dtype} {image.shape}"
+            )
     height, width = shape[0] + GAP, shape[1] + GAP
     across = min(columns, len(images))
     sheet = np.full((-(-len(images) // columns) * height + GAP, across * width + GAP, 3), 255, dtype=np.uint8)

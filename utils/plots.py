@@ -30,10 +30,15 @@ def draw_roc(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
     """Receiver operating characteristics with a logarithmic FAR axis.
 
     curves: for each name the false accept rates and the true accept rates, of equal length, 0..1. Points at FAR 0 have
-        no place on the axis and are left out; one curve at least has others.
+        no place on the axis and are left out.
+
+    Raises ValueError if there is no curve, or none with a point of FAR above 0.
     """
     points = {name: _sorted_points(far, tar) for name, (far, tar) in curves.items()}
     drawn = [point for point in points.values() if len(point[0])]
+    if not drawn:
+        raise ValueError("no curve has a point with a FAR above 0")
+
     figure, axes = _axes(title, "false accept rate (FAR)", "true accept rate (TAR)")
     for name, (far, tar), colour in _coloured(points):
         axes.plot(far, tar, label=name, color=colour, linewidth=1.8)
@@ -57,14 +62,21 @@ def draw_score_histogram(
 ) -> None:
     """The distributions of genuine and impostor scores, each normalised to itself, as densities.
 
-    genuine_counts, impostor_counts: [B] scores in each bin, some of either kind. edges: [B + 1], rising, of the bins.
+    genuine_counts, impostor_counts: [B] scores in each bin. edges: [B + 1], rising, the bins' edges.
     thresholds: scores to mark with a vertical line each, by name.
 
     The upper panel has a linear scale; the lower one a logarithmic scale, which shows the tails that decide the rates.
     Fine bins are joined, to as many as the picture can show.
+
+    Raises ValueError if the numbers of counts and edges do not fit or there are no scores of one kind.
     """
     genuine, impostor = np.asarray(genuine_counts), np.asarray(impostor_counts)
     fine_edges = np.asarray(edges, dtype=np.float64)
+    if genuine.ndim != 1 or genuine.shape != impostor.shape or fine_edges.shape != (len(genuine) + 1,):
+        raise ValueError(f"{genuine.shape} and {impostor.shape} counts do not fit {fine_edges.shape} edges")
+    if not genuine.any() or not impostor.any():
+        raise ValueError("a histogram needs genuine and impostor scores")
+
     joined, (genuine, impostor) = _join_bins(fine_edges, [genuine, impostor])
     figure, (linear, logarithmic) = _panels(title)
     marks = thresholds or {}
@@ -97,9 +109,13 @@ def draw_curves(
 
     curves: for each name the steps and the values, of equal length. A curve of one point is drawn as a dot.
     highest: what values can be at most; the axis does not go on beyond.
+
+    Raises ValueError if there is no curve.
     """
     from matplotlib.ticker import MaxNLocator
 
+    if not curves:
+        raise ValueError("there is no curve to draw")
     figure, axes = _axes(title, xlabel, ylabel)
     for name, (steps, values), colour in _coloured(curves):
         few = np.size(steps) <= 40
@@ -117,14 +133,17 @@ def draw_det(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
     """Detection error trade-offs: false reject rate over false accept rate, both axes logarithmic.
 
     curves: for each name the false accept rates and the false reject rates, of equal length, 0..1. Points where either
-        is 0 have no place on the axes and are left out; a curve without any other is named in the legend all the same,
-        and one curve at least has others.
+        is 0 have no place on the axes and are left out; a curve without any other is named in the legend all the same.
+
+    Raises ValueError if there is no curve, or none with a point where both rates are above 0.
     """
     points = {}
     for name, (far, frr) in curves.items():
         x, tar = _sorted_points(far, 1 - np.asarray(frr, np.float64))
         points[name] = x[tar < 1], 1 - tar[tar < 1]
     drawn = [point for point in points.values() if len(point[0])]
+    if not drawn:
+        raise ValueError("no curve has a point with FAR and FRR above 0")
     figure, axes = _axes(title, "false accept rate (FAR)", "false reject rate (FRR)")
     axes.set(xscale="log", yscale="log", ylim=(0.1, 1.0))
     for name, (far, frr), colour in _coloured(points):
@@ -142,7 +161,11 @@ def draw_rejection(path: str | Path, curves: Mapping[str, tuple[ArrayLike, Array
     """Errors that are left when the pairs of the lowest quality are rejected, in percent.
 
     curves: for each name the share of pairs rejected and the false reject rate of the rest, of equal length, 0..1.
+
+    Raises ValueError if there is no curve.
     """
+    if not curves:
+        raise ValueError("there is no curve to draw")
     figure, axes = _axes(title, "pairs rejected for low quality, %", "false rejects among the rest, %")
     for name, (rejected, error), colour in _coloured(curves):
         x, y = 100 * np.asarray(rejected, np.float64), 100 * np.asarray(error, np.float64)
@@ -167,8 +190,12 @@ def draw_bars(
     rows: the names of the groups. values: for each series a number a row; NaN leaves its bar out. intervals: for each
         series [rows, 2], low and high, drawn as a line over the bar; NaN leaves it out. The axis begins where the
         differences show, not at 0.
+
+    Raises ValueError without rows or series, or when their numbers do not fit.
     """
     series = {name: np.asarray(numbers, np.float64) for name, numbers in values.items()}
+    if not rows or not series or any(numbers.shape != (len(rows),) for numbers in series.values()):
+        raise ValueError(f"{len(rows)} rows need as many numbers in each of {len(series)} series")
     bounds = {name: np.asarray(interval, np.float64) for name, interval in (intervals or {}).items()}
     figure = new_figure((8, 1.4 + 0.22 * len(rows) * (len(series) + 0.6)))
     axes = figure.add_subplot()
