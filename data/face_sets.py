@@ -25,6 +25,7 @@ from data.recordio import (
     unpack_image,
 )
 from utils.progress import progress_bar
+from utils.regular_files import read_regular_file
 from utils.texts import Texts
 
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
@@ -291,7 +292,7 @@ class FolderFaceSet:
         return f"{self.identities[self.labels[i]]}/{self._names[i]}"
 
     def encoded(self, i: int) -> bytes:
-        return self.file(i).read_bytes()
+        return read_regular_file(self.file(i))
 
     def describe(self, i: int) -> str:
         return str(self.file(i))

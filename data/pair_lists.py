@@ -9,6 +9,7 @@ import numpy as np
 
 from data.face_sets import IMAGE_ENDINGS
 from data.set_sources import csv_separator
+from utils.regular_files import read_regular_file
 
 #: The header of a list that is a CSV.
 COLUMNS = ("path1", "path2", "same")
@@ -50,7 +51,7 @@ class PairFiles:
 
     def encoded(self, i: int) -> bytes:
         try:
-            return self._files[i].read_bytes()
+            return read_regular_file(self._files[i])
         except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
             raise PairsError(f"{self.describe(i)}: {getattr(error, 'strerror', None) or error}") from None
 

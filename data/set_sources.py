@@ -25,6 +25,7 @@ import numpy as np
 from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
 from data.images_fingerprint import files_digest
 from utils.progress import progress_bar
+from utils.regular_files import read_regular_file
 from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
@@ -121,7 +122,7 @@ class ListedFaceSet:
 
     def encoded(self, i: int) -> bytes:
         try:
-            return self.file(i).read_bytes()
+            return read_regular_file(self.file(i))
         except OSError as error:
             relative = self._default_root and not Path(self.relative_file(i)).is_absolute()
             advice = ": paths are relative to the list's folder, or to --image-root" if relative else ""

@@ -26,6 +26,7 @@ from data.images_fingerprint import files_digest
 from utils.evaluation.curves import FAR_POINTS, Roc, TarAtFar, roc, split_scores, tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import Identification, identify
 from utils.evaluation.templates import Templates
+from utils.regular_files import read_regular_file
 
 _PAIRS_AT_ONCE = 1 << 16
 _WHOLE = 2.0**53  # float64 has all whole numbers below
@@ -51,7 +52,7 @@ class IjbImages:
     def encoded(self, i: int) -> bytes:
         """The aligned face, PNG. Raises ImageError for a file that is not there or broken."""
         try:
-            stored = (self._folder / self.names[i]).read_bytes()
+            stored = read_regular_file(self._folder / self.names[i])
         except OSError as error:
             raise ImageError(f"{self.describe(i)}: {error.strerror or error}") from None
         return encode_png(align(decode_rgb(stored, self.describe(i)), self.landmarks[i], self._size, shrink=False))
