@@ -132,6 +132,9 @@ class LossConfig:
     # and elastic_cos 0.35 (insightface takes 0.4 for cosface). Factor on the angle: sphereface 4, sphereface_r 1.5.
     # combined and magface have settings of their own. Presets have margins, which another loss.name keeps.
     margin: float = 0.0
+    # Epochs over which the margin grows from none to the full one, step by step. 0: full from the start, as published.
+    # For what does not begin to learn with the full one; not for sphereface, which has an annealing of its own.
+    margin_warmup_epochs: float = 0.0
     # Factor on the cosines before the softmax (s); 0: as published, which is 64, for sphereface_r 30. Smaller for a few
     # hundred identities. softmax and sphereface have the embedding's length in its place.
     scale: float = 0.0
@@ -190,7 +193,7 @@ class LossConfig:
         message = f"must be 0 (as published) or from {least:g} to {most:g} for {self.name}, got {self.margin}"
         require(good, "loss.margin", message)
         at_least(0, self, "loss", "scale", "lambda_base", "lambda_gamma", "lambda_power", "lambda_min")
-        at_least(0, self, "loss", "penalty_weight", "block")
+        at_least(0, self, "loss", "margin_warmup_epochs", "penalty_weight", "block")
         at_least(1, self, "loss", "sub_centers")
         require(0 < self.m1 <= 8, "loss.m1", f"must be above 0 and at most 8, got {self.m1}")
         between(0, 1.5, self, "loss", "m2", "m3", "margin_low", "margin_high")
@@ -208,6 +211,7 @@ class LossConfig:
         name, why = self.name, f"loss.name is {self.name}"
         return {
             **unless(name not in ("softmax", "normface", "combined", "magface"), why, "margin"),
+            **unless(name not in ("softmax", "normface", "sphereface"), why, "margin_warmup_epochs"),
             **unless(name not in ("softmax", "sphereface"), why, "scale"),
             **unless(name == "combined", why, "m1", "m2", "m3"),
             **unless(name == "sphereface", why, "lambda_base", "lambda_gamma", "lambda_power", "lambda_min"),

@@ -19,7 +19,6 @@ that OUTPUT has already are taken as they are: other ones want another OUTPUT.
 
 import argparse
 import csv
-import json
 import math
 import os
 import shlex
@@ -49,7 +48,7 @@ from utils.devices import describe_device, pick_device
 from utils.files import write_text_atomic
 from utils.processes import worker_count
 from utils.scripts import readable_errors
-from utils.settings import flatten, from_json, parse_settings
+from utils.settings import build, flatten, from_json, parse_settings
 from utils.training.metrics import METRICS, VERIFIED, VERIFIED_AVERAGE, read_metrics
 
 RECIPES = {"published": ["--preset", "ms1mv3_r18", "--train.batch-size", "128"], "small": ["--preset", "small"]}
@@ -173,10 +172,10 @@ def result(run: Run) -> Result | None:
     """What a run came to; None if it is not done. Raises ValueError for one that was made with other settings."""
     if not (run.folder / CONFIG).exists():
         return None
-    before, now = from_json((run.folder / CONFIG).read_text()), json.loads(json.dumps(flatten(run.config)))
+    before, now = flatten(build(Config, from_json((run.folder / CONFIG).read_text()))), flatten(run.config)
     for name, value in now.items():
-        if name not in BESIDE and json.loads(json.dumps(before.get(name))) != value:
-            raise ValueError(f"{run.folder} has {name} {before.get(name)}, now it is {value}: take another --output")
+        if name not in BESIDE and before[name] != value:
+            raise ValueError(f"{run.folder} has {name} {before[name]}, now it is {value}: take another --output")
     lines = read_metrics(run.folder) if (run.folder / METRICS).exists() else []
     tag = VERIFIED_AVERAGE if run.config.train.ema else VERIFIED
     last = [line for line in lines if line["step"] == run.steps]

@@ -110,6 +110,7 @@ def test_published_settings_name_no_folders() -> None:
         ({"loss.name": "elastic_arc", "loss.plus": True, "train.optimizer": "adamw", "train.batch_size": 256},
          "elastic_arc (margin 0.5, std 0.0175, scale 64, plus 1)", ("loss.std` | 0.0175", "train.lr` | 0.0005")),
         ({"loss.name": "softmax", "train.lr": 0.3}, "softmax", ("train.lr` | 0.3",)),
+        ({"loss.margin_warmup_epochs": 4.0}, "arcface (margin 0.5, scale 64)", ("loss.margin_warmup_epochs` | 4.0",)),
         ({"loss.name": "cosface", "loss.margin": 0.4, "loss.scale": 32.0, "loss.filter_above": 0.4,
           "train.precision": "bf16"},
          "cosface (margin 0.4, scale 32, filter_above 0.4)", ("loss.margin` | 0.4", "train.precision` | bf16")),
@@ -125,6 +126,7 @@ def test_the_card_has_the_numbers_that_were_used(settings: dict[str, Any], loss:
         assert f"| `{row} |" in card
     shown = {line.split("`")[1].removeprefix("loss.") for line in card.splitlines() if line.startswith("| `loss.")}
     others = {"name", "sub_centers", "sample_rate"}
+    others |= {"margin_warmup_epochs"} if "loss.margin_warmup_epochs" in settings else set()
     assert shown - others == {word.split()[0] for word in loss.partition("(")[2].split(",") if word}
     assert "| auto |" not in card
     assert known.settings == run  # what config.json has is what a run can be started from

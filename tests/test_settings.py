@@ -220,7 +220,10 @@ def test_mistakes_on_the_command_line(capsys: pytest.CaptureFixture[str], argv: 
         (["--image-size", "96"], "(did you mean --data.image-size?)"),
         (["--min-images=2"], "(did you mean --data.min-images?)"),
         (["--set", "faces"], "(did you mean --data.root?)"),
-        (["--loss", "cosface"], "there is no setting --loss, but --loss.name, --loss.margin, --loss.scale, ...\n"),
+        (
+            ["--loss", "cosface"],
+            "there is no setting --loss, but --loss.name, --loss.margin, --loss.margin-warmup-epochs, ...\n",
+        ),
         (["configs/ms1mv3_r50.py"], "(did you mean --preset ms1mv3_r50?)"),
         (["--model", "r50"], "(did you mean --model.network?)"),  # a section, too
         (["./t"], "there is no setting ./t (did you mean --data.root ./t?)\n"),
@@ -488,6 +491,7 @@ def test_the_default_network_exists() -> None:
         ("loss.margin", -0.1),
         ("loss.margin", 1.6),
         ("loss.margin", float("nan")),
+        ("loss.margin_warmup_epochs", -0.5),
         ("loss.scale", -1.0),
         ("loss.m1", 0.0),
         ("loss.m2", 1.6),

@@ -104,12 +104,12 @@ def test_the_head_is_what_the_settings_say(
 ) -> None:
     """Engine, sub-centers, optimizer with its decay, and the first centres, which the seed decides."""
     config = configure(tiny_set, tmp_path, **settings)
-    head = build_head(config, 9, CPU, torch.float32, Ranks())
+    head = build_head(config, 9, 10, CPU, torch.float32, Ranks())
     assert type(head) is kind
     assert head.weight.shape == (rows, 16)
     assert head.optimizer == optimizer
-    again = build_head(config, 9, CPU, torch.float32, Ranks())
-    other = build_head(configure(tiny_set, tmp_path, **settings, train__seed=1), 9, CPU, torch.float32, Ranks())
+    again = build_head(config, 9, 10, CPU, torch.float32, Ranks())
+    other = build_head(configure(tiny_set, tmp_path, **settings, train__seed=1), 9, 10, CPU, torch.float32, Ranks())
     assert torch.equal(head.weight, again.weight)
     assert not torch.equal(head.weight, other.weight)
 
@@ -232,7 +232,7 @@ def step_of(
     limit: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> TrainingStep:
-    head = build_head(config, 6, CPU, torch.float32, Ranks())
+    head = build_head(config, 6, 10, CPU, torch.float32, Ranks())
     optimizer, scaler = optimizer or torch.optim.SGD(network.parameters()), torch.amp.GradScaler("cpu", enabled=False)
     return build_step(config, network, head, optimizer, scaler, torch.float32, CPU, ranks or Ranks(), say, limit)
 

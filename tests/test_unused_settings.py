@@ -39,6 +39,11 @@ def warned(program: str, *argv: str, **more: Any) -> list[str]:
         ),
         ("train", "--schedule cosine --schedule-power 2", "train.schedule_power not used: train.schedule is cosine"),
         ("train", "--loss.m2 0.2", "loss.m2 not used: loss.name is arcface"),
+        (
+            "train",
+            "--loss.name sphereface --loss.margin-warmup-epochs 2",
+            "loss.margin_warmup_epochs not used: loss.name is sphereface",
+        ),
         ("train", "--preset ms1mv3_r50 --loss.name combined", "loss.margin not used: loss.name is combined"),
         ("train", "--loss.engine dense --loss.block 9", "loss.block not used: loss.engine is dense"),
         ("train", "--resume runs/a --name b", "train.name not used: train.resume names the run, runs/a"),

@@ -31,9 +31,9 @@ LOSSES: dict[str, type[MarginLoss]] = {
 }
 
 
-def create_loss(name: str, filter_above: float = 0.0, **options: Any) -> MarginLoss:
-    """The loss called `name` (`loss.name`), with `filter_above` (see MarginLoss). Options that it does not have are
-    ignored; None means as published.
+def create_loss(name: str, filter_above: float = 0.0, margin_warmup: int = 0, **options: Any) -> MarginLoss:
+    """The loss called `name` (`loss.name`), with `filter_above` and `margin_warmup` (see MarginLoss). Options that it
+    does not have are ignored; None means as published.
 
     Raises ValueError for a name that is not in `LOSSES`.
     """
@@ -41,5 +41,5 @@ def create_loss(name: str, filter_above: float = 0.0, **options: Any) -> MarginL
         raise ValueError(f"loss.name: there is no loss {name!r}; there are {', '.join(LOSSES)}")
     known = inspect.signature(LOSSES[name]).parameters
     loss = LOSSES[name](**{key: value for key, value in options.items() if key in known and value is not None})
-    loss.filter_above = filter_above
+    loss.filter_above, loss.margin_warmup = filter_above, margin_warmup
     return loss

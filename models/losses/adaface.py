@@ -38,4 +38,5 @@ class AdaFace(MarginLoss):
             move_towards_(self.norm_mean, counted_mean(norm, counted), self.rate, self.parts, counted.any())
             move_towards_(self.norm_std, counted_std(norm, counted), self.rate, self.parts, counted.sum() > 1)
         quality = (self.h * (norm - self.norm_mean) / (self.norm_std + _EPS)).clamp(-1, 1)
-        return self.scaled(add_to_angle(cosine, -self.margin * quality) - self.margin * (1 + quality))
+        margin = self.margin * self.grown(step)
+        return self.scaled(add_to_angle(cosine, -margin * quality) - margin * (1 + quality))

@@ -19,4 +19,4 @@ class ArcFace(MarginLoss):
         self.margin = margin
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
-        return self.scaled(add_to_angle(cosine, self.margin))
+        return self.scaled(add_to_angle(cosine, self.margin * self.grown(step)))

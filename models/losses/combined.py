@@ -18,4 +18,6 @@ class CombinedMargin(MarginLoss):
         self.m1, self.m2, self.m3 = m1, m2, m3
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
-        return self.scaled(continued_cosine(self.m1 * angle(cosine) + self.m2) - self.m3)
+        grown = self.grown(step)
+        m1, m2, m3 = 1 + grown * (self.m1 - 1), grown * self.m2, grown * self.m3
+        return self.scaled(continued_cosine(m1 * angle(cosine) + m2) - m3)

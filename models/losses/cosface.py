@@ -16,4 +16,4 @@ class CosFace(MarginLoss):
         self.margin = margin
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
-        return self.scaled(cosine - self.margin)
+        return self.scaled(cosine - self.margin * self.grown(step))

@@ -31,7 +31,7 @@ class CurricularFace(MarginLoss):
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         if self.training:
             move_towards_(self.t, counted_mean(cosine.detach(), counted), self.rate, self.parts, counted.any())
-        value = add_to_angle(cosine, self.margin)
+        value = add_to_angle(cosine, self.margin * self.grown(step))
         return self.scaled(value, bar=value.detach())
 
     def modulate(self, cosine: Tensor, bar: Tensor | None) -> tuple[Tensor, Tensor | None]:

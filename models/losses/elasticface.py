@@ -54,7 +54,7 @@ class ElasticArc(ElasticFace):
     margin_default, std_defaults = 0.5, (0.05, 0.0175)
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
-        return self.scaled(add_to_angle(cosine, self.margins(cosine, counted, step)))
+        return self.scaled(add_to_angle(cosine, self.grown(step) * self.margins(cosine, counted, step)))
 
 
 class ElasticCos(ElasticFace):
@@ -66,4 +66,4 @@ class ElasticCos(ElasticFace):
     margin_default, std_defaults = 0.35, (0.05, 0.025)
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
-        return self.scaled(cosine - self.margins(cosine, counted, step))
+        return self.scaled(cosine - self.grown(step) * self.margins(cosine, counted, step))

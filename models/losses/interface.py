@@ -28,6 +28,10 @@ class Targets(NamedTuple):
 class MarginLoss(nn.Module):
     """`scale`: factor on the cosines before the softmax (s).
 
+    `margin_warmup`: over so many steps the margin grows in equal parts, from none at step 0 to the full one; a random
+    or adaptive margin is multiplied by the share that it has grown to, a factor on the angle grows from 1. 0: it is
+    full from the start. SphereFace has an annealing of its own.
+
     `filter_above` > 0 is the inter-class filtering of insightface's PartialFC (An et al., arXiv:2203.15565): a cosine
     with another class above it counts as 0 and has no gradient, for that class may well be the same person.
 
@@ -40,7 +44,8 @@ class MarginLoss(nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.filter_above = 0.0  # set by `create_loss`
+        self.filter_above = 0.0  # set by `create_loss`, as is the next
+        self.margin_warmup = 0  # steps over which the margin grows
         # Set by the training step: which of how many micro-batches of the batch is next. Random margins depend on it;
         # statistics move a part of the way.
         self.part, self.parts = 0, 1
@@ -71,6 +76,10 @@ class MarginLoss(nn.Module):
         """`others` before the filter. Most losses leave the other classes as they are."""
         del bar  # CurricularFace's
         return cosine, None
+
+    def grown(self, step: int) -> float:
+        """The share of the margin at `step`, 0..1."""
+        return min(1.0, step / self.margin_warmup) if self.margin_warmup else 1.0
 
     def scaled(self, value: Tensor, bar: Tensor | None = None, penalty: Tensor | None = None) -> Targets:
         """Targets with the fixed scale: `value`, [B], times the scale is the logit of the own class."""

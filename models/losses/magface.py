@@ -36,6 +36,6 @@ class MagFace(MarginLoss):
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
         length = norm.clamp(self.norm_low, self.norm_high)
         rise = (self.margin_high - self.margin_low) / (self.norm_high - self.norm_low)
-        margin = self.margin_low + rise * (length - self.norm_low)
+        margin = self.grown(step) * (self.margin_low + rise * (length - self.norm_low))
         penalty = self.penalty_weight * counted_mean(1 / length + length / self.norm_high**2, counted)
         return self.scaled(add_to_angle(cosine, margin), penalty=penalty)

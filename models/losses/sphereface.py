@@ -56,4 +56,5 @@ class SphereFaceR(MarginLoss):
         self.margin = margin
 
     def targets(self, cosine: Tensor, norm: Tensor, counted: Tensor, step: int) -> Targets:
-        return self.scaled(torch.cos((self.margin * angle(cosine)).clamp_max(math.pi)))
+        factor = 1 + self.grown(step) * (self.margin - 1)
+        return self.scaled(torch.cos((factor * angle(cosine)).clamp_max(math.pi)))

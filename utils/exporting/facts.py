@@ -86,8 +86,10 @@ def used_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
     used = {section: dict(fields) for section, fields in settings.items()}
     if "loss" in used:
         loss = used["loss"]
-        of_the_head: dict[str, Any] = {name: loss[name] for name in ("sub_centers", "sample_rate") if name in loss}
-        used["loss"] = {"name": loss["name"], **own_loss_settings(loss), **of_the_head}
+        others: dict[str, Any] = {name: loss[name] for name in ("sub_centers", "sample_rate") if name in loss}
+        if loss.get("margin_warmup_epochs"):
+            others["margin_warmup_epochs"] = loss["margin_warmup_epochs"]
+        used["loss"] = {"name": loss["name"], **own_loss_settings(loss), **others}
     train = used.get("train", {})
     if train.get("lr") == 0:
         train["lr"] = round(peak_lr(0, train["optimizer"], train["batch_size"]), 6)

@@ -39,10 +39,13 @@ def build_network(config: Config, device: torch.device, with_init: bool = True) 
     return network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def build_head(config: Config, classes: int, device: torch.device, precision: torch.dtype, ranks: Ranks) -> Head:
+def build_head(
+    config: Config, classes: int, steps_per_epoch: int, device: torch.device, precision: torch.dtype, ranks: Ranks
+) -> Head:
     """The head over `classes` on `device`, this rank's part of it; `precision` is the network's."""
     loss, settings = config.loss, config.train
     options = asdict(loss) | {"margin": loss.margin or None, "scale": loss.scale or None, "seed": settings.seed}
+    options["margin_warmup"] = round(loss.margin_warmup_epochs * steps_per_epoch)
     half = loss.products == "bf16" or (
         loss.products == "auto" and device.type == "cuda" and precision == torch.bfloat16
     )
