@@ -23,6 +23,7 @@ from data.recordio import (
 )
 from utils.arrays import distinct
 from utils.progress import progress_bar
+from utils.regular_files import open_regular_file
 
 KINDS = ("JPEG", "PNG", "other")
 SCAN_BYTES = 1 << 24
@@ -172,7 +173,7 @@ class FolderRecords:
         sizes, starts = np.zeros(stop - start, np.int64), np.zeros(stop - start, np.uint32)
         for i in range(stop - start):
             try:
-                with self._faces.file(start + i).open("rb") as opened:
+                with open_regular_file(self._faces.file(start + i)) as opened:
                     starts[i] = int.from_bytes(opened.read(4), "little")
                     sizes[i] = opened.seek(0, 2)
             except OSError:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data.face_sets import FolderFaceSet
+from data.tolerant_records import open_records
 from tiny_faces import tiny_face
 from utils.regular_files import read_regular_file
 
@@ -64,3 +65,5 @@ def test_a_pipe_among_the_images_of_a_set(tmp_path: Path) -> None:
     assert faces.encoded(1) == tiny_face(0, 0)
     with pytest.raises(OSError, match=r"not a file, but a pipe or a device: '.*set/b/2\.jpg'"):
         faces.encoded(2)
+    records, _ = open_records(tmp_path / "set")
+    assert records.heads(0, 3).broken.tolist() == [False, False, True]

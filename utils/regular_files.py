@@ -3,16 +3,22 @@
 import errno
 import os
 import stat
+from io import FileIO
 from pathlib import Path
 
 
-def read_regular_file(path: Path) -> bytes:
-    """The bytes of the file at `path`.
+def open_regular_file(path: Path) -> FileIO:
+    """The file at `path`, unbuffered, to read.
 
     Raises OSError for what is no file, or no link to one: reading a pipe would wait for ever, a device never end.
     """
-    with open(path, "rb", buffering=0, opener=_open) as file:
-        return file.read()
+    return FileIO(os.fspath(path), opener=_open)
+
+
+def read_regular_file(path: Path) -> bytes:
+    """The bytes of the file at `path`. Raises OSError as `open_regular_file` does."""
+    with open_regular_file(path) as file:
+        return file.readall()
 
 
 def _open(path: str, flags: int) -> int:
