@@ -107,7 +107,7 @@ class OurLoop:
         precision, ranks = pick_precision("auto", device), Ranks()
         set_float32_products(settings.precision, device)
         self.network = build_network(config, device)
-        head = build_head(config, case.classes, 1, device, precision, ranks)
+        head = build_head(config, case.classes, steps_per_epoch=1, device=device, precision=precision, ranks=ranks)
         groups = parameter_groups(self.network, settings.weight_decay)
         optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)

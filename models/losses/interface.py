@@ -44,8 +44,8 @@ class MarginLoss(nn.Module):
     def __init__(self, scale: float) -> None:
         super().__init__()
         self.scale = scale
-        self.filter_above = 0.0  # set by `create_loss`, as is the next
-        self.margin_warmup = 0  # steps over which the margin grows
+        # Set by `create_loss`.
+        self.filter_above, self.margin_warmup = 0.0, 0
         # Set by the training step: which of how many micro-batches of the batch is next. Random margins depend on it;
         # statistics move a part of the way.
         self.part, self.parts = 0, 1

@@ -86,9 +86,8 @@ def used_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
     used = {section: dict(fields) for section, fields in settings.items()}
     if "loss" in used:
         loss = used["loss"]
-        others: dict[str, Any] = {name: loss[name] for name in ("sub_centers", "sample_rate") if name in loss}
-        if loss.get("margin_warmup_epochs"):
-            others["margin_warmup_epochs"] = loss["margin_warmup_epochs"]
+        with_any = ("margin_warmup_epochs", "sub_centers", "sample_rate")
+        others: dict[str, Any] = {name: loss[name] for name in with_any if loss.get(name)}
         used["loss"] = {"name": loss["name"], **own_loss_settings(loss), **others}
     train = used.get("train", {})
     if train.get("lr") == 0:
