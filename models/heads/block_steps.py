@@ -5,7 +5,7 @@ from and written to memory.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from models.heads.row_optimizers import RowOptimizer
 from models.losses import MarginLoss
 
 EPS = 1e-12  # as in torch.nn.functional.normalize
+
+#: What `backward` of a BlockMaths gives of the centres' gradient to its own `gradient` and `update`, and to nobody
+#: else: a tensor [rows, D], or what that is computed from.
+RawGradient: TypeAlias = Any
 
 
 class Block(NamedTuple):
@@ -79,7 +83,7 @@ class BlockMaths:
         d_others: Tensor,
         d_unit: Tensor,
         d_scale: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[RawGradient, Tensor, Tensor | None]:
         """(the gradient of `centres` with their lengths held constant, [rows, D], for `gradient`; `d_unit` [B, D] and
         `d_scale` [B], None where it needs none, with this block's part added).
 
@@ -102,7 +106,7 @@ class BlockMaths:
             d_scale = d_scale + (d_logits * others).sum(1)
         return multiply(d_products.T, unit), d_unit + multiply(d_products, factors), d_scale
 
-    def gradient(self, raw: Tensor, centres: Tensor) -> Tensor:
+    def gradient(self, raw: RawGradient, centres: Tensor) -> Tensor:
         """The gradient of `centres` [rows, D] from `raw`, what `backward` gave, which is overwritten."""
         if torch.compiler.is_compiling():
             raw = raw.clone()  # a compiler would write into it what nobody reads
@@ -113,7 +117,7 @@ class BlockMaths:
         along = (raw * centres).sum(1) / (length * length)
         return raw.addcmul_(centres, along[:, None], value=-1)
 
-    def update(self, raw: Tensor, centres: Tensor, states: list[Tensor], factors: list[Tensor]) -> None:
+    def update(self, raw: RawGradient, centres: Tensor, states: list[Tensor], factors: list[Tensor]) -> None:
         """One optimizer step of `centres` [rows, D] and their optimizer `states`, in place.
 
         `raw`: as for `gradient`; `factors`: the optimizer's, of the step.

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.heads.block_steps import EPS, Block, BlockMaths
+from models.heads.block_steps import EPS, Block, BlockMaths, RawGradient
 from models.heads.fused_steps import FusedMaths, can_fuse
 from models.heads.interface import Head, HeadOutput, mean_loss, silence_broken
 from models.heads.row_optimizers import RowOptimizer
@@ -137,7 +137,7 @@ class BlockwiseHead(Head):
         super().forget_gradient()
         self._touched = None
 
-    def take_gradient(self, rows: slice | Tensor, centres: Tensor, raw: Tensor, factors: list[Tensor]) -> None:
+    def take_gradient(self, rows: slice | Tensor, centres: Tensor, raw: RawGradient, factors: list[Tensor]) -> None:
         """Update the centres, `rows` of the weight, now (`fused`), or add their gradient to what `update` will apply.
 
         `raw`: as `BlockMaths.backward` gives it; `factors`: the optimizer's, of the step.

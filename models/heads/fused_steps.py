@@ -111,7 +111,7 @@ class FusedMaths(BlockMaths):
         logs = torch.where(sums == 0, -torch.inf, tops * scale.flatten() + sums.log()).logsumexp(0)
         return torch.logaddexp(total, logs), torch.maximum(best, bests.amax(0))
 
-    def backward(  # type: ignore[override]
+    def backward(
         self,
         unit: Tensor,
         centres: Tensor,
@@ -142,12 +142,10 @@ class FusedMaths(BlockMaths):
             d_scale = d_scale + by_tile.sum(0)
         return ProductsGradient(d_products, unit, along), d_unit + multiply(d_products, factors), d_scale
 
-    def gradient(self, raw: ProductsGradient, centres: Tensor) -> Tensor:  # type: ignore[override]
+    def gradient(self, raw: ProductsGradient, centres: Tensor) -> Tensor:
         return raw.tensor().addcmul_(centres, raw.along.sum(0)[:, None], value=-1)
 
-    def update(  # type: ignore[override]
-        self, raw: ProductsGradient, centres: Tensor, states: list[Tensor], factors: list[Tensor]
-    ) -> None:
+    def update(self, raw: ProductsGradient, centres: Tensor, states: list[Tensor], factors: list[Tensor]) -> None:
         if not isinstance(self.optimizer, RowSGD):
             self._plain_update(raw.tensor(), centres, states, factors)
             return
