@@ -1,11 +1,8 @@
-"""Face sets: every layout found in the wild loads, damaged ones say what is wrong, and ours is written exactly."""
+"""Face sets: every layout found in the wild loads, and a path says what it holds."""
 
-import pickle
 import struct
 import tracemalloc
 import warnings
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,64 +10,37 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.face_set_writer import write_face_set
 from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, RecFaceSet, find_rec, open_face_set
-from data.images import ImageError, decode_plain_jpegs, decode_rgb, encode_jpeg, encode_png, image_extension
+from data.images import decode_rgb
 from data.recordio import (
     MAGIC,
     MAGIC_BYTES,
     IndexedRecordReader,
-    RecordError,
     pack_image,
     unpack_image,
-    write_records,
 )
-from data.survey import survey_heads
-from data.tolerant_records import open_records
 from data.verification_bin import PairImages, VerificationPairs
-
-Records = dict[int, bytes]
-
-# The small set that every layout below holds: key, label, encoded image.
-FACES = [(1, 0, b"\xff\xd8 Ada 1"), (2, 0, b"\xff\xd8 Ada"), (3, 1, b"\x89PNG Bea"), (4, 1, b"\xff\xd8 Bea 44")]
-FACES_BY_KEY = {key: (str(label), image) for key, label, image in FACES}
-
-
-def write_rec(folder: Path, records: Records, name: str = "train.rec") -> Path:
-    with write_records(folder / name) as writer:
-        for key, payload in records.items():
-            writer.write(key, payload)
-    return folder / name
-
-
-def contents(faces: RecFaceSet) -> dict[int, tuple[str, bytes]]:
-    """{key: (identity, image)} of a set, whatever its order."""
-    return {
-        int(key): (faces.identities[faces.labels[i]], faces.encoded(i)) for i, key in enumerate(faces.keys.tolist())
-    }
-
-
-def scalar_images() -> Records:
-    return {key: pack_image(float(label), key, image) for key, label, image in FACES}
+from face_set_files import (
+    FACES,
+    FACES_BY_KEY,
+    RANGES,
+    Records,
+    contents,
+    header,
+    identity_records,
+    scalar_images,
+    write_rec,
+)
 
 
 def array_images(*more: float) -> Records:
     return {key: pack_image([label, *more], key, image) for key, label, image in FACES}
 
 
-def identity_records(*ranges: tuple[float, float]) -> Records:
-    return {key: pack_image(images, key, b"") for key, images in enumerate(ranges, 5)}
-
-
-def header(*label: float) -> Records:
-    return {0: pack_image(label, 0, b"")}
-
-
 def backwards(records: Records) -> Records:
     return dict(reversed(records.items()))
 
 
-RANGES = identity_records((1, 3), (3, 5))
 LAYOUTS: dict[str, Records] = {
     "insightface, record 0 last": {**scalar_images(), **RANGES, **header(5, 7)},
     "record 0 first": {**header(5, 7), **scalar_images(), **RANGES},
@@ -248,121 +218,6 @@ def test_an_index_that_lists_all_is_none(tmp_path: Path) -> None:
         assert len(RecFaceSet(path)) == 7
 
 
-# --- what is wrong with a set -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("label", [0.5, -1.0, float("nan"), float("inf"), 2.0**31])
-@pytest.mark.parametrize("image", [b"x", MAGIC_BYTES], ids=["plain", "cut at a magic"])
-def test_labels_that_are_no_identity(tmp_path: Path, label: float, image: bytes) -> None:
-    """A label that is no whole number from 0 is an error that names file, record and label, not a wrong class."""
-    path = write_rec(tmp_path, {**scalar_images(), 9: pack_image(label, 9, image)})
-    with pytest.raises(RecordError, match=rf"record 9 at byte \d+: label {label} is no identity number \(1 such") as e:
-        RecFaceSet(path)
-    assert f"data/report.py {path} --repair" in str(e.value)
-
-
-def test_no_images(tmp_path: Path) -> None:
-    """A set of headers only is refused with the number of records in it."""
-    path = write_rec(tmp_path, {**RANGES, **header(5, 7)})
-    with pytest.raises(FaceSetError, match=r"train\.rec has 3 records and not one image"):
-        RecFaceSet(path)
-
-
-@pytest.mark.parametrize("cut", [1, 4, 20, 35])
-def test_truncated_rec(tmp_path: Path, cut: int) -> None:
-    """A file that was cut off is noticed when it is opened, wherever the cut is in its last record."""
-    path = write_rec(tmp_path, {1: pack_image(0.0, 1, b"x" * 8), 2: pack_image(1.0, 2, b"four")})
-    size = path.stat().st_size
-    path.write_bytes(path.read_bytes()[:-cut])
-    with pytest.raises(RecordError, match=rf"(the file ends at {size - cut}|the file has {size - cut} bytes)") as error:
-        RecFaceSet(path)
-    assert str(path) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("offset", "message"),
-    [
-        (-4, "no record can begin at byte -4"),
-        (10**9, "no record can begin at byte 1000000000"),
-        (-(10**9), "no record can begin at byte -1000000000"),
-        (-124, "no record can begin at byte -124"),  # the size of the file: counted from its end, a record begins there
-        (4, "no record begins at byte 4"),
-    ],
-)
-def test_index_of_another_file(tmp_path: Path, offset: int, message: str) -> None:
-    """An offset where no record begins is an error when the set is opened, with file and byte."""
-    path = write_rec(tmp_path, {1: pack_image(0.0, 1, b"x" * 60), 2: pack_image(1.0, 2, b"")})
-    assert path.stat().st_size == 124
-    with path.with_suffix(".idx").open("a") as index:
-        index.write(f"7\t{offset}\n")
-    with pytest.raises(RecordError, match=message) as error:
-        RecFaceSet(path)
-    assert str(path) in str(error.value)
-
-
-def test_bytes_that_are_no_number_are_told_of_as_damage_only(tmp_path: Path) -> None:
-    """Where no record begins, the bytes of its label may be a signalling NaN: no warning of numpy's comes of them."""
-    path = write_rec(tmp_path, {**scalar_images(), 9: pack_image(0.0, 9, b"x")})
-    content = bytearray(path.read_bytes())
-    last = int(path.with_suffix(".idx").read_text().split()[-1])
-    content[last : last + 4], content[last + 12 : last + 16] = b"oops", b"\1\0\x80\x7f"
-    path.write_bytes(content)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with pytest.raises(RecordError, match="no record begins"):
-            RecFaceSet(path)
-        assert survey_heads(open_records(path)[0]).broken.tolist() == [False] * 4 + [True]
-
-
-def test_damaged_beginning_of_a_record(tmp_path: Path) -> None:
-    """A record whose magic was overwritten is an error when the set is opened, even if all else fits."""
-    path = write_rec(tmp_path, scalar_images())
-    path.write_bytes(b"oops" + path.read_bytes()[4:])
-    with pytest.raises(RecordError, match=r"train\.rec: no record begins at byte 0 \(found 0x73706f6f"):
-        RecFaceSet(path)
-
-
-def test_header_that_announces_too_many_labels(tmp_path: Path) -> None:
-    """A record whose label array would pass its end is refused by key."""
-    path = write_rec(tmp_path, {**scalar_images(), 8: struct.pack("<IfQQ", 1000, 0.0, 8, 0) + b"image"})
-    with pytest.raises(RecordError, match=r"train\.rec, record 8 at byte \d+: its header announces 1000 labels"):
-        RecFaceSet(path)
-
-
-def test_record_without_room_for_a_header(tmp_path: Path) -> None:
-    """A record of three bytes is no image record."""
-    with pytest.raises(RecordError, match=r"record 1 at byte 0: 3 bytes are too few"):
-        RecFaceSet(write_rec(tmp_path, {1: b"abc"}))
-
-
-# --- property ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *(b"2,112,112", b"2,112,112\n", b"2,112,112\nmade by x\n9\n", b"2,96,96", b"2", b"2\n9,9,9"),
-        *(b"\xef\xbb\xbf2,112,112\r\n", b"2,112,112\nby Andr\xe9\n"),
-    ],
-)
-def test_property_that_agrees(tmp_path: Path, text: bytes) -> None:
-    """Only the first line counts, with or without line break, and only its number of identities; other lines may be in
-    any encoding.
-    """
-    (tmp_path / "property").write_bytes(text)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        RecFaceSet(write_rec(tmp_path, scalar_images()))
-
-
-@pytest.mark.parametrize(("text", "stated"), [("3,112,112", "'3'"), ("", "''"), ("a,b\n2,112,112", "'a'")])
-def test_property_that_contradicts(tmp_path: Path, text: str, stated: str) -> None:
-    """A wrong count is a warning that names the file and both numbers; the images are believed."""
-    (tmp_path / "property").write_text(text)
-    with pytest.warns(UserWarning, match=rf"property states {stated} identities, the images have 2"):
-        assert contents(RecFaceSet(write_rec(tmp_path, scalar_images()))) == FACES_BY_KEY
-
-
 # --- what a path holds ------------------------------------------------------------------------------------------------
 
 
@@ -452,159 +307,6 @@ def test_images_of_verification_pairs() -> None:
     images = PairImages(pairs, other)
     assert [images.encoded(i) for i in range(len(images))] == [b"a", b"b", b"c", b"d", b"e"]
     assert [images.describe(i) for i in (2, 4)] == ["lfw, image B of pair 1", "cfp, image A of pair 1"]
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
-
-
-def test_writer_lays_out_what_insightface_reads(tmp_path: Path) -> None:
-    """Keys, labels, identity ranges, record 0 and property, record by record, as the format says."""
-    with write_face_set(tmp_path / "set", image_size=96) as out:
-        assert out.add_identity([b"a1", b"a2"]) == 0
-        assert out.add_identity(iter([b"b1"])) == 1
-        (out.folder / "merge.json").write_text("{}")
-    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["merge.json", "property", "train.idx", "train.rec"]
-    assert (tmp_path / "set" / "property").read_text() == "2,96,96"
-    reader = IndexedRecordReader(tmp_path / "set" / "train.rec")
-    assert reader.keys.tolist() == [1, 2, 3, 4, 5, 0]
-    written = {key: reader.read(key) for key in reader.keys.tolist()}
-    assert written == {
-        1: struct.pack("<IfQQ", 0, 0.0, 1, 0) + b"a1",
-        2: struct.pack("<IfQQ", 0, 0.0, 2, 0) + b"a2",
-        3: struct.pack("<IfQQ", 0, 1.0, 3, 0) + b"b1",
-        4: struct.pack("<IfQQff", 2, 0.0, 4, 0, 1.0, 3.0),
-        5: struct.pack("<IfQQff", 2, 0.0, 5, 0, 3.0, 4.0),
-        0: struct.pack("<IfQQff", 2, 0.0, 0, 0, 4.0, 6.0),
-    }
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.lists(st.binary(min_size=1, max_size=9) | st.just(MAGIC_BYTES), min_size=1), min_size=1, max_size=5))
-def test_writer_round_trip(tmp_path_factory: pytest.TempPathFactory, people: list[list[bytes]]) -> None:
-    """What is written is read again, in order, without a warning about `property`."""
-    folder = tmp_path_factory.mktemp("written") / "set"
-    with write_face_set(folder, image_size=112) as out:
-        for images in people:
-            out.add_identity(images)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        faces = open_face_set(folder)
-    assert [faces.encoded(i) for i in range(len(faces))] == [image for images in people for image in images]
-    assert faces.labels.tolist() == [label for label, images in enumerate(people) for _ in images]
-
-
-def write_interrupted(folder: Path) -> None:
-    with write_face_set(folder, image_size=112) as out:
-        out.add_identity([b"a"])
-        raise KeyboardInterrupt
-
-
-def write_empty_image(folder: Path) -> None:
-    with write_face_set(folder, image_size=112) as out:
-        out.add_identity([b"a", b""])
-
-
-def write_identity_without_images(folder: Path) -> None:
-    with write_face_set(folder, image_size=112) as out:
-        out.add_identity([b"a"])
-        out.add_identity([])
-
-
-@pytest.mark.parametrize(
-    ("write", "error", "message"),
-    [
-        (write_interrupted, KeyboardInterrupt, None),
-        (write_empty_image, ValueError, "image 1 of identity 0 is empty"),
-        (write_identity_without_images, ValueError, "identity 1 has no images"),
-    ],
-)
-def test_nothing_is_left_behind_when_writing_fails(
-    tmp_path: Path, write: Callable[[Path], None], error: type[BaseException], message: str | None
-) -> None:
-    """An interrupted or refused set leaves no folder, no temporary one, and no half of a file."""
-    with pytest.raises(error, match=message):
-        write(tmp_path / "set")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_writer_refuses_to_overwrite(tmp_path: Path) -> None:
-    """A folder with anything in it stays as it is; an empty one may be used."""
-    (tmp_path / "set").mkdir()
-    with write_face_set(tmp_path / "set", image_size=112) as out:
-        out.add_identity([b"a"])
-    before = (tmp_path / "set" / "train.rec").read_bytes()
-    with pytest.raises(FileExistsError, match="set exists and is not empty"), write_face_set(tmp_path / "set", 112):
-        pytest.fail("the block must not be entered")
-    assert (tmp_path / "set" / "train.rec").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["set"]
-
-
-def test_set_travels_to_worker_processes(tmp_path: Path) -> None:
-    """A pickled set carries labels and offsets, not the images, and reads the same."""
-    records = {key: pack_image(float(key), key, bytes([key]) * 50_000) for key in range(1, 5)}
-    faces = RecFaceSet(write_rec(tmp_path, records))
-    pickled = pickle.dumps(faces)
-    assert len(pickled) < 5_000
-    assert contents(pickle.loads(pickled)) == contents(faces)
-
-
-# --- images -----------------------------------------------------------------------------------------------------------
-
-
-def test_colours_are_rgb() -> None:
-    """Red is the first channel on the way in and out; PNG keeps every value, JPEG nearly."""
-    image = np.full((16, 16, 3), (200, 30, 60), np.uint8)
-    assert np.array_equal(decode_rgb(encode_png(image), "x"), image)
-    assert np.abs(decode_rgb(encode_jpeg(image, quality=95), "x").astype(int) - image).max() <= 4
-    # A PNG by hand, one pixel of pure red, so that encoder and decoder cannot be wrong together.
-    red = _png(1, 1, b"\0\xff\0\0")
-    assert decode_rgb(red, "x").tolist() == [[[255, 0, 0]]]
-
-
-def test_grey_is_repeated_over_the_channels() -> None:
-    """A grey image (PNG colour type 0) still gives three channels."""
-    assert decode_rgb(_png(1, 1, b"\0\x80", colour_type=0), "x").tolist() == [[[128, 128, 128]]]
-
-
-def test_extension_follows_the_bytes() -> None:
-    """PNG is told from JPEG by its signature, not by where it came from."""
-    image = np.zeros((8, 8, 3), np.uint8)
-    assert image_extension(encode_png(image)) == ".png"
-    assert image_extension(encode_jpeg(image)) == ".jpg"
-
-
-@pytest.mark.parametrize("encoded", [b"", b"no image", b"\xff\xd8\xff", encode_png(np.zeros((8, 8, 3), np.uint8))[:20]])
-def test_what_is_no_image(encoded: bytes) -> None:
-    """Undecodable bytes are an error with the image's name and their number."""
-    with pytest.raises(ImageError, match=rf"set\.rec, record 7: its {len(encoded)} bytes are no image"):
-        decode_rgb(encoded, "set.rec, record 7")
-
-
-@pytest.mark.parametrize("side", [17_000, 100_000])
-def test_image_whose_header_claims_a_gigantic_size(side: int) -> None:
-    """A few bytes can claim to be gigabytes of pixels: refused by the header, before memory is taken for them."""
-    with pytest.raises(ImageError, match=r"record 7: its \d+ bytes claim to be a gigantic image"):
-        decode_rgb(_png(side, side, b"\0"), "record 7")
-    jpeg = bytearray(encode_jpeg(np.zeros((8, 8, 3), np.uint8)))
-    frame = jpeg.index(b"\xff\xc0")
-    jpeg[frame + 5 : frame + 9] = struct.pack(">HH", *[min(side, 65_000)] * 2)
-    assert decode_plain_jpegs([np.frombuffer(jpeg, np.uint8)], np.zeros((1, 8, 8, 3), np.uint8)) == [0]
-    with pytest.raises(ImageError, match="claim to be a gigantic image"):
-        decode_rgb(bytes(jpeg), "record 7")
-
-
-def test_photos_of_large_cameras_are_decoded() -> None:
-    """Those of 100 million pixels are below the limit: the header is not what is wrong with this one."""
-    with pytest.raises(ImageError, match="are no image that OpenCV can decode"):
-        decode_rgb(_png(11_648, 8_736, b""), "photo")
-
-
-def _png(width: int, height: int, pixels: bytes, colour_type: int = 2) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    head = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
 
 
 # --- real sets --------------------------------------------------------------------------------------------------------

@@ -1,16 +1,9 @@
-"""Loading: the order of faces, where it can be entered, ranks, the pixels, memory, reading ahead, broken images."""
+"""Loading: the order of faces, where it can be entered, ranks, the pixels, the memory of batches."""
 
-import ctypes
-import errno
 import gc
-import mmap
 import multiprocessing
 import multiprocessing.synchronize
-import os
-import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -23,37 +16,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from data.augment import Chances, augment
 from data.batch_memory import BatchMemory
-from data.face_sets import FaceSet, RecFaceSet, open_face_set
-from data.images import ImageError, encode_png
-from data.joined_sets import FrequentIdentities, JoinedFaceSet
+from data.face_sets import open_face_set
 from data.loading import DecodedFaces, EpochBatches, flips, sequential_loader, to_network_input, training_loader
-from data.orders import Order, block_order, create_order, exact_order
-from data.recordio import MAGIC_BYTES, RecordFile, encode_record, pack_image, write_records
-from utils.processes import WorkerError
+from data.orders import exact_order
+from loading_sets import IMAGES, SIZE, picture, write_set
 from utils.settings import ConfigError
 
-ROOT = Path(__file__).resolve().parents[1]
-
 CPU = torch.device("cpu")
-SIZE = 16
-IMAGES = 23
-
-
-def picture(key: int) -> np.ndarray:
-    """An RGB image of its own for each key."""
-    return np.random.default_rng(key).integers(0, 256, (SIZE, SIZE, 3), np.uint8)
-
-
-def write_set(folder: Path, broken: dict[int, bytes] | None = None) -> RecFaceSet:
-    images = {key: encode_png(picture(key)) for key in range(1, IMAGES + 1)} | (broken or {})
-    with write_records(folder / "train.rec") as writer:
-        for key, image in images.items():
-            writer.write(key, pack_image(float(key % 5), key, image))
-    return RecFaceSet(folder / "train.rec")
 
 
 @pytest.fixture
@@ -383,277 +355,6 @@ def test_memory_that_cannot_be_pinned_is_used_all_the_same(
     batches = EpochBatches(partial(exact_order, IMAGES, 7), IMAGES, 2)
     with pytest.warns(UserWarning, match=r"0 MiB of memory for batches cannot be pinned \(out of memory\)"):
         assert len(list(training_loader(faces, batches, 2, torch.device("cuda")))) == 11
-
-
-# --- reading ahead ----------------------------------------------------------------------------------------------------
-
-
-def large_set(folder: Path, images: int = 60) -> RecFaceSet:
-    """Faces of 10 identities in records of 5 to 20 kB."""
-    folder.mkdir(exist_ok=True)
-    with write_records(folder / "train.rec") as writer:
-        for key in range(1, images + 1):
-            writer.write(key, pack_image(float(key % 10), key, os.urandom(5000 + key * 250)))
-    return RecFaceSet(folder / "train.rec")
-
-
-def mapping_flags(path: Path) -> list[str]:
-    """How the system was told that the mapping of a file is read (VmFlags)."""
-    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
-    mine = next(line for line in lines if line.endswith(str(path)))
-    assert mine
-    return next(line for line in lines if line.startswith("VmFlags")).split()
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's smaps")
-@pytest.mark.parametrize(("name", "random"), [("exact", True), ("balanced", True), ("blocks", False)])
-@pytest.mark.parametrize("joined", [False, True])
-def test_random_orders_are_announced(tmp_path: Path, name: str, random: bool, joined: bool) -> None:
-    """Training in a random order tells the system so, for every file of a set; opening a set and `blocks` do not."""
-    sets = [large_set(tmp_path / part) for part in "ab"[: 1 + joined]]
-    faces: FaceSet = FrequentIdentities(JoinedFaceSet(sets), 2) if joined else sets[0]
-    assert all("rr" not in mapping_flags(part.path) for part in sets)
-    batches = EpochBatches(create_order(name, faces.labels, 0), len(faces), 4)
-    training_loader(DecodedFaces(faces, faces.labels, SIZE, tolerant=True), batches, 0, CPU)
-    assert all(("rr" in mapping_flags(part.path)) == random for part in sets)
-
-
-def test_a_part_of_sets_made_of_others_has_its_images(tmp_path: Path) -> None:
-    """Those at the positions asked for, in their order; one that a part cannot have is refused, not changed."""
-    joined = JoinedFaceSet([large_set(tmp_path / part) for part in "ab"])
-    positions = np.array([3, 1, len(joined) - 1, len(joined) - 4])
-    for faces in (joined, FrequentIdentities(joined, 2)):
-        part = faces.part(positions)
-        assert [part.encoded(i) for i in range(4)] == [faces.encoded(i) for i in positions.tolist()]
-        with pytest.raises(ValueError, match="order of the sets"):
-            faces.part(positions[::-1])
-
-
-@pytest.mark.parametrize("kind", ["plain", "joined", "frequent"])
-@pytest.mark.parametrize(("stretch", "first"), [(0, 0), (0, 3), (24, 0), (24, 7)])
-def test_images_are_announced_before_they_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, stretch: int, first: int
-) -> None:
-    """The system is told of every record's bytes before it is read; of `blocks`, in long runs and a stretch ahead."""
-    sets = [large_set(tmp_path / part) for part in "ab"]
-    faces: FaceSet = {
-        "plain": lambda: sets[0],
-        "joined": lambda: JoinedFaceSet(sets),
-        "frequent": lambda: FrequentIdentities(JoinedFaceSet(sets), 2),
-    }[kind]()
-    told: list[tuple[RecordFile, int, int]] = []
-    read = []
-    monkeypatch.setattr(RecordFile, "read_soon", lambda file, start, end: told.append((file, start, end)))
-    plain_read = RecordFile.read
-
-    def checked_read(file: RecordFile, offset: int) -> bytes:
-        payload = plain_read(file, offset)
-        end = offset + 8 + len(payload)
-        assert any(f is file and start <= offset and end <= stop for f, start, stop in told), "read before it was told"
-        read.append(end - offset)
-        return payload
-
-    images = len(faces)
-    seed_order = (
-        partial(block_order, images, 1, block=8, blocks_mixed=3) if stretch else partial(exact_order, images, 1)
-    )
-    batches = EpochBatches(Order(seed_order, stretch), images, 6)
-    batches.start_at(0, first)
-    monkeypatch.setattr(RecordFile, "read", checked_read)
-    loader = training_loader(DecodedFaces(faces, faces.labels, SIZE, tolerant=True), batches, 0, CPU)
-    assert sum(len(batch.labels) for batch in loader) == len(read) == images - 6 * first
-    told_bytes = sum(end - start for _, start, end in told)
-    if stretch:
-        assert len(told) < len(read) / 1.5, "runs of neighbours are read in one piece"
-    assert told_bytes < sum(read) + len(read) * (1 << 14)
-
-
-def resident(file: RecordFile) -> np.ndarray:
-    """Which pages of a mapped file are in memory: bool [pages]."""
-    pages = np.zeros(-(-file.size // mmap.PAGESIZE), np.uint8)
-    address = file.view().ctypes.data
-    libc = ctypes.CDLL(None, use_errno=True)
-    done = libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(file.size), ctypes.c_void_p(pages.ctypes.data))
-    assert done == 0, os.strerror(ctypes.get_errno())
-    return (pages & 1).astype(bool)
-
-
-@pytest.fixture
-def cold_file(tmp_path: Path) -> RecordFile:
-    """A file of 4 MB of which nothing is in memory; skipped where the file system cannot forget."""
-    path = tmp_path / "cold.rec"
-    path.write_bytes(os.urandom(1 << 22))
-    if not hasattr(os, "posix_fadvise") or sys.platform != "linux":
-        pytest.skip("needs Linux's posix_fadvise and mincore")
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    cold = RecordFile(path)
-    if resident(cold).any():
-        pytest.skip("files stay in memory here")
-    return cold
-
-
-def test_a_random_read_brings_nothing_else(cold_file: RecordFile) -> None:
-    """One byte of a cold file costs one page; without the announcement it costs many."""
-    middle = cold_file.size // 2
-    cold_file.expect_random_reads()
-    cold_file.view()[middle].item()
-    assert resident(cold_file).sum() == 1
-    undeclared = RecordFile(cold_file.path)
-    undeclared.view()[cold_file.size // 4].item()
-    assert resident(cold_file).sum() > 4
-
-
-def test_read_soon_reads_what_it_says(cold_file: RecordFile) -> None:
-    """The pages of the bytes come into memory unasked, and no others; bytes beyond the file are nobody's."""
-    page = mmap.PAGESIZE
-    cold_file.read_soon(100 * page + 5, 110 * page + 1)
-    cold_file.read_soon(cold_file.size, cold_file.size + page)
-    cold_file.read_soon(-page, page)
-    for _ in range(100):
-        if resident(cold_file).sum() == 11:
-            break
-        time.sleep(0.02)
-    assert np.flatnonzero(resident(cold_file)).tolist() == list(range(100, 111))
-
-
-def test_reading_where_the_system_takes_no_hints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the system's calls (not every system has them) the same faces are loaded."""
-    for advice in ("MADV_RANDOM", "MADV_WILLNEED"):
-        monkeypatch.delattr(mmap, advice, raising=False)
-    records = write_set(tmp_path)
-    batches = EpochBatches(create_order("exact", records.labels, 0), IMAGES, IMAGES)
-    (batch,) = training_loader(DecodedFaces(records, records.labels, SIZE), batches, 0, CPU)
-    expected = np.stack([picture(int(i) + 1) for i in exact_order(IMAGES, 0, 0)])
-    assert np.array_equal(batch.faces, expected)
-
-
-def test_a_cut_record_of_a_large_file(tmp_path: Path) -> None:
-    """A record in parts is joined in a file of over 2**29 bytes too, where its flag could be taken for a length."""
-    payload = b"face" + MAGIC_BYTES + b"more"
-    path = tmp_path / "large.rec"
-    path.write_bytes(encode_record(payload))
-    os.truncate(path, (1 << 29) + 4096)
-    assert RecordFile(path).read(0) == payload
-
-
-# --- broken images ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(
-    ("image", "message"),
-    [
-        (b"\xff\xd8\xff\xe0 no picture", r"its 15 bytes are no image"),
-        (encode_png(np.zeros((SIZE, SIZE + 1, 3), np.uint8)), r"is 17x16 pixels, expected 16x16: .*data\.image_size"),
-    ],
-    ids=["broken", "wrong size"],
-)
-def test_unusable_images_are_named(tmp_path: Path, workers: int, image: bytes, message: str) -> None:
-    """Through a worker process too, the error says which record of which file, and where."""
-    records = write_set(tmp_path, {9: image})
-    loader = sequential_loader(DecodedFaces(records, records.labels, SIZE), 5, workers, CPU)
-    where = rf"train\.rec, record 9 at byte {records._offsets[8]}:? "
-    with pytest.raises(ImageError, match=where + message):
-        list(loader)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_tolerant_loader_labels_broken_images(tmp_path: Path, workers: int) -> None:
-    """In training a broken image is a row of zeros that no loss counts, with a message that names it."""
-    records = write_set(tmp_path, {9: b"no picture", 12: encode_png(np.zeros((4, 4, 3), np.uint8))})
-    faces = DecodedFaces(records, records.labels, SIZE, tolerant=True)
-    batches = list(sequential_loader(faces, 10, workers, CPU))
-    labels = torch.cat([batch.labels for batch in batches])
-    assert np.flatnonzero(labels == -1).tolist() == [8, 11]
-    assert not batches[0].faces[8].any()
-    assert ["record 9 at" in message for message in batches[0].broken] == [True]
-    assert ["record 12 at" in message for message in batches[1].broken] == [True]
-    assert batches[2].broken == []
-    assert faces.labels[8] == 9 % 5, "the set's own labels must stay"
-
-
-def test_other_sizes_are_scaled_when_asked(tmp_path: Path) -> None:
-    """`resize` takes images of any size; what has the right size already is not touched."""
-    large = np.full((2 * SIZE, 2 * SIZE, 3), (200, 30, 90), np.uint8)
-    records = write_set(tmp_path, {9: encode_png(large)})
-    faces, _, _ = DecodedFaces(records, records.labels, SIZE, resize=True).__getitems__([8, 9])
-    assert (faces[0] == torch.tensor([200, 30, 90])).all()
-    assert np.array_equal(faces[1], picture(10))
-
-
-@pytest.fixture
-def quick_looks_at_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Workers are looked at every 0.3 seconds, not 5."""
-    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.3)
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.3,))
-
-
-def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path, quick_looks_at_workers: None) -> None:
-    """A mapped file that cannot be read kills the worker (SIGBUS): the error says so, with record, offset, reason."""
-    faces = large_set(tmp_path)
-    size = faces.path.stat().st_size
-    decoded = DecodedFaces(faces, faces.labels, SIZE, tolerant=True)
-    batches = EpochBatches(partial(exact_order, len(faces), 0), len(faces), 4)
-    before = signal.getsignal(signal.SIGCHLD)
-    loaded = iter(training_loader(decoded, batches, 1, CPU))
-    next(loaded)
-    assert signal.getsignal(signal.SIGCHLD) == before  # a step is not interrupted by torch's handler
-    os.truncate(faces.path, 4096)
-    where = rf"{faces.path}, record \d+ at byte \d+: the file has 4,096 bytes, {size:,} when it was opened"
-    with pytest.raises(WorkerError, match=f"a worker process died of a bus error.*; {where}"):
-        list(loaded)
-
-
-def test_a_worker_that_dies_between_epochs_is_named(tmp_path: Path, quick_looks_at_workers: None) -> None:
-    """Killed for memory while the main process verifies, say: the next epoch, too, says what happened."""
-    records = write_set(tmp_path, {})
-    batches = EpochBatches(partial(exact_order, len(records), 0), len(records), 4)
-    loader = training_loader(DecodedFaces(records, records.labels, SIZE), batches, 1, CPU)
-    others = set(multiprocessing.active_children())
-    list(loader)
-    (worker,) = set(multiprocessing.active_children()) - others
-    worker.kill()
-    worker.join()
-    with pytest.raises(WorkerError, match=r"a worker process died \(out of memory\?\); try fewer with --workers"):
-        list(loader)
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of torch, which stops half-way
-def test_a_loader_whose_workers_cannot_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where there is no room for their locks it says so."""
-    records = write_set(tmp_path, {})
-    loader = sequential_loader(DecodedFaces(records, records.labels, SIZE), 5, 1, CPU)
-
-    def full(*arguments: object, **options: object) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(multiprocessing.synchronize.SemLock, "__init__", full)
-    with pytest.raises(WorkerError, match=r"cannot be started \(No space left on device on /dev/shm\)"):
-        list(loader)
-
-
-def test_a_program_ends_with_a_loader_alive(tmp_path: Path) -> None:
-    """Workers leave a scheduler's SIGTERM to the main process, but go when that one ends."""
-    write_set(tmp_path, {})
-    program = f"""
-import os, signal, time, torch
-from data.face_sets import open_face_set
-from data.loading import DecodedFaces, EpochBatches, training_loader
-from data.orders import create_order
-faces = open_face_set({str(tmp_path)!r})
-batches = EpochBatches(create_order("exact", faces.labels, 0), len(faces), 2)
-loader = training_loader(DecodedFaces(faces, faces.labels, {SIZE}), batches, 1, torch.device("cpu"))
-iterator = iter(loader)
-next(iterator)
-child = int(open(f"/proc/{{os.getpid()}}/task/{{os.getpid()}}/children").read().split()[0])
-os.system(f"kill -TERM {{child}}")
-time.sleep(0.2)
-print(len([next(iterator) for _ in range(8)]))
-"""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
 
 
 # --- to the network ---------------------------------------------------------------------------------------------------

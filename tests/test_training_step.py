@@ -387,7 +387,8 @@ def test_out_of_memory_in_a_head_of_one_pass_has_no_special_advice() -> None:
 
 
 def test_a_loss_knows_which_part_it_sees() -> None:
-    """Random margins are each part's own, and statistics move as far in several parts as in one: test_losses.py."""
+    """Random margins are each part's own, and statistics move as far in several parts as in one: see
+    test_loss_statistics.py."""
     parts, seen = Parts(micro_batch=4), list[tuple[int, int]]()
     parts.head.register_forward_pre_hook(lambda head, _: seen.append((head.loss.part, head.loss.parts)))
     parts.train(1)
