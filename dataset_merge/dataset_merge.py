@@ -25,10 +25,9 @@ from config import PRESETS, READS, Config
 from dataset_merge.decisions import decision_counts
 from dataset_merge.disk_space import as_size
 from dataset_merge.merge_report import Merge
-from dataset_merge.merging import dry_run_folder, needs_embeddings, run_merge
+from dataset_merge.merging import dry_run_folder, model_of, needs_embeddings, run_merge
 from dataset_merge.opening import open_sets, tell_size
 from models.embedders import Embedder, load_embedder
-from utils.checkpoints import newest_run
 from utils.devices import pick_device
 from utils.program import program_facts
 from utils.ranks import DAYS, join_ranks
@@ -55,10 +54,9 @@ def summary(done: Merge) -> str:
 
 
 def load_model(config: Config) -> Embedder:
-    """The model that compares the faces, or the newest run's."""
-    model = Path(config.merge.model) if config.merge.model else newest_run(Path(config.common.runs))
+    """The model that compares the faces."""
     return load_embedder(
-        model,
+        model_of(config),
         pick_device(config.common.device),
         config.model.normalisation,
         config.model.network,

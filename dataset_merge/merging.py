@@ -31,6 +31,7 @@ from dataset_merge.unit_rows import UnitRows
 from dataset_merge.writing import made_from, write_images
 from models.embedders import Embedder
 from models.embedding import embed_images
+from utils.checkpoints import newest_run, settings_beside
 from utils.files import write_csv_atomic
 from utils.processes import worker_count
 from utils.ranks import Ranks
@@ -44,6 +45,11 @@ def needs_embeddings(merge: MergeConfig) -> bool:
     return not merge.decisions or merge.duplicates == "near" or merge.clean != "off"
 
 
+def model_of(config: Config) -> Path:
+    """The model that compares the faces: the one that is named, or the newest run's."""
+    return Path(config.merge.model) if config.merge.model else newest_run(Path(config.common.runs))
+
+
 def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ranks: Ranks) -> Merge | None:
     """Merge sets as `config.merge` asks; the embedder may be missing where `needs_embeddings` says so.
 
@@ -51,6 +57,7 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
     """
     merge, cache, workers = config.merge, cache_folder(config.merge), worker_count(config.common.workers)
     sets: Sequence[FaceSet] = opened.sets
+    known = _known_by_heart(model_of(config), sets) if merge.t == "auto" and not merge.decisions else None
     remark, decisions = None, None
     if merge.decisions:
         remark = check_sources(Path(merge.decisions), merge, sets)
@@ -91,6 +98,7 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
     sizes = np.concatenate([stored_sizes(faces) for faces in sets])
     warnings = (
         remark,
+        known,
         compared.calibration.warning if compared.calibration else None,
         compared.leaks.warning if compared.leaks else None,
     )
@@ -115,6 +123,19 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
     )
     _write(merge, done, choice)
     return done
+
+
+def _known_by_heart(model: Path, sets: Sequence[FaceSet]) -> str | None:
+    """A warning when `model` is of a run that trained on one of the sets."""
+    trained_on = {Path(root).resolve() for root in settings_beside(model).get("data.root", ())}
+    known = [str(faces.path) for faces in sets if trained_on & {faces.path.resolve(), faces.path.resolve().parent}]
+    if not known:
+        return None
+    return (
+        f"{model} was trained on {', '.join(known)}: it holds those people farther apart than it will hold new ones, "
+        "so --t auto expects too few wrong joins. Take a model that has not seen the sets, or a higher --t, and look "
+        "at the pairs next to it in report.html."
+    )
 
 
 def _cleaned(

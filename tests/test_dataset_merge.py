@@ -18,7 +18,7 @@ from data.face_set_writer import write_face_set
 from data.face_sets import open_face_set
 from data.images import decode_rgb, encode_jpeg
 from data.verification_bin import write_bin
-from dataset_merge import dataset_merge, deciding, matching, merging
+from dataset_merge import calibration, dataset_merge, deciding, matching, merging
 from dataset_merge.calibration import Calibration
 from dataset_merge.deciding import Decided
 from dataset_merge.merge_report import PICTURES
@@ -115,6 +115,38 @@ def test_a_warning_of_the_calibration_is_shown(
     merge(two_sets, tmp_path / "merged", tiny_run, "--dry-run")
     assert "odd labels" in capsys.readouterr().out
     assert "odd labels" in (tmp_path / "merged.dry_run" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("known", "spelled", "t", "warned"),
+    [
+        ("tiny", "{set}", "auto", True),
+        ("tiny", "{set}/train.rec", "auto", True),
+        ("tiny", "{link}", "auto", True),
+        ("tiny", "{set}", "0.99", False),  # somebody else's judgement
+        ("other", "{set}", "auto", False),
+    ],
+)
+def test_a_model_that_knows_a_set_by_heart_is_warned_of(
+    tmp_path: Path, tiny_set: Path, tiny_run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    known: str, spelled: str, t: str, warned: bool,
+) -> None:  # fmt: skip
+    """Its people are farther apart than new ones will be, however the set is spelled: --t auto cannot see that."""
+
+    def decide(embeddings: Any, labels: Any, identities: Any, settings: Any, *more: Any) -> Decided:
+        return deciding.decide(embeddings, labels, identities, replace(settings, t=0.99), *more)
+
+    monkeypatch.setattr(merging, "decide", decide)  # the set is too small to find a threshold from
+    monkeypatch.setattr(calibration, "_LEAST_IDENTITIES", 2)
+    (tmp_path / "link").symlink_to(tiny_set)
+    first = spelled.format(set=tiny_set, link=tmp_path / "link")
+    if known == "other":
+        first = str(make_set(tmp_path / "other", (20, 21), range(2)))
+    second = make_set(tmp_path / "two", (2, 9, 1), range(4, 7))
+    merge(f"{first},{second}", tmp_path / "merged", tiny_run, "--dry-run", "--t", t)
+    told = f"{tiny_run} was trained on {open_face_set(first).path}: " in capsys.readouterr().out
+    assert told == warned
+    assert ("was trained on" in (tmp_path / "merged.dry_run" / "report.html").read_text()) == warned
 
 
 def test_what_a_dry_run_compared_is_not_compared_again(
