@@ -9,7 +9,8 @@ peer is the loop that other trainers have, written plainly (see PlainLoop); the 
 already, which its workers would have done. The two run in turns, each in a process of its own, so that noise hits both
 and one's memory is not another's. Numbers are medians over the rounds, ratios those of medians. A quarter more steps go
 ahead of a turn's, untimed: workers start in them, and what they decode ahead is used up. What takes how long, and the
-rates of each round, go to the standard error as they come.
+table's line by the rounds so far, go to the standard error as they come. What our step says, that it is not compiled,
+say, stands under the table.
 
 Wait: time that the loop, on the host, waits for a batch in memory. MiB: memory at its peak beyond what the process had
 before the network was made; allocated bytes on a GPU, growth of the process on the CPU. MFU: share of the rate that
@@ -31,7 +32,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -104,6 +105,7 @@ class OurLoop:
     def __init__(self, case: Case, device: torch.device) -> None:
         settings = TrainConfig(batch_size=case.batch_size, cuda_graph=case.cuda_graph)
         config = Config(model=ModelConfig(network=case.network), train=settings)
+        self.notes: list[str] = []  # what the step says: that it is not compiled, or takes several passes
         precision, ranks = pick_precision("auto", device), Ranks()
         set_float32_products(settings.precision, device)
         self.network = build_network(config, device)
@@ -112,10 +114,14 @@ class OurLoop:
         optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
         scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
         began = time.perf_counter()
-        self._step = build_step(config, self.network, head, optimizer, scaler, precision, device, ranks, _say)
+        self._step = build_step(config, self.network, head, optimizer, scaler, precision, device, ranks, self._note)
         self._to_input = build_input(settings, device)
         _say(f"{case.network}, ours: step built in {time.perf_counter() - began:.1f} s")
         self._device, self._steps = device, 0
+
+    def _note(self, line: str) -> None:
+        self.notes.append(line)
+        _say(line)
 
     def __call__(self, batch: Batch) -> None:
         step, faces = self._steps, batch.faces
@@ -166,6 +172,7 @@ class PlainLoop:
         parameters = [*self.network.parameters(), self.centres]
         self.optimizer = torch.optim.SGD(parameters, LR, momentum=0.9, weight_decay=5e-4)
         self.device, self.half = device, device.type == "cuda"
+        self.notes: list[str] = []
         torch.backends.cudnn.benchmark = True
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.half)
         self.loss = 0.0
@@ -198,7 +205,8 @@ class PlainLoop:
 
 
 def measure(case: Case, pipe: Connection) -> None:
-    """Once told to, make the loop and say so; then answer `memory` and `jpeg` with a Turn until the pipe is closed."""
+    """Once told to, make the loop and say so; then answer `memory` and `jpeg` with a Turn, `notes` with what the loop
+    said, until the pipe is closed."""
     with suppress(EOFError):
         _measure(case, pipe)
 
@@ -219,6 +227,9 @@ def _measure(case: Case, pipe: Connection) -> None:
     pipe.send("ready")
     while True:
         what = pipe.recv()
+        if what == "notes":
+            pipe.send(loop.notes)
+            continue
         batches = loop.in_memory(case) if what == "memory" or jpegs is None else jpegs()
         rate, wait = turn(loop, batches, case, device)
         peak = (
@@ -285,6 +296,11 @@ class Measurer:
         self._pipe.send(what)
         return self._pipe.recv()
 
+    def notes(self) -> list[str]:
+        """What the loop said: that it is not compiled, say."""
+        self._pipe.send("notes")
+        return self._pipe.recv()
+
     def close(self) -> None:
         self._pipe.close()
         self._process.join()
@@ -314,10 +330,8 @@ def _weightless(name: str) -> nn.Module:
         return create_network(name, 512, SIZE)
 
 
-def measure_in_turns(
-    name: str, ours: Measurer, peer: Measurer, rounds: int, device: torch.device
-) -> tuple[list[tuple[Turn, Turn, Turn]], float, float]:
-    """(turns of ours, the peer and ours with JPEGs; the device's FLOP/s in products; bytes/s in copies)."""
+def measure_in_turns(name: str, ours: Measurer, peer: Measurer, rounds: int, device: torch.device) -> Iterator[str]:
+    """After each round the network's line of the table, by all rounds so far."""
     precision = pick_precision("auto", device)
     big = device.type == "cuda"
     turns: list[tuple[Turn, Turn, Turn]] = []
@@ -327,19 +341,25 @@ def measure_in_turns(
         peak = max(peak, matmul_flops_per_s(device, precision, 4096 if big else 2048, 20 if big else 4))
         bandwidth = max(bandwidth, copy_bytes_per_s(device))
         turns.append((ours("memory"), peer("memory"), ours("jpeg")))
-        rates = ", ".join(f"{turn.rate:,.4g}" for turn in turns[-1])
-        took = time.perf_counter() - began
-        _say(f"{name}, round {number} of {rounds}: {rates} images/s (ours, peer, JPEG), in {took:.1f} s")
-    return turns, peak, bandwidth
+        line = table_line(name, turns, peak, bandwidth, precision)
+        _say(f"{name}, round {number} of {rounds} in {time.perf_counter() - began:.1f} s, so far:\n{line}")
+        yield line
 
 
-def row(cases: tuple[Case, Case], rounds: int, device: torch.device) -> str:
-    """Measure a network; its line of the table."""
-    name = cases[0].network
+def measure_network(cases: tuple[Case, Case], rounds: int, device: torch.device) -> tuple[str, list[str]]:
+    """(its line of the table, what our loop said)."""
     with closing(Measurer(cases[0])) as ours, closing(Measurer(cases[1])) as peer:  # both start
         for measurer in (ours, peer):  # and have the device for themselves, one after the other
             measurer.prepare()
-        turns, peak, bandwidth = measure_in_turns(name, ours, peer, rounds, device)
+        *_, line = measure_in_turns(cases[0].network, ours, peer, rounds, device)
+        return line, ours.notes()
+
+
+def table_line(
+    name: str, turns: Sequence[tuple[Turn, Turn, Turn]], peak: float, bandwidth: float, precision: torch.dtype
+) -> str:
+    """The line of a network, by turns of ours, the peer and ours with JPEGs. `peak`: the device's FLOP/s in products;
+    `bandwidth`: bytes/s in copies; `precision`: of the network."""
     our_turns, peer_turns, jpeg_turns = zip(*turns, strict=True)
     rate, peer_rate, jpeg_rate = (
         statistics.median(one.rate for one in many) for many in (our_turns, peer_turns, jpeg_turns)
@@ -347,7 +367,7 @@ def row(cases: tuple[Case, Case], rounds: int, device: torch.device) -> str:
     wait, jpeg_wait = (1000 * statistics.median(one.wait for one in many) for many in (our_turns, jpeg_turns))
     flops = 3 * forward_flops(_weightless(name), SIZE)
     products = flops / peak  # seconds a face
-    moves = moved_bytes(name, pick_precision("auto", device)) / bandwidth
+    moves = moved_bytes(name, precision) / bandwidth
     mebibytes = [max(one.memory for one in many) / 2**20 for many in (our_turns, peer_turns)]
     span, peer_span = (
         f"{min(one.rate for one in many):,.3g} to {max(one.rate for one in many):,.3g}"
@@ -391,6 +411,7 @@ def main() -> None:
         "| of faces in memory |\n|" + "---|" * 14,
         flush=True,
     )
+    notes: list[str] = []
     for network in arguments.networks.split(","):
         ours, peer = (
             Case(
@@ -404,7 +425,11 @@ def main() -> None:
             )
             for side in ("ours", "peer")
         )
-        print(row((ours, peer), arguments.rounds, device), flush=True)
+        line, said = measure_network((ours, peer), arguments.rounds, device)
+        print(line, flush=True)
+        notes += [f"- {network}: {note}" for note in said]
+    if notes:
+        print("\nWhat our step said:\n\n" + "\n".join(notes))
 
 
 if __name__ == "__main__":

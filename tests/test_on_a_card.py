@@ -42,3 +42,11 @@ def test_the_jobs_are_there_and_fit(tmp_path: Path) -> None:
     for path in (part for job in todo for part in job.command if part.endswith(".py")):
         assert (ROOT / path).is_file(), path
     assert len({job.file for job in todo}) == len(todo)
+
+
+def test_a_job_out_of_time_says_what_it_has(tmp_path: Path) -> None:
+    """It is interrupted first: of tests that hang, those that failed before are told."""
+    say = "import time\ntry:\n time.sleep(60)\nexcept KeyboardInterrupt:\n print('what failed', flush=True)\n"
+    assert run_all([job("tests.txt", 4.0, say + "while 1: pass")], tmp_path, 60)
+    assert (tmp_path / "tests.txt").read_text() == "what failed\n"
+    assert "| tests.txt | stopped after 4 s |" in (tmp_path / "summary.md").read_text()

@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
-from benchmarks.train_step import Case, moved_bytes, turn
+from benchmarks import train_step
+from benchmarks.train_step import Case, Turn, measure_network, moved_bytes, turn
 from data.loading import Batch
 
 CASE = Case("ours", "r18", 4, 10, 8, Path("none"))
@@ -48,3 +50,34 @@ def test_moved_bytes_are_those_of_the_values() -> None:
         channels_in = channels
     norms += 512 * 7 * 7
     assert moved_bytes("r18", torch.bfloat16) == 2 * (8 * norms + 5 * prelus) + 4 * 8 * 512
+
+
+def test_a_benchmark_that_is_stopped_has_told_its_rounds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The line of the table is told after each round, by all so far; and what our step said, that it runs uncompiled,
+    say, comes with the last one: a rate means nothing without it."""
+    rates = {"ours": iter([10.0, 8.0, 30.0, 24.0]), "peer": iter([5.0, 5.0])}
+
+    class Measurer:
+        def __init__(self, case: Case) -> None:
+            self.side = case.side
+
+        def prepare(self) -> None: ...
+        def close(self) -> None: ...
+
+        def __call__(self, what: str) -> Turn:
+            return Turn(next(rates[self.side]), 0.0, 2**20)
+
+        def notes(self) -> list[str]:
+            return ["runs uncompiled"]
+
+    monkeypatch.setattr(train_step, "Measurer", Measurer)
+    monkeypatch.setattr(train_step, "matmul_flops_per_s", lambda *_: 1e12)
+    monkeypatch.setattr(train_step, "copy_bytes_per_s", lambda *_: 1e12)
+    line, notes = measure_network((CASE, replace(CASE, side="peer")), 2, torch.device("cpu"))
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("|")]
+    assert told[-1] == line
+    assert notes == ["runs uncompiled"]
+    assert [one.split(" | ")[1:4:2] for one in told] == [["10 (10 to 10)", "2.00"], ["20 (10 to 30)", "4.00"]]
+    assert [one.rsplit(" | ", 1)[1] for one in told] == ["0.80 |", "0.80 |"]
