@@ -37,7 +37,7 @@ from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, is_first, readable_errors
-from utils.settings import describe, parse_settings, to_json
+from utils.settings import describe, flatten, parse_settings, to_json
 from utils.training.broken_images import BrokenImages
 from utils.training.build_parts import build_head, build_network, build_schedule, unused_here
 from utils.training.build_step import build_input, build_step
@@ -364,7 +364,10 @@ class Trainer:
         if self.config.train.on_explosion == "stop":
             raise error
         if not self.restore_newest():
-            raise TrainingError(f"{error}. There is no checkpoint yet to go back to: lower train.checkpoint_every")
+            every = max(1, min(100, error.step // 2))
+            raise TrainingError(
+                f"{error}. There is no checkpoint yet to go back to: save more often, --checkpoint-every {every} say"
+            )
         self.explosions.leave_out(error)
         self.meter = Meter(self.device)
         self.bar.reset()
@@ -437,7 +440,8 @@ class Trainer:
             write_text_atomic(self.run / CONFIG, to_json(self.config))
             write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
         again = self.verify_due or self.step == 0  # what a first try left, which had no checkpoint
-        return TrainingLog(self.run, self.step, self.config.train.wandb, self.ranks.first, self.say, again)
+        wandb, settings = self.config.train.wandb, flatten(self.config)
+        return TrainingLog(self.run, self.step, wandb, self.ranks.first, self.say, again, settings)
 
     def say(self, line: str) -> None:
         """Print a line, on the first rank only."""
@@ -466,6 +470,13 @@ def train(config: Config) -> Path:
     return run
 
 
+def _advice_on_memory(smallest: bool) -> str:
+    """What to do when memory ran out; `smallest`: passes are as small as they can be already."""
+    if not smallest:
+        return "Lower train.micro_batch, or train.batch_size"
+    return "Lower train.batch_size, or let the classes take less: more cards, or data.min_images (docs/losses.md)"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("train", "the last checkpoint is kept"):
@@ -477,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             run = train(config)
         except torch.OutOfMemoryError as error:
-            advice, *_ = getattr(error, "__notes__", ["Lower train.micro_batch, or train.batch_size"])
+            advice, *_ = getattr(error, "__notes__", [_advice_on_memory(config.train.micro_batch == "auto")])
             raise TrainingError(f"{str(error).split('. ')[0]}. {advice}") from None
     if is_first():
         print(f"done: {run / BEST}; test it with: python all_pair_test.py --model {quote(str(run))}")

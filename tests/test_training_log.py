@@ -221,7 +221,8 @@ def test_wandb_that_is_not_there_is_a_clear_error(tmp_path: Path, monkeypatch: p
 
 
 def test_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The run under its folder's name, taken up again when resumed; every number with its step; ended in the end."""
+    """The run under its folder's name, taken up again when resumed, with its settings; every number with its step;
+    ended in the end."""
     calls: list[Any] = []
 
     class Run:
@@ -240,10 +241,11 @@ def test_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     folder = tmp_path / "my-run"
     folder.mkdir()
-    with TrainingLog(folder, 0, "faces") as log:
+    with TrainingLog(folder, 0, "faces", settings={"train.lr": 0.1}) as log:
         log.scalars(2, {"train/loss": 0.5})
+    named = {"project": "faces", "name": "my-run", "id": "my-run", "resume": "allow", "dir": str(folder)}
     assert calls == [
-        {"project": "faces", "name": "my-run", "id": "my-run", "resume": "allow", "dir": str(folder)},
+        {**named, "config": {"train.lr": 0.1}, "allow_val_change": True},
         (2, {"train/loss": 0.5}),
         "finish",
     ]

@@ -3,7 +3,7 @@
 import importlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,10 +119,10 @@ class Meter:
 class TrainingLog:
     """Writes the log into `folder`. A run that goes on from `step` first drops what was logged after it.
 
-    `wandb`: project at Weights & Biases to log to as well; empty: none. Without `write`, for all ranks but the first,
-    it does nothing. When the disk is full, pictures are left out, the rest is kept in memory until it can be written,
-    and `say` is given a line for people. `verify_again`: the verification of `step` itself is dropped, too. Raises
-    ValueError if `wandb` is not installed.
+    `wandb`: project at Weights & Biases to log to as well, `settings` included; empty: none. Without `write`, for all
+    ranks but the first, it does nothing. When the disk is full, pictures are left out, the rest is kept in memory until
+    it can be written, and `say` is given a line for people. `verify_again`: the verification of `step` itself is
+    dropped, too. Raises ValueError if `wandb` is not installed.
     """
 
     def __init__(
@@ -133,6 +133,7 @@ class TrainingLog:
         write: bool = True,
         say: Callable[[str], object] = print,
         verify_again: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder, self._write, self._say = folder, write, say
         self._files, self._open = ExitStack(), ExitStack()
@@ -142,7 +143,13 @@ class TrainingLog:
             return
         if wandb:
             self._wandb = import_wandb().init(
-                project=wandb, name=folder.name, id=folder.name, resume="allow", dir=str(folder)
+                project=wandb,
+                name=folder.name,
+                id=folder.name,
+                resume="allow",
+                dir=str(folder),
+                config=dict(settings or {}),
+                allow_val_change=True,  # a run may go on with other settings
             )
             self._open.callback(self._wandb.finish)
         self.forget_after(step, verify_again)
