@@ -52,7 +52,7 @@ class DataConfig:
     # Order of an epoch: exact shuffles all images; blocks reads runs of neighbours, for spinning or network disks;
     # balanced shows every identity equally often.
     order: OrderName = "exact"
-    # Where training JPEGs are decoded: cpu, by the workers, or gpu, which needs a CUDA card and torchcodec; its pixels
+    # Where training JPEGs are decoded: cpu, by the workers, or gpu, on a CUDA card, which needs torchcodec; its pixels
     # differ a little. Tests, merges and verification always decode on the CPU.
     decode: Literal["cpu", "gpu"] = "cpu"
     # Broken training images are left out of the loss; more of them than this, of one process, stop the run with their
@@ -179,7 +179,8 @@ class LossConfig:
     # dense keeps the logits of all classes in memory; blockwise computes them a block at a time, for many identities.
     # auto: blockwise on CUDA, which has kernels for it, and as soon as there is more than one block.
     engine: Literal["auto", "dense", "blockwise"] = "auto"
-    # Classes computed at a time by the blockwise engine. 0: as many as suit the device's memory and batch_size.
+    # Classes computed at a time by the blockwise engine. 0: as many as suit the kind of device (CPU or CUDA) and the
+    # batch_size.
     block: int = 0
     # What the blockwise engine multiplies in: auto is bfloat16 on CUDA where the network computes in it, else float32;
     # sums and what follows are float32 in any case.
@@ -238,7 +239,8 @@ class TrainConfig:
     # Peak learning rate. 0: by rule, from optimizer and batch_size (docs/training.md); with sgd that is 0.1 for 1024
     # images and 0.02 for 128, both as published.
     lr: float = 0.0
-    # Epochs over which the learning rate climbs to its peak. The published recipe has none; small sets gain from some.
+    # Epochs over which the learning rate climbs to its peak. The published recipes have none; a loss that stays where
+    # it began, or becomes NaN, wants some.
     warmup_epochs: float = 0.0
     # What follows the peak: poly falls along a power of the steps left, cosine along a cosine, step at milestones,
     # constant not at all, wsd (warm-up, stable, decay) as poly, but over decay_epochs at the end.
@@ -277,7 +279,8 @@ class TrainConfig:
     micro_batch: str = "auto"
     # Compute the activations of each block anew in the backward pass instead of keeping them: slower, but far smaller.
     activation_checkpointing: bool = False
-    # Compile the network (torch.compile). auto: on CUDA.
+    # Compile the network (torch.compile), and let the blockwise engine compile its blocks, or use its kernels. auto: on
+    # CUDA.
     compile: Literal["auto", "on", "off"] = "auto"
     # Launch the network's kernels as CUDA graphs: for one card whose host is slow at launching them one by one, which
     # small batches and networks feel most. Not where a batch takes several passes, or activations are computed anew.
@@ -303,7 +306,8 @@ class TrainConfig:
     checkpoint_minutes: float = 10.0
     # Checkpoints to keep, the newest ones; the best network is kept besides.
     checkpoints_kept: int = 2
-    # A loss above this has exploded, as one that is not a number has.
+    # A loss above this has exploded, as one that is not a number has. In float16, steps whose gradients overflow are
+    # left out while the loss scale is looked for: 20 of them in a row are no explosion.
     loss_limit: float = 1000.0
     # When the loss explodes: stop, keeping the last checkpoint; or skip: go back to it, and on without the batch.
     on_explosion: Literal["stop", "skip"] = "stop"

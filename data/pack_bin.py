@@ -97,7 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{chosen.pairs}: {chosen.draw:,} pairs of one person and {chosen.draw:,} of two, drawn")
         pairs, same = pack_bin(Path(chosen.pairs), Path(chosen.images), Path(chosen.output), fit, workers)
     print(f"{chosen.output}: {pairs:,} pairs, {same:,} of one person")
-    print(f"test on it with: python all_pair_test.py {quote(chosen.output)}")
+    if pairs < FOLDS:
+        print(f"no test takes so few: it cuts them into {FOLDS} folds, so {FOLDS} pairs are the least")
+    else:
+        print(f"test on it with: python all_pair_test.py {quote(chosen.output)}")
 
 
 if __name__ == "__main__":

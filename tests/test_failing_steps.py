@@ -24,9 +24,10 @@ from models.heads.blockwise import BlockwiseHead
 from train import CHECKPOINTS, ExplodedError, Trainer, TrainingError, main, train
 from utils.checkpoints import BEST
 from utils.settings import as_flags, flatten
-from utils.training import explosions
+from utils.training import build_parts, explosions
 from utils.training import log as training_log
 from utils.training.checkpoint_store import CheckpointStore
+from utils.training.log import Noted
 from utils.training.metrics import read_metrics
 from utils.training.micro_batch import kept_limit
 from utils.training.saved_checkpoints import Saved, checkpoint_folders
@@ -226,13 +227,20 @@ def test_some_overflows_in_a_row_are_no_explosion(
         train(configure(tiny_set, tmp_path))
 
 
+def test_a_high_loss_is_no_overflow() -> None:
+    """In float16, too, a loss above its limit whose gradients are finite has moved the weights: it explodes at once."""
+    watch = explosions.ExplosionWatch(1000.0, overflows=True)
+    assert watch.exploded(Noted({}, [3, 4], [math.nan, math.nan], [math.inf, math.nan], {})) is None
+    assert watch.exploded(Noted({}, [5, 6], [1000.0, 1001.0], [1.0, 1.0], {})) == (6, 1001.0, 1.0)
+
+
 def test_without_a_checkpoint_there_is_no_way_back(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An explosion before the first checkpoint stops the run, with the setting that would have helped."""
     explode(monkeypatch, {1})
     with pytest.raises(
-        TrainingError, match=r"at step 1 .*no checkpoint yet to go back to: lower train\.checkpoint_every"
+        TrainingError, match=r"at step 1 .*no checkpoint yet to go back to: save more often, --checkpoint-every 1 say"
     ):
         train(configure(tiny_set, tmp_path, train__on_explosion="skip"))
 
@@ -264,17 +272,41 @@ def test_a_step_out_of_memory_goes_on_in_parts(
     assert said == [f"out of memory with {n} faces in a pass: on with {n // 2} (train.micro_batch)" for n in (8, 4)]
 
 
-@pytest.mark.parametrize(("micro_batch", "most"), [("8", 4), ("auto", 1)])
+@pytest.mark.parametrize(
+    ("micro_batch", "most", "advice"),
+    [
+        ("8", 4, r"Lower train\.micro_batch, or train\.batch_size$"),
+        ("auto", 1, r"Lower train\.batch_size, or let the classes take less: more cards, or data\.min_images"),
+    ],
+)
 def test_out_of_memory_says_what_to_lower(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: str, most: int
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, micro_batch: str, most: int, advice: str
 ) -> None:
-    """Parts of a size that was set, or that cannot be smaller: one line with the settings to lower, no traceback."""
+    """Parts of a size that was set, or that cannot be smaller: one line with what would help, no traceback."""
     exhaust(monkeypatch, most)
     config = configure(tiny_set, tmp_path, train__micro_batch=micro_batch)
-    with pytest.raises(
-        SystemExit, match=r"^train: CUDA out of memory\. Lower train\.micro_batch, or train\.batch_size$"
-    ):
+    with pytest.raises(SystemExit, match=rf"^train: CUDA out of memory\. {advice}"):
         main(as_flags(flatten(config)))
+
+
+@pytest.mark.parametrize(("optimizer", "tensors", "end"), [("sgd", 2, "_size"), ("adamw", 3, "_size, or sgd")])
+def test_centres_that_do_not_fit_say_what_they_take(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str, tensors: int, end: str
+) -> None:
+    """A smaller batch would not help: the error says how much the centres and their optimizer take, and what would."""
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 38.15 GiB. And much more")
+
+    monkeypatch.setattr(build_parts, "create_head", full)
+    config = configure(tiny_set, tmp_path, train__optimizer=optimizer, loss__sub_centers=3)
+    with pytest.raises(SystemExit) as caught:
+        main(as_flags(flatten(config)))
+    classes = len(open_training_set([tiny_set], 1).identities)
+    gib = f"{tensors * classes * 3 * config.model.embedding_size * 4 / 2**30:.3g}"
+    said = f"The centres of {classes} classes and the state of {optimizer} take {gib} GiB a card: spread them over more"
+    assert str(caught.value).startswith(f"train: CUDA out of memory. {said}")
+    assert str(caught.value).endswith(f"a smaller model.embedding{end}")
 
 
 @pytest.mark.parametrize(

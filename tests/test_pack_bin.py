@@ -243,7 +243,9 @@ def test_drawing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     flags = ["--draw", "4", "--images", str(images), "--image-size", "32", "--workers", "0"]
     main([*flags, "--pairs", str(pairs), "--output", str(tmp_path / "a.bin")])
     assert read_bin(tmp_path / "a.bin").same.tolist() == [True, False] * 4
-    assert f"{pairs}: 4 pairs of one person and 4 of two, drawn\n" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{pairs}: 4 pairs of one person and 4 of two, drawn\n" in said
+    assert "a.bin: 8 pairs, 4 of one person\nno test takes so few: it cuts them into 10 folds, so 10 pairs are" in said
     with pytest.raises(SystemExit, match=r"pairs\.csv exists: pack it without --draw"):
         main([*flags, "--pairs", str(pairs), "--output", str(tmp_path / "b.bin")])
     with pytest.raises(SystemExit, match=r"a\.bin exists: name another output"):

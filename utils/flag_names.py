@@ -10,7 +10,8 @@ from typing import Any
 _CALLED: dict[str, str] = {
     "activation-checkpointing": "grad-checkpointing gradient-checkpointing",
     "angle": "threshold",
-    "batch-size": "b batch bs train-batch-size",
+    "batch-size": "b batch bs total-batch-size train-batch-size",
+    "decode": "dali",
     "detector": "model",
     "detector-threshold": "threshold",
     "device": "accelerator cpu cuda devices gpu gpu-id gpus",
@@ -23,7 +24,7 @@ _CALLED: dict[str, str] = {
     "init": "finetune initial-checkpoint pretrained weights",
     "log-every": "frequent log-interval print-freq",
     "lr": "base-lr learning-rate",
-    "margin": "m",
+    "margin": "m margin-list",
     "micro-batch": "accumulate-grad-batches gradient-acc grad-accum-steps",
     "milestones": "lr-milestones lr-steps",
     "model": "checkpoint ckpt ckpt-path network pretrained weights",
@@ -42,10 +43,18 @@ _CALLED: dict[str, str] = {
     "source": "data data-dir dataset input root set",
     "t": "sim threshold",
     "verification": "eval val val-targets",
+    "verify-every": "eval-every eval-interval verbose",
     "wandb": "wandb-project",
     "warmup-epochs": "lr-warmup-epochs warmup warmup-epoch",
     "weight-decay": "wd",
     "workers": "j num-workers nthreads threads",
+}
+#: What other trainers have to be told, and this project knows.
+_KNOWN: dict[str, str] = {
+    "local-rank": "each process gets its number from torchrun",
+    "num-classes": "identities are counted in the set",
+    "num-image": "images are counted in the set",
+    "save-all-states": "the whole state is always saved",
 }
 #: What is named first on a command line, by what reads it: what is meant by an argument without a flag.
 _INPUTS = ("pack.source", "pack_bin.pairs", "prepare.rec_data_path", "drop_noisy.run", "data.root")
@@ -71,14 +80,17 @@ def what_was_meant(
     said = f"there is no setting {argument}"
     name = argument.partition("=")[0]
     preset = Path(name).name.removesuffix(".py")  # insightface's trainer is given configs/NAME
-    if preset in presets:
-        return f"{said} (did you mean --preset {preset}?)"
+    for ending, flags in (("", ""), ("_onegpu", " --batch-size 128")):
+        if preset.endswith(ending) and preset.removesuffix(ending) in presets:
+            return f"{said} (did you mean --preset {preset.removesuffix(ending)}{flags}?)"
     if name.endswith(".py") or name.startswith("configs/"):
         return f"{said} (docs/training.md has a table of what the fields of insightface's configs are called here)"
     if not name.startswith("-"):
         return f"{said}{_of_plain(argument, arguments, actions, readable)}"
     known = [flag for action in actions if readable(action.dest) for flag in action.option_strings]
     bare = name.lstrip("-").lower()
+    if bare in _KNOWN:
+        return f"{said}, nor need of it: {_KNOWN[bare]}"
     if meant := _called_so(bare, known):
         return f"{said} (did you mean {' or '.join(meant)}?)"
     if of_section := [flag for flag in known if flag.startswith(f"{name}.")]:

@@ -42,31 +42,44 @@ def build_network(config: Config, device: torch.device, with_init: bool = True) 
 def build_head(
     config: Config, classes: int, steps_per_epoch: int, device: torch.device, precision: torch.dtype, ranks: Ranks
 ) -> Head:
-    """The head over `classes` on `device`, this rank's part of it; `precision` is the network's."""
+    """The head over `classes` on `device`, this rank's part of it; `precision` is the network's.
+
+    Raises torch.OutOfMemoryError, with a note of what would help, when class centres do not fit.
+    """
     loss, settings = config.loss, config.train
     options = asdict(loss) | {"margin": loss.margin or None, "scale": loss.scale or None, "seed": settings.seed}
     options["margin_warmup"] = round(loss.margin_warmup_epochs * steps_per_epoch)
     half = loss.products == "bf16" or (
         loss.products == "auto" and device.type == "cuda" and precision == torch.bfloat16
     )
-    return create_head(
-        create_loss(**options),
-        classes,
-        config.model.embedding_size,
-        RowSGD(settings.momentum, settings.weight_decay)
-        if settings.optimizer == "sgd"
-        else RowAdamW(weight_decay=settings.weight_decay),
-        settings.batch_size // ranks.size,
-        device=device,
-        engine=loss.engine,
-        block=loss.block,
-        sub_centers=loss.sub_centers,
-        sample_rate=loss.sample_rate,
-        seed=settings.seed,
-        ranks=ranks,
-        matmul=torch.bfloat16 if half else None,
-        compiled=compiles(settings, device),
-    )
+    try:
+        return create_head(
+            create_loss(**options),
+            classes,
+            config.model.embedding_size,
+            RowSGD(settings.momentum, settings.weight_decay)
+            if settings.optimizer == "sgd"
+            else RowAdamW(weight_decay=settings.weight_decay),
+            settings.batch_size // ranks.size,
+            device=device,
+            engine=loss.engine,
+            block=loss.block,
+            sub_centers=loss.sub_centers,
+            sample_rate=loss.sample_rate,
+            seed=settings.seed,
+            ranks=ranks,
+            matmul=torch.bfloat16 if half else None,
+            compiled=compiles(settings, device),
+        )
+    except torch.OutOfMemoryError as error:
+        each = 1 if settings.optimizer == "sgd" else 2  # numbers of the optimizer's state for one of a centre
+        gib = (1 + each) * classes * loss.sub_centers * config.model.embedding_size * 4 / ranks.size / 2**30
+        error.add_note(
+            f"The centres of {classes:,} classes and the state of {settings.optimizer} take {gib:.3g} GiB a card: "
+            "spread them over more cards (torchrun), leave people out (data.min_images), or take a smaller "
+            "model.embedding_size" + (", or sgd" if settings.optimizer != "sgd" else "")
+        )
+        raise
 
 
 def compiles(settings: TrainConfig, device: torch.device) -> bool:

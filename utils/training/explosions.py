@@ -34,7 +34,7 @@ class ExplosionWatch:
     """Watches the losses and gradient norms of a run. `skipped`: the steps to leave out.
 
     `loss_limit`: above it a loss has exploded. `overflows`: whether there is a gradient scaler, which skips steps whose
-    gradients are not finite, and lowers its scale.
+    gradients are not finite, and lowers its scale: some of those in a row are no explosion.
     """
 
     def __init__(self, loss_limit: float, overflows: bool) -> None:
@@ -43,11 +43,11 @@ class ExplosionWatch:
 
     def exploded(self, noted: Noted) -> tuple[int, float, float] | None:
         """The first step of `noted` that exploded, its loss and gradient norm; None: there is none."""
-        allowed = MOST_OVERFLOWS if self._overflows else 0
         for step, loss, norm in zip(noted.steps, noted.losses, noted.gradient_norms, strict=True):
             good = loss <= self._limit and math.isfinite(norm)
             self._bad_in_a_row = 0 if good else self._bad_in_a_row + 1
-            if self._bad_in_a_row > allowed:
+            skipped = self._overflows and not math.isfinite(norm)
+            if not good and (not skipped or self._bad_in_a_row > MOST_OVERFLOWS):
                 return step, loss, norm
         return None
 
