@@ -106,7 +106,8 @@ class Trainer:
         self.network = build_network(config, device, with_init=not self.has_checkpoints)
         classes = len(self.faces.identities)
         self.head = build_head(config, classes, self.steps_per_epoch, device, self.precision, ranks)
-        self.flops_per_image = 3 * forward_flops(self.network, config.data.image_size)  # backward takes twice as many
+        flops = forward_flops(self.network, config.data.image_size, training=True)
+        self.flops_per_image = 3 * flops  # backward takes twice as many
         groups = parameter_groups(self.network, settings.weight_decay, settings.decay_all, settings.backbone_lr)
         self.optimizer = create_optimizer(settings.optimizer, groups, settings.momentum)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)

@@ -365,7 +365,7 @@ def table_line(
         statistics.median(one.rate for one in many) for many in (our_turns, peer_turns, jpeg_turns)
     )
     wait, jpeg_wait = (1000 * statistics.median(one.wait for one in many) for many in (our_turns, jpeg_turns))
-    flops = 3 * forward_flops(_weightless(name), SIZE)
+    flops = 3 * forward_flops(_weightless(name), SIZE, training=True)
     products = flops / peak  # seconds a face
     moves = moved_bytes(name, precision) / bandwidth
     mebibytes = [max(one.memory for one in many) / 2**20 for many in (our_turns, peer_turns)]

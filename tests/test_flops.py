@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.backbones.vit import VisionTransformer
 from utils.training.flops import forward_flops, matmul_flops_per_s
 
 
@@ -17,12 +18,28 @@ def test_operations_are_those_of_a_count_by_hand() -> None:
     assert forward_flops(network, 16) == 2 * by_hand
 
 
+def test_what_training_leaves_out_does_not_count() -> None:
+    """A vision transformer trains on a part of the patches; MFU by all of them would say that it is faster than it is.
+    Which ones is drawn, which no other drawing may depend on."""
+    width, depth, tokens, kept = 32, 2, 16, 12
+    network = VisionTransformer(width, depth, 8, 36, mask_ratio=0.25).train()
+    state = torch.get_rng_state()
+    counted = forward_flops(network, 36, training=True)
+    assert torch.equal(torch.get_rng_state(), state)
+    # A token has products of 12 width^2 in a block, and two with every token, of its width, in the attention.
+    left_out = depth * (12 * width**2 * (tokens - kept) + 2 * width * (tokens**2 - kept**2))
+    assert forward_flops(network, 36) - counted == 2 * left_out
+    assert all(module.training for module in network.modules())
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_counting_leaves_the_network_as_it_was(training: bool) -> None:
     """Its mode, its statistics, its gradients."""
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).train(training)
-    forward_flops(network, 8)
-    assert network.training is training
+    network[0].eval()
+    for counted in (False, True):
+        forward_flops(network, 8, counted)
+    assert [module.training for module in network.modules()] == [training, False, training]
     assert int(network[1].num_batches_tracked) == 0
     assert all(weight.grad is None for weight in network.parameters())
 

@@ -104,15 +104,15 @@ def test_a_trial_leaves_nothing_behind(fails: bool, precision: torch.dtype) -> N
 @pytest.mark.parametrize(
     ("faces", "ranks", "engine", "floats"),
     [
-        (8, 1, "dense", 8 * 3 * 16 + 4 * 8 * 100),
-        (8, 1, "blockwise", 8 * 3 * 16 + 4 * 8 * 40),
-        (4, 1, "dense", 8 * 3 * 16 + 4 * 4 * 100 + 1000),
-        (8, 2, "dense", 8 * 3 * 16 + 4 * 16 * 100 + 84),
+        (8, 1, "dense", 8 * 3 * 16 + 4 * 8 * 100 + 2 * 1000),
+        (8, 1, "blockwise", 8 * 3 * 16 + 4 * 8 * 40 + 5 * 400),
+        (4, 1, "dense", 8 * 3 * 16 + 4 * 4 * 100 + 2 * 1000 + 1000),
+        (8, 2, "dense", 8 * 3 * 16 + 4 * 16 * 100 + 2 * 1000 + 84),
     ],
 )
 def test_what_a_step_keeps_beside_a_pass(faces: int, ranks: int, engine: Engine, floats: int) -> None:
-    """A pass alone may fit where the step does not: the inputs, the head's work on all sub-centers of a block, the
-    centres' gradient when there are several passes, and what ranks exchange."""
+    """A pass alone may fit where the step does not: the inputs, the head's work on all sub-centers of a block, what is
+    as large as their centres, all centres' gradient when there are several passes, and what ranks exchange."""
     network = nn.Conv2d(3, 3, 3)
     head = create_head(
         ArcFace(0.5, 16.0), 50, 10, RowSGD(), 8, device=torch.device("cpu"), engine=engine, block=20, sub_centers=2

@@ -5,22 +5,35 @@ import time
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.backbones.sizes import ImageSize, height_and_width
 
 
-def forward_flops(network: nn.Module, image_size: ImageSize) -> int:
+def forward_flops(network: nn.Module, image_size: ImageSize, training: bool = False) -> int:
     """Floating-point operations of convolutions and matrix products, attention's too, for one face; a multiply-add
-    counts as two. A network on torch.device("meta") costs neither time nor memory to count."""
+    counts as two. With `training` of a face that is trained on, of which some networks leave a part out.
+
+    A network on torch.device("meta") costs neither time nor memory to count.
+    """
     from torch.utils.flop_counter import FlopCounterMode  # brings Triton
 
     device = next(network.parameters()).device
-    training = network.training
-    network.eval()
-    # As products: not every version of torch counts the attention that is fused on the CPU.
-    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        network(torch.zeros(1, 3, *height_and_width(image_size), device=device))
-    network.train(training)
+    modes = [(module, module.training) for module in network.modules()]
+    for module, _ in modes:
+        module.training = training and not isinstance(module, _BatchNorm)  # which wants two faces, and keeps statistics
+    try:
+        # As products: not every version of torch counts the attention that is fused on the CPU.
+        with (
+            FlopCounterMode(display=False) as counter,
+            torch.no_grad(),
+            sdpa_kernel(SDPBackend.MATH),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
+            network(torch.zeros(1, 3, *height_and_width(image_size), device=device))
+    finally:
+        for module, mode in modes:
+            module.training = mode
     return int(counter.get_total_flops())
 
 
