@@ -306,8 +306,9 @@ class TrainConfig:
     checkpoint_minutes: float = 10.0
     # Checkpoints to keep, the newest ones; the best network is kept besides.
     checkpoints_kept: int = 2
-    # A loss above this has exploded, as one that is not a number has. In float16, steps whose gradients overflow are
-    # left out while the loss scale is looked for: 20 of them in a row are no explosion.
+    # A loss above this has exploded, as one that is not a number has. In float16 the network does not move in steps
+    # whose gradients overflow, while the loss scale is looked for (the class centres, in float32, do): 20 of them in a
+    # row are no explosion.
     loss_limit: float = 1000.0
     # When the loss explodes: stop, keeping the last checkpoint; or skip: go back to it, and on without the batch.
     on_explosion: Literal["stop", "skip"] = "stop"

@@ -103,12 +103,23 @@ def others(maths: BlockMaths, unit: Tensor, centres: Tensor, scale: float) -> Te
     return maths.forward(unit, centres, none, torch.tensor(0), torch.full((1, 1), scale), None, *nothing)[0]
 
 
-def test_logits_far_below_the_best_cosine() -> None:
-    """A filtered class has the largest cosine, and its exponential is out of float32's range of those that are left."""
-    unit = torch.nn.functional.normalize(torch.randn(FACES, SIZE))
-    maths = [kind(create_loss("arcface", filter_above=0.3), 1, None, SGD) for kind in (BlockMaths, FusedMaths)]
-    exact, found = (others(one, unit, unit.clone(), 150.0) for one in maths)
-    close(found, exact)
+@pytest.mark.parametrize(("filter_above", "scale"), [(0.3, 150.0), (0.9, 256.0)])
+def test_logits_far_below_the_best_cosine(filter_above: float, scale: float) -> None:
+    """A filtered class has the largest cosine, and its exponential is out of float32's range of those that are left.
+    So is that of the filter: neither the sum nor a gradient is lost, or becomes infinite."""
+    unit = torch.nn.functional.normalize(torch.randn(FACES, SIZE, generator=torch.Generator().manual_seed(0)))
+    nothing, given = torch.zeros(FACES), (torch.full((FACES,), -1), torch.tensor(0), torch.full((1, 1), scale), None)
+    results = []
+    for kind in (BlockMaths, FusedMaths):
+        maths = kind(create_loss("arcface", filter_above=filter_above), 1, None, SGD)
+        log_others = others(maths, unit, unit.clone(), scale)
+        raw, d_unit, _ = maths.backward(
+            unit, unit.clone(), *given, log_others, nothing, torch.ones(FACES), torch.zeros_like(unit), None
+        )
+        results.append([log_others, d_unit, maths.gradient(raw, unit)])
+    for exact, found in zip(*results, strict=True):
+        assert exact.isfinite().all()
+        torch.testing.assert_close(found, exact, rtol=5e-4, atol=1e-3)  # gradients are of the size of the scale
 
 
 def test_an_exploded_centre_is_seen() -> None:

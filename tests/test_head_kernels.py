@@ -123,6 +123,9 @@ def test_blocks_are_what_a_card_can_launch() -> None:
     for tile in (head.maths.tiles.backward.columns, head.maths.tiles.update.rows):  # type: ignore[attr-defined]
         assert head.block <= 65_535 * tile
     assert head.block > 4_000_000
+    head = BlockwiseHead(create_loss("arcface"), 40, 512, RowSGD(), 8, block=10_000_000)
+    head.fuse_blocks()
+    assert 2**31 - 4 * 512 <= 4 * 512 * head.block < 2**31, "more bytes are no int, which Triton counts them in"
 
 
 def test_forward_is_one_pass() -> None:
@@ -134,6 +137,7 @@ def test_forward_is_one_pass() -> None:
         )
         head.fuse_blocks()
         assert (head.block, head.forward_block) == (16, at_once)
+        assert head.maths.most_classes(32)[0] == 2**31 // 128 - 1  # type: ignore[attr-defined]
     assert len(head.held) == 0
     assert list(head.blocks(Chosen(None, 0, torch.zeros(8)), head.forward_block)) == []
 

@@ -331,12 +331,26 @@ def test_perfect_and_opposite_faces(engine: str, name: str) -> None:
     assert torch.isfinite(head.weight).all()
 
 
+def test_a_pass_with_all_classes_beside_a_sampled_one() -> None:
+    """A batch in passes of eight and seven faces, of eight classes: the first has all, the second a sample. What the
+    first gave a class that is not in the sample is not lost."""
+    head = BlockwiseHead(create_loss("arcface"), 8, SIZE, RowSGD(0.9, 0.0), 8, block=4, sample_rate=0.5, fused=False)
+    for count in (8, 7):
+        head(batch(0)[0][:count, :SIZE], torch.arange(count), 0).loss.backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.any(1).all()
+    before, head.lr = head.weight.detach().clone(), 0.1
+    head.update(0)
+    assert (head.weight != before).any(1).all()
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_an_overflow_in_the_network_stays_there(engine: str, bad: float) -> None:
-    """One embedding that is not finite: the loss says so, its gradient is NaN (a gradient scaler skips the step), and
-    the centres stay finite."""
-    head = make(engine)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 1e20])
+@pytest.mark.parametrize("loss_name", ["arcface", "adaface", "sphereface", "softmax"])
+def test_an_overflow_in_the_network_stays_there(engine: str, bad: float, loss_name: str) -> None:
+    """One embedding that is not finite, or too long to have a length: the loss says so, its gradient is NaN (a gradient
+    scaler skips the step), and the centres and what the loss keeps stay finite."""
+    head = make(engine, name=loss_name)
     embeddings, labels = faces()
     with torch.no_grad():
         embeddings[4, 1] = bad
@@ -349,6 +363,7 @@ def test_an_overflow_in_the_network_stays_there(engine: str, bad: float) -> None
     assert embeddings.grad[4].isnan().all()
     assert head.weight.isfinite().all()
     assert head.momentum.isfinite().all()
+    assert all(buffer.isfinite().all() for buffer in head.loss.buffers())
 
 
 def test_bfloat16_products_come_close() -> None:

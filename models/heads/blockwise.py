@@ -98,10 +98,13 @@ class BlockwiseHead(Head):
     def fuse_blocks(self) -> None:
         """Have what is computed of a block go through kernels of our own (see `can_fuse`)."""
         self.maths = fused = FusedMaths.of(self.maths)
-        self.block = min(self.block, fused.most_classes())
+        forward, backward = fused.most_classes(self.weight.shape[1])
+        self.block = min(self.block, backward)
         self.block_forward, self.block_backward, self.block_update = fused.forward, fused.backward, fused.update
         if self.sample_rate == 1:
-            self.forward_block = max(len(self.held), 1)  # nothing in its memory is as long as that
+            self.forward_block = min(max(len(self.held), 1), forward)  # nothing in its memory is as long as that
+        else:
+            self.forward_block = self.block
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
         with torch.autocast(embeddings.device.type, enabled=False):
@@ -153,10 +156,13 @@ class BlockwiseHead(Head):
         if self.weight.grad is None:
             self.weight.grad = torch.zeros_like(self.weight)
         self.weight.grad[rows] += self.maths.gradient(raw, centres)
-        if isinstance(rows, Tensor):
+        if self.sample_rate < 1:  # of several passes one may have all classes, and another a sample
             if self._touched is None:
                 self._touched = torch.zeros(len(self.weight), dtype=torch.bool, device=self.weight.device)
-            self._touched.index_fill_(0, rows, True)
+            if isinstance(rows, Tensor):
+                self._touched.index_fill_(0, rows, True)
+            else:
+                self._touched[rows].fill_(True)
 
     def choose(self, labels: Tensor, step: int) -> Chosen:
         """The classes of this rank that take part in a step with the faces `labels` of all ranks."""

@@ -16,6 +16,8 @@ from utils.compiling import Compiled
 ON_CHIP = 212 * 1024
 #: Tiles that a launch has at most in its second direction, in which classes lie.
 _MOST_TILES = 2**16 - 1
+#: Bytes of a matrix that the copy engine is told of at most: Triton 3.8 counts them in an int, to tell small ones.
+_MOST_BYTES = 2**31 - 1
 
 
 class Tile(NamedTuple):
@@ -67,9 +69,10 @@ class FusedMaths(BlockMaths):
         return cls(maths.loss, maths.sub_centers, maths.matmul, maths.optimizer)
 
     @classmethod
-    def most_classes(cls) -> int:
-        """Of a block, backward."""
-        return _MOST_TILES * min(cls.tiles.backward.columns, cls.tiles.update.rows)
+    def most_classes(cls, embedding_size: int) -> tuple[int, int]:
+        """Of a block, forward and backward."""
+        forward = _MOST_BYTES // (4 * embedding_size)
+        return forward, min(forward, _MOST_TILES * min(cls.tiles.backward.columns, cls.tiles.update.rows))
 
     def attempt(self, faces: int, weight: Tensor) -> None:
         """Run all of it once, for `faces` faces and a few centres as those of `weight`; raises what a compiler does."""
@@ -101,12 +104,13 @@ class FusedMaths(BlockMaths):
         (faces, size), n, tile = unit.shape, len(centres), self.tiles.forward.for_rows(len(unit))
         rows, columns = -(-faces // tile.rows), -(-n // tile.columns)
         parts = min(columns, max(1, _processors(unit.device) // rows))
-        sums, bests = unit.new_empty((2, parts, faces), dtype=torch.float32)
+        filtered = self.loss.filter_above > 0
+        sums, bests, *others = unit.new_empty((3 if filtered else 2, parts, faces), dtype=torch.float32)
+        tops = others[0] if filtered else bests
         log_sum_exp[rows, parts](
             _tiled(unit, tile.rows, tile.depth), _tiled(centres, tile.columns, tile.depth), place, start, scale, sums,
-            bests, n, faces, -(-columns // parts), self.loss.filter_above, D=size, **self._options(scale, tile),
+            bests, tops, n, faces, -(-columns // parts), self.loss.filter_above, D=size, **self._options(scale, tile),
         )  # fmt: skip
-        tops = bests.clamp_max(self.loss.filter_above) if self.loss.filter_above > 0 else bests
         # Without a class: -inf. What is not a number stays that, so that a run sees its loss explode.
         logs = torch.where(sums == 0, -torch.inf, tops * scale.flatten() + sums.log()).logsumexp(0)
         return torch.logaddexp(total, logs), torch.maximum(best, bests.amax(0))

@@ -95,12 +95,12 @@ class _Silence(torch.autograd.Function):
 
 
 def silence_broken(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(embeddings with zeros, labels with -1, for rows that are not finite; which rows are finite, bool [B]).
+    """(embeddings with zeros, labels with -1, for rows whose length is not finite; which rows are, bool [B]).
 
     An overflow in the network must not reach the class centres, which would never recover from it. It shows in the
     network's own gradient, NaN, so that a gradient scaler skips the step, and in the loss, which `mean_loss` makes NaN.
     """
-    finite = embeddings.detach().isfinite().all(1)
+    finite = torch.linalg.vector_norm(embeddings.detach(), dim=1).isfinite()
     return _Silence.apply(embeddings, finite), torch.where(finite, labels, -1), finite
 
 

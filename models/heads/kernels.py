@@ -43,12 +43,12 @@ def _cosines(
 
 @triton.jit(do_not_specialize=["n", "tiles"])
 def log_sum_exp(
-    unit, centres, place, start, scale, sums, bests, n, faces, tiles, filter_above, SCALE_STRIDE: tl.constexpr,
+    unit, centres, place, start, scale, sums, bests, tops, n, faces, tiles, filter_above, SCALE_STRIDE: tl.constexpr,
     FILTER: tl.constexpr, D: tl.constexpr, K: tl.constexpr, FACES: tl.constexpr, CLASSES: tl.constexpr,
 ):  # fmt: skip
-    """Of `tiles` tiles of classes, the own class of a face left out: the largest cosine, and the sum of the
-    exponentials of what logits have less than that, or `filter_above` if it is less, times the scale: float32
-    [parts, faces] each.
+    """Of `tiles` tiles of classes, the own class of a face left out: the largest cosine (`bests`), with FILTER also the
+    largest after it (`tops`), and the sum of the exponentials of what logits have less than that times the scale:
+    float32 [parts, faces] each.
 
     Grid: (tiles of faces, parts).
     """
@@ -58,6 +58,7 @@ def log_sum_exp(
     factor = tl.load(scale + f * SCALE_STRIDE, f < faces, 0.0)
     best = tl.full((FACES,), float("-inf"), tl.float32)
     top = tl.full((FACES,), float("-inf"), tl.float32)
+    subtracted = tl.full((FACES,), float("-inf"), tl.float32)
     total = tl.zeros((FACES,), tl.float32)
     for tile in range(part * tiles, min((part + 1) * tiles, tl.cdiv(n, CLASSES))):
         c = tile * CLASSES + tl.arange(0, CLASSES)
@@ -66,17 +67,20 @@ def log_sum_exp(
         )  # fmt: skip
         other = (c < n)[None, :] & (c[None, :] != own[:, None])
         best = tl.maximum(best, tl.max(tl.where(other, cosine, float("-inf")), 1))
-        higher = tl.where(best == float("-inf"), 0.0, best)
         if FILTER:
             cosine = tl.where(cosine <= filter_above, cosine, 0.0)
-            higher = tl.minimum(higher, filter_above)
-        higher *= factor
+            top = tl.maximum(top, tl.max(tl.where(other, cosine, float("-inf")), 1))
+        else:
+            top = best
+        higher = tl.where(top == float("-inf"), 0.0, top) * factor
         logits = tl.where(other, cosine * factor[:, None], float("-inf"))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
-        top = higher
+        total = total * tl.exp(subtracted - higher) + tl.sum(tl.exp(logits - higher[:, None]), 1)
+        subtracted = higher
     at = part.to(tl.int64) * faces + f
     tl.store(sums + at, total, f < faces)
     tl.store(bests + at, best, f < faces)
+    if FILTER:
+        tl.store(tops + at, top, f < faces)
 
 
 @triton.jit(do_not_specialize=["n"])
