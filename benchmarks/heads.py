@@ -6,7 +6,8 @@
 
 The peer is PartialFC as other trainers have it, written plainly: normalise all sampled centres, all logits in memory,
 gradients by autograd, torch.optim.SGD. Each engine runs in a process of its own, so that one's memory is not another's;
-ratios are of the best of several steps. Ours are made as training makes them: compiled on a GPU. Memory is what a step
+ratios are of the best of several steps. Ours are made as training makes them: compiled on a GPU (the column "by" tells
+what that came to: kernels of ours, torch.compile's, or plain torch where these failed). Memory is what a step
 needs at its peak beyond the centres and their momentum: allocated bytes on a GPU, growth of the process on the CPU.
 
 Bound: what all classes cannot be done without, four products (three for `dense`) at the speed of a product of large
@@ -30,8 +31,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from models.heads import RowSGD, automatic_block, create_head
+from models.heads import BlockwiseHead, Head, RowSGD, automatic_block, create_head
+from models.heads.fused_steps import FusedMaths
 from models.losses import create_loss
+from utils.compiling import Compiled
 from utils.training.flops import copy_bytes_per_s, matmul_flops_per_s
 
 
@@ -89,8 +92,8 @@ class PlainPartialFC:
             self.weight[index], self.momentum[index] = rows.detach(), optimizer.state[rows]["momentum_buffer"]
 
 
-def measure(case: Case) -> tuple[float, float]:
-    """Seconds of the best step, and bytes that a step needs beyond centres and momentum."""
+def measure(case: Case) -> tuple[float, float, str]:
+    """Seconds of the best step; bytes that a step needs beyond centres and momentum; what computed the blocks."""
     on_gpu = case.device == "cuda"
     faces = torch.randn(case.batch_size, case.embedding_size, device=case.device)
     labels = torch.randint(0, case.classes, (case.batch_size,), device=case.device)
@@ -130,7 +133,17 @@ def measure(case: Case) -> tuple[float, float]:
         if on_gpu and step == 0:
             torch.cuda.reset_peak_memory_stats()  # a compiler tries its kernels on copies
     peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return min(times), peak - before
+    return min(times), peak - before, "" if case.engine.startswith("peer") else computed_by(head)
+
+
+def computed_by(head: Head) -> str:
+    """What computes the blocks of a head: our kernels, torch.compile's, or plain torch. Empty for a dense one."""
+    if not isinstance(head, BlockwiseHead):
+        return ""
+    if isinstance(head.maths, FusedMaths):
+        return "kernels"
+    compiled = isinstance(head.block_backward, Compiled) and not head.block_backward.gave_up
+    return "compiled" if compiled else "plain"
 
 
 def _now(on_gpu: bool) -> float:
@@ -171,8 +184,10 @@ def main() -> None:
     automatic = automatic_block(arguments.batch_size, torch.device(device))
     print(f"automatic blocks of {automatic:,} classes; products in {arguments.matmul} at {flops_per_s / 1e12:,.1f}")
     print(f"TFLOP/s, copies at {bytes_per_s / 1e9:,.0f} GB/s\n")
-    print("| classes | engine | block | ms a step | of dense | images/s | MiB beyond centres and momentum | bound |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| classes | engine | block | by | ms a step | of dense | images/s | MiB beyond centres and momentum | bound |"
+    )
+    print("|" + "---|" * 9)
     for classes in map(int, arguments.classes.split(",")):
         reference = None
         for engine, block in itertools.product(arguments.engines.split(","), map(int, arguments.blocks.split(","))):
@@ -185,15 +200,15 @@ def main() -> None:
             named = f"{block or automatic:,}" if engine.startswith("blockwise") else ""
             with multiprocessing.get_context("spawn").Pool(1) as alone:
                 try:
-                    seconds, extra = alone.apply(measure, (case,))
+                    seconds, extra, by = alone.apply(measure, (case,))
                 except torch.OutOfMemoryError:
-                    print(f"| {classes:,} | {engine} | {named} | does not fit | | | | |", flush=True)
+                    print(f"| {classes:,} | {engine} | {named} | | does not fit | | | | |", flush=True)
                     continue
             reference = seconds if engine == "dense" else reference
             ratio = f"{seconds / reference:.2f}" if reference else ""
             rate, bound = arguments.batch_size / seconds, case.bound(flops_per_s, bytes_per_s) / seconds
             print(
-                f"| {classes:,} | {engine} | {named} | {1000 * seconds:,.1f} | {ratio} | {rate:,.0f} "
+                f"| {classes:,} | {engine} | {named} | {by} | {1000 * seconds:,.1f} | {ratio} | {rate:,.0f} "
                 f"| {extra / 2**20:,.0f} | {bound:.2f} |",
                 flush=True,
             )

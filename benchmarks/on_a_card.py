@@ -48,7 +48,7 @@ def jobs(output: Path, faces: Path | None) -> list[Job]:
     large = [*step, "--batch-size", "512", "--networks"]
     verifying = ["benchmarks/verifying.py", *same]
     head = ["benchmarks/heads.py", "--batch-size", "512", "--matmul", "bf16", "--classes"]
-    pytest = ["-m", "pytest", "-q"]
+    pytest = ["-m", "pytest", "-q", "-rs"]
     if importlib.util.find_spec("xdist"):
         pytest += ["-n", str(max(1, min(7, (os.cpu_count() or 2) - 1)))]
     draw = ["data/make_demo_set.py", "--output", str(drawn), "--more", str(output / "more"), "--test-people", "2"]

@@ -19,7 +19,8 @@ from dataset_merge.matching import top_matches
 from head_cases import blockwise, dense
 from head_cases import train as train_head
 from models.heads import BlockwiseHead, RowAdamW, RowOptimizer, RowSGD, create_head
-from models.heads.fused_steps import FusedMaths
+from models.heads.blockwise import Chosen
+from models.heads.fused_steps import FusedMaths, can_fuse
 from models.losses import LOSSES, create_loss
 from test_all_pairs import clustered
 from train import train
@@ -53,6 +54,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*runs uncompiled")
+        warnings.filterwarnings("error", "the head's kernels do not run here")
         yield
 
 
@@ -129,8 +131,9 @@ def test_kernels_on_a_card(name: str, filter_above: float, optimizer: str) -> No
             centres=centres.clone(),
         )  # fmt: skip
         assert isinstance(head, BlockwiseHead)
-        if compiled and not isinstance(head.maths, FusedMaths):
+        if compiled and not can_fuse(head.maths, size, CUDA):
             pytest.skip("this card has no kernels of ours")
+        assert isinstance(head.maths, FusedMaths) == compiled
         head.lr = 0.1
         outcome = []
         for step in range(2):
@@ -145,6 +148,36 @@ def test_kernels_on_a_card(name: str, filter_above: float, optimizer: str) -> No
         assert found is not None
         assert found.isfinite().all()
         assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+def test_kernels_over_more_than_two_gigabytes() -> None:
+    """Centres that 32 bits cannot address, in launches of as many as the copy engine is told of: the log sum exp over
+    all, and the largest cosine, are those of blocks of 65,536; the last centre counts."""
+    faces, size, classes = 64, 512, 3 * 2**20 + 7
+    generator = torch.Generator(CUDA).manual_seed(0)
+    unit = F.normalize(torch.randn(faces, size, generator=generator, device=CUDA))
+    head = BlockwiseHead(
+        create_loss("arcface"), classes, size, RowSGD(), faces, block=65_536, matmul=torch.bfloat16,
+        centres=torch.randn(classes, size, generator=generator, device=CUDA),
+    ).cuda()  # fmt: skip
+    if not can_fuse(head.maths, size, CUDA):
+        pytest.skip("this card has no kernels of ours")
+    with torch.no_grad():
+        head.weight[-1] = unit[0]
+    head.fuse_blocks()
+    assert 4 * size * head.forward_block < 2**31 < 4 * size * classes
+    results = []
+    for at_once in (head.forward_block, 65_536):
+        total, best = torch.full((2, faces), -torch.inf, device=CUDA)
+        none, scale = torch.full((faces,), -1, device=CUDA), torch.full((1, 1), 64.0, device=CUDA)
+        for block in head.blocks(Chosen(None, classes, none), at_once):
+            total, best = head.block_forward(
+                head.maths.rounded(unit), block.centres, none, block.start, scale, None, total, best
+            )
+        results.append((total, best))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert results[0][1][0] > 0.99
 
 
 class Step:
