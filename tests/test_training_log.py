@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import cv2
 import numpy as np
@@ -15,7 +16,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import tiny_runs
 from data.loading import Batch
+from train import train
+from utils.settings import flatten
 from utils.training import log as training_log
 from utils.training.log import Meter, TrainingLog, step_profiler
 from utils.training.metrics import METRICS, SECONDS_VERIFYING, read_metrics
@@ -249,6 +253,16 @@ def test_wandb_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (2, {"train/loss": 0.5}),
         "finish",
     ]
+
+
+def test_wandb_gets_the_settings_of_a_run(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By which runs are compared there; all of them, as they are named on the command line."""
+    wandb = MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    config = tiny_runs.configure(tiny_set, tmp_path, train__wandb="faces", train__epochs=1)
+    train(config)
+    assert wandb.init.call_args.kwargs["config"] == flatten(config)
+    assert any("train/loss" in call.args[0] for call in wandb.init.return_value.log.call_args_list)
 
 
 def test_the_meter_takes_means_and_keeps_each_step() -> None:
