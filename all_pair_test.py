@@ -80,7 +80,9 @@ def chosen_sets(config: Config) -> list[Path]:
     named = [Path(path) for path in config.test.sets if not is_model(Path(path))]
     sets = named or chosen_bins(config.data.verification, config.data.root)
     if not sets:
-        raise FaceSetError(f"nothing to test on: name a set, or put .bin files beside {', '.join(config.data.root)}")
+        models = f"{', '.join(config.test.sets)}, named without a flag, is a model; " if config.test.sets else ""
+        beside = f"put .bin files beside {', '.join(config.data.root)}"
+        raise FaceSetError(f"nothing to test on: {models}name a set (without --model), or {beside}")
     return sets
 
 

@@ -5,7 +5,7 @@ class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i
 """
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import copy
 from itertools import pairwise
 from pathlib import Path
@@ -344,6 +344,18 @@ class ImageSubset:
 def image_views(images: EncodedImages, positions: np.ndarray) -> list[np.ndarray | None]:
     """The `views` of a set that has them; None for every image of another."""
     return images.views(positions) if isinstance(images, InRecords) else [None] * len(positions)
+
+
+def only_set(roots: Sequence[str], flag: str) -> Path:
+    """The set of `data.root`, for a script that takes one and was told none by `flag`.
+
+    Raises FaceSetError, naming the flag, where there are several, or the one is not there.
+    """
+    if len(roots) > 1:
+        raise FaceSetError(f"data.root names {len(roots)} sets ({', '.join(roots)}): one at a time, {flag}")
+    if not Path(roots[0]).exists():
+        raise FaceSetError(f"no set is named: {flag} (data.root is {roots[0]}, which does not exist)")
+    return Path(roots[0])
 
 
 def images_by_identity(faces: FaceSet, keys: np.ndarray | None = None) -> list[np.ndarray]:

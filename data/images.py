@@ -86,8 +86,8 @@ def decode_face(encoded: bytes, size: int, resize: bool, where: object) -> np.nd
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
     raise ImageError(
         f"{where} is {image.shape[1]}x{image.shape[0]} pixels, expected {size}x{size}: "
-        "align the set, write it anew with data/pack_set.py (a .bin: data/pack_bin.py) --other-sizes resize, or set "
-        "data.image_size; data.resize scales training images only"
+        f"align the set, or write it anew with data/pack_set.py --image-size {size} --other-sizes resize (a .bin: "
+        "data/pack_bin.py); training may have another data.image_size, or data.resize"
     )
 
 

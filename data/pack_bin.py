@@ -61,7 +61,7 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
         )
     same = [pair.same for pair in pairs]
     unmixed = unmixed_folds(same)
-    if unmixed:
+    if unmixed and 0 < sum(same) < len(same):
         warnings.warn(
             f"{pairs_path}: {unmixed} of the {FOLDS} folds that a test cuts it into have pairs of one kind only, so "
             "that accuracies hang on the order of the pairs: mix the kinds, in turn say",
@@ -97,7 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{chosen.pairs}: {chosen.draw:,} pairs of one person and {chosen.draw:,} of two, drawn")
         pairs, same = pack_bin(Path(chosen.pairs), Path(chosen.images), Path(chosen.output), fit, workers)
     print(f"{chosen.output}: {pairs:,} pairs, {same:,} of one person")
-    if pairs < FOLDS:
+    if same in (0, pairs):
+        print(f"no test takes it: all pairs are of {'one person' if same else 'two people'}, none of the other kind")
+    elif pairs < FOLDS:
         print(f"no test takes so few: it cuts them into {FOLDS} folds, so {FOLDS} pairs are the least")
     else:
         print(f"test on it with: python all_pair_test.py {quote(chosen.output)}")

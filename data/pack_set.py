@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from config import PRESETS, READS, Config, PackConfig
+from config import PRESETS, READS, Config, DataConfig, PackConfig
 from data.face_sets import FaceSet, FaceSetError
 from data.fitting import Fit, check_detector, chosen_detection, fit_images
 from data.identity_choice import Identity, choose_identities
@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers = worker_count(config.common.workers)
         packed = pack(faces, identities, Path(pick.output), fit, workers, pick.restart)
     print(summary(packed, pick.source, pick.output))
-    print(f"train on it with: python train.py --data.root {quote(pick.output)}")
+    size = "" if pick.image_size == DataConfig.image_size else f" --data.image-size {pick.image_size}"
+    print(f"train on it with: python train.py --data.root {quote(pick.output)}{size}")
 
 
 if __name__ == "__main__":

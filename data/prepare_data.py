@@ -26,7 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from config import PRESETS, READS, Config
-from data.face_sets import Divisible, EncodedImages, FaceSet, FaceSetError, FolderFaceSet, RecFaceSet, find_rec
+from data.face_sets import (
+    Divisible,
+    EncodedImages,
+    FaceSet,
+    FaceSetError,
+    FolderFaceSet,
+    RecFaceSet,
+    find_rec,
+    only_set,
+)
 from data.identity_choice import Identity, choose_identities
 from data.images import EXTENSIONS, image_extension
 from data.set_sources import ListedFaceSet, open_source, stamp
@@ -275,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_settings(Config, PRESETS, ("prepare", "common"), __doc__, argv, reads=READS["prepare"])
         print(describe(config, ("prepare", "common")))
         pick = config.prepare
-        source = Path(pick.rec_data_path or config.data.root[0])
+        source = Path(pick.rec_data_path or only_set(config.data.root, "--rec-data-path A"))
         source = (find_rec(source) if source.is_dir() else None) or source
         output = Path(pick.output) if pick.output else _default_output(source)
         workers = worker_count(config.common.workers)

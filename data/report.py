@@ -26,7 +26,7 @@ import numpy as np
 
 from config import PRESETS, READS, Config, ReportConfig
 from data.face_set_writer import write_face_set
-from data.face_sets import FaceSetError, property_line
+from data.face_sets import FaceSetError, only_set, property_line
 from data.survey import Survey, choose_sample, decode, decode_images, survey_heads, why_broken
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
 from utils.arrays import distinct
@@ -333,7 +333,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_settings(Config, PRESETS, ("report", "common"), __doc__, argv, reads=READS["report"])
         print(describe(config, ("report", "common")))
         options = config.report
-        path = Path((options.set or config.data.root)[0])
+        path = Path(options.set[0]) if options.set else only_set(config.data.root, "report.py A")
         output = Path(options.output or f"report-{set_name(path)}")
         if options.repair:
             require_free(options.repair)

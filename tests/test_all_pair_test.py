@@ -175,9 +175,24 @@ def test_nothing_is_skipped_in_silence(tiny_set: Path, tiny_run: Path, tmp_path:
         ([tmp_path / "bad.bin"], "bad.bin is no verification set"),
         ([tmp_path / "one"], "no impostor pairs"),
         ([tiny_set, tiny_set], "a set is named twice"),
-        (["--data.root", tmp_path / "nobin"], "nothing to test on"),
+        (["--data.root", tmp_path / "nobin"], "nothing to test on: name a set"),
+        ([tiny_run, "--data.root", tmp_path / "nobin"], f"{tiny_run}, named without a flag, is a model; name a set"),
     ):
         with pytest.raises(SystemExit, match=f"all_pair_test: .*{message}"):
             all_pair_test.main(
                 [*map(str, arguments), "--model", str(tiny_run), "--output", str(tmp_path), "--workers=0"]
             )
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("", "has no best.safetensors or model.safetensors; if it is a face set, name it without --model"),
+        ("tiny.bin", "was not written by torch.save; if it is a verification set, name it without --model"),
+    ],
+)
+def test_a_set_is_no_model(tiny_set: Path, tmp_path: Path, model: str, message: str) -> None:
+    """A set named by `--model` is told so; nobody is advised to unpickle it all the same."""
+    with pytest.raises(SystemExit) as caught:
+        all_pair_test.main([str(tiny_set), "--model", str(tiny_set / model), "--output", str(tmp_path), "--workers=0"])
+    assert str(caught.value).startswith(f"all_pair_test: {tiny_set / model} {message}")

@@ -253,6 +253,21 @@ def test_drawing_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert not (tmp_path / "more.csv").exists()
 
 
+def test_pairs_of_one_kind_are_no_test(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ten pairs, all of one person: packed, and said what lacks, instead of a command that fails; there is nothing to
+    mix."""
+    images = people(tmp_path / "images", [5])
+    files = sorted(images.rglob("*.*"))
+    rows = [f"{a.relative_to(images)},{b.relative_to(images)},1" for a, b in itertools.combinations(files, 2)]
+    pairs = written(tmp_path / "pairs.csv", "\n".join(["path1,path2,same", *rows, *rows]))
+    flags = ["--images", str(images), "--image-size", "32", "--workers", "0", "--output", str(tmp_path / "a.bin")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        main(["--pairs", str(pairs), *flags])
+    said = capsys.readouterr().out
+    assert said.endswith("no test takes it: all pairs are of one person, none of the other kind\n")
+
+
 def test_script_from_another_directory(tmp_path: Path, images: Path) -> None:
     """The program runs wherever it is called and says what to do next."""
     written(tmp_path / "pairs.txt", LFW)

@@ -515,7 +515,7 @@ def test_the_command_to_train_can_be_typed(folder: Path, tmp_path: Path, capsys:
     output = str(tmp_path / "Ann's set")
     main(["--source", str(folder), "--output", output, "--image-size", str(SIZE), "--workers", "0"])
     _, command = capsys.readouterr().out.splitlines()[-1].split(": ")
-    assert shlex.split(command) == ["python", "train.py", "--data.root", output]
+    assert shlex.split(command) == ["python", "train.py", "--data.root", output, "--data.image-size", str(SIZE)]
 
 
 def test_the_summary_counts_new_bytes() -> None:

@@ -329,6 +329,7 @@ def test_damaged_record_names_itself(tmp_path: Path, rec: Path) -> None:
     ("arguments", "message"),
     [
         (["--r", "{here}/nothing"], "nothing does not exist"),
+        (["--data.root", "{here}/set,{here}/file"], "one at a time, --rec-data-path A"),
         (["--r", "{here}"], "name a folder for the images of"),
         (["--r", "{here}", "--output", "{here}/out"], "has no folders of images"),
         (["--r", "{here}/set", "--output", "{here}/file"], "file"),

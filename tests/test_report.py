@@ -528,6 +528,11 @@ def test_from_another_directory(damaged: Path, tmp_path: Path, how: str, workers
     ("arguments", "message"),
     [
         (["nothing"], "nothing does not exist"),
+        ([], r"no set is named: report\.py A \(data\.root is datasets/ms1mv3, which does not exist\)"),
+        (
+            ["--data.root", "empty,file.txt"],
+            r"data\.root names 2 sets \(empty, file\.txt\): one at a time, report",
+        ),
         (["file.txt"], "is no face set"),
         (["empty"], "has no folders of images"),
     ],

@@ -175,6 +175,8 @@ def test_plain_arguments_beside_their_flag(capsys: pytest.CaptureFixture[str]) -
     assert "there is no setting false: a flag that is" in error_of(capsys, "--oven.fan-on", "false", own=("shop",))
     said = error_of(capsys, "--shop.rolls", "rye", "spelt", own=("shop",))
     assert "shop.rolls is named by a flag and by spelt: name all in one way" in said
+    said = error_of(capsys, "--shop.rolls", "rye", "--traus", "3", own=("shop",))
+    assert "there is no setting --traus" in said, "3 is its value, no roll"
 
 
 @pytest.mark.parametrize(
@@ -248,6 +250,24 @@ def test_what_was_meant(capsys: pytest.CaptureFixture[str], argv: list[str], mea
     insightface's configs lead on."""
     with pytest.raises(SystemExit):
         parse_settings(config.Config, config.PRESETS, ("train", "common"), "", argv, reads=config.READS["train"])
+    assert meant in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "sections", "argv", "meant"),
+    [
+        ("test", ("test", "common"), ["--dataset", "a"], "(did you mean --test.sets?)"),
+        ("prepare", ("prepare", "common"), ["--data-dir", "a"], "(did you mean --rec-data-path?)"),
+        ("report", ("report", "common"), ["--rec", "a"], "(did you mean --report.set?)"),
+        ("merge", ("merge", "common"), ["--merge", "a,b", "--threshold", "0.5"], "--threshold (did you mean --t?)"),
+    ],
+)
+def test_a_set_is_meant_by_the_flag_of_the_script(
+    capsys: pytest.CaptureFixture[str], script: str, sections: tuple[str, ...], argv: list[str], meant: str
+) -> None:
+    """Not `--data.root`, which these scripts look at for a default only."""
+    with pytest.raises(SystemExit):
+        parse_settings(config.Config, {}, sections, "", argv, reads=config.READS[script])
     assert meant in capsys.readouterr().err
 
 

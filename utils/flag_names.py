@@ -34,12 +34,14 @@ _CALLED: dict[str, str] = {
     "output": "out output-dir save-dir",
     "pairs": "input list",
     "precision": "amp bf16 fp16",
-    "rec-data-path": "input rec source",
+    "rec-data-path": "data data-dir data-path dataset input rec root set source",
     "resume": "checkpoint ckpt ckpt-path resume-from resume-from-checkpoint",
     "root": "data data-dir data-path dataset rec set source train-data",
     "runs": "checkpoint-dir log-dir out output output-dir save-dir",
     "scale": "s",
     "schedule": "lr-scheduler sched scheduler",
+    "set": "data data-dir data-path dataset input rec root source",
+    "sets": "bin data data-dir data-path dataset datasets input rec root set source target val-targets",
     "source": "data data-dir dataset input root set",
     "t": "sim threshold",
     "verification": "eval val val-targets",
@@ -92,7 +94,8 @@ def what_was_meant(
     if bare in _KNOWN:
         return f"{said}, nor need of it: {_KNOWN[bare]}"
     if meant := _called_so(bare, known):
-        return f"{said} (did you mean {' or '.join(meant)}?)"
+        own = [flag for flag in meant if flag != "--data.root"] or meant  # a flag of the script's own is nearer
+        return f"{said} (did you mean {' or '.join(own)}?)"
     if of_section := [flag for flag in known if flag.startswith(f"{name}.")]:
         return f"{said}, but {', '.join(of_section[:3])}{', ...' if len(of_section) > 3 else ''}"
     if elsewhere := _called_so(bare, [flag for action in actions for flag in action.option_strings]):

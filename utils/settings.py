@@ -105,9 +105,12 @@ def parse_settings(
     parser = _parser(config_class, presets, own_sections, description)
     arguments = _with_dashes(argv)
     found, unknown = parser.parse_known_intermixed_args(arguments)
+    flags = vars(found)
+    named_twice = flags.pop(_NAMED_TWICE, None)
     if unknown:
         parser.error(what_was_meant(unknown[0], arguments, parser._actions, presets, lambda name: is_read(name, reads)))
-    flags = vars(found)
+    if named_twice:
+        parser.error(named_twice)
     preset = flags.pop("preset")
     chosen = {**(presets[preset] if preset else {}), **flags}
     try:
@@ -262,6 +265,10 @@ def _sections(config_class: type) -> dict[str, type]:
     return {name: hint for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)}  # type: ignore[misc]
 
 
+#: Where a namespace has the message of `_Plain`.
+_NAMED_TWICE = " named twice"
+
+
 class _Plain(argparse.Action):
     """Arguments without a flag, each one or several separated by commas. They may not stand beside their own flag,
     which would win or lose without a word: `--merge A B`."""
@@ -273,8 +280,10 @@ class _Plain(argparse.Action):
                 f"there is no setting {switch.pop()}: a flag that is on or off takes no value, as --x and --no-x"
             )
         if hasattr(namespace, self.dest):
+            # Said later: `plain` may be the value of a flag that there is not.
             message = f"{self.dest} is named by a flag and by {' '.join(plain)}"
-            parser.error(f"{message}: name all in one way (with the flag, separated by commas)")
+            setattr(namespace, _NAMED_TWICE, f"{message}: name all in one way (with the flag, separated by commas)")
+            return
         setattr(namespace, self.dest, plain)
 
 

@@ -43,6 +43,7 @@ _NOTES = (
 
 _UNSUPPORTED = re.compile(r"Unsupported global: GLOBAL (\S+)")
 _ARCHIVE, _PICKLE = b"PK", b"\x80"  # how files of torch.save begin, now and before 1.6
+_OLD_FILE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # these with its magic number
 
 
 class _Note:
@@ -72,6 +73,8 @@ def model_file(path: Path | str) -> Path:
     _require_no_checkpoint(file)
     if file.is_dir():
         file = file / HUB_WEIGHTS if (file / HUB_WEIGHTS).exists() else file / BEST
+    if not file.exists() and path != file and Path(path).is_dir():
+        raise CheckpointError(f"{path} has no {BEST} or {HUB_WEIGHTS}; if it is a face set, name it without --model")
     if not file.exists():
         raise CheckpointError(f"there is no model at {file}")
     if file.suffix not in (*ENDINGS, ".onnx"):
@@ -119,6 +122,12 @@ def read_checkpoint(file: Path) -> Checkpoint:
 
 
 def _read_pickle(file: Path) -> Any:
+    with file.open("rb") as opened:
+        first = opened.read(16)
+    if file.suffix == ".bin" and first.startswith(_PICKLE) and not first.startswith(_OLD_FILE):
+        raise CheckpointError(
+            f"{file} was not written by torch.save; if it is a verification set, name it without --model"
+        )
     try:
         with torch.serialization.safe_globals([(_Note, name) for name in _NOTES]):
             return torch.load(file, map_location="cpu", weights_only=True)
