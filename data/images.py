@@ -87,7 +87,7 @@ def decode_face(encoded: bytes, size: int, resize: bool, where: object) -> np.nd
     raise ImageError(
         f"{where} is {image.shape[1]}x{image.shape[0]} pixels, expected {size}x{size}: "
         f"align the set, or write it anew with data/pack_set.py --image-size {size} --other-sizes resize (a .bin: "
-        "data/pack_bin.py); training may have another data.image_size, or data.resize"
+        "data/pack_bin.py); training may have another data.image_size; data.resize scales training images only"
     )
 
 
