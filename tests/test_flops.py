@@ -1,11 +1,16 @@
 """Operations of a network, against a count by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
+import tiny_runs
+import train
 from models.backbones.vit import VisionTransformer
 from utils.training.flops import forward_flops, matmul_flops_per_s
+from utils.training.metrics import read_metrics
 
 
 def test_operations_are_those_of_a_count_by_hand() -> None:
@@ -49,3 +54,13 @@ def test_the_rate_of_products_is_their_operations_over_time(monkeypatch: pytest.
     seconds = iter([0.0, 4.0, 10.0, 12.0, 20.0, 28.0])
     monkeypatch.setattr("utils.training.flops.time.perf_counter", lambda: next(seconds))
     assert matmul_flops_per_s(torch.device("cpu"), torch.float32, size=16, repeats=3) == 3 * 2 * 16**3 / 2
+
+
+def test_a_run_logs_the_operations_of_training(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a face that is trained on, three times: backward takes twice as many as forward."""
+    monkeypatch.setattr(train, "forward_flops", lambda network, size, training=False: 7e9 if training else 9e9)
+    run = train.train(tiny_runs.configure(tiny_set, tmp_path, train__epochs=1))
+    lines = [line for line in read_metrics(run) if "train/loss" in line]
+    assert lines
+    for line in lines:
+        assert line["train/tflops_per_s"] == pytest.approx(line["train/images_per_s"] * 3 * 7e9 / 1e12)
