@@ -479,3 +479,11 @@ def test_prefixes_are_those_of_wrappers_only() -> None:
     assert strip_prefixes({"module.conv.weight": 1, "module.fc.weight": 2}) == {"conv.weight": 1, "fc.weight": 2}
     assert strip_prefixes({"model.a.w": 1, "conv.w": 2}) == {"model.a.w": 1, "conv.w": 2}
     assert strip_prefixes({"body.a": 1, "body.b": 2}) == {"body.a": 1, "body.b": 2}
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_bin_of_torch_loads(tmp_path: Path, new: bool) -> None:
+    """`pytorch_model.bin`, of torch before 1.6 too, whose files begin like a pickled verification set."""
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"fc.weight": torch.ones(2, 3)}, file, _use_new_zipfile_serialization=new)
+    assert torch.equal(read_checkpoint(file).state["fc.weight"], torch.ones(2, 3))
