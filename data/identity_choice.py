@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.face_sets import FaceSet, FaceSetError, RecFaceSet, identity_order, images_by_identity
+from utils.text_files import open_text
 
 
 class Identity(NamedTuple):
@@ -45,8 +46,8 @@ def _expand(items: Sequence[str]) -> set[str]:
     names: set[str] = set()
     for item in items:
         if item.startswith("@"):
-            lines = Path(item[1:]).read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
-            names.update(line.strip() for line in lines if line.strip())
+            with open_text(Path(item[1:])) as lines:
+                names.update(line.strip() for line in lines if line.strip())
         else:
             names.add(item)
     return names

@@ -10,6 +10,7 @@ import numpy as np
 from data.face_sets import IMAGE_ENDINGS
 from data.set_sources import csv_separator
 from utils.regular_files import read_regular_file
+from utils.text_files import is_empty_row, open_text
 
 #: The header of a list that is a CSV.
 COLUMNS = ("path1", "path2", "same")
@@ -71,7 +72,7 @@ def read_pairs(path: Path | str, images: Path | str) -> list[Pair]:
     Raises PairsError for a line that is no pair and for a number of pairs that is not the announced one.
     """
     path, images = Path(path), Path(images)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path) as file:
         lines = list(file)
     first = next((line for line in lines if line.strip()), "")
     separator = csv_separator(first, COLUMNS[0]) or ("," if "," in first and "\t" not in first else "")
@@ -144,7 +145,7 @@ def _csv_pairs(lines: Sequence[str], path: Path, images: Path, separator: str) -
         if header != list(COLUMNS):
             raise PairsError(f"{path}: its header is {','.join(header)!r}, expected {','.join(COLUMNS)}")
         for row in rows:
-            if not row:
+            if is_empty_row(row):
                 continue
             where = f"{path}, line {rows.line_num}"
             if len(row) != 3:

@@ -16,7 +16,6 @@ import csv
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
-from io import TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -26,6 +25,7 @@ from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
 from data.images_fingerprint import files_digest
 from utils.progress import progress_bar
 from utils.regular_files import read_regular_file
+from utils.text_files import is_empty_row, looks_binary, open_text
 from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
@@ -64,11 +64,10 @@ class ListedFaceSet:
         names: dict[str, int] = {}
         self._paths, self._aligned = Texts(), bytearray()
         with (
-            self.path.open("rb") as file,
+            open_text(self.path) as file,
             progress_bar(size := self.path.stat().st_size, "B", f"lines of {self.path}", disable=size < _SHOWN) as bar,
         ):
-            text = TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-            for row in _read_lines(text, self.path):
+            for row in _read_lines(file, self.path):
                 if row.aligned is False and not row.landmarks and not detected:
                     raise FaceSetError(
                         f"{self.path}, line {row.line}: the face is not aligned (0) and has no landmarks to do it by: "
@@ -81,7 +80,7 @@ class ListedFaceSet:
                 codes.append(names.setdefault(row.identity, len(names)))
                 lines.append(row.line)
                 if not len(lines) % _LINES_AT_ONCE:
-                    bar.update(file.tell() - bar.n)
+                    bar.update(file.buffer.tell() - bar.n)
                 self._aligned.append(_ALIGNED[row.aligned])
                 self._paths.append(row.path)
             bar.update(size - bar.n)
@@ -172,6 +171,9 @@ def stamp(path: Path) -> str:
 def _read_lines(file: TextIO, path: Path) -> Iterator[ListLine]:
     first = next((line for line in file if line.strip()), "")
     file.seek(0)
+    if looks_binary(first):
+        pairs = ": pairs of images are tested by all_pair_test.py, not packed" if path.suffix == ".bin" else ""
+        raise FaceSetError(f"{path} is no list, for it is no text{pairs}")
     separator = csv_separator(first, "path")
     if not separator and "\t" in first:
         parse = _parse_face2rec if _is_face2rec(first, path) else _parse_im2rec
@@ -230,7 +232,7 @@ def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
         header = [name.strip().lower() for name in next(rows, [])]
         columns = _csv_columns(header, path)
         for row in rows:
-            if not row:
+            if is_empty_row(row):
                 continue
             where = f"{path}, line {rows.line_num}"
             if len(row) != len(header):

@@ -11,6 +11,7 @@ from data.face_sets import FaceSet
 from dataset_merge.decisions import COLUMNS, KEPT, LEFT, Decision, DecisionsError, Identities
 from utils.files import write_csv_atomic
 from utils.progress import progress_bar
+from utils.text_files import is_empty_row, open_text
 
 
 def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
@@ -90,11 +91,11 @@ def read_decisions(path: Path, sets: Sequence[FaceSet]) -> list[Decision]:
 def _read_rows(path: Path, people: Identities, names: _Names, sets: Sequence[FaceSet]) -> Iterator[_Row]:
     lines: dict[int, int] = {}
     wheres = [f"set {source} ({faces.path})" for source, faces in enumerate(sets)]
-    with path.open(encoding=_encoding(path), errors="surrogateescape", newline="") as file:
+    with open_text(path) as file:
         line = 1
         try:
             for line, row in _open_table(file):
-                if not "".join(row).strip():
+                if is_empty_row(row):
                     continue
                 cells = row[: len(COLUMNS)] + _without_empty_end(row[len(COLUMNS) :])
                 decision = _parse(cells, sets)
@@ -128,12 +129,6 @@ def _read_rows(path: Path, people: Identities, names: _Names, sets: Sequence[Fac
                 yield _Row(line, number, decision, _without_point(left_label))
         except (ValueError, csv.Error) as error:
             raise DecisionsError(f"{path}, line {line}: {error}") from None
-
-
-def _encoding(path: Path) -> str:
-    """UTF-16 where the file says so, as Excel's "Unicode text" does; else UTF-8."""
-    with path.open("rb") as file:
-        return "utf-16" if file.read(2) in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
 def _open_table(file: TextIO) -> Iterator[tuple[int, list[str]]]:

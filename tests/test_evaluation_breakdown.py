@@ -177,6 +177,8 @@ def test_columns_of_a_csv(tmp_path: Path) -> None:
     path = tmp_path / "columns.csv"
     path.write_text("identity;a,b\nAnn;1,5\n")
     assert read_columns(path).values == {"a,b": {"Ann": "1,5"}}
+    path.write_text("identity\ta,b\r\nAnn\t1,5\r\n\t\r\n", encoding="utf-16", newline="")
+    assert read_columns(path).values == {"a,b": {"Ann": "1,5"}}
     path.write_text("\ufeffimage,pose,age\nAnn/1.jpg,front,20\n2.jpg,side,30\n3.jpg,,40\n", encoding="utf-8")
     columns = read_columns(path)
     assert (columns.key, list(columns.values)) == ("image", ["pose", "age"])

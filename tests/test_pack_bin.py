@@ -128,6 +128,14 @@ def test_bad_lists(tmp_path: Path, images: Path, text: str, message: str) -> Non
         read_pairs(written(tmp_path / "pairs", text), images)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_lists_as_excel_saves_them(tmp_path: Path, images: Path, encoding: str) -> None:
+    """Its byte order marks, its semicolons, and the empty rows it adds behind the last."""
+    text = CSV.replace(",", ";").replace("\n", "\r\n") + ";;\r\n"
+    (tmp_path / "pairs").write_bytes(text.encode(encoding))
+    assert read_pairs(tmp_path / "pairs", images) == read_pairs(written(tmp_path / "plain", CSV), images)
+
+
 def test_bad_images(tmp_path: Path, images: Path) -> None:
     """Missing files, files that are no image and other sizes name line and file; there is no .bin afterwards."""
     source, output = written(tmp_path / "pairs", LFW), tmp_path / "a.bin"

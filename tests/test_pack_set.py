@@ -199,6 +199,8 @@ def test_choosing_identities(folder: Path) -> None:
     assert names_of(PackConfig(identities=("carl", "anna")), folder) == ["anna", "carl"]
     list_of_names = written(folder / "names.txt", "carl\n\nbert\n")
     assert names_of(PackConfig(identities=(f"@{list_of_names}",)), folder) == ["bert", "carl"]
+    list_of_names.write_text("bert\r\ncarl", encoding="utf-16", newline="")
+    assert names_of(PackConfig(identities=(f"@{list_of_names}",)), folder) == ["bert", "carl"]
     assert names_of(PackConfig(min_images=3), folder) == ["anna", "carl"]
     assert names_of(PackConfig(limit=2), folder) == ["anna", "bert"]
     assert names_of(PackConfig(identities=("bert", "carl"), min_images=2, limit=5), folder) == ["carl"]
@@ -312,43 +314,6 @@ def test_images_that_cannot_be_made_to_fit(image: bytes, landmarks: np.ndarray |
     """Each error says which image, what was found, and, where there is a way, what to do."""
     with pytest.raises(ImageError, match=message):
         fit_image(image, "a face", Fit(SIZE, "resize", 95), landmarks)
-
-
-BAD_LISTS = {
-    "im2rec columns": ("1\t0\ta.png\n2\t0\tb.png\t9\n", r"list, line 2: 4 columns, expected 3 \(index label path\)"),
-    "im2rec label": ("1\t0\ta.png\n\n2\t0.5\tb.png\n", r"list, line 3: label '0\.5' is no identity number"),
-    "im2rec negative label": ("1\t-1\ta.png\n", "list, line 1: label '-1' is no identity number"),
-    "face2rec columns": ("1\ta.png\t0\n1\tb.png\t0\t5\n", r"list, line 2: 4 columns, expected 3 .*, 7 .* or 17"),
-    "face2rec label": ("1\ta.png\t0\n1\tb.png\tbert\n", "list, line 2: label 'bert' is no identity number"),
-    "face2rec aligned": ("1\ta.png\t0\n2\tb.png\t0\n", "list, line 2: the first column .* 0 or 1, found '2'"),
-    "face2rec without landmarks": ("0\ta.png\t0\n", "list, line 1: the face is not aligned .* no landmarks"),
-    "face2rec landmark": ("0\ta.png\t0" + "\t1" * 13 + "\tx\n", "list, line 1: 'x' is no coordinate"),
-    "zero bytes": ("1\t0\ta.png\n2\t0\tb\0.png\n", r"list, line 2: 'b\\x00\.png' is no path"),
-    "no path": ("1\t0\ta.png\n2\t0\t \n", "list, line 2: its path is empty"),
-    "unknown kind": ("a\tb\tc\n", "list: its first line .* neither face2rec's .* nor im2rec's"),
-    "csv header": (
-        "path,who\na.png,0\n",
-        "list: its header 'path,who' lacks label; expected a .rec file, a tab-separated",
-    ),
-    "csv landmark columns": ("path,label,x1,y1\na.png,0,1,1\n", "lacks x2, y2"),
-    "csv columns": ("path,label\na.png,0\n\nb.png\n", "list, line 4: 1 columns, expected 2"),
-    "csv label": ("path,label\na.png, \n", "list, line 2: its label is empty"),
-    "csv landmark": (
-        f"path,label,{','.join(LANDMARK_COLUMNS)}\na,0,1,2,3,4,5,6,7,8,9,\n",
-        "list, line 2: '' is no coord",
-    ),
-    "csv landmark nan": (f"path,label,{','.join(LANDMARK_COLUMNS)}\na,0,1,2,3,4,5,6,7,8,9,nan\n", "'nan' is no coord"),
-    "nothing": ("", "list: its header '' lacks path"),
-    "only a header": ("path,label\n", "list names no images"),
-    "binary": ("\x00\x01\x02" * 99, "list: its header .* expected a .rec"),
-}
-
-
-@pytest.mark.parametrize(("text", "message"), BAD_LISTS.values(), ids=BAD_LISTS.keys())
-def test_bad_lists(tmp_path: Path, text: str, message: str) -> None:
-    """Every mistake in a list names the list and its line, counted as an editor counts."""
-    with pytest.raises(FaceSetError, match=message):
-        ListedFaceSet(written(tmp_path / "list", text))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

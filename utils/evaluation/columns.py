@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from data.face_sets import FaceSetError
 from data.set_sources import csv_separator
 from utils.evaluation.test_sets import TestSet, keys_of
+from utils.text_files import is_empty_row, open_text
 
 MOST_GROUPS = 12
 
@@ -65,7 +66,7 @@ def read_columns(path: Path | str) -> Columns:
     Raises ColumnsError, with the line, for another header, a line of another length and a key that comes twice.
     """
     path = Path(path)
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path) as file:
         first = file.readline()
         file.seek(0)
         separator = csv_separator(first, "image") or csv_separator(first, "identity") or ","
@@ -78,7 +79,7 @@ def read_columns(path: Path | str) -> Columns:
                 )
             values: dict[str, dict[str, str]] = {name: {} for name in header[1:]}
             for row in rows:
-                if not row:
+                if is_empty_row(row):
                     continue
                 where = f"{path}, line {rows.line_num}"
                 if len(row) != len(header):
