@@ -219,7 +219,8 @@ class FolderFaceSet:
     """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names.
 
     A warning names what else lies there, except hidden entries and files beside the folders that are not images;
-    `not_taken` lists it. Raises FaceSetError for a tree without images, and for a link to a folder that is not there.
+    `not_taken` lists it. Raises FaceSetError for a tree without images, for one of sets with records, where pictures are
+    no faces, and for a link to a folder that is not there.
     """
 
     def __init__(self, root: Path | str) -> None:
@@ -234,6 +235,11 @@ class FolderFaceSet:
         for folder in progress_bar(len(ordered), "folder", str(self.path), iterable=ordered, disable=not shown):
             entries = sorted(entry for entry in folder.iterdir() if not _is_hidden(entry))
             images = [entry for entry in entries if _is_image(entry)]
+            if records := [entry.name for entry in entries if entry.suffix == ".rec"]:
+                raise FaceSetError(
+                    f"{self.path} has no folders of images (one folder per identity): {folder} holds {records[0]}, "
+                    "so it is a set of its own: name that"
+                )
             self.not_taken += [
                 NotTaken(folder.name, entry, _no_image(entry)) for entry in entries if not _is_image(entry)
             ]

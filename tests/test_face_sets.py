@@ -296,6 +296,15 @@ def test_folder_set_that_lies_deeper(tmp_path: Path) -> None:
         open_face_set(tmp_path)
 
 
+def test_a_folder_of_sets_is_no_set(tmp_path: Path) -> None:
+    """A level too shallow: the pictures that lie beside a set's records are not the faces of one person."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "samples.png").write_bytes(b"x")
+    (tmp_path / "mine" / "train.rec").touch()
+    with pytest.raises(FaceSetError, match=r"mine holds train\.rec, so it is a set of its own: name that"):
+        open_face_set(tmp_path)
+
+
 def test_images_of_verification_pairs() -> None:
     """An image of a verification set is named by the first pair that uses it, and its side."""
     pairs = VerificationPairs("lfw", [b"a", b"b", b"c"], np.array([[0, 1], [1, 2]]), np.array([True, False]))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -64,6 +65,26 @@ def test_a_warning_is_one_line() -> None:
         shown = warnings.formatwarning(UserWarning("the disk is slow"), UserWarning, __file__, 1)
     assert shown == "pack_set: warning: the disk is slow\n"
     assert warnings.formatwarning is before
+
+
+@pytest.mark.parametrize(
+    ("do", "message"),
+    [
+        (
+            lambda here: (here / "file" / "set").mkdir(),
+            r"{here}/file/set: Not a directory (a part of this path is a file)",
+        ),
+        (lambda here: (here / "file").mkdir(), r"{here}/file: File exists (a file, where a folder is to be made)"),
+        (lambda here: (here / "no").rename(here / "new"), "{here}/no -> {here}/new: No such file or directory"),
+        (lambda here: os.close(-1), "Bad file descriptor"),
+    ],
+)
+def test_errors_of_the_system_name_the_file_first(do: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    """What is wrong, and with which file, in words; the number of the error says nothing to anybody."""
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as ended, readable_errors("pack_set", ""):
+        do(tmp_path)
+    assert ended.value.code == "pack_set: " + message.format(here=tmp_path)
 
 
 def test_a_name_is_no_command_to_the_terminal(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

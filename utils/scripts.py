@@ -1,5 +1,6 @@
 """How every script ends: an error of the user is one line that says what is wrong, not a traceback."""
 
+import errno
 import faulthandler
 import gc
 import os
@@ -21,6 +22,9 @@ _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) i
 _FIRST_SPEAKS = 3.0
 # Seconds after which a process that lost the others says so, unless torchrun ended it: another process has the cause.
 _ENDED_BY_THEN = 10.0
+
+# What is behind errors of the system that do not say so.
+_HINTS = {errno.ENOTDIR: " (a part of this path is a file)", errno.EEXIST: " (a file, where a folder is to be made)"}
 
 
 class LostRanksError(OSError):
@@ -62,7 +66,7 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         _exit(getattr(interrupt, "exit_code", 130))
     except (ValueError, OSError) as error:
         let_the_first_speak(lost=isinstance(error, LostRanksError))
-        _exit(printable(f"{script}: {error}"))
+        _exit(printable(f"{script}: {_said(error)}"))
     except Exception:
         if not _one_of_several():
             raise
@@ -70,6 +74,16 @@ def readable_errors(script: str, when_interrupted: str) -> Iterator[None]:
         _exit(traceback.format_exc().rstrip())
     finally:
         warnings.formatwarning = before
+
+
+def _said(error: ValueError | OSError) -> str:
+    """Of an error of the system, the file first, then what is wrong with it, without its number."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    files = [os.fsdecode(file) for file in (error.filename, error.filename2) if isinstance(file, str | bytes)]
+    return ": ".join(
+        [" -> ".join(files), error.strerror + _HINTS.get(error.errno or 0, "")] if files else [error.strerror]
+    )
 
 
 def _open_closed_streams() -> None:
