@@ -219,8 +219,8 @@ class FolderFaceSet:
     """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names.
 
     A warning names what else lies there, except hidden entries and files beside the folders that are not images;
-    `not_taken` lists it. Raises FaceSetError for a tree without images, for one of sets with records, where pictures are
-    no faces, and for a link to a folder that is not there.
+    `not_taken` lists it. Raises FaceSetError for a tree without images, for one of sets that hold records, in which
+    images are pictures of the set, and for a link to a folder that is not there.
     """
 
     def __init__(self, root: Path | str) -> None:
