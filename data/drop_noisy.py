@@ -22,7 +22,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from config import PRESETS, READS, Config
-from data.face_set_writer import write_face_set
+from data.face_set_writer import training_advice, write_face_set
 from data.face_sets import FaceSet, FaceSetError, images_by_identity
 from data.images import ImageError
 from data.joined_sets import identity_keys, open_training_set
@@ -281,7 +280,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         cleaned = write_clean(faces, measured, options.angle, Path(options.output), embedder.image_size)
     print(printable(summary(cleaned, options.angle, options.output)))
-    print(f"train on it with: python train.py --data.root {quote(options.output)}")
+    print(training_advice(options.output, embedder.image_size))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 
+from config import DataConfig
 from data.recordio import RecordAppender, pack_image, write_records
 from utils.files import atomic_folder, write_text_atomic
 
@@ -84,3 +86,9 @@ def write_face_set(folder: Path | str, image_size: int) -> Iterator[FaceSetWrite
         writer = FaceSetWriter(working, records)
         yield writer
         writer.finish(image_size)
+
+
+def training_advice(folder: Path | str, image_size: int) -> str:
+    """The command that trains on the set in `folder`, of images of image_size x image_size pixels."""
+    size = "" if image_size == DataConfig.image_size else f" --data.image-size {image_size}"
+    return f"train on it with: python train.py --data.root {quote(str(folder))}{size}"

@@ -29,6 +29,7 @@ from data.folds import FOLDS, unmixed_folds
 from data.pair_drawing import draw_pairs
 from data.pair_lists import PairFiles, PairsError, read_pairs
 from data.verification_bin import write_bin
+from utils.files import require_writable
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
@@ -39,8 +40,8 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
     """Write the verification set `output`; returns the numbers of pairs and of those of one person.
 
     `workers` processes read and check the images; 0 means this one. Raises PairsError and ImageError, with the line,
-    FileExistsError when `output` is there. Photos without a face are an error that lists them all: without their pairs
-    the ten folds would be others. Warns of folds that have pairs of one kind only.
+    FileExistsError when `output` is there, OSError where it cannot be. Photos without a face are an error that lists
+    them all: without their pairs the ten folds would be others. Warns of folds that have pairs of one kind only.
     """
     _require_free(output)
     pairs = read_pairs(pairs_path, images)
@@ -74,6 +75,7 @@ def pack_bin(pairs_path: Path, images: Path, output: Path, fit: Fit, workers: in
 def _require_free(output: Path) -> None:
     if output.exists():
         raise FileExistsError(f"{output} exists: name another output, or remove it first")
+    require_writable(output)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from config import PRESETS, READS, Config, DataConfig, PackConfig
+from config import PRESETS, READS, Config, PackConfig
+from data.face_set_writer import training_advice
 from data.face_sets import FaceSet, FaceSetError
 from data.fitting import Fit, check_detector, chosen_detection, fit_images
 from data.identity_choice import Identity, choose_identities
@@ -163,8 +163,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         workers = worker_count(config.common.workers)
         packed = pack(faces, identities, Path(pick.output), fit, workers, pick.restart)
     print(summary(packed, pick.source, pick.output))
-    size = "" if pick.image_size == DataConfig.image_size else f" --data.image-size {pick.image_size}"
-    print(f"train on it with: python train.py --data.root {quote(pick.output)}{size}")
+    if packed.identities > 1:
+        print(training_advice(pick.output, pick.image_size))
+    else:
+        print("training needs two identities or more: join it with another set (dataset_merge/dataset_merge.py)")
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ the comparing. docs/merging.md explains all of it.
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from shlex import quote
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import PRESETS, READS, Config
+from data.face_set_writer import training_advice
 from dataset_merge.decisions import decision_counts
 from dataset_merge.disk_space import as_size
 from dataset_merge.merge_report import Merge
@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if config.merge.dry_run:
         print(f"{dry_run_folder(output)}: merge.csv and report.html; the set itself would take {as_size(done.size)}")
     else:
-        print(f"{output}: report.html tells how; train on it with: python train.py --data.root {quote(str(output))}")
+        print(f"{output}: report.html tells how; {training_advice(output, done.image_size)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data.face_sets import FaceSet, FaceSetError, FolderFaceSet, InRecords
-from utils.files import partial_folder
+from utils.files import nearest_existing, partial_folder
 
 # Bytes around an image in a record, and at most of its line in the index; bytes of an identity's record with its line.
 _AROUND_IMAGE, _INDEX_LINE, _IDENTITY = 35, 24, 64
@@ -46,12 +46,6 @@ def require_space(output: Path, size: int, embeddings: int = 0) -> None:
             f"{as_size(size + embeddings - free)}, or name an output on another disk (embeddings are kept with --cache "
             "FOLDER)"
         )
-
-
-def nearest_existing(folder: Path) -> Path:
-    """The folder, or the one nearest above it that is there."""
-    folder = folder.resolve()
-    return folder if folder.exists() else nearest_existing(folder.parent)
 
 
 def as_size(number: int) -> str:

@@ -31,7 +31,7 @@ from dataset_merge.unit_rows import UnitRows
 from dataset_merge.writing import made_from, write_images
 from models.embedders import Embedder
 from models.embedding import embed_images
-from utils.checkpoints import newest_run, settings_beside
+from utils.checkpoints import CheckpointError, newest_run, settings_beside
 from utils.files import write_csv_atomic
 from utils.processes import worker_count
 from utils.ranks import Ranks
@@ -47,7 +47,16 @@ def needs_embeddings(merge: MergeConfig) -> bool:
 
 def model_of(config: Config) -> Path:
     """The model that compares the faces: the one that is named, or the newest run's."""
-    return Path(config.merge.model) if config.merge.model else newest_run(Path(config.common.runs))
+    if config.merge.model:
+        return Path(config.merge.model)
+    try:
+        return newest_run(Path(config.common.runs))
+    except CheckpointError as error:
+        if not config.merge.decisions or config.merge.clean != "off":
+            raise
+        raise CheckpointError(
+            f"{error}; decisions need one for near copies alone: --duplicates bytes, or keep, goes without"
+        ) from None
 
 
 def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ranks: Ranks) -> Merge | None:

@@ -1,6 +1,5 @@
 """The sets of a merge, opened and checked before hours of work, and the room that they will take on the disk."""
 
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from config import MergeConfig
 from data.face_sets import EncodedImages, FaceSet, FaceSetError, open_face_set
 from data.images_fingerprint import sample_digest
 from dataset_merge.calibration import require_identities
-from dataset_merge.disk_space import as_size, available, nearest_existing, needed, require_space, stored_sizes
+from dataset_merge.disk_space import as_size, available, needed, require_space, stored_sizes
 from dataset_merge.exclude import HeldOutSet, open_held_out
 from dataset_merge.face_sizes import face_size, require_faces_of
 from models.embedders import Embedder
 from models.embedding import features_to_make
-from utils.files import require_free
+from utils.files import nearest_existing, require_free, require_writable
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
         raise FaceSetError(f"there is no table of decisions at {merge.decisions}: give the merge.csv of a merge")
     if not merge.dry_run:
         require_free(merge.output)
-    _require_writable(Path(merge.output))
+    require_writable(Path(merge.output))
     _require_outside(merge)
     sets = [open_face_set(path) for path in merge.sets]
     if merge.t == "auto" and not merge.decisions and (len(sets) > 1 or merge.within):
@@ -78,15 +77,6 @@ def open_sets(merge: MergeConfig) -> OpenedSets:
     for test in held_out:
         require_faces_of(test.images, test.path, size, sets[0].path)
     return OpenedSets(sets, held_out, size)
-
-
-def _require_writable(output: Path) -> None:
-    """Raise FaceSetError where nothing can be put beside `output`: its first byte comes after hours of work."""
-    place = nearest_existing(output.parent)
-    if not place.is_dir():
-        raise FaceSetError(f"{output} cannot be written, as {place} is a file: name another output")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise FaceSetError(f"{output} cannot be written, as {place} may not be written to: name another output")
 
 
 def _require_outside(merge: MergeConfig) -> None:

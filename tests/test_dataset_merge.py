@@ -289,6 +289,8 @@ def test_a_dry_run_writes_no_set_and_its_table_is_applied(
     rows = merge(two_sets, merged, tiny_run, *again)
     assert [row["decision"] for row in rows[3:]] == ["dropped", "added", "joined"]
     assert images(merged) == [drawn(0, range(4)), drawn(1, range(7)), drawn(2, range(4)), drawn(9, range(4, 7))]
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.endswith(f"train on it with: python train.py --data.root {merged} --data.image-size 32")
 
 
 def test_embeddings_are_made_once(
@@ -372,6 +374,10 @@ def test_a_full_disk_is_told_before_the_writing(
         (["--merge", "{sets}", "--output", "{one}/c", "--model", "/no"], "one/c lies inside the set .*one"),
         (["--merge", "{sets}", "--output", "c", "--cache", "{one}", "--model", "/no"], "outside of it with --cache"),
         (["--merge", "{sets}", "--output", "c", "--runs", "/nowhere"], "no model is named"),
+        (
+            ["--merge", "{sets}", "--output", "c", "--runs", "/nowhere", "--decisions", "{one}/property"],
+            "no model is named.*--duplicates bytes, or keep, goes without",
+        ),
         (["--merge", "{sets}", "--output", "c", "--model", "/nowhere.onnx"], "there is no model at /nowhere.onnx"),
         (["--merge", "{sets}", "--output", "c", "--decisions", "/nowhere.csv"], "no table of decisions at /nowhere"),
         (["--merge", "a,b", "--output", "c", "--decisions", "d", "--exclude", "e"], "cannot be combined"),

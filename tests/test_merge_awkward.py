@@ -317,10 +317,10 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(
     pair = MergeConfig(sets=(one, two), output=str(tmp_path / "new" / "out"), cache=str(tmp_path / "cache"))
     (tmp_path / "file").touch()
     for dry_run in (False, True):
-        with pytest.raises(ValueError, match=r"out cannot be written, as .*file is a file"):
+        with pytest.raises(OSError, match=r"out cannot be written, as .*file is a file"):
             open_sets(replace(pair, output=str(tmp_path / "file" / "new" / "out"), dry_run=dry_run))
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)
-    with pytest.raises(ValueError, match=rf"out cannot be written, as {tmp_path} may not be written to"):
+    with pytest.raises(OSError, match=rf"out cannot be written, as {tmp_path} may not be written to"):
         open_sets(pair)
 
 

@@ -153,6 +153,14 @@ def test_bad_images(tmp_path: Path, images: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "pairs"]
 
 
+def test_an_output_that_cannot_be_written_is_told_before_the_images(tmp_path: Path, images: Path) -> None:
+    """The .bin comes last, when thousands of images are read, or photos are searched for faces."""
+    (tmp_path / "file").touch()
+    (images / "Bob" / "Bob_0012.jpg").write_bytes(b"oops")
+    with pytest.raises(NotADirectoryError, match=r"new/a\.bin cannot be written, as .*/file is a file"):
+        pack_bin(written(tmp_path / "pairs", LFW), images, tmp_path / "file" / "new" / "a.bin", FIT, 0)
+
+
 def test_resize(tmp_path: Path, images: Path) -> None:
     """Other sizes become the asked one when that is allowed."""
     pack_bin(written(tmp_path / "pairs", LFW), images, tmp_path / "a.bin", Fit(16, "resize", 95), 0)

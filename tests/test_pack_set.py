@@ -483,6 +483,15 @@ def test_the_command_to_train_can_be_typed(folder: Path, tmp_path: Path, capsys:
     assert shlex.split(command) == ["python", "train.py", "--data.root", output, "--data.image-size", str(SIZE)]
 
 
+def test_one_person_alone_is_not_sent_to_training(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A set of one identity, as one gathers it, is for merging: training would refuse it."""
+    output = str(tmp_path / "set")
+    main(["--source", str(folder), "--output", output, "--limit", "1", "--image-size", str(SIZE), "--workers", "0"])
+    assert capsys.readouterr().out.splitlines()[-1].startswith("training needs two identities or more: join it")
+
+
 def test_the_summary_counts_new_bytes() -> None:
     """The last line says how many images were aligned or resized, and whether the rest is untouched."""
     assert summary(Packed(2, 9, 0), "a", "b") == "b: 9 images of 2 identities, byte for byte as in a"

@@ -220,6 +220,21 @@ def require_free(folder: Path | str) -> None:
     raise FileExistsError(f"{shown} exists and is not empty: name another output, or remove it first")
 
 
+def nearest_existing(folder: Path) -> Path:
+    """The folder, or the one nearest above it that is there."""
+    folder = folder.resolve()
+    return folder if folder.exists() else nearest_existing(folder.parent)
+
+
+def require_writable(output: Path) -> None:
+    """Raise OSError where nothing can be put beside `output`: its first byte may come after hours of work."""
+    place = nearest_existing(output.parent)
+    if not place.is_dir():
+        raise NotADirectoryError(f"{output} cannot be written, as {place} is a file: name another output")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"{output} cannot be written, as {place} may not be written to: name another output")
+
+
 @contextmanager
 def atomic_folder(folder: Path | str) -> Iterator[Path]:
     """Yield an empty working folder that becomes `folder` when the block ends without error.
