@@ -15,6 +15,8 @@ SAMPLED = 6  # faces of the batch that `sample_once` takes: fewer than the class
 SGD = RowSGD(momentum=0.9, weight_decay=1e-2)
 OPTIMIZERS = {"sgd": SGD, "adamw": RowAdamW(weight_decay=0.1)}
 LR = {"sgd": 0.05, "adamw": 0.02}
+#: Equal up to the order in which float64 numbers were added; 20 steps multiply that.
+CLOSE = {"rtol": 1e-8, "atol": 1e-9}
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:

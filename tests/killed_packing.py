@@ -1,4 +1,4 @@
-"""A program that packs a set in child processes which kill themselves at chosen file operations; for test_pack_resume.
+"""A program that packs a set in child processes which kill themselves at chosen file operations; for test_pack_kills.
 
     python tests/killed_packing.py '{"source": ..., "fit": {...}, "runs": [{"output": "a", "kill_at": 9}, ...]}'
 

@@ -1,6 +1,5 @@
 """report: what it says about good sets is exact, no damage stops it, and a repaired set has every good byte."""
 
-import csv
 import json
 import os
 import subprocess
@@ -14,89 +13,25 @@ import pytest
 
 from config import ReportConfig
 from conftest import ROOT
+from damaged_set import BROKEN, HIDDEN, JPEG, PNG, SPLIT, people, read_csv, report_on, write_damaged
 from data import report as report_module
 from data import survey as survey_module
 from data import tolerant_records
 from data.face_set_writer import write_face_set
-from data.face_sets import FaceSet, open_face_set
-from data.images import encode_jpeg, encode_png
+from data.face_sets import open_face_set
+from data.images import encode_png
 from data.recordio import MAGIC_BYTES, RecordError, RecordFile, pack_image, read_index, write_records
 from data.report import Report, as_text, main, make_report, set_name
 from data.tolerant_records import find_records, open_records
 from tiny_faces import tiny_face
-from utils.arrays import distinct
 
 SCRIPT = ROOT / "data" / "report.py"
-PNG = tiny_face(0, 0)
-JPEG = encode_jpeg(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-SPLIT = JPEG + bytes(-len(JPEG) % 4) + MAGIC_BYTES * 2  # good, and cut twice within its record
-
-# key: (label, image, what broken.csv must say; empty for a good one)
-FACES: dict[int, tuple[float | list[float], bytes, str]] = {
-    1: (0.0, JPEG, ""),
-    2: (0.0, PNG, ""),
-    3: (0.0, b"garbage", "its 7 bytes are no image"),
-    4: ([1.0, 1.0], SPLIT, ""),
-    5: (1.0, b"", "its image is empty"),
-    6: ([1.0, 1.0], b"", "its image is empty"),
-    7: (0.5, PNG, "label 0.5 is no identity number"),
-    8: (float("nan"), PNG, "label nan is no identity number"),
-    9: (2.0, JPEG[: len(JPEG) // 2], "it was cut off"),  # the only image of identity 2
-    10: (3.0, JPEG[:-2], "it was cut off"),
-    11: (3.0, PNG[:-30], "are no image"),
-    12: (3.0, PNG, ""),
-    13: (-1.0, PNG, "label -1.0 is no identity number"),
-    14: (3.0, PNG, "no record begins at byte"),  # its magic is destroyed
-    15: (3.0, PNG, "announces 4294967295 labels"),  # its flag is
-    16: (3.0, PNG, "expected the start of a record"),  # its cflag is
-    17: (3.0, PNG, "record 12 has the same offset"),  # by the .idx
-    18: (3.0, PNG, "no record can begin at byte"),  # by the .idx
-    19: (3.0, PNG, "no record begins at byte"),  # by the .idx
-    20: (0.0, PNG, "but the file ends at"),  # the file is cut within
-}
-HEADERS = {0: [21.0, 25.0], 21: [1.0, 4.0], 22: [4.0, 7.0], 23: [9.0, 10.0], 24: [10.0, 21.0]}
-GOOD = {key: face for key, face in FACES.items() if not face[2]}
-BROKEN = {key: face for key, face in FACES.items() if face[2]}
-# Those that only decoding shows.
-HIDDEN = {3, 9, 10, 11}
 
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
-    """The set of FACES and HEADERS, headers first, and a `property` that is wrong."""
-    folder = tmp_path / "sets" / "damaged"
-    folder.mkdir(parents=True)
-    rec = folder / "train.rec"
-    with write_records(rec) as writer:
-        for key, label in HEADERS.items():
-            writer.write(key, pack_image(label, key, b""))
-        for key, (label, image, _) in FACES.items():
-            writer.write(key, pack_image(label, key, image))
-    lines = [line.split("\t") for line in rec.with_suffix(".idx").read_text().splitlines()]
-    offsets = {int(key): int(offset) for key, offset in lines}
-    content = bytearray(rec.read_bytes())
-    content[offsets[14]] ^= 1
-    content[offsets[15] + 8 : offsets[15] + 12] = b"\xff" * 4
-    content[offsets[16] + 7] |= 2 << 5
-    rec.write_bytes(content[:-8])
-    offsets |= {17: offsets[12], 18: 10**12, 19: offsets[19] + 4}
-    rec.with_suffix(".idx").write_text("".join(f"{key}\t{offset}\n" for key, offset in offsets.items()))
-    (folder / "property").write_text("4,112,112\nmade by hand")
-    return folder
-
-
-def report_on(path: Path, output: Path, **options) -> Report:
-    return make_report(path, output, ReportConfig(**options), workers=0)[0]
-
-
-def read_csv(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def people(faces: FaceSet) -> list[tuple[int, bytes]]:
-    """(label, image) of all images of a set."""
-    return [(int(label), faces.encoded(i)) for i, label in enumerate(faces.labels)]
+    """A set with every kind of damage."""
+    return write_damaged(tmp_path / "sets" / "damaged")
 
 
 def test_the_damaged_set_is_one(damaged: Path) -> None:
@@ -194,100 +129,6 @@ def test_repair_that_fails_leaves_nothing(damaged: Path, tmp_path: Path, monkeyp
     with pytest.raises(ValueError, match="image 0 of identity 0 is empty"):
         report_module.repair(records, survey, tmp_path / "mended")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "sets"]
-
-
-def test_without_an_index(damaged: Path, tmp_path: Path) -> None:
-    """A lost .idx, in a damaged file: whatever still begins with a magic is found, and the report says how."""
-    (damaged / "train.idx").unlink()
-    report = report_on(damaged, tmp_path / "out", check=True)
-    # 17, 18 and 19 were only wrong in the index; 14 has no magic and 16 no start of a record, so they are not seen.
-    keys = {int(row["key"]) for row in read_csv(tmp_path / "out" / "broken.csv")}
-    assert keys == set(BROKEN) - {14, 16, 17, 18, 19}
-    assert (report.images, report.broken) == (7, 11)
-    assert report.remarks[0] == "the index is not used, records were searched in train.rec: there is no train.idx"
-
-
-@pytest.mark.parametrize("index", ["", "1\n2\n", "1\tone\n"])
-def test_with_an_unreadable_index(damaged: Path, tmp_path: Path, index: str) -> None:
-    """An .idx that is none counts as lost."""
-    (damaged / "train.idx").write_text(index)
-    report = report_on(damaged, tmp_path / "out", check=True)
-    assert report.images == 7
-    assert "train.idx" in report.remarks[0]
-
-
-def test_an_index_that_was_cut(tmp_path: Path) -> None:
-    """The records that it lists are reported, with a note of what it does not list; damage alone makes no such note."""
-    rec = tmp_path / "a.rec"
-    with write_records(rec) as writer:
-        for key in range(1, 9):
-            writer.write(key, pack_image(0.0, key, SPLIT))
-    index = rec.with_suffix(".idx")
-    lines = index.read_text().splitlines(keepends=True)
-    content = bytearray(rec.read_bytes())
-    content[len(content) // 2] ^= 1  # the magic of record 5
-    rec.write_bytes(content)
-    whole = report_on(rec, tmp_path / "out")
-    assert (whole.records, whole.broken, whole.remarks) == (8, 1, [])
-    index.write_text("".join(lines[:6]))
-    cut = report_on(rec, tmp_path / "out")
-    assert (cut.records, cut.broken) == (6, 1)
-    assert f"has no line for {len(content) // 4:,} of the {len(content):,} bytes" in cut.remarks[0]
-
-
-def test_an_index_of_another_set(tmp_path: Path) -> None:
-    """A good .rec beside a foreign .idx is searched, not called broken and repaired to next to nothing; a .rec that was
-    cut off keeps its own.
-    """
-    for name, images in (("a", [JPEG] * 20), ("b", [PNG, JPEG] * 30)):
-        with write_records(tmp_path / f"{name}.rec") as writer:
-            for key, image in enumerate(images, 1):
-                writer.write(key, pack_image(float(key % 4), key, image))
-    own = (tmp_path / "a.idx").read_bytes()
-    (tmp_path / "a.idx").write_bytes((tmp_path / "b.idx").read_bytes())
-    records, survey = make_report(tmp_path / "a.rec", tmp_path / "out", ReportConfig(check=True), 0)[1:]
-    remarks = json.loads((tmp_path / "out" / "report.json").read_text())["remarks"]
-    assert "a.idx seems to be another file's" in remarks[0]
-    report_module.repair(records, survey, tmp_path / "mended")
-    assert people(open_face_set(tmp_path / "mended")) == [(label, JPEG) for label in range(4) for _ in range(5)]
-    (tmp_path / "a.idx").write_bytes(own)
-    os.truncate(tmp_path / "a.rec", (tmp_path / "a.rec").stat().st_size // 2)
-    report = report_on(tmp_path / "a.rec", tmp_path / "out")
-    assert (report.images, report.broken, report.remarks) == (10, 10, [])
-
-
-def test_keys_that_occur_twice(tmp_path: Path) -> None:
-    """Training refuses such a set, the report says so, and repair makes a good one of it."""
-    with write_records(tmp_path / "a.rec") as writer:
-        for key in (1, 1, 2):
-            writer.write(key, pack_image(float(key), key, PNG))
-    with pytest.raises(RecordError, match="more than once"):
-        open_face_set(tmp_path / "a.rec")
-    records, survey = make_report(tmp_path / "a.rec", tmp_path / "out", ReportConfig(check=True), 0)[1:]
-    report_module.repair(records, survey, tmp_path / "mended")
-    remarks = json.loads((tmp_path / "out" / "report.json").read_text())["remarks"]
-    assert remarks[0].startswith("some keys occur more than once")
-    assert people(open_face_set(tmp_path / "mended")) == [(0, PNG), (0, PNG), (1, PNG)]
-
-
-def test_millions_of_keys_are_sorted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether keys occur twice is asked of a sorted array: the hash table of numpy's `unique` took a minute for 42
-    million of them, 50 times as long."""
-    with write_records(tmp_path / "a.rec") as writer:
-        for key in (3, 1, 2):
-            writer.write(key, pack_image(float(key), key, PNG))
-    monkeypatch.delattr(np, "unique")
-    assert open_records(tmp_path / "a.rec")[1] == []
-    (tmp_path / "a.idx").unlink()
-    assert len(open_records(tmp_path / "a.rec")[0]) == 3
-
-
-@pytest.mark.parametrize("values", [[], [5], [2, 2, 2], [3, -1, 3, 7, -1]])
-def test_distinct_values(values: list[int]) -> None:
-    """The values of numpy's `unique`, none of them twice."""
-    given = np.array(values, np.int64)
-    np.testing.assert_array_equal(distinct(given), np.unique(given))
-    assert given.tolist() == values
 
 
 def test_many_lost_identities_are_counted() -> None:
