@@ -226,16 +226,6 @@ def test_what_folders_hold_beside_images_is_listed(tmp_path: Path, folder: Path)
     assert rows == [("anna", str(folder / "anna" / "notes.txt")), ("empty", str(folder / "empty"))]
 
 
-def test_labels_that_pandas_wrote(tmp_path: Path, folder: Path) -> None:
-    """`7.0` and `7` are one person, and numbers keep their order; what is no whole number stays a name."""
-    labels = ["10.0", "9", "10", "9.", "1.5", "v2.0", ".0", "7.0.0"]
-    paths = [path for _, path in files(folder)]
-    written(folder / "a.csv", "path,label\n" + "".join(map("{},{}\n".format, paths, labels)))
-    assert set(open_source(folder / "a.csv").identities) == {"10", "9", "1.5", "v2.0", ".0", "7.0.0"}
-    written(folder / "a.csv", "path,label\n" + "".join(map("{},{}\n".format, paths, labels[:4])))
-    assert open_source(folder / "a.csv").identities == ["9", "10"]
-
-
 def test_names_that_look_alike(tmp_path: Path, folder: Path) -> None:
     """One person under two spellings becomes two classes: not in silence."""
     names = ["Jos\u00e9", "Jose\u0301", "anna", "Anna", "bert"]

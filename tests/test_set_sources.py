@@ -82,3 +82,13 @@ def test_cut_utf16_is_named(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match="list cannot be read as UTF-16"):
         ListedFaceSet(path)
+
+
+def test_labels_that_pandas_wrote(tmp_path: Path) -> None:
+    """`7.0` and `7` are one person, and numbers keep their order; what is no whole number stays a name."""
+    labels = ["10.0", "9", "10", "9.", "1.5", "v2.0", ".0", "7.0.0"]
+    rows = [f"{i}.png,{label}\n" for i, label in enumerate(labels)]
+    faces = ListedFaceSet(written(tmp_path / "all.csv", "path,label\n" + "".join(rows)))
+    assert set(faces.identities) == {"10", "9", "1.5", "v2.0", ".0", "7.0.0"}
+    faces = ListedFaceSet(written(tmp_path / "numbers.csv", "path,label\n" + "".join(rows[:4])))
+    assert faces.identities == ["9", "10"]
