@@ -13,6 +13,10 @@ TEMPLATE = np.array(
     [(38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041)], np.float64
 )
 TEMPLATE_SIZE = 112
+# The points when left and right are exchanged.
+MIRRORED = [1, 0, 2, 4, 3]
+# Eyes that are two pixels apart, in a face that is enlarged so much, are no eyes.
+MOST_ENLARGED = 16.0
 
 
 def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
@@ -34,6 +38,28 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     scale = (singular * signs).sum() / variance
     matrix = scale * (u * signs) @ v_transposed
     return np.column_stack([matrix, target_mean - matrix @ source_mean])
+
+
+def check_landmarks(landmarks: np.ndarray) -> None:
+    """Raise ValueError for five points, [5, 2] in the order of `TEMPLATE`, that cannot be those of a face in pixels:
+    fractions of the image's size, and points whose left and right are the person's own.
+    """
+    matrix = similarity_transform(landmarks, TEMPLATE)
+    if np.hypot(*matrix[:, 0]) > MOST_ENLARGED:
+        extent = np.ptp(landmarks, axis=0).max()
+        raise ValueError(f"the landmarks span {extent:.3g} pixels: are they fractions of its size? Pixels are expected")
+    if _misfit(landmarks) > 2 * _misfit(landmarks[MIRRORED]):
+        raise ValueError(
+            "left and right of the landmarks are exchanged: the left eye, and corner of the mouth, is the one further "
+            "left as the viewer sees it"
+        )
+
+
+def _misfit(landmarks: np.ndarray) -> float:
+    """How far from the template's points the moved ones are: root of the mean square, in pixels of the template."""
+    matrix = similarity_transform(landmarks, TEMPLATE)
+    moved = landmarks @ matrix[:, :2].T + matrix[:, 2]
+    return float(np.sqrt(np.square(moved - TEMPLATE).sum(axis=1).mean()))
 
 
 def align(image: np.ndarray, landmarks: np.ndarray, size: int = TEMPLATE_SIZE, shrink: bool = True) -> np.ndarray:

@@ -9,6 +9,8 @@ from config import DataConfig
 from data.recordio import RecordAppender, pack_image, write_records
 from utils.files import atomic_folder, write_text_atomic
 
+LARGEST_LABEL = 2**24  # float32, which labels are stored as, has no whole numbers between 2^24 and 2^24 + 2
+
 
 class FaceSetWriter:
     """Adds identities to a set that is being written; made by `write_face_set`.
@@ -45,6 +47,8 @@ class FaceSetWriter:
         """Append an encoded image, bytes as they are, to the identity that is not finished."""
         if not image:
             raise ValueError(f"image {self.images_of_identity} of identity {len(self.ranges)} is empty")
+        if len(self.ranges) > LARGEST_LABEL:
+            raise ValueError(f"a record holds labels up to {LARGEST_LABEL:,}: write more identities to a second set")
         self._records.write(self._next_key, pack_image(float(len(self.ranges)), self._next_key, image))
         self._next_key += 1
 

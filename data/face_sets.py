@@ -4,6 +4,7 @@ A face set has `labels` (int64 [images], class indices 0..identities-1 without h
 class in its source: the label of a `.rec`, the folder of a tree) and `encoded(i)`, the bytes of image i as stored.
 """
 
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -35,6 +36,10 @@ _FOLDERS_SHOWN = 10_000  # from which on reading them shows its progress
 _HIDDEN = ("thumbs.db", "desktop.ini")
 _NAMED = 3  # of what is not taken for one reason, in a message
 _DEEPER = "a folder within that of an identity"
+_NO_IMAGE = f"not named {', '.join(sorted(IMAGE_ENDINGS))}"
+_WITHOUT_IMAGES = "a folder without images"
+_BESIDE = "in no folder"
+_REASONS = (_DEEPER, _NO_IMAGE, _WITHOUT_IMAGES, _BESIDE)
 
 
 class FaceSetError(ValueError):
@@ -215,6 +220,38 @@ class NotTaken(NamedTuple):
     reason: str
 
 
+class NotTakenEntries:
+    """The NotTaken ones of the tree `root`, in order. Memory: the bytes of their paths within it, and nine each."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._paths, self._kinds = root, Texts(), bytearray()
+
+    def add(self, path: str, reason: str) -> None:
+        """One more, by its path within the tree."""
+        self._paths.append(path)
+        self._kinds.append(_REASONS.index(reason))
+
+    def __iter__(self) -> Iterator[NotTaken]:
+        for i, kind in enumerate(self._kinds):
+            identity = "" if _REASONS[kind] == _BESIDE else self._paths[i].partition("/")[0]
+            yield NotTaken(identity, self._root / self._paths[i], _REASONS[kind])
+
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def describe(self) -> str:
+        """The first ones of each kind, for messages."""
+        kinds = []
+        for kind in dict.fromkeys(self._kinds):
+            count, place, named = self._kinds.count(kind), -1, []
+            for _ in range(min(count, _NAMED)):
+                place = self._kinds.index(kind, place + 1)
+                named.append(self._paths[place])
+            more = f" and {count - len(named):,} more" if count > len(named) else ""
+            kinds.append(f"{', '.join(named)}{more} ({_REASONS[kind]})")
+        return "; ".join(kinds)
+
+
 class FolderFaceSet:
     """A tree `<root>/<identity>/<image>`; identities in `identity_order`, images in the order of their names.
 
@@ -226,65 +263,53 @@ class FolderFaceSet:
     def __init__(self, root: Path | str) -> None:
         self.path = Path(root)
         self.identities = []
-        self.not_taken: list[NotTaken] = []
+        self.not_taken = NotTakenEntries(self.path)
         self._names = Texts()
         counts = []
         folders = self._folders()
         ordered = [folders[position] for position in identity_order([entry.name for entry in folders])]
         shown = len(ordered) >= _FOLDERS_SHOWN
         for folder in progress_bar(len(ordered), "folder", str(self.path), iterable=ordered, disable=not shown):
-            entries = sorted(entry for entry in folder.iterdir() if not _is_hidden(entry))
-            images = [entry for entry in entries if _is_image(entry)]
-            if records := [entry.name for entry in entries if entry.suffix == ".rec"]:
-                raise FaceSetError(
-                    f"{self.path} has no folders of images (one folder per identity): {folder} holds {records[0]}, "
-                    "so it is a set of its own: name that"
-                )
-            self.not_taken += [
-                NotTaken(folder.name, entry, _no_image(entry)) for entry in entries if not _is_image(entry)
-            ]
+            images = 0
+            for name, is_folder in _entries(folder):
+                if not is_folder and _is_image(name):
+                    self._names.append(name)
+                    images += 1
+                elif name.endswith(".rec") and not is_folder:
+                    raise FaceSetError(
+                        f"{self.path} has no folders of images (one folder per identity): {folder} holds {name}, "
+                        "so it is a set of its own: name that"
+                    )
+                else:
+                    self.not_taken.add(f"{folder.name}/{name}", _DEEPER if is_folder else _NO_IMAGE)
             if images:
                 self.identities.append(folder.name)
-                counts.append(len(images))
-                for image in images:
-                    self._names.append(image.name)
+                counts.append(images)
             else:
-                self.not_taken.append(NotTaken(folder.name, folder, "a folder without images"))
+                self.not_taken.add(folder.name, _WITHOUT_IMAGES)
         if not counts:
             deeper = next((path.parent for _, path, reason in self.not_taken if reason == _DEEPER), None)
             raise FaceSetError(
-                f"{self.path} has no folders of images (one folder per identity){self._others(': ')}"
+                f"{self.path} has no folders of images (one folder per identity)"
+                + (f": {self.not_taken.describe()}" if self.not_taken else "")
                 + (f": if the identities are the folders in {deeper}, name that" if deeper else "")
             )
         if self.not_taken:
-            warnings.warn(self._others(f"{self.path}: not taken are "), stacklevel=3)
+            warnings.warn(f"{self.path}: not taken are {self.not_taken.describe()}", stacklevel=3)
         self.labels = np.repeat(np.arange(len(counts)), counts)
 
     def _folders(self) -> list[Path]:
         folders = []
         for entry in self.path.iterdir():
-            if _is_hidden(entry):
+            if _is_hidden(entry.name):
                 continue
             if entry.is_dir():
                 folders.append(entry)
             elif not entry.exists():
                 raise FaceSetError(f"{entry} is a link to {entry.readlink()}, which is not there: mend or remove it")
-            elif _is_image(entry):
-                self.not_taken.append(NotTaken("", entry, "in no folder"))
+            elif _is_image(entry.name):
+                self.not_taken.add(entry.name, _BESIDE)
         return folders
-
-    def _others(self, introduction: str) -> str:
-        """The first ones of each kind that are not taken, for messages."""
-        by_reason: dict[str, list[str]] = {}
-        for _, path, reason in self.not_taken:
-            by_reason.setdefault(reason, []).append(str(path.relative_to(self.path)))
-        kinds = [
-            ", ".join(paths[:_NAMED])
-            + (f" and {len(paths) - _NAMED:,} more" if paths[_NAMED:] else "")
-            + f" ({reason})"
-            for reason, paths in by_reason.items()
-        ]
-        return introduction + "; ".join(kinds) if kinds else ""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -305,7 +330,7 @@ class FolderFaceSet:
 
     def part(self, positions: np.ndarray) -> "FolderFaceSet":
         part = copy(self)
-        part._names, part.not_taken = self._names.part(positions), []
+        part._names, part.not_taken = self._names.part(positions), NotTakenEntries(self.path)
         part.identities = [self.identities[label] for label in self.labels[positions].tolist()]
         part.labels = np.arange(len(positions))
         return part
@@ -316,19 +341,19 @@ class FolderFaceSet:
         return files_digest(self, map(self.file, images), [self.relative_file(i) for i in images])
 
 
-def _no_image(entry: Path) -> str:
-    if entry.is_dir():
-        return _DEEPER
-    return f"not named {', '.join(sorted(IMAGE_ENDINGS))}"
+def _entries(folder: Path) -> list[tuple[str, bool]]:
+    """What is in `folder` and not hidden, by name: the name, and whether it is a folder."""
+    with os.scandir(folder) as entries:
+        return sorted((entry.name, entry.is_dir()) for entry in entries if not _is_hidden(entry.name))
 
 
-def _is_hidden(entry: Path) -> bool:
+def _is_hidden(name: str) -> bool:
     # macOS leaves a `._face.jpg` beside each face that it copies.
-    return entry.name[0] == "." or entry.name.lower() in _HIDDEN
+    return name[0] == "." or name.lower() in _HIDDEN
 
 
-def _is_image(file: Path) -> bool:
-    return file.suffix.lower() in IMAGE_ENDINGS and not _is_hidden(file)
+def _is_image(name: str) -> bool:
+    return name[name.rfind(".") :].lower() in IMAGE_ENDINGS and not _is_hidden(name)
 
 
 class ImageSubset:
@@ -384,7 +409,7 @@ def identity_order(names: list[str]) -> list[int]:
 
 def find_rec(folder: Path) -> Path | None:
     """The `.rec` of a set's folder: `train.rec`, or the only one there is; None without any."""
-    found = sorted(path for path in folder.glob("*.rec") if path.name[0] != ".")
+    found = sorted(path for path in folder.glob("*.rec") if path.name[0] != "." and path.is_file())
     if folder / "train.rec" in found:
         return folder / "train.rec"
     if len(found) > 1:

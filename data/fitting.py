@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 from config import PackBinConfig, PackConfig
-from data.align import align
+from data.align import align, check_landmarks
 from data.detect import Detection, FaceChoice, FaceDetector, choose_face, open_detector
 from data.face_sets import Divisible, EncodedImages
 from data.images import ImageError, decode_rgb, encode_jpeg
@@ -71,6 +71,7 @@ def fit_image(encoded: bytes, where: str, fit: Fit, landmarks: np.ndarray | None
     height, width = image.shape[:2]
     if landmarks is not None:
         try:
+            check_landmarks(landmarks)
             return _fit_photo(image, landmarks, fit)
         except ValueError as error:
             raise ImageError(f"{where}: {error}") from None

@@ -135,6 +135,12 @@ def _image_file(images: Path, name: str, number: int) -> Path:
     return next((file for file in others if file.exists()), jpeg)
 
 
+def _listed(images: Path, text: str) -> Path:
+    """The file that a cell names; blanks at its ends belong to the name where there is such a file."""
+    exact = images / text
+    return exact if text != text.strip() and exact.is_file() else images / text.strip()
+
+
 _FLAGS: dict[str, bool] = {"1": True, "true": True, "0": False, "false": False}
 
 
@@ -152,7 +158,8 @@ def _csv_pairs(lines: Sequence[str], path: Path, images: Path, separator: str) -
                 raise PairsError(f"{where}: {len(row)} columns, expected 3 (path1,path2,same)")
             if row[2].strip().lower() not in _FLAGS:
                 raise PairsError(f"{where}: {row[2]!r} does not say whether it is one person, 1 or 0")
-            files = images / row[0].strip(), images / row[1].strip()
-            yield Pair(files, _FLAGS[row[2].strip().lower()], rows.line_num)
+            yield Pair(
+                (_listed(images, row[0]), _listed(images, row[1])), _FLAGS[row[2].strip().lower()], rows.line_num
+            )
     except csv.Error as error:
         raise PairsError(f"{path}, line {rows.line_num}: {error}") from None

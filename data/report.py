@@ -90,6 +90,8 @@ def make_report(path: Path, output: Path, options: ReportConfig, workers: int) -
         decode_images(records, survey, survey.good, workers, "check")
     else:
         decode_images(records, survey, choose_sample(survey, options.sample, options.seed), 0, "sample")
+    for name in ("faces.png", "images_per_identity.png", "copies.csv"):  # of an earlier report
+        (output / name).unlink(missing_ok=True)
     if survey.good.any():
         _draw_faces(output / "faces.png", records, survey, options)
     per_identity = survey.per_identity()
@@ -101,8 +103,6 @@ def make_report(path: Path, output: Path, options: ReportConfig, workers: int) -
     write_broken(output / "broken.csv", records, survey)
     if copies is not None:
         write_copies(output / "copies.csv", records, survey, *copies)
-    else:
-        (output / "copies.csv").unlink(missing_ok=True)  # of an earlier report
     return report, records, survey
 
 

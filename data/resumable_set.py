@@ -72,7 +72,9 @@ def made_from(faces: FaceSet, identities: Sequence[Identity], fit: Fit) -> dict[
     return {
         "source": str(faces.path.resolve()),
         "image_root": str(faces.image_root.resolve()) if isinstance(faces, ListedFaceSet) else None,
-        "size and time of the source": _stamps(faces.path, faces.path.with_suffix(".idx")),
+        "size and time of the source": _stamps(
+            faces.path, *([faces.path.with_suffix(".idx")] if faces.path.is_file() else [])
+        ),
         "choice of images": f"{images:,} of {len(identities):,} identities, {choice.hexdigest()[:8]}",
         "image_size": image_size,
         **settings,

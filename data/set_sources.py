@@ -227,14 +227,17 @@ def _parse_im2rec(number: int, fields: list[str], path: Path) -> ListLine:
 
 
 def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
-    rows = csv.reader(file, delimiter=separator)
+    rows = csv.reader(file, delimiter=separator, strict=True)
+    begun = 1  # the line in which a row begins, as a cell may have line ends in it
     try:
         header = [name.strip().lower() for name in next(rows, [])]
         columns = _csv_columns(header, path)
+        begun = rows.line_num + 1
         for row in rows:
+            line, begun = begun, rows.line_num + 1
             if is_empty_row(row):
                 continue
-            where = f"{path}, line {rows.line_num}"
+            where = f"{path}, line {line}"
             if len(row) != len(header):
                 raise FaceSetError(f"{where}: {len(row)} columns, expected {len(header)} as in the header")
             image, identity, *landmarks = (row[column] for column in columns)
@@ -242,13 +245,13 @@ def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
                 raise FaceSetError(f"{where}: its label is empty")
             given = any(text.strip() for text in landmarks)
             yield ListLine(
-                rows.line_num,
+                line,
                 _path(image, where),
                 _whole(identity.strip()),
                 _numbers(landmarks, where) if given else (),
             )
     except csv.Error as error:
-        raise FaceSetError(f"{path}, line {rows.line_num}: {error}") from None
+        raise FaceSetError(f'{path}, line {begun}: {error}: is a quote (") not closed?') from None
 
 
 def _csv_columns(header: list[str], path: Path) -> list[int]:

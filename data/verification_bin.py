@@ -4,13 +4,15 @@ The file is a pickle of `(bins, issame_list)`. A plain unpickler runs whatever a
 just the few globals that the four spellings in the wild need, and refuses the rest.
 """
 
+import os
 import pickle
 import reprlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -28,7 +30,8 @@ class _Dtype:
     def __init__(self, code: str | bytes, *options: object) -> None:
         self.code = code.decode("latin1") if isinstance(code, bytes) else code
         if self.code not in ("u1", "b1", "i4", "i8"):
-            raise VerificationFileError(f"it holds numpy data of type {self.code!r}, expected images as uint8")
+            found = reprlib.repr(self.code)
+            raise VerificationFileError(f"it holds numpy data of type {found}, expected images as uint8")
 
     def __setstate__(self, state: object) -> None:
         """Byte order and the like, which these types do not need."""
@@ -44,11 +47,18 @@ class _Array:
         _version, _shape, dtype, _fortran, values = state
         self.values = _flat(values, dtype)
 
+    @cached_property
+    def encoded(self) -> bytes:
+        """The bytes, one copy of them however often a file names the array."""
+        return self.values.tobytes()
+
     def __iter__(self) -> Iterator[Any]:
         return iter(self.values.tolist())
 
 
 def _flat(values: bytes | bytearray, dtype: _Dtype) -> np.ndarray:
+    if not isinstance(dtype, _Dtype):
+        raise VerificationFileError("it holds numpy data whose type is none")
     return np.frombuffer(values, np.dtype(dtype.code).newbyteorder("<"))
 
 
@@ -62,14 +72,7 @@ def _scalar(dtype: _Dtype, value: bytes) -> bool | int:
     return _flat(value, dtype).item()
 
 
-def _encode_latin1(text: str, encoding: str) -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise VerificationFileError(f"it asks for the codec {encoding[:20]!r}, which no set needs: not loaded")
-    return text.encode("latin1")
-
-
 _GLOBALS: dict[tuple[str, str], Callable[..., Any]] = {
-    ("_codecs", "encode"): _encode_latin1,
     ("numpy", "dtype"): _Dtype,
     ("numpy", "ndarray"): _Array,
 }
@@ -79,19 +82,56 @@ for _numpy in ("numpy.core", "numpy._core"):
     _GLOBALS[f"{_numpy}.numeric", "_frombuffer"] = _array_from_buffer
 
 
+_OPCODES: dict[int, Callable[[Any], None]] = pickle._Unpickler.dispatch
+# What a pickle makes dictionaries and sets by.
+_KEYED = (
+    *(pickle.EMPTY_DICT, pickle.DICT, pickle.SETITEM, pickle.SETITEMS),
+    *(pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET),
+)
+
+
 class _PairsUnpickler(pickle._Unpickler):
     """Python's unpickler that is written in Python: that in C takes memory for whatever number a file states, 64 GB for
-    one damaged bit. A `bytearray`, for which this one does, is read as bytes.
+    one damaged bit. A `bytearray`, for which this one does, is read as bytes. Dictionaries and sets, which no file of
+    pairs has, are refused: the hash of a key that is nested deep enough ends the process.
     """
 
-    dispatch: ClassVar = pickle._Unpickler.dispatch | {
-        pickle.BYTEARRAY8[0]: pickle._Unpickler.dispatch[pickle.BINBYTES8[0]]
-    }
+    stack: list[Any]
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(file, encoding="bytes")
+        # Texts are not encoded to more bytes than that, however often a file of a few of them asks for it.
+        self._room = 2 * os.fstat(file.fileno()).st_size
 
     def find_class(self, module: str, name: str) -> Callable[..., Any]:
+        if (module, name) == ("_codecs", "encode"):
+            return self._encode_latin1
         if (module, name) not in _GLOBALS:
             raise VerificationFileError(f"it asks for {module}.{name}, which no verification set needs: not loaded")
         return _GLOBALS[module, name]
+
+    def _encode_latin1(self, text: str, encoding: str) -> bytes:
+        if encoding not in ("latin1", "latin-1"):
+            raise VerificationFileError(f"it asks for the codec {encoding[:20]!r}, which no set needs: not loaded")
+        self._room -= len(text)
+        if self._room < 0:
+            raise VerificationFileError("it encodes one text again and again, which no set needs: not loaded")
+        return text.encode("latin1")
+
+    def _build(self) -> None:
+        if not isinstance(self.stack[-2], _Array | _Dtype):
+            raise VerificationFileError("it changes what is no array, which no verification set needs: not loaded")
+        _OPCODES[pickle.BUILD[0]](self)
+
+    def _refuse(self) -> None:
+        raise VerificationFileError("it holds a dictionary or set, which no verification set needs: not loaded")
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **_OPCODES,
+        pickle.BYTEARRAY8[0]: _OPCODES[pickle.BINBYTES8[0]],
+        pickle.BUILD[0]: _build,
+        **dict.fromkeys((code[0] for code in _KEYED), _refuse),
+    }
 
 
 @dataclass(frozen=True)
@@ -134,7 +174,7 @@ def read_bin(path: Path | str) -> VerificationPairs:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            bins, same = _PairsUnpickler(file, encoding="bytes").load()
+            bins, same = _PairsUnpickler(file).load()
         encoded = [_image_bytes(item) for item in bins]
         flags = np.array([_flag(value) for value in same], bool)
     except VerificationFileError as error:
@@ -148,6 +188,7 @@ def read_bin(path: Path | str) -> VerificationPairs:
         IndexError,
         KeyError,
         MemoryError,  # a damaged length
+        RecursionError,
         OverflowError,
         struct.error,
     ) as error:
@@ -166,7 +207,7 @@ def _image_bytes(item: object) -> bytes:
     if isinstance(item, bytes):
         return item
     if isinstance(item, _Array) and item.values.dtype == np.uint8:
-        return item.values.tobytes()
+        return item.encoded
     kind = f"an array of {item.values.dtype}" if isinstance(item, _Array) else type(item).__name__
     raise VerificationFileError(f"an image must be bytes or a uint8 array, found {kind}")
 

@@ -138,7 +138,7 @@ def _open_table(file: TextIO) -> Iterator[tuple[int, list[str]]]:
     columns = _without_empty_end(next(csv.reader([header], delimiter=delimiter), []))
     if tuple(columns) != COLUMNS:
         raise ValueError(f"the first line must be {','.join(COLUMNS)}, it is {','.join(columns)!r}")
-    table = csv.reader(file, delimiter=delimiter)
+    table = csv.reader(file, delimiter=delimiter, strict=True)
     return ((1 + table.line_num, cells) for cells in table)
 
 

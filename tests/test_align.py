@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.align import TEMPLATE, align, similarity_transform
+from data.align import TEMPLATE, align, check_landmarks, similarity_transform
 from data.images import decode_rgb, encode_jpeg
 
 
@@ -126,3 +126,28 @@ def test_known_crops_of_real_photos(face_data: Path) -> None:
     assert len(plain) == 60
     assert max(plain) < 3.0
     assert max(compressed) < 1.7
+
+
+def test_landmarks_that_are_no_landmarks(face_data: Path) -> None:
+    """Fractions of the photo's size, and left and right as the person has them, are refused, in each photo; landmarks
+    of faces, turned and upside down too, are not."""
+    with (face_data / "lfw_raw" / "landmarks.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 60
+    for row in rows:
+        points = np.array([(float(row[f"x{i}"]), float(row[f"y{i}"])) for i in range(1, 6)])
+        for turn in np.linspace(0, 2 * np.pi, 5):
+            matrix = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]])
+            check_landmarks(points @ matrix.T)
+        with pytest.raises(ValueError, match=r"the landmarks span 0\.[1-9]\d* pixels: are they fractions"):
+            check_landmarks(points / 250)
+        with pytest.raises(ValueError, match="left and right of the landmarks are exchanged"):
+            check_landmarks(points[[1, 0, 2, 4, 3]])
+
+
+@pytest.mark.parametrize("yaw", [60, 75, 85, 95, 100])
+def test_landmarks_of_profiles(yaw: float) -> None:
+    """Of a head that is turned until the far eye is behind the near one, left and right are not judged."""
+    turn, depth = np.deg2rad(yaw), np.array([10, 10, 35, 5, 5])
+    across = (TEMPLATE[:, 0] - 56) * np.cos(turn) + depth * np.sin(turn)
+    check_landmarks(np.column_stack([across, TEMPLATE[:, 1]]))

@@ -109,3 +109,13 @@ def test_set_travels_to_worker_processes(tmp_path: Path) -> None:
     pickled = pickle.dumps(faces)
     assert len(pickled) < 5_000
     assert contents(pickle.loads(pickled)) == contents(faces)
+
+
+def test_labels_that_a_record_cannot_hold(tmp_path: Path) -> None:
+    """They are float32: two people more than 2^24 would have been one."""
+    with pytest.raises(ValueError, match="labels up to 16,777,216"), write_face_set(tmp_path / "set", 32) as out:
+        out.ranges += [(1, 1)] * 2**24
+        out.add_image(b"the last one")
+        out.end_identity()
+        out.add_image(b"one too many")
+    assert not (tmp_path / "set").exists()

@@ -296,6 +296,15 @@ def test_folder_set_that_lies_deeper(tmp_path: Path) -> None:
         open_face_set(tmp_path)
 
 
+def test_folders_with_the_names_of_files(tmp_path: Path) -> None:
+    """A person called alice.rec, and a folder called zz.jpg, are folders."""
+    (tmp_path / "alice.rec" / "zz.jpg").mkdir(parents=True)
+    (tmp_path / "alice.rec" / "1.jpg").write_bytes(b"x")
+    with pytest.warns(UserWarning, match=r"not taken are alice\.rec/zz\.jpg \(a folder within that of an identity\)$"):
+        faces = open_face_set(tmp_path)
+    assert (faces.identities, len(faces)) == (["alice.rec"], 1)
+
+
 def test_a_folder_of_sets_is_no_set(tmp_path: Path) -> None:
     """A level too shallow: the pictures that lie beside a set's records are not the faces of one person."""
     (tmp_path / "mine").mkdir()
@@ -363,18 +372,20 @@ def test_folder_and_rec_are_interchangeable(face_data: Path) -> None:
 
 
 def test_a_tree_keeps_no_object_an_image(tmp_path: Path) -> None:
-    """Trees have millions of images: names take their letters and a number."""
+    """Trees have millions of images: names take their letters and a number, and so do those of a file beside each."""
     for person in range(20):
         folder = tmp_path / "tree" / f"{person:03}"
         folder.mkdir(parents=True)
         for image in range(50):
             (folder / f"{image:03}.jpg").touch()
+            (folder / f"{image:03}.json").touch()
     tracemalloc.start()
     try:
-        faces = FolderFaceSet(tmp_path / "tree")
+        with pytest.warns(UserWarning, match="000.json, 000/001.json, 000/002.json and 997 more "):
+            faces = FolderFaceSet(tmp_path / "tree")
         kept = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert kept < 80 * len(faces)
+    assert kept < 130 * len(faces)
     assert faces.relative_file(51) == "001/001.jpg"
     assert faces.file(51) == tmp_path / "tree" / "001" / "001.jpg"

@@ -1,5 +1,6 @@
 """Whole or not there: what a killed process leaves, who removes it, and two processes with one target."""
 
+import csv
 import errno
 import fcntl
 import os
@@ -12,7 +13,17 @@ import pytest
 
 from conftest import ROOT
 from utils import files
-from utils.files import BusyError, atomic_folder, atomic_path, atomic_write, partial_folder, require_free, seen
+from utils.files import (
+    BusyError,
+    atomic_folder,
+    atomic_path,
+    atomic_write,
+    csv_line,
+    partial_folder,
+    require_free,
+    seen,
+    write_csv_atomic,
+)
 from utils.resumable import resumable_folder
 
 HOLD = """
@@ -206,3 +217,15 @@ def test_a_link_in_place_of_the_working_folder(tmp_path: Path, leads_to: str) ->
         with pytest.raises(FileExistsError, match=r"is a link.*remove the link"), begin(tmp_path / "out"):
             pass
     assert (tmp_path / "somebodys" / "file").read_text() == "kept"
+
+
+def test_tables_give_back_what_was_written(tmp_path: Path) -> None:
+    """Names of other people's files have everything in them: carriage returns, line ends, quotes, blanks, commas."""
+    rows = [["a\rb", "c\r"], ["d\n", "\r\n"], ['e"', " f, "], ["\udcff", ""], ["plain", "1"]]
+    write_csv_atomic(tmp_path / "a.csv", ["one", "two"], rows)
+    content = (tmp_path / "a.csv").read_bytes()
+    assert content == b"".join(map(csv_line, [["one", "two"], *rows]))
+    assert content.startswith(b"one,two\n")
+    assert content.endswith(b"\nplain,1\n")
+    with (tmp_path / "a.csv").open(newline="", errors="surrogateescape") as file:
+        assert list(csv.reader(file, strict=True)) == [["one", "two"], *rows]

@@ -349,3 +349,11 @@ def test_a_csv_that_a_person_wrote(tmp_path: Path) -> None:
         table.write_text(f"path1,path2,same\n{line}\n")
         with pytest.raises(PairsError, match=message):
             read_pairs(table, tmp_path)
+
+
+def test_names_that_begin_with_a_blank_are_drawn_and_read(tmp_path: Path, images: Path) -> None:
+    """What drawing writes can be read, whatever is in the names: a blank, a carriage return, a comma."""
+    for old, new in zip(NAMES, [" Ann", "Bob,\r"], strict=True):
+        (images / old).rename(images / new)
+    draw_pairs(images, 2, 0, tmp_path / "pairs.csv")
+    assert all(file.is_file() for pair in read_pairs(tmp_path / "pairs.csv", images) for file in pair.files)

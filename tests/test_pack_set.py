@@ -505,3 +505,16 @@ def test_script_from_another_directory(tmp_path: Path, folder: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "out/set: 2 images of 2 identities, byte for byte as in list.csv" in done.stdout
     assert content(open_face_set(tmp_path / "out" / "set")) == [(0, tiny_face(0, 0)), (1, tiny_face(2, 2))]
+
+
+def test_the_folder_one_is_in(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--source .` is the set that it stands for."""
+    monkeypatch.chdir(folder)
+    assert content(pack_all(Path(), tmp_path / "set")) == EXPECTED
+
+
+def test_a_name_that_ends_in_a_blank_is_found(folder: Path) -> None:
+    """In a list of names as `ls` writes it, blanks and all."""
+    (folder / "bert").rename(folder / "bert ")
+    names = written(folder / "names.txt", "bert \ncarl \n")
+    assert names_of(PackConfig(identities=(f"@{names}",)), folder) == ["bert ", "carl"]

@@ -288,6 +288,17 @@ def test_a_set_whose_images_all_turn_out_broken_is_reported(tmp_path: Path) -> N
     assert not (tmp_path / "out" / "images_per_identity.png").exists()
 
 
+def test_pictures_of_an_earlier_report_do_not_stay(tmp_path: Path) -> None:
+    """A set that has broken since has none, and those of before would lie beside the new numbers."""
+    with write_records(tmp_path / "train.rec") as writer:
+        writer.write(1, pack_image(0.0, 1, JPEG[:20]))
+    (tmp_path / "out").mkdir()
+    for name in ("faces.png", "images_per_identity.png"):
+        (tmp_path / "out" / name).write_text("of an earlier report")
+    report_on(tmp_path / "train.rec", tmp_path / "out", check=True)
+    assert not list((tmp_path / "out").glob("*.png"))
+
+
 def test_a_tree_of_folders_keeps_no_object_an_image(tmp_path: Path) -> None:
     """Trees have millions of images, whose paths alone were gigabytes; a part of them has the same ones."""
     for person in range(20):

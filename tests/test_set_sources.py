@@ -92,3 +92,23 @@ def test_labels_that_pandas_wrote(tmp_path: Path) -> None:
     assert set(faces.identities) == {"10", "9", "1.5", "v2.0", ".0", "7.0.0"}
     faces = ListedFaceSet(written(tmp_path / "numbers.csv", "path,label\n" + "".join(rows[:4])))
     assert faces.identities == ["9", "10"]
+
+
+def test_a_line_is_that_in_which_its_row_begins(tmp_path: Path) -> None:
+    """A name may have a line end in it; the first line of the row is where an editor goes to mend it."""
+    text = 'path,label\na.png,"two\nlines"\nb.png,"cut\n\noff",more\n'
+    with pytest.raises(FaceSetError, match="list, line 4: 3 columns, expected 2"):
+        ListedFaceSet(written(tmp_path / "list", text))
+
+
+QUOTES = {
+    "never closed": ('path,label\na.png,0\nb.png,"one\nc.png,2\n', "line 3: unexpected end of data: is a quote"),
+    "closed later": ('path,label\na.png,0\nb.png,"one\nc.png,"two"\n', "line 3: .* expected after .*: is a quote"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), QUOTES.values(), ids=QUOTES.keys())
+def test_a_quote_that_is_not_closed_swallows_no_images(tmp_path: Path, text: str, message: str) -> None:
+    """All lines behind it were one name, and their images in no set, without a word."""
+    with pytest.raises(FaceSetError, match=f"list, {message}"):
+        ListedFaceSet(written(tmp_path / "list", text))

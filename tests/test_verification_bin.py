@@ -2,7 +2,10 @@
 
 import pickle
 import pickletools
+import re
 import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from data.verification_bin import VerificationFileError, read_bin, write_bin
 
 # Two pairs; the last image is long enough for the opcode of long strings, and the first is in both pairs.
@@ -318,6 +322,49 @@ def test_a_damaged_number_takes_no_memory(tmp_path: Path) -> None:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 1 << 20
+
+
+def test_what_is_named_often_is_kept_once(tmp_path: Path) -> None:
+    """A small file cannot ask for gigabytes: not by one array in many places, nor by one text encoded many times."""
+    image = np.frombuffer(b"\xff\xd8" + bytes(1 << 20), np.uint8)
+    (tmp_path / "array.bin").write_bytes(pickle.dumps(([image] * 400, [True] * 200), 4))
+    text = b"X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20)
+    first = b"c_codecs\nencode\nq\x00" + text + b"q\x01X\x06\x00\x00\x00latin1q\x02\x86R"
+    (tmp_path / "text.bin").write_bytes(protocol2([first] + [b"h\x00h\x01h\x02\x86R"] * 399))
+    tracemalloc.start()
+    assert len(read_bin(tmp_path / "array.bin").images) == 1
+    with pytest.raises(VerificationFileError, match=r"text\.bin: it encodes one text again and again"):
+        read_bin(tmp_path / "text.bin")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 8 << 20
+
+
+DEEP = b"K\x01" + b"\x85" * 1_000_000  # a tuple in a tuple in a tuple
+NESTED = {
+    "a key": (b"}" + DEEP + b"K\x01s", "holds a dictionary or set"),
+    "an element": (b"\x8f(" + DEEP + b"\x90", "holds a dictionary or set"),
+    "a codec": (b"c_codecs\nencode\nX\x01\x00\x00\x00a" + DEEP + b"\x86R", "is no verification set"),
+    "a type": (b"cnumpy\ndtype\n" + DEEP + b"\x85R", "numpy data of type"),
+    "a scalar's type": (b"cnumpy.core.multiarray\nscalar\n" + DEEP + b"C\x01a\x86R", "whose type is none"),
+}
+
+
+@pytest.mark.parametrize(("opcodes", "message"), NESTED.values(), ids=NESTED.keys())
+def test_deep_nesting_ends_no_process(tmp_path: Path, opcodes: bytes, message: str) -> None:
+    """Read in a process of its own: what Python does to each level of a value, it does on the stack."""
+    (tmp_path / "x.bin").write_bytes(b"\x80\x04](" + opcodes + python2_string(b"b") + b"e](\x88e\x86.")
+    program = f"from data.verification_bin import read_bin; read_bin({str(tmp_path / 'x.bin')!r})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(rf"VerificationFileError: .*x\.bin.*{message}", done.stderr)
+
+
+def test_a_file_changes_no_function(tmp_path: Path) -> None:
+    """The opcode that sets an object's state is for arrays: on a function it would change this program."""
+    (tmp_path / "x.bin").write_bytes(protocol2([b"cnumpy.core.multiarray\nscalar\nNb", b"U\x01b"], b"\x88"))
+    with pytest.raises(VerificationFileError, match=r"x\.bin: it changes what is no array"):
+        read_bin(tmp_path / "x.bin")
 
 
 def test_missing_file(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO, TextIO, TypeVar
 
 LOCK = ".lock"
 JOURNAL = ".journal.json"
@@ -188,13 +188,23 @@ def write_text_atomic(path: Path | str, text: str) -> None:
         file.write(text.encode(errors="surrogateescape"))
 
 
+class _EndedByLineFeeds:
+    """What a csv.writer writes a row at a time to: told to end them so itself, it would not quote carriage returns."""
+
+    def __init__(self, text: TextIO) -> None:
+        self._text = text
+
+    def write(self, row: str) -> int:
+        return self._text.write(row.removesuffix("\r\n") + "\n")
+
+
 def write_csv_atomic(path: Path | str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     """Write a CSV with a header line to `path`, all or nothing; names that are no UTF-8 keep their bytes."""
     with (
         atomic_write(path) as file,
         io.TextIOWrapper(file, encoding="utf-8", errors="surrogateescape", newline="") as text,
     ):
-        writer = csv.writer(text, lineterminator="\n")
+        writer = csv.writer(_EndedByLineFeeds(text))
         writer.writerow(header)
         writer.writerows(rows)
 
@@ -202,7 +212,7 @@ def write_csv_atomic(path: Path | str, header: Sequence[str], rows: Iterable[Seq
 def csv_line(row: Sequence[object]) -> bytes:
     """A line of a CSV as `write_csv_atomic` writes it."""
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerow(row)
+    csv.writer(_EndedByLineFeeds(text)).writerow(row)
     return text.getvalue().encode(errors="surrogateescape")
 
 

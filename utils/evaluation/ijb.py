@@ -209,7 +209,7 @@ def _read_enrolment(path: Path, name: str, known: NDArray[np.int64]) -> Enrolmen
     subject_of: dict[int, int] = {}
     has_images = set(known.tolist())
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file)
+        rows = csv.reader(file, strict=True)
         try:
             next(rows, None)
             for row in rows:
