@@ -44,7 +44,7 @@ class Finding(NamedTuple):
 @dataclass(frozen=True)
 class Findings:
     """Of a set: `labels`, int64 [images], as cleaned, -1 for an outlier, numbers from the count of identities on for
-    second people; `seconds`: the identity in which each of them was found; `found`: all that is wrong.
+    second people; `seconds`: the identity in which each of them was found; `found`: all that is wrong, an image once.
     """
 
     labels: np.ndarray
@@ -55,7 +55,7 @@ class Findings:
 def find_wrong(embeddings: Rows, labels: np.ndarray, identities: int, outlier: float, mixed: float) -> Findings:
     """Judge a set by its embeddings, unit float32 [images, D] on the CPU, and labels, int64 [images]."""
     labels = labels.copy()
-    found: list[Finding] = []
+    found: dict[int, Finding] = {}  # one an image: of a second person, too, some images may be outliers
     seconds: list[int] = []
     cosines = _centre_cosines(embeddings, labels, identities)
     doubtful = np.bincount(labels[cosines < mixed + _SUSPICION], minlength=identities)
@@ -66,7 +66,7 @@ def find_wrong(embeddings: Rows, labels: np.ndarray, identities: int, outlier: f
         if between < mixed and second.sum() >= MIN_CLUSTER and _mean_pair(unit[second]) >= outlier:
             labels[images[second]] = identities + len(seconds)
             seconds.append(identity)
-            found += [Finding(int(image), "mixed", between) for image in images[second]]
+            found |= {image: Finding(image, "mixed", between) for image in images[second].tolist()}
     total = identities + len(seconds)
     if seconds:
         cosines = _centre_cosines(embeddings, labels, total)
@@ -75,9 +75,10 @@ def find_wrong(embeddings: Rows, labels: np.ndarray, identities: int, outlier: f
     scattered = 2 * np.bincount(labels[far], minlength=total) >= images_of
     for image in np.flatnonzero(far).tolist():
         kind = "scattered" if scattered[labels[image]] else "outlier"
-        found.append(Finding(image, kind, float(cosines[image])))
+        if kind == "outlier" or image not in found:
+            found[image] = Finding(image, kind, float(cosines[image]))
     labels[far & ~scattered[labels]] = -1
-    return Findings(labels, seconds, found)
+    return Findings(labels, seconds, list(found.values()))
 
 
 def _centre_cosines(embeddings: Rows, labels: np.ndarray, identities: int) -> np.ndarray:

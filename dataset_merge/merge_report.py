@@ -161,7 +161,8 @@ def _pairs(merge: Merge, faces: _Faces) -> tuple[list[_Pair], list[_Pair]]:
     if merge.grouping is not None:
         pairs = merge.grouping.pairs
         decision = np.asarray(merge.grouping.decision)
-        joined, below = decision == "joined", decision == "below"
+        joined = decision == "joined"
+        below = (decision == "below") & ~_in_one_group(merge.grouping)  # others joined them, if they are in one
         order = np.argsort(pairs.score, kind="stable")
         chosen = (
             [int(i) for i in order[joined[order]][:ROWS_DRAWN]],
@@ -177,13 +178,18 @@ def _pairs(merge: Merge, faces: _Faces) -> tuple[list[_Pair], list[_Pair]]:
         match = faces.number(row.match_source, row.match_label)
         if match is not None and row.score is not None:
             same = row.new_label is not None and row.new_label == merge.decisions[match].new_label
-            kind = "joined" if same or row.decision == "dropped" else row.decision
+            kind = "joined" if same else row.decision
             key = min(identity, match), max(identity, match)
             found.setdefault(key, _Pair(*key, row.score, kind))
     ordered = sorted(found.values(), key=lambda pair: pair.score)
     joined_pairs = [pair for pair in ordered if pair.decision == "joined"]
     others = [pair for pair in reversed(ordered) if pair.decision == "added"]
     return joined_pairs[:ROWS_DRAWN], others[:ROWS_DRAWN]
+
+
+def _in_one_group(grouping: Grouping) -> np.ndarray:
+    """Of each pair, whether its two became one person, be it by links to others: bool [pairs]."""
+    return grouping.group[grouping.pairs.first] == grouping.group[grouping.pairs.second]
 
 
 def _pairs_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -> None:
@@ -210,7 +216,8 @@ def _pairs_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces
 
 def _conflicts_section(report: HtmlReport, grouping: Grouping, faces: _Faces) -> None:
     decision = np.asarray(grouping.decision)
-    conflicts = np.flatnonzero((decision == "not mutual") | (decision == "split"))
+    refused = (decision == "not mutual") | (decision == "split")
+    conflicts = np.flatnonzero(refused & ~_in_one_group(grouping))
     report.section("Conflicts")
     report.text(
         f"{len(conflicts):,} pairs reach the threshold and were not joined: one of the two has a better match "
@@ -266,10 +273,11 @@ def _leaks_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces
         rows.append((str(path), len(own), sum(row.images for row in own)))
     report.table(columns, rows)
     scores = leaks.scores
+    kept = np.array([row.decision != "excluded" for row in merge.decisions])
     by_path = {held_out.path: held_out for held_out in merge.held_out}
     for name, chosen, caption in (
         (EXCLUDED, np.flatnonzero(scores >= leaks.t), "Excluded, the least similar first."),
-        (NOT_EXCLUDED, np.flatnonzero(scores < leaks.t), "Kept, the most similar first."),
+        (NOT_EXCLUDED, np.flatnonzero(kept), "Kept, the most similar first."),
     ):
         order = chosen[np.argsort(np.abs(scores[chosen] - leaks.t), kind="stable")][:ROWS_DRAWN].tolist()
         if not order:

@@ -1,6 +1,7 @@
 """Intervals and comparisons: weighted counts against literal repetition, and coverage by simulation."""
 
 import gc
+import tracemalloc
 from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
@@ -158,6 +159,22 @@ def test_draws_of_identities_count_pairs_by_their_product(listed: int, monkeypat
         genuine, impostor = genuine / genuine[-1], impostor / impostor[-1]
         expected = [np.trapezoid(genuine, impostor), *np.interp(RATES, impostor, genuine)]
         np.testing.assert_allclose(np.delete(found, 1), expected, atol=1e-12 if listed else 0.02)
+
+
+def test_draws_make_no_copy_of_the_counts() -> None:
+    """There are kilobytes of them for each identity; a draw takes them a part at a time, and comes to the same."""
+    rng = np.random.default_rng(0)
+    people, bins = 10_000, 300
+    tables = [rng.integers(0, 100, (people, bins)) for _ in range(2)]
+    counts = IdentityCounts(np.arange(people), np.linspace(-1, 1, bins + 1), *tables, np.zeros((0, 3), np.int64))
+    times = rng.integers(0, 3, (2, people))
+    tracemalloc.start()
+    found = counts.measures(times, (0.1,))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 12 << 20 < tables[0].nbytes
+    one_by_one = [counts.measures(row[None], (0.1,))[0] for row in times]
+    np.testing.assert_array_equal(found, one_by_one)
 
 
 def test_counts_by_bins_are_near_the_exact_numbers() -> None:

@@ -57,6 +57,22 @@ def test_fewer_images_than_a_cluster_are_outliers() -> None:
     assert [found.finding for found in findings.found] == ["outlier"] * (MIN_CLUSTER - 1)
 
 
+@pytest.mark.parametrize("seed", [17, 21, 41, 42, 46])
+def test_each_image_has_one_finding(seed: int) -> None:
+    """That which says what becomes of it: an outlier of the second person is left out, and no person of its own."""
+    rng = np.random.default_rng(seed)
+    size, images = int(rng.integers(4, 12)), int(rng.integers(8, 30))
+    vectors = rng.normal(size=(images, size)).astype(np.float32)
+    vectors[: images // 2, 0] += 2.0
+    vectors[images // 2 :, 1] += 1.5
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    wrong = find_wrong(torch.from_numpy(vectors), np.zeros(images, np.int64), 1, 0.35, 0.6)
+    kinds = {finding.image: finding.finding for finding in wrong.found}
+    assert len(kinds) == len(wrong.found)
+    assert {image for image, kind in kinds.items() if kind == "outlier"} == set(np.flatnonzero(wrong.labels == -1))
+    assert {image for image, kind in kinds.items() if kind == "mixed"} == set(np.flatnonzero(wrong.labels == 1))
+
+
 AXES = np.eye(64, dtype=np.float32)
 # The last two of eight have a cosine of 0.26 with the sixth, and of 0.07 with each other.
 ALIKE = np.zeros((8, 64), np.float32)

@@ -164,14 +164,15 @@ def breakdown_all_pairs(
     Images without a group are left out. Memory: 16 bytes for each identity, each two groups and each point.
     """
     ranks = ranks or Ranks()
-    chosen = torch.from_numpy(groups.of >= 0).to(embeddings.device)
+    chosen = groups.of >= 0
     if not chosen.any():
         raise ValueError(f"no image has a group of column {groups.column!r}")
     device = embeddings.device
     codes, couples = _pair_codes(len(groups.names))
     with torch.no_grad(), full_precision(device):
-        blocks = PairBlocks(embeddings[chosen], labels.to(device)[chosen], block, ranks, progress)
-        of = torch.from_numpy(groups.of).to(device)[chosen][blocks.order]
+        # Of all images, so that the scores are to the last bit those that the points' thresholds are of.
+        blocks = PairBlocks(embeddings, labels, block, ranks, progress)
+        of = torch.from_numpy(groups.of).to(device)[blocks.order]
         table = torch.from_numpy(codes).to(device)
         people = len(blocks.people)
         thresholds = [point.threshold for point in points]
@@ -186,6 +187,8 @@ def breakdown_all_pairs(
                 if mask is None and kind == 0:
                     continue
                 row, column = (above if mask is None else above & mask).nonzero(as_tuple=True)
+                grouped = (of[pairs.rows][row] >= 0) & (of[pairs.columns][column] >= 0)
+                row, column = row[grouped], column[grouped]
                 if not len(row):
                     continue
                 scores = pairs.scores[row, column]
@@ -203,8 +206,10 @@ def breakdown_all_pairs(
         blocks.each(count, "all pairs, by group")
         accepted = ranks.sum(hits).cpu().numpy()
         sizes = np.zeros((people, len(groups.names)), np.int64)
-        np.add.at(sizes, (blocks.labels.cpu().numpy(), of.cpu().numpy()), 1)
-    rates = _group_rates(accepted, sizes, couples, groups.names, points)
+        own, group = blocks.labels.cpu().numpy(), of.cpu().numpy()
+        np.add.at(sizes, (own[group >= 0], group[group >= 0]), 1)
+    kept = sizes.any(axis=1)
+    rates = _group_rates(accepted[:, :, kept], sizes[kept], couples, groups.names, points)
     return Breakdown(groups.column, "identities", int((~chosen).sum()), tuple(rates))
 
 
