@@ -28,7 +28,7 @@ from data.augment import Chances, augment
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
 from data.orders import create_order
 from data.prefetch import on_device
-from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata, save_backbone
+from utils.checkpoints import BEST, CONFIG, Progress, backbone_metadata
 from utils.devices import describe_device, describe_precision, pick_device, pick_precision, set_float32_products
 from utils.evaluation.verification import Verifier
 from utils.files import write_csv_atomic, write_text_atomic
@@ -38,6 +38,7 @@ from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
 from utils.scripts import end_rank, is_first, readable_errors
 from utils.settings import describe, flatten, parse_settings, to_json
+from utils.training.best_network import BestNetwork
 from utils.training.broken_images import BrokenImages
 from utils.training.build_parts import build_head, build_network, build_schedule, unused_here
 from utils.training.build_step import build_input, build_step
@@ -91,6 +92,7 @@ class Trainer:
             config.test.mirror,
             ranks,
         )
+        self.best = BestNetwork(run, self.verifier.sets, config.data.image_size, config.test.mirror, ranks, self.say)
         self.set_notes = set_notes(self.faces)
         order = create_order(config.data.order, self.faces.labels, settings.seed)
         self.batches = EpochBatches(order, len(self.faces), settings.batch_size, ranks.rank, ranks.size)
@@ -114,7 +116,7 @@ class Trainer:
         self.average = WeightAverage(self.network, settings.ema) if settings.ema else None
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
 
-        self.step, self.best_accuracy = 0, 0.0
+        self.step = 0
         self.verify_due = False  # whether the weights of this step are to be verified
         self.explosions = ExplosionWatch(settings.loss_limit, self.scaler.is_enabled())
         images_per_epoch = self.steps_per_epoch * settings.batch_size // ranks.size
@@ -281,7 +283,7 @@ class Trainer:
         networks = {VERIFIED: self.network}
         if self.average is not None:
             networks[VERIFIED_AVERAGE] = self.average.network
-        best, accuracy, began = None, self.best_accuracy, time.perf_counter()
+        best, accuracy, began = None, self.best.accuracy, time.perf_counter()
         for tag, network in networks.items():
             try:
                 results = self.verifier(network, self.requests.heed)
@@ -306,27 +308,24 @@ class Trainer:
     def keep_best(self, network: nn.Module, accuracy: float) -> None:
         """Write `network`, the best so far. If the disk is full, the next better one is tried, save at the end."""
         try:
-            if self.ranks.first:
-                save_backbone(self.run / BEST, network, to_json(self.config), Progress(self.step, accuracy))
+            self.best.keep(network, accuracy, self.step, to_json(self.config))
         except OSError as error:
             if self.step >= self.steps:
                 raise
             self.say(f"the best network so far could not be written ({error}): the next verification tries again")
-            return
-        self.best_accuracy = accuracy
 
     def save(self, wait: bool) -> None:
         """Save a checkpoint: all that the next step depends on."""
         notes = {
             "settings": json.loads(to_json(self.config)),
-            "best_accuracy": self.best_accuracy,
+            **self.best.notes(),
             "verify_due": self.verify_due,
             **self.set_notes,
             "scaler": self.scaler.state_dict(),
             "skipped": sorted(self.explosions.skipped),
             "torch": torch.__version__,
         }
-        about = backbone_metadata(to_json(self.config), Progress(self.step, self.best_accuracy))
+        about = backbone_metadata(to_json(self.config), Progress(self.step, self.best.accuracy))
         state = self.state
         with self.meter.paused():
             self.store.save(self.step, state.whole(), state.rows(), notes, wait, state.backbone(), about)
@@ -346,7 +345,8 @@ class Trainer:
         if self.step == 0:
             for line in unused_again(saved.notes, self.config, self.run):
                 self.say(line)
-        self.step, self.best_accuracy = saved.step, saved.notes["best_accuracy"]
+        self.step = saved.step
+        self.best.restore(saved.notes, saved.step)
         self.explosions.skipped |= set(saved.notes["skipped"])
         self.verify_due = saved.notes.get("verify_due", False)
         if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
@@ -361,7 +361,9 @@ class Trainer:
             self.average.network.load_state_dict(first)
 
     def roll_back(self, error: ExplodedError) -> None:
-        """Go back to the last checkpoint and leave out the batches that exploded, or raise TrainingError."""
+        """Go back to the last checkpoint that has neither the step of `error` nor the one before it, which may have
+        broken the weights, and leave both out, or raise TrainingError."""
+        self.store.set_aside_from(error.step)
         if self.config.train.on_explosion == "stop":
             raise error
         if not self.restore_newest():
@@ -374,7 +376,10 @@ class Trainer:
         self.bar.reset()
         self.bar.update(self.step * self.config.train.batch_size)
         self.log.forget_after(self.step, self.verify_due)
-        self.say(f"{error}\nback at step {self.step:,}, and on without steps {error.step - 1:,} and {error.step:,}")
+        without = f"steps {error.step - 1:,} and {error.step:,}"
+        if self.step == error.step:
+            without = f"step {error.step:,}; there is no checkpoint without step {error.step - 1:,}"
+        self.say(f"{error}\nback at step {self.step:,}, and on without {without}")
         self.save(wait=True)
         if self.verify_due:
             self.verify_or_stop(saved=True)

@@ -132,6 +132,65 @@ def test_what_exploded_is_left_out(
     assert "back at step 4, and on without steps 6 and 7" in capsys.readouterr().out
 
 
+def wreck_after(monkeypatch: pytest.MonkeyPatch, step: int) -> list[int]:
+    """Let the update of `step` wreck the network, whose own loss and gradient were good; returns the steps made."""
+    whole, made = TrainingStep.__call__, list[int]()
+
+    def then_wreck(self: TrainingStep, inputs: Tensor, labels: Tensor, number: int, lr: float) -> StepOutput:
+        output = whole(self, inputs, labels, number, lr)
+        made.append(number)
+        if number == step:
+            with torch.no_grad():
+                for weight in self.network.parameters():
+                    weight.fill_(math.nan)
+        return output
+
+    monkeypatch.setattr(TrainingStep, "__call__", then_wreck)
+    return made
+
+
+def test_a_checkpoint_between_the_cause_and_the_explosion_is_passed_over(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the weights that the step before broke: the run goes back to the one before it, and none has them in the
+    end, the last and the best neither."""
+    made = wreck_after(monkeypatch, 3)
+    settings = {"train__on_explosion": "skip", "train__checkpoint_every": 2, "train__checkpoints_kept": 2}
+    run = train(configure(tiny_set, tmp_path, train__log_every=1, data__verification=("none",), **settings))
+    assert made == [0, 1, 2, 3, 4, 2, 5, 6, 7, 8, 9, 10, 11]
+    printed = capsys.readouterr().out
+    assert "step-000000004 may hold what went wrong: it is set aside as exploded-step-000000004-" in printed
+    assert "back at step 2, and on without steps 3 and 4" in printed
+    assert all(value.isfinite().all() for value in (*newest(run).values(), *load_file(run / BEST).values()))
+    assert [path.name for path in checkpoint_folders(run / CHECKPOINTS)] == ["step-000000010", "step-000000012"]
+
+
+def test_a_stopped_run_goes_on_from_before_the_cause(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by an explosion, a run can go on with a lower rate: from weights that are not broken."""
+    with monkeypatch.context() as patch:
+        wreck_after(patch, 3)
+        with pytest.raises(ExplodedError, match="at step 4 "):
+            train(configure(tiny_set, tmp_path, train__checkpoint_every=2, train__log_every=1))
+    run = train(configure(tiny_set, tmp_path, train__resume="auto", train__name="a", train__lr=0.01))
+    assert noted(run)[-1][0] == 12
+    assert all(value.isfinite().all() for value in newest(run).values())
+
+
+def test_without_an_earlier_checkpoint_it_says_what_stays(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The step itself may be at fault, so the only checkpoint is tried; weights that are no numbers are never kept as
+    the best, whatever the last steps looked like."""
+    wreck_after(monkeypatch, 3)
+    settings = {"train__on_explosion": "skip", "train__checkpoint_every": 4, "train__checkpoints_kept": 1}
+    with pytest.raises(TrainingError, match=r"step 6: weights of the network are no numbers any more: lower train\.lr"):
+        train(configure(tiny_set, tmp_path, train__log_every=1, data__verification=("none",), **settings))
+    assert "back at step 4, and on without step 4; there is no checkpoint without step 3" in capsys.readouterr().out
+    assert not (tmp_path / "a" / BEST).exists()
+
+
 def test_a_resumed_run_leaves_it_out_too(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed right after it went back: what was left out is known to the run that goes on, which ends alike."""
     with monkeypatch.context() as patch:

@@ -137,7 +137,7 @@ def test_what_the_run_is_for_has_to_be_written(
         raise OSError("no room")
 
     if part == "best":
-        monkeypatch.setattr("train.save_backbone", full)
+        monkeypatch.setattr("utils.training.best_network.save_backbone", full)
     else:
         monkeypatch.setattr(HostCopy, "write", full)
     with pytest.raises(OSError, match="no room"):

@@ -211,6 +211,25 @@ class CheckpointStore:
                 self._say(f"{path} is damaged and passed over; what is left of it is in {aside.name}")
         return None
 
+    def set_aside_from(self, step: int) -> None:
+        """Rename the checkpoints of `step` and later ones to `exploded-...`, which are passed over from now on, and
+        remove those that were before. Where there are no earlier ones, nothing is renamed.
+        """
+        self._join()
+
+        def rename() -> None:
+            found = checkpoint_folders(self._folder)
+            later = [path for path in found if step_of(path) >= step]
+            if not self._ranks.first or not later or len(later) == len(found):
+                return
+            for path in self._folder.glob("exploded-*"):
+                remove(path)
+            for path in later:
+                aside = path.rename(path.with_name(f"exploded-{path.name}-{uuid.uuid4().hex[:8]}"))
+                self._say(f"{path} may hold what went wrong: it is set aside as {aside.name}")
+
+        self._ranks.together(rename)
+
     def _checked(self, path: Path) -> Saved | None:
         """The checkpoint, if its manifest and this rank's part of its files are undamaged."""
         try:
