@@ -229,8 +229,8 @@ class TrainConfig:
 
     # Name of the run's folder. Empty: date, time and network, and a number where several start in the same second.
     name: str = ""
-    # Run to go on with (its folder): its settings hold, save for the flags given. auto: the run called train.name if it
-    # is there already, else a new one, so that the same command starts a run and goes on with it.
+    # Run to go on with (its folder): its settings hold, save for flags and preset given. auto: the run called
+    # train.name if it is there already, else a new one, so that one command starts a run and goes on with it.
     resume: str = ""
     # Passes over the training set. 20 as published for IResNet on millions of images, 40 for MobileFaceNet.
     epochs: int = 20
@@ -321,7 +321,8 @@ class TrainConfig:
         check_types(self, "train")
         at_least(1, self, "train", "epochs", "log_every", "checkpoints_kept")
         require(self.batch_size >= 2, "train.batch_size", f"must be 2 or more (batch norm), got {self.batch_size}")
-        at_least(0, self, "train", "lr", "warmup_epochs", "decay_epochs", "weight_decay", "seed", "profile")
+        at_least(0, self, "train", "lr", "warmup_epochs", "decay_epochs", "weight_decay", "profile")
+        between(0, 2**32 - 1, self, "train", "seed")
         at_least(0, self, "train", "verify_every", "checkpoint_every", "checkpoint_minutes")
         positive(self, "train", "gradient_clip", "schedule_power", "milestone_factor", "backbone_lr", "loss_limit")
         between(0, 1, self, "train", "final_lr")
@@ -352,6 +353,11 @@ class TrainConfig:
         return {
             **unless(self.schedule in ("poly", "wsd"), why, "schedule_power"),
             **unless(self.schedule == "step", why, "milestones", "milestone_factor"),
+            **unless(
+                self.schedule != "step" or self.milestones[0] < self.epochs,
+                f"train.epochs is {self.epochs}",
+                *("milestones", "milestone_factor"),
+            ),
             **unless(self.schedule == "wsd", why, "decay_epochs"),
             **unless(self.schedule in ("poly", "cosine", "wsd"), why, "final_lr"),
             **unless(self.optimizer == "sgd", f"train.optimizer is {self.optimizer}", "momentum"),
@@ -829,9 +835,14 @@ class Config:
 
 #: What describes a network whose file does not.
 _MODEL = ("model.network", "model.embedding_size", "model.normalisation", "model.colour", "data.image_size")
+#: What training takes of a network: it feeds (rgb - 127.5) / 127.5, whatever others are fed.
+_TRAINED = (
+    *("model.network", "model.embedding_size", "model.drop_path", "model.mask_ratio", "model.dropout"),
+    *("model.pretrained", "model.colour"),
+)
 #: What each program reads: whole sections, and single fields of others. Of other flags it says that it does not.
 READS: dict[str, tuple[str, ...]] = {
-    "train": ("train", "common", "data", "model", "loss", "test.batch_size", "test.mirror"),
+    "train": ("train", "common", "data", *_TRAINED, "loss", "test.batch_size", "test.mirror"),
     "test": ("test", "common", "data.root", "data.verification", *_MODEL),
     "merge": ("merge", "common", *_MODEL),
     "prepare": ("prepare", "common.workers", "data.root"),

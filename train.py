@@ -445,7 +445,8 @@ class Trainer:
         if self.ranks.first:
             write_text_atomic(self.run / CONFIG, to_json(self.config))
             write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
-        again = self.verify_due or self.step == 0  # what a first try left, which had no checkpoint
+        # At step 0, what a first try left, which had no checkpoint.
+        again = self.step == 0 or (self.verify_due and bool(self.verifier.sets))
         wandb, settings = self.config.train.wandb, flatten(self.config)
         return TrainingLog(self.run, self.step, wandb, self.ranks.first, self.say, again, settings)
 

@@ -1,6 +1,7 @@
 """Settings: which value wins, what the command line takes, and that mistakes name their field."""
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -107,7 +108,11 @@ def test_saved_settings_lie_below_flags_and_preset() -> None:
     resumed = parse("--name", "new", saved=saved)
     assert asked == [{**flatten(Bakery()), "oven.name": "new"}]
     assert resumed.oven == Oven(name="new", trays=5, heat=111.0)
-    assert parse("--preset", "big", saved=saved).oven == Oven(name="old", trays=9, heat=300)
+    with pytest.warns(UserWarning, match=r"--preset big changes what the run was begun with: oven.* 9 \(it was 5\)"):
+        assert parse("--preset", "big", saved=saved).oven == Oven(name="old", trays=9, heat=300)
+    with warnings.catch_warnings(action="error"):
+        parse("--preset", "big", "--trays", "9", "--heat", "300", saved=saved)
+        parse("--preset", "big", saved=lambda _: {"oven.trays": 9, "oven.heat": 300.0, "oven.name": "old"})
 
 
 def test_values_are_checked_once_all_are_in() -> None:

@@ -167,21 +167,27 @@ def test_what_has_no_effect_on_this_machine_is_said(
         "train__sync_bn": True,
         "loss__products": "bf16",
         "model__colour": "bgr",
+        "data__decode": "gpu",
+        "loss__margin_warmup_epochs": 9.0,
     }
     run = train(configure(tiny_set, tmp_path, **given))
     said = capsys.readouterr().out
     for line in (
         "train.cuda_graph not used: it is for CUDA, not cpu\n",
+        "data.decode not used: it is for CUDA, not cpu\n",
+        "loss.margin_warmup_epochs is 9: the margin is never whole, as train.epochs is 1\n",
         "train.sync_bn not used: there is one process\n",
         "loss.products not used: the head is dense\n",
         "model.colour not used: train.init names no weights\n",
     ):
         assert line in said
     again = {"train__init": str(plain), "model__pretrained": True, "train__resume": str(run), "train__epochs": 2}
+    again["train__verify_at_start"] = True
     train(configure(tiny_set, tmp_path, **again))
     said = capsys.readouterr().out
     assert "model.pretrained not used: train.init names other weights\n" in said
-    assert f"train.init not used: {run} goes on from its checkpoint\n" in said
+    for name in ("train.init", "train.verify_at_start"):
+        assert f"{name} not used: {run} goes on from its checkpoint\n" in said
     train(configure(tiny_set, tmp_path, train__name="c", train__init=str(plain), loss__engine="blockwise"))
     train(configure(tiny_set, tmp_path, train__name="d", loss__products="fp32", loss__engine="blockwise"))
     assert "not used" not in capsys.readouterr().out

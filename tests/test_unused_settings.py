@@ -38,6 +38,12 @@ def warned(program: str, *argv: str, **more: Any) -> list[str]:
             "train.milestones, train.final_lr not used: train.schedule is constant",
         ),
         ("train", "--schedule cosine --schedule-power 2", "train.schedule_power not used: train.schedule is cosine"),
+        (
+            "train",
+            "--schedule step --milestones 9,12 --epochs 9",
+            "train.milestones not used: train.epochs is 9",
+        ),
+        ("train", "--model.normalisation none", "model.normalisation not used: PROGRAM does not read it"),
         ("train", "--loss.m2 0.2", "loss.m2 not used: loss.name is arcface"),
         (
             "train",

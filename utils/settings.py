@@ -115,15 +115,32 @@ def parse_settings(
     chosen = {**(presets[preset] if preset else {}), **flags}
     try:
         start = flatten(config_class())
-        start |= saved(_at_home({**start, **chosen})) if saved else {}
+        begun_with = saved(_at_home({**start, **chosen})) if saved else {}
+        start |= begun_with
         config = build(config_class, {**start, **chosen})
     except ConfigError as error:
         parser.error(str(error))
     if is_first():
+        for line in _changed_by_preset(preset, presets, begun_with, flags):
+            warnings.warn(line, stacklevel=2)
         changed = {name for name, value in chosen.items() if start[name] != value}
         for line in (*_unread(changed & flags.keys(), reads, parser.prog), *_without_effect(config, changed, reads)):
             warnings.warn(line, stacklevel=2)
     return config
+
+
+def _changed_by_preset(
+    preset: str | None, presets: Mapping[str, Settings], saved: Settings, flags: Collection[str]
+) -> Iterator[str]:
+    """A line about the `saved` settings that a preset changes: whoever repeats it may not mean those."""
+    before = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
+    changed = [
+        f"{name} {_as_text(value)} (it was {_as_text(before[name])})"
+        for name, value in (presets[preset] if preset else {}).items()
+        if name not in flags and before.get(name, value) != value
+    ]
+    if changed:
+        yield f"--preset {preset} changes what the run was begun with: {', '.join(changed)}"
 
 
 def is_read(name: str, reads: Collection[str] | None) -> bool:

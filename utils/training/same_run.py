@@ -23,7 +23,7 @@ FIXED = (
 )  # fmt: skip
 
 #: Settings that have an effect at the start of a run only.
-AT_FIRST = ("train.init", "model.pretrained")
+AT_FIRST = ("train.init", "train.verify_at_start", "model.pretrained")
 
 #: Settings in which processes may differ: those of the machine, paths for which the first process's are taken, and
 #: paths whose content is compared instead.

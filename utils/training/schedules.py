@@ -65,7 +65,7 @@ def learning_rates(
     elif schedule == "constant":
         share = np.ones(steps)
     elif schedule == "wsd":
-        decay_steps = round(decay_epochs * steps_per_epoch) or round(steps / 5)
+        decay_steps = round(decay_epochs * steps_per_epoch) if decay_epochs else round(steps / 5)
         decay_steps = max(1, min(decay_steps, steps - warmup_steps))
         share = final + (1 - final) * np.minimum(1, (steps - step) / decay_steps) ** power
     else:
