@@ -60,7 +60,7 @@ def faces() -> torch.Tensor:
     ("before", "normalisation", "formula"),
     [
         ((), "auto", lambda x: (x - 127.5) / 127.5),
-        (("Mul",), "auto", lambda x: 2 * x),
+        (("Div",) * 5, "auto", lambda x: x / 32),
         ((), "none", lambda x: x),
         ((), "128", lambda x: (x - 127.5) / 128),
         (("Sub",), "127.5", lambda x: (x - 127.5) / 127.5 - 2),

@@ -10,10 +10,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from data.images import decode_rgb
 from models.embedders import OnnxEmbedder, load_embedder
-from models.embedders.onnx_file import normalises_itself
+from models.embedders.onnx_normalisation import normalises_itself
 from test_embedder import CPU, SIZE, reshaped, with_metadata, write_onnx
 from utils.checkpoints import CheckpointError
+from utils.export import main as export_main
 
 FACES = torch.randint(0, 256, (7, SIZE, SIZE, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -23,30 +25,79 @@ Nodes = list[tuple[str, list[str], str]]
 @pytest.mark.parametrize(
     ("nodes", "own"),
     [
-        ([("Sub", ["x", "two"], "a"), ("Mul", ["a", "two"], "b"), ("Conv", ["b", "kernel"], "y")], True),
-        ([("Transpose", ["x"], "a"), ("Div", ["a", "two"], "b"), ("Conv", ["b", "kernel"], "y")], True),
+        ([("Sub", ["x", "mid"], "a"), ("Mul", ["a", "mid"], "b"), ("Conv", ["b", "kernel"], "y")], True),
+        ([("Transpose", ["x"], "a"), ("Div", ["a", "mid"], "b"), ("Conv", ["b", "kernel"], "y")], True),
         ([("Constant", [], "c"), ("Neg", ["c"], "d"), ("Add", ["x", "d"], "a"), ("Conv", ["a", "kernel"], "y")], True),
-        ([("Conv", ["x", "kernel"], "a"), ("Mul", ["a", "two"], "b"), ("Sub", ["b", "two"], "y")], False),
+        ([("Conv", ["x", "kernel"], "a"), ("Mul", ["a", "mid"], "b"), ("Sub", ["b", "mid"], "y")], False),
         # Padding to a multiple of what the first layer takes: arithmetic on the shape.
-        ([("Shape", ["x"], "s"), ("Mod", ["s", "two"], "m"), ("Sub", ["two", "m"], "p"), ("Pad", ["x", "p"], "a"),
+        ([("Shape", ["x"], "s"), ("Mod", ["s", "mid"], "m"), ("Sub", ["mid", "m"], "p"), ("Pad", ["x", "p"], "a"),
           ("Conv", ["a", "kernel"], "y")], False),
         # Standardised weights: arithmetic on the kernel.
-        ([("Sub", ["kernel", "two"], "k"), ("Mul", ["k", "two"], "w"), ("Conv", ["x", "w"], "y")], False),
-        ([("Reshape", ["x", "two"], "a"), ("MatMul", ["a", "kernel"], "y")], False),
+        ([("Sub", ["kernel", "mid"], "k"), ("Mul", ["k", "mid"], "w"), ("Conv", ["x", "w"], "y")], False),
+        ([("Reshape", ["x", "mid"], "a"), ("MatMul", ["a", "kernel"], "y")], False),
         ([("Flatten", ["x"], "a"), ("Gemm", ["a", "kernel"], "y")], False),
         # An input that is left out keeps nothing from being a constant; the faces' own shape is none.
-        ([("Clip", ["two", "", "two"], "c"), ("Sub", ["x", "c"], "a"), ("Conv", ["a", "kernel"], "y")], True),
+        ([("Clip", ["mid", "", "mid"], "c"), ("Sub", ["x", "c"], "a"), ("Conv", ["a", "kernel"], "y")], True),
         ([("Shape", ["x"], "s"), ("Cast", ["s"], "c"), ("Div", ["x", "c"], "a"), ("Conv", ["a", "kernel"], "y")], None),
         ([], False),
-        ([("BatchNormalization", ["x", "two", "two", "two", "two"], "a"), ("Conv", ["a", "kernel"], "y")], None),
+        ([("BatchNormalization", ["x", "mid", "mid", "mid", "mid"], "a"), ("Conv", ["a", "kernel"], "y")], None),
         ([("Sub", ["x", "x"], "a"), ("Conv", ["a", "kernel"], "y")], None),
     ],
 )  # fmt: skip
 def test_own_normalisation_is_arithmetic_with_constants_on_the_faces(nodes: Nodes, own: bool | None) -> None:
     """Before the first layer, and of the faces themselves: raw pixels in a net that wants [-1, 1] raise no error."""
     made = [helper.make_node(operation, inputs, [output]) for operation, inputs, output in nodes]
-    constants = [helper.make_tensor(name, TensorProto.FLOAT, [1], [2.0]) for name in ("two", "kernel")]
+    constants = [helper.make_tensor(name, TensorProto.FLOAT, [1], [127.5]) for name in ("mid", "kernel")]
     assert normalises_itself(helper.make_graph(made, "net", [], [], constants), "x") is own
+
+
+@pytest.mark.parametrize(
+    ("operations", "own"),
+    [
+        ([("Mul", 127.5 / 128)], None),  # rescales [-1, 1]
+        ([("Add", 1.0), ("Div", 2.0)], None),  # [-1, 1] to [0, 1]
+        ([("Add", 1.0), ("Mul", 0.5), ("Sub", 0.45), ("Div", 0.225)], None),
+        ([("Mul", 2.0), ("Sub", 1.0)], None),  # [0, 1] to [-1, 1]
+        ([("Sub", 127.5)], True),  # and no more: a batch norm does the rest
+        ([("Sub", [123.7, 116.3, 103.5]), ("Div", [58.4, 57.1, 57.4])], True),
+        ([("Div", 255.0)], True),
+        ([("Mul", 1 / 255), ("Sub", 0.5)], True),
+        ([("Mul", 0.5), ("Mul", 0.5), ("Mul", 0.02)], True),
+        ([("Add", -127.5), ("Mul", 0.0078125)], True),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize("how", ["initializer", "node"])
+def test_arithmetic_that_leaves_pixels_as_large_as_they_were(operations: list[Any], own: bool | None, how: str) -> None:
+    """It is no normalisation of 0..255: fed so, a net that wants [-1, 1] gives embeddings that say nothing."""
+    nodes, constants, entry = [], [], "x"
+    for number, (operation, value) in enumerate(operations):
+        tensor = numpy_helper.from_array(np.float32(value).reshape(1, -1, 1, 1), f"c{number}")
+        if how == "node":
+            nodes.append(helper.make_node("Constant", [], [f"c{number}"], value=tensor))
+        else:
+            constants.append(tensor)
+        nodes.append(helper.make_node(operation, [entry, f"c{number}"], [f"y{number}"]))
+        entry = f"y{number}"
+    nodes.append(helper.make_node("Conv", [entry, "kernel"], ["y"]))
+    constants.append(helper.make_tensor("kernel", TensorProto.FLOAT, [1], [1.0]))
+    assert normalises_itself(helper.make_graph(nodes, "net", [], [], constants), "x") is own
+
+
+def test_an_export_whose_metadata_are_lost_gives_the_same(tmp_path: Path, face_data: Path) -> None:
+    """Real weights, whose network multiplies the [-1, 1] it is fed by 127.5 / 128: no sign that it wants 0..255."""
+    weights = face_data / "models" / "mobilefacenet_xiaoccer_068.ckpt"
+    path = tmp_path / "a.onnx"
+    export_main(["--model", str(weights), "--format", "onnx", "--output", str(path), "--set", "", "--workers", "0"])
+    model = onnx.load(path)
+    del model.metadata_props[:]
+    onnx.save(model, path)
+    crops = sorted((face_data / "lfw" / "images").glob("*/*_0001.jpg"))[:8]
+    faces = torch.stack([torch.from_numpy(decode_rgb(crop.read_bytes(), "")) for crop in crops])
+    with pytest.warns(UserWarning, match="its first nodes do not show whether it normalises its input itself"):
+        embedder = load_embedder(path, CPU)
+    expected = load_embedder(weights, CPU).embed(faces)
+    assert torch.nn.functional.cosine_similarity(embedder.embed(faces), expected).min() > 0.999
 
 
 def test_unclear_normalisation_is_warned_of(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ class PositionalEncoding(nn.Module):
         rows = encode(height)[:, None].expand(height, width, -1)
         columns = encode(width)[None].expand(height, width, -1)
         encoding = torch.cat((rows, columns), dim=2).permute(2, 0, 1)[None]
-        return self.token_projection(encoding.to(self.token_projection.weight.dtype))
+        # To its device as well: traced, that of `arange` is a constant, where the network is when it is traced.
+        return self.token_projection(encoding.type_as(self.token_projection.weight))
 
 
 class ChannelAttention(nn.Module):

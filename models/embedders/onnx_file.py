@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from models.embedders.interface import FaceEmbedder, digest
+from models.embedders.onnx_normalisation import normalises_itself
 from models.inputs import InputSpec
 from utils.checkpoints import CheckpointError, shorten
 
@@ -24,26 +25,16 @@ INPUTS_KEY = "face_inputs"
 #: Of nets for faces of 112 high and 96 wide (SphereFace's crop): the columns of a 112x112 face that they see.
 NARROW_COLUMNS = (8, 104)
 
-# What becomes of the faces before a network computes with them: their pixels in another shape, order or type; a value
-# that is not of pixels; arithmetic; and where the network begins.
-_CARRY = {
-    "Cast", "Clip", "Concat", "DequantizeLinear", "Flatten", "Gather", "Identity", "Pad", "QuantizeLinear", "Reshape",
-    "Resize", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze",
-}  # fmt: skip
-_ABOUT_SHAPES = {"Shape", "Size"}
-_ARITHMETIC = {"Add", "Div", "Mul", "Sub"}
-_BEGIN = {"Conv", "Einsum", "Gemm", "MatMul", "QLinearConv"}
-
 
 class OnnxEmbedder(FaceEmbedder):
     """An ONNX file, on CUDA where onnxruntime has it and `device` says so.
 
     `normalisation` says what the net expects of RGB 0..255: `none`, `127.5` ((x - 127.5) / 127.5), `128`
-    ((x - 127.5) / 128), or `auto`: what the file's metadata say; without any, nothing when the graph adds constants to
-    the faces, or multiplies or divides by some, before its first layer, else `127.5`. `colour`: `rgb`, `bgr`, or
-    `auto`: what the metadata say, else RGB. Inputs [N, 3, H, W] and [N, H, W, 3], 112 x 96 as well (the columns 8..103
-    of a face of 112 x 112); `image_size` is that of a file that takes any. A file that says that it takes any number of
-    faces, and fails on several, gets one at a time.
+    ((x - 127.5) / 128), or `auto`: what the file's metadata say; without any, nothing when the graph makes small
+    numbers of 0..255 before its first layer, else `127.5`. `colour`: `rgb`, `bgr`, or `auto`: what the metadata say,
+    else RGB. Inputs [N, 3, H, W] and [N, H, W, 3], 112 x 96 as well (the columns 8..103 of a face of 112 x 112);
+    `image_size` is that of a file that takes any. A file that says that it takes any number of faces, and fails on
+    several, gets one at a time.
     """
 
     def __init__(
@@ -194,23 +185,3 @@ def _found_normalisation(path: Path, graph: "onnx.GraphProto", entry: str) -> st
             stacklevel=4,
         )
     return "none" if own else "127.5"
-
-
-def normalises_itself(graph: "onnx.GraphProto", entry: str) -> bool | None:
-    """Whether the graph does arithmetic with constants on its input `entry` before its first layer; None: unclear.
-
-    Arithmetic on shapes and on weights is none.
-    """
-    constants, faces = {tensor.name for tensor in graph.initializer}, {entry}
-    for node in graph.node:  # in an order in which each comes after those that it needs
-        others = [name for name in node.input if name and name not in faces]
-        if faces.isdisjoint(node.input):
-            if constants.issuperset(others):
-                constants.update(node.output)
-        elif node.op_type in _ARITHMETIC:
-            return True if others and constants.issuperset(others) else None
-        elif node.op_type in _CARRY:
-            faces.update(node.output)
-        elif node.op_type not in _ABOUT_SHAPES:
-            return False if node.op_type in _BEGIN else None
-    return False
