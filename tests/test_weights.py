@@ -141,9 +141,24 @@ WRAPPERS: dict[str, Any] = {
     "backbone and head": lambda state: {
         "state_dict": {**prefixed(state, "backbone."), "head.weight": torch.zeros(10, 32)}
     },
+    "backbone and loss function": lambda state: {**prefixed(state, "backbone."), "loss_fn.weight": torch.zeros(10, 32)},
+    "model and arcface head": lambda state: {**prefixed(state, "model."), "arcface_head.kernel": torch.zeros(32, 10)},
+    "head first": lambda state: {"ArcMargin": {"weight": torch.zeros(10, 32)}, "mobilefacenet": state},
+    "mean of the inputs": lambda state: {**state, "args": {"mean": torch.zeros(3)}},
+    "average": lambda state: {"state_dict": zeroed(state), "ema_state_dict": state},
+    "average of timm": lambda state: {"state_dict": zeroed(state), "state_dict_ema": prefixed(state, "module.")},
+    "average of a module": lambda state: {"model": zeroed(state), "model_ema": {"decay": 0.9, "module": state}},
+    "average without statistics": lambda state: {
+        "model": state,
+        "ema": {name: value for name, value in zeroed(state).items() if "running" not in name},
+    },
     "old": lambda state: {name: value for name, value in state.items() if "num_batches" not in name},
     "half": lambda state: {name: value.half() if value.is_floating_point() else value for name, value in state.items()},
 }
+
+
+def zeroed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: torch.zeros_like(value) for name, value in state.items()}
 
 
 def prefixed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from models.weights.cvlface import cvlface
 from models.weights.evolve import evolve
 from models.weights.mxnet_mobilefacenet import mxnet_mobilefacenet
 from models.weights.origin import Origin
-from models.weights.reading import Checkpoint, model_file, read_checkpoint, strip_prefixes
+from models.weights.reading import Checkpoint, model_file, parts_under_prefixes, read_checkpoint, strip_prefixes
 from models.weights.recognition import (
     Recognised,
     Shapes,
@@ -111,7 +111,15 @@ def read_origin(file: Path) -> Origin:
         origin = kind(checkpoint)
         if origin is not None:
             return origin
-    return Origin(checkpoint.state)
+    return Origin(_network_in(checkpoint.state))
+
+
+def _network_in(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Of weights that are no network's as a whole, those under a prefix of wrappers that are; else all."""
+    parts = parts_under_prefixes(state)
+    if parts and recognise(shapes_of(state), NETWORKS, 112) is None:
+        return next((part for part in parts if recognise(shapes_of(part), NETWORKS, 112)), state)
+    return state
 
 
 def _state_for_rgb(origin: Origin, module: nn.Module, colour: str) -> Mapping[str, Tensor]:

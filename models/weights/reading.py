@@ -21,9 +21,11 @@ T = TypeVar("T")
 
 ENDINGS = (".pth", ".pt", ".ckpt", ".bin", ".tar", ".pkl", ".safetensors")
 
-# Where checkpoints keep the network, in the order of preference; then, whatever else is a dictionary of tensors.
+# Where checkpoints keep the network, in the order of preference; then, whatever else is a dictionary of tensors. Before
+# it goes its moving average, which is what they were tested with, unless that lacks some of the tensors.
+_AVERAGES = ("state_dict_ema", "ema_state_dict", "model_ema", "ema_model", "ema")
 _WRAPPERS = (
-    "net_state_dict", "state_dict_ema", "state_dict", "model_state_dict", "backbone_state_dict", "state_dict_backbone",
+    "net_state_dict", "state_dict", "model_state_dict", "backbone_state_dict", "state_dict_backbone",
     "backbone", "model", "net", "network", "module", "weights",
 )  # fmt: skip
 
@@ -158,24 +160,42 @@ def unwrap(content: Any, file: Path) -> dict[str, Tensor]:
     if isinstance(content, Mapping):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         inner = {str(name): value for name, value in content.items() if isinstance(value, Mapping)}
-        likely = [name for name in _WRAPPERS if name in inner]
-        others = [name for name in inner if name not in likely and not _is_optimizer(name)]
-        for name in (*likely, *others):
-            if any(isinstance(value, Tensor | Mapping) for value in inner[name].values()):
-                try:
-                    return unwrap(inner[name], file)
-                except CheckpointError:
-                    continue
-        if tensors:
-            return tensors
+        found = {name: state for name, value in inner.items() if (state := _unwrapped(value, file))}
+        average, plain = (
+            next((found[name] for name in names if name in found), {}) for names in (_AVERAGES, _WRAPPERS)
+        )
+        if average or plain:
+            return average if len(average) >= len(plain) else plain
+        others = [state for name, state in found.items() if not _is_optimizer(name)]
+        if others or tensors:
+            return max([*others, tensors], key=len)  # beside the network, a head perhaps, or the mean of its inputs
         kind = f"a dictionary of {', '.join(map(repr, content))[:200]}"
     else:
         kind = f"one {type(content).__name__}"
     raise CheckpointError(f"{file} is no state dict (names to tensors), but {kind}: save network.state_dict() in it")
 
 
+def _unwrapped(content: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
+    """As `unwrap`; nothing where there is no state dict."""
+    if not any(isinstance(value, Tensor | Mapping) for value in content.values()):
+        return {}
+    try:
+        return unwrap(content, file)
+    except CheckpointError:
+        return {}
+
+
 def _is_optimizer(name: str) -> bool:
     return any(word in name for word in ("optim", "sched", "scaler", "amp"))
+
+
+def parts_under_prefixes(state: Mapping[str, T]) -> list[dict[str, T]]:
+    """What of `state` is under each of the prefixes of wrappers, without it: the network, if the rest is beside it."""
+    parts = (
+        {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        for prefix in _PREFIXES
+    )
+    return [strip_prefixes(part) for part in parts if part]
 
 
 def strip_prefixes(state: Mapping[str, T]) -> dict[str, T]:
