@@ -369,6 +369,16 @@ def test_torchscript_that_gives_no_embeddings(network: torch.nn.Module, faces: t
         loaded.embed(faces)
 
 
+def test_torchscript_says_what_went_wrong_in_it(tmp_path: Path, faces: torch.Tensor) -> None:
+    """Its first line says only that something did; the cause is in the last."""
+    path = tmp_path / "x.pt"
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.trace(torch.nn.Conv2d(3, 4, SIZE).half(), torch.zeros(1, 3, SIZE, SIZE).half()).save(str(path))
+    loaded = load_embedder(path, CPU, image_size=SIZE)
+    with pytest.raises(CheckpointError, match=r"gives no embeddings of 7 faces: RuntimeError: .*[Hh]alf"):
+        loaded.embed(faces)
+
+
 def test_torchscript_that_was_cut(tmp_path: Path) -> None:
     """It names itself, not what the system says of a place before its beginning."""
     with warnings.catch_warnings(action="ignore"):
@@ -498,3 +508,13 @@ def test_importing_models_is_light() -> None:
     code += "; from models import load_embedder; print(load_embedder.__module__)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.splitlines() == ["[]", "models.embedders.load"]
+
+
+def test_features_are_tensors_like_any_other(embedder: NetworkEmbedder, faces: torch.Tensor) -> None:
+    """They can be changed in place, and a layer can learn from them."""
+    features = embedder.features(faces, mirror=True)
+    features /= features.norm(dim=1, keepdim=True)
+    layer = torch.nn.Linear(features.shape[1], 2)
+    layer(features).sum().backward()
+    assert layer.weight.grad is not None
+    assert not features.requires_grad

@@ -14,6 +14,7 @@ from config import Config
 from models import NETWORKS, create_network, load_embedder
 from models.losses import LOSSES
 from utils.checkpoints import CheckpointError
+from utils.export import main as export_main
 from utils.exporting.facts import ModelFacts, publishable, set_name
 from utils.exporting.model_card import model_card
 from utils.settings import build, to_json
@@ -82,6 +83,8 @@ def test_the_card_says_what_is_known_and_no_more() -> None:
     unknown = model_card(facts(settings={}, tests={}, best_accuracy=None, step=None, licence=""), "w", "fp32")
     for sentence in ("Nothing was measured.", "how they were trained is not known here", "No licence was stated"):
         assert sentence in unknown
+    elsewhere = {"model": {"network": "r50"}, "data": {"image_size": 112}}  # what a hub's file says of foreign weights
+    assert "how they were trained is not known here" in model_card(facts(settings=elsewhere), "w", "fp32")
     for title in ("Accuracy", "Training", "How to use it", "Intended use and limits", "Licence"):
         assert f"\n## {title}\n" in unknown
 
@@ -99,6 +102,19 @@ def test_published_settings_name_no_folders() -> None:
     assert kept["train"] == {"init": "backbone.pth", "lr": 0.1}
     assert "/home" not in json.dumps(kept)
     assert [set_name(path) for path in ("sets/v1.5", "a/b.rec", "a/b/")] == ["v1.5", "b", "b"]
+
+
+def test_an_export_of_an_export_keeps_the_licence(tiny_run: Path, tmp_path: Path) -> None:
+    """The model card itself says how to make an ONNX file of the folder; another licence that is said goes first."""
+    flags = ["--format", "hub", "--workers", "0", "--images", "4"]
+    for source, output, licence in (
+        (tiny_run, "hub", ["--licence", "mit"]),
+        (tmp_path / "hub", "again", []),
+        (tmp_path / "hub", "other", ["--licence", "bsd"]),
+    ):
+        export_main([str(source), *flags, "--output", str(tmp_path / output), *licence])
+    found = [front_matter((tmp_path / name / "README.md").read_text())["license"] for name in ("hub", "again", "other")]
+    assert found == ["mit", "mit", "bsd"]
 
 
 @pytest.mark.parametrize(

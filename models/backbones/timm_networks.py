@@ -73,8 +73,9 @@ class TimmNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.model.forward_features(((x + 1) / 2 - self.mean) / self.std)
-        with full_precision_of(x):
-            return self.model.forward_head(x.float())
+        several = isinstance(x, list | tuple)  # of networks with several scales
+        with full_precision_of(x[0] if several else x):
+            return self.model.forward_head([part.float() for part in x] if several else x.float())
 
     def _try(self, name: str, embedding_size: int, size: tuple[int, int]) -> None:
         """Raise ValueError unless a face of `size` gives an embedding."""
@@ -82,7 +83,7 @@ class TimmNetwork(nn.Module):
         try:
             with torch.no_grad():
                 shape = tuple(self(torch.zeros(1, 3, *size, device=self.mean.device)).shape)
-        except (AssertionError, RuntimeError, ValueError) as error:
+        except (AssertionError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"timm:{name} cannot take faces of {size[0]}x{size[1]} pixels: {error}") from None
         finally:
             self.train()

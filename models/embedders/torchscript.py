@@ -5,6 +5,7 @@ files only from whom you trust.
 """
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ from torch import Tensor
 from models.embedders.interface import digest
 from models.embedders.network import NetworkEmbedder
 from models.inputs import InputSpec
-from utils.checkpoints import CheckpointError, shorten
+from utils.checkpoints import CheckpointError
 
 #: Extra file of a TorchScript archive in which exports of this project keep {"image_size": ..., "inputs": InputSpec}.
 EXTRA_FILE = "face_embedder.json"
+
+_NAMED_ERROR = re.compile(r"[\w.]*Error: ")
 
 
 class TorchScriptEmbedder(NetworkEmbedder):
@@ -63,10 +66,14 @@ class TorchScriptEmbedder(NetworkEmbedder):
         except torch.OutOfMemoryError:
             raise
         except (RuntimeError, AttributeError, IndexError, torch.jit.Error) as error:  # a program may do anything
-            raise CheckpointError(
-                f"{self._path} gives no embeddings of {len(faces)} faces: {shorten(str(error), 1)}"
-            ) from error
+            raise CheckpointError(f"{self._path} gives no embeddings of {len(faces)} faces: {_cause(error)}") from error
         if features.dim() < 2 or len(features) != len(faces):
             found = list(features.shape)
             raise CheckpointError(f"{self._path} gives {found} for {len(faces)} faces, not an embedding of each")
         return features.flatten(1)
+
+
+def _cause(error: Exception) -> str:
+    """What went wrong in the program: the last line that names an error, the first says only that one occurred."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    return next((line for line in reversed(lines) if _NAMED_ERROR.match(line)), lines[0])[:300]

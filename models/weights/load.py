@@ -88,7 +88,8 @@ def create_with_weights(
     check_choices("auto", colour)
     file = model_file(path)
     origin, stated = _read(file)
-    known = stated or recognise(shapes_of(origin.state), (network,), 112) or Recognised(network, 512, 112)
+    size = image_size or 112
+    known = stated or recognise(shapes_of(origin.state), (network,), size) or Recognised(network, 512, size)
     module = create_network(network, embedding_size or known.embedding_size, image_size or known.image_size, **options)
     _fill(module, _state_for_rgb(origin, module, colour), file, network)
     return module

@@ -151,7 +151,8 @@ def _refusal(file: Path, error: Exception) -> str:
     what = f" ({named[1]})" if named else ", or was not written by torch.save"
     return (
         f"{file} holds more than tensors{what}: it was not loaded. If you trust its author, save the weights alone, "
-        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW), or of a whole network its .state_dict()"
+        "torch.save(torch.load(FILE, 'cpu', weights_only=False)['state_dict'], NEW), or of a whole network its "
+        ".state_dict()"
     )
 
 

@@ -42,6 +42,16 @@ def expected_shapes(network: str, embedding_size: int, image_size: int) -> Shape
     return strip_prefixes(shapes_of(module.state_dict()))
 
 
+def _usual_shapes(network: str, embedding_size: int, image_size: int) -> Shapes:
+    """As expected_shapes at 112 pixels, else at `image_size`; nothing where the network can take neither."""
+    for size in (112, image_size):
+        try:
+            return expected_shapes(network, embedding_size, size)
+        except ValueError:
+            continue
+    return {}
+
+
 def shapes_of(state: Mapping[str, Tensor]) -> Shapes:
     """The shape of every tensor by name."""
     return {name: tuple(value.shape) for name, value in state.items()}
@@ -53,11 +63,11 @@ def recognise(found: Shapes, networks: Iterable[str], image_size: int) -> Recogn
     """
     found = strip_prefixes(found)
     for network in networks:
-        likely = expected_shapes(network, 512, 112)
+        likely = _usual_shapes(network, 512, image_size)
         if _named(likely) != _named(found):
             continue
         embedding_size = found[_last(likely)][0]
-        at_112 = expected_shapes(network, embedding_size, 112)
+        at_112 = _usual_shapes(network, embedding_size, image_size)
         for size in dict.fromkeys((image_size, 112, *_likely_sizes(found, at_112))):
             try:
                 expected = expected_shapes(network, embedding_size, size)
@@ -84,8 +94,8 @@ def most_similar(found: Shapes, networks: Iterable[str], image_size: int) -> Rec
     """The one of `networks` that has most names and shapes in common with `found`; None if less than half."""
     best, most = None, 0.5
     for network in networks:
-        likely = expected_shapes(network, 512, 112)
-        last = found.get(_last(likely), ())
+        likely = _usual_shapes(network, 512, image_size)
+        last = found.get(_last(likely), ()) if likely else ()
         embedding_size = last[0] if last else 512
         try:
             expected = expected_shapes(network, embedding_size, image_size)

@@ -119,7 +119,7 @@ def _training(facts: ModelFacts) -> str:
         for field in fields or used.get(section, {})
         if field in used.get(section, {})
     ]
-    if not rows:
+    if not facts.settings.keys() & {"loss", "train"}:  # others say what the network is, not how it was trained
         return "The weights come from elsewhere; how they were trained is not known here."
     steps = f"\n\nThese are the weights after {facts.step:,} steps." if facts.step is not None else ""
     return f"{_table(('setting', 'value'), rows)}{steps} All settings are in `config.json`, as they were given."

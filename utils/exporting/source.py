@@ -80,9 +80,15 @@ def load_source(
         best_accuracy=_stated(file, saved, "best_accuracy", float) or None,  # 0 where the run verified on nothing
         tests=tested.get("sets", {}),
         mirror=tested.get("mirror", False),
-        licence=licence,
+        licence=licence or _stated_licence(saved),
     )
     return Source(embedder, facts, settings)
+
+
+def _stated_licence(metadata: Mapping[str, str]) -> str:
+    """That of an export that is exported again; empty: none was stated."""
+    licence = metadata.get("licence", "")
+    return "" if licence == "unknown" else licence
 
 
 def _tested(folder: Path, model: NetworkEmbedder) -> dict[str, Any]:
