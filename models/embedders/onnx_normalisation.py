@@ -38,8 +38,10 @@ def normalises_itself(graph: "onnx.GraphProto", entry: str) -> bool | None:
             if not others or not constants.issuperset(others):
                 return None
             constant = _value(graph, others[0])
-            if constant is None or (node.op_type == "Div" and node.input[0] not in faces):
-                return True if constant is None else None
+            if constant is None:
+                return True  # nobody lets a graph compute how to rescale what it is fed normalised
+            if node.op_type == "Div" and node.input[0] not in faces:
+                return None
             largest, touched = _after(node.op_type, largest, constant), True
             if (node.op_type in ("Add", "Sub") and constant > _SHIFT) or largest <= _NORMALISED:
                 return True
