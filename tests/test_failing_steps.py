@@ -293,6 +293,15 @@ def test_a_high_loss_is_no_overflow() -> None:
     assert watch.exploded(Noted({}, [5, 6], [1000.0, 1001.0], [1.0, 1.0], {})) == (6, 1001.0, 1.0)
 
 
+def test_overflows_of_before_an_explosion_do_not_count_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run is back where they were not: the first overflow there is one, and not one too many."""
+    monkeypatch.setattr(explosions, "MOST_OVERFLOWS", 2)
+    watch = explosions.ExplosionWatch(1000.0, overflows=True)
+    assert watch.exploded(Noted({}, [1, 2, 3], [1.0] * 3, [math.inf] * 3, {})) == (3, 1.0, math.inf)
+    watch.leave_out(ExplodedError(3, 1.0, math.inf, 0.1, Path("a/listed"), advise_skipping=False))
+    assert watch.exploded(Noted({}, [1], [1.0], [math.inf], {})) is None
+
+
 def test_without_a_checkpoint_there_is_no_way_back(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ class ExplosionWatch:
         """Skip the step of `error` and the one before. Raises TrainingError when there were too many lately."""
         # The loss of a step is that of the weights before it: the step before may be the one that broke them.
         self.skipped |= {error.step - 1, error.step}
+        self._bad_in_a_row = 0  # the run goes on from before them
         lately = sum(error.step - SKIPPED_AMONG < step <= error.step for step in self.skipped)
         if lately > MOST_SKIPPED:
             raise TrainingError(f"{error}. {lately} of the last {SKIPPED_AMONG:,} steps exploded or led to it")
