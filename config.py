@@ -322,7 +322,7 @@ class TrainConfig:
         at_least(1, self, "train", "epochs", "log_every", "checkpoints_kept")
         require(self.batch_size >= 2, "train.batch_size", f"must be 2 or more (batch norm), got {self.batch_size}")
         at_least(0, self, "train", "lr", "warmup_epochs", "decay_epochs", "weight_decay", "profile")
-        between(0, 2**32 - 1, self, "train", "seed")
+        between(0, 2**53, self, "train", "seed")
         at_least(0, self, "train", "verify_every", "checkpoint_every", "checkpoint_minutes")
         positive(self, "train", "gradient_clip", "schedule_power", "milestone_factor", "backbone_lr", "loss_limit")
         between(0, 1, self, "train", "final_lr")

@@ -118,6 +118,7 @@ class Trainer:
 
         self.step = 0
         self.verify_due = False  # whether the weights of this step are to be verified
+        self.notes_changed = False  # whether the newest checkpoint has other ones
         self.explosions = ExplosionWatch(settings.loss_limit, self.scaler.is_enabled())
         images_per_epoch = self.steps_per_epoch * settings.batch_size // ranks.size
         self.broken = BrokenImages(config.data.broken_limit, images_per_epoch, ranks)
@@ -131,6 +132,8 @@ class Trainer:
         self.set_up_step()
         with ExitStack() as stack:
             self.open_run(stack)
+            if self.notes_changed:
+                self.save(wait=True)
             if self.verify_due or (self.step == 0 and self.config.train.verify_at_start):
                 self.verify_or_stop(saved=self.verify_due)
             loader = self.load_faces()
@@ -278,6 +281,11 @@ class Trainer:
         shown = {name: format(noted.means[tag], form) for tag, name, form in SHOWN if tag in noted.means}
         self.bar.set_postfix(shown, refresh=False)
 
+    @property
+    def verifies_again(self) -> bool:
+        """Whether the weights of this step, which a checkpoint held, are still to be verified on something."""
+        return self.verify_due and bool(self.verifier.sets)
+
     def verify(self) -> None:
         """Verify on every set, log the accuracies, and keep the network, or its average, if it is the best so far."""
         networks = {VERIFIED: self.network}
@@ -346,7 +354,7 @@ class Trainer:
             for line in unused_again(saved.notes, self.config, self.run):
                 self.say(line)
         self.step = saved.step
-        self.best.restore(saved.notes, saved.step)
+        self.notes_changed = self.best.restore(saved.notes, saved.step)
         self.explosions.skipped |= set(saved.notes["skipped"])
         self.verify_due = saved.notes.get("verify_due", False)
         if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
@@ -375,7 +383,7 @@ class Trainer:
         self.meter = Meter(self.device)
         self.bar.reset()
         self.bar.update(self.step * self.config.train.batch_size)
-        self.log.forget_after(self.step, self.verify_due)
+        self.log.forget_after(self.step, self.verifies_again)
         without = f"steps {error.step - 1:,} and {error.step:,}"
         if self.step == error.step:
             without = f"step {error.step:,}; there is no checkpoint without step {error.step - 1:,}"
@@ -445,8 +453,7 @@ class Trainer:
         if self.ranks.first:
             write_text_atomic(self.run / CONFIG, to_json(self.config))
             write_csv_atomic(self.run / "classes.csv", ("class", "identity"), enumerate(self.faces.identities))
-        # At step 0, what a first try left, which had no checkpoint.
-        again = self.step == 0 or (self.verify_due and bool(self.verifier.sets))
+        again = self.verifies_again or self.step == 0  # what a first try left, which had no checkpoint
         wandb, settings = self.config.train.wandb, flatten(self.config)
         return TrainingLog(self.run, self.step, wandb, self.ranks.first, self.say, again, settings)
 

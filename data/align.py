@@ -47,7 +47,7 @@ def check_landmarks(landmarks: np.ndarray) -> None:
     matrix = similarity_transform(landmarks, TEMPLATE)
     if np.hypot(*matrix[:, 0]) > MOST_ENLARGED:
         extent = np.ptp(landmarks, axis=0).max()
-        raise ValueError(f"the landmarks span {extent:.3g} pixels: are they fractions of its size? Pixels are expected")
+        raise ValueError(f"the landmarks span {extent:.3g} pixels: are they fractions of the image's size?")
     if _misfit(landmarks) > 2 * _misfit(landmarks[MIRRORED]):
         raise ValueError(
             "left and right of the landmarks are exchanged: the left eye, and corner of the mouth, is the one further "

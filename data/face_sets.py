@@ -277,8 +277,8 @@ class FolderFaceSet:
                     images += 1
                 elif name.endswith(".rec") and not is_folder:
                     raise FaceSetError(
-                        f"{self.path} has no folders of images (one folder per identity): {folder} holds {name}, "
-                        "so it is a set of its own: name that"
+                        f"{folder} holds {name}, so it is a set of its own, and {self.path} no folder of identities: "
+                        "name the set"
                     )
                 else:
                     self.not_taken.add(f"{folder.name}/{name}", _DEEPER if is_folder else _NO_IMAGE)
@@ -344,7 +344,14 @@ class FolderFaceSet:
 def _entries(folder: Path) -> list[tuple[str, bool]]:
     """What is in `folder` and not hidden, by name: the name, and whether it is a folder."""
     with os.scandir(folder) as entries:
-        return sorted((entry.name, entry.is_dir()) for entry in entries if not _is_hidden(entry.name))
+        return sorted((entry.name, _is_folder(entry)) for entry in entries if not _is_hidden(entry.name))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads around in a circle, say: whoever reads it says so
+        return False
 
 
 def _is_hidden(name: str) -> bool:

@@ -12,7 +12,6 @@ A list is a text file, told apart by what is in it:
 Paths are relative to a folder that the caller names.
 """
 
-import csv
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -25,7 +24,7 @@ from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
 from data.images_fingerprint import files_digest
 from utils.progress import progress_bar
 from utils.regular_files import read_regular_file
-from utils.text_files import is_empty_row, looks_binary, open_text
+from utils.text_files import RowError, is_empty_row, looks_binary, open_text, read_rows
 from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
@@ -227,14 +226,11 @@ def _parse_im2rec(number: int, fields: list[str], path: Path) -> ListLine:
 
 
 def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
-    rows = csv.reader(file, delimiter=separator, strict=True)
-    begun = 1  # the line in which a row begins, as a cell may have line ends in it
+    rows = read_rows(file, separator)
     try:
-        header = [name.strip().lower() for name in next(rows, [])]
+        header = [name.strip().lower() for name in next(rows, (1, []))[1]]
         columns = _csv_columns(header, path)
-        begun = rows.line_num + 1
-        for row in rows:
-            line, begun = begun, rows.line_num + 1
+        for line, row in rows:
             if is_empty_row(row):
                 continue
             where = f"{path}, line {line}"
@@ -250,8 +246,8 @@ def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
                 _whole(identity.strip()),
                 _numbers(landmarks, where) if given else (),
             )
-    except csv.Error as error:
-        raise FaceSetError(f'{path}, line {begun}: {error}: is a quote (") not closed?') from None
+    except RowError as error:
+        raise FaceSetError(f"{path}, line {error.line}: {error}") from None
 
 
 def _csv_columns(header: list[str], path: Path) -> list[int]:

@@ -10,7 +10,6 @@ import reprlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
@@ -41,16 +40,16 @@ class _Array:
     """In place of np.ndarray: the values, flat."""
 
     def __init__(self, *empty: object) -> None:
-        self.values = np.empty(0)
+        self.values, self.content = np.empty(0), b""
 
     def __setstate__(self, state: tuple) -> None:
         _version, _shape, dtype, _fortran, values = state
-        self.values = _flat(values, dtype)
+        self.fill(values, dtype)
 
-    @cached_property
-    def encoded(self) -> bytes:
-        """The bytes, one copy of them however often a file names the array."""
-        return self.values.tobytes()
+    def fill(self, content: bytes | bytearray, dtype: "_Dtype") -> None:
+        """Have the values that `content` stands for, and keep its bytes: those of the file, which may name them again
+        and again, and no copy."""
+        self.values, self.content = _flat(content, dtype), bytes(content)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.values.tolist())
@@ -64,7 +63,7 @@ def _flat(values: bytes | bytearray, dtype: _Dtype) -> np.ndarray:
 
 def _array_from_buffer(values: bytes | bytearray, dtype: _Dtype, *shape_and_order: object) -> _Array:
     array = _Array()
-    array.values = _flat(values, dtype)
+    array.fill(values, dtype)
     return array
 
 
@@ -207,7 +206,7 @@ def _image_bytes(item: object) -> bytes:
     if isinstance(item, bytes):
         return item
     if isinstance(item, _Array) and item.values.dtype == np.uint8:
-        return item.encoded
+        return item.content
     kind = f"an array of {item.values.dtype}" if isinstance(item, _Array) else type(item).__name__
     raise VerificationFileError(f"an image must be bytes or a uint8 array, found {kind}")
 

@@ -11,7 +11,7 @@ from data.face_sets import FaceSet
 from dataset_merge.decisions import COLUMNS, KEPT, LEFT, Decision, DecisionsError, Identities
 from utils.files import write_csv_atomic
 from utils.progress import progress_bar
-from utils.text_files import is_empty_row, open_text
+from utils.text_files import RowError, is_empty_row, open_text, read_rows
 
 
 def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
@@ -128,6 +128,8 @@ def _read_rows(path: Path, people: Identities, names: _Names, sets: Sequence[Fac
                 left_label = "" if decision.decision in KEPT else cells[COLUMNS.index("new_label")]
                 yield _Row(line, number, decision, _without_point(left_label))
         except (ValueError, csv.Error) as error:
+            if isinstance(error, RowError):
+                line = 1 + error.line
             raise DecisionsError(f"{path}, line {line}: {error}") from None
 
 
@@ -138,8 +140,7 @@ def _open_table(file: TextIO) -> Iterator[tuple[int, list[str]]]:
     columns = _without_empty_end(next(csv.reader([header], delimiter=delimiter), []))
     if tuple(columns) != COLUMNS:
         raise ValueError(f"the first line must be {','.join(COLUMNS)}, it is {','.join(columns)!r}")
-    table = csv.reader(file, delimiter=delimiter, strict=True)
-    return ((1 + table.line_num, cells) for cells in table)
+    return ((1 + line, cells) for line, cells in read_rows(file, delimiter))
 
 
 def _without_empty_end(cells: list[str]) -> list[str]:

@@ -183,7 +183,8 @@ def _pairs(merge: Merge, faces: _Faces) -> tuple[list[_Pair], list[_Pair]]:
             found.setdefault(key, _Pair(*key, row.score, kind))
     ordered = sorted(found.values(), key=lambda pair: pair.score)
     joined_pairs = [pair for pair in ordered if pair.decision == "joined"]
-    others = [pair for pair in reversed(ordered) if pair.decision == "added"]
+    kept = [row.new_label is not None for row in merge.decisions]
+    others = [pair for pair in reversed(ordered) if pair.decision == "added" and kept[pair.first] and kept[pair.second]]
     return joined_pairs[:ROWS_DRAWN], others[:ROWS_DRAWN]
 
 
@@ -200,6 +201,8 @@ def _pairs_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces
         "first picture: raise t. The same person on both sides in the second one: lower it. Single mistakes: edit "
         "decision and new_label in merge.csv, and apply it with --decisions."
     )
+    if merge.grouping is None and any(row.decision == "dropped" for row in merge.decisions):
+        report.text("Identities that the table drops are in neither: it does not say whom they were dropped for.")
     for name, pairs, caption in (
         (ABOVE, above, "Joined, the least similar pairs first."),
         (BELOW, below, "Not joined, as too different, the most similar pairs first."),

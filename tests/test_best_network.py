@@ -1,5 +1,6 @@
 """Which network of a run is its best: by accuracies that can be compared, and never a file that is not there."""
 
+import errno
 import re
 import shutil
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch import nn
 from config import Config
 from data.verification_bin import read_bin
 from tiny_runs import configure
-from train import train
+from train import Trainer, train
 from utils.checkpoints import BEST
 from utils.evaluation.verification import Verifier
 from utils.ranks import Ranks
@@ -32,6 +33,11 @@ def step_of_best(run: Path) -> int:
 def own_set(tiny_set: Path, tmp_path: Path) -> Path:
     """The tiny set, in a folder of its own, to which other verification sets can be added."""
     return Path(shutil.copytree(tiny_set, tmp_path / "set"))
+
+
+def interrupt(trainer: Trainer) -> None:
+    """In place of the loading of faces: before the first step, and after what is verified then."""
+    raise KeyboardInterrupt
 
 
 def go_on(own_set: Path, tmp_path: Path, **settings: object) -> Config:
@@ -66,6 +72,45 @@ def test_another_set_begins_the_choice_anew(
     assert re.search(
         r"best\.safetensors was chosen on tiny \(.*, now it is harder .*, tiny \(.*kept as best-until", told
     )
+
+
+@pytest.mark.parametrize("then", ["the same sets", "the first set again"])
+def test_killed_before_the_next_checkpoint(
+    own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    """The network of before is kept, not the first of the new sets under its name; and whoever takes the new set away
+    again is not told that the best is."""
+    verified(monkeypatch, 0.98, 0.97, 0.5, 0.6, 0.7, 0.8)
+    run = train(configure(own_set, tmp_path))
+    before = (run / BEST).read_bytes()
+    shutil.copy(own_set / "tiny.bin", own_set / "harder.bin")
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "load_faces", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(go_on(own_set, tmp_path))
+    assert step_of_best(run) == 12
+    if then == "the first set again":
+        (own_set / "harder.bin").unlink()
+    train(go_on(own_set, tmp_path))
+    assert (run / "best-until-step-12.safetensors").read_bytes() == before
+    assert step_of_best(run) == 18
+
+
+def test_a_full_disk_stops_no_resumed_run(
+    own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The copy of the best of before is the only thing that lacks."""
+    verified(monkeypatch, 0.98, 0.97, 0.5, 0.6)
+    run = train(configure(own_set, tmp_path))
+    shutil.copy(own_set / "tiny.bin", own_set / "harder.bin")
+
+    def full(*paths: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    train(go_on(own_set, tmp_path))
+    assert step_of_best(run) == 18
+    assert "that of before could not be kept ([Errno 28] No space left on device)" in capsys.readouterr().out
 
 
 def test_the_same_sets_go_on(

@@ -49,6 +49,18 @@ def fall_back(folder: Path, ranks: Ranks) -> tuple[bool, int]:
         return is_step(store, 2), len(said)
 
 
+def set_aside(folder: str) -> tuple[int, list[str]]:
+    """The step to which two ranks go back when the third is set aside, and what this one says."""
+    ranks, said = Ranks(dist.group.WORLD), list[str]()
+    with CheckpointStore(Path(folder), ranks, keep=3, say=said.append) as store:
+        for step in (1, 2, 3):
+            save_step(store, step, ranks)
+        store.set_aside_from(3)
+        saved = store.newest()
+        assert saved is not None
+        return saved.step, said
+
+
 def attempt(action: Callable[[], Any]) -> str:
     """The error that it raises, as text; empty when it raises none."""
     try:
@@ -321,3 +333,11 @@ def test_a_lost_rank_is_not_waited_for_long(on_ranks: list[dict[str, Any]]) -> N
     """kill -9 of a process on another machine, in the middle of a save: nobody tells torchrun here, which would end the
     others, so that they have to end themselves; ten minutes would be lost in them."""
     assert [on_ranks[rank]["lost"] for rank in (0, 1)] == [True, True]
+
+
+def test_ranks_set_a_checkpoint_aside_together(tmp_path: Path) -> None:
+    """Also one that is being written: all go back to the one before, the first says so, and nothing of it is lost."""
+    (first, said), (second, nothing) = run_on_ranks(2, set_aside, str(tmp_path / "saved"))
+    assert (first, second, nothing) == (2, 2, [])
+    assert [line.partition(" may hold")[0] for line in said] == [str(tmp_path / "saved" / "step-000000003")]
+    assert len(list((tmp_path / "saved").glob("exploded-step-000000003-*"))) == 1

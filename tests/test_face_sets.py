@@ -305,12 +305,26 @@ def test_folders_with_the_names_of_files(tmp_path: Path) -> None:
     assert (faces.identities, len(faces)) == (["alice.rec"], 1)
 
 
+def test_links_that_lead_nowhere_stop_no_tree(tmp_path: Path) -> None:
+    """Around in a circle, or through a file: among the images they are files that cannot be read, beside them nothing
+    that counts."""
+    (tmp_path / "Ada").mkdir()
+    (tmp_path / "Ada" / "1.jpg").write_bytes(b"x")
+    for name, target in (("2.jpg", "2.jpg"), ("3.jpg", "1.jpg/x"), ("circle", "circle")):
+        (tmp_path / "Ada" / name).symlink_to(target)
+    with pytest.warns(UserWarning, match=r"not taken are Ada/circle \(not named"):
+        faces = open_face_set(tmp_path)
+    assert len(faces) == 3
+    with pytest.raises(OSError, match="symbolic links"):
+        faces.encoded(1)
+
+
 def test_a_folder_of_sets_is_no_set(tmp_path: Path) -> None:
     """A level too shallow: the pictures that lie beside a set's records are not the faces of one person."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "samples.png").write_bytes(b"x")
     (tmp_path / "mine" / "train.rec").touch()
-    with pytest.raises(FaceSetError, match=r"mine holds train\.rec, so it is a set of its own: name that"):
+    with pytest.raises(FaceSetError, match=r"mine holds train\.rec, so it is a set of its own, and .*: name the set"):
         open_face_set(tmp_path)
 
 

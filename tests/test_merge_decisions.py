@@ -241,6 +241,16 @@ def test_mistakes_are_named_by_line(tmp_path: Path, edits: list[tuple[int, str, 
         read_decisions(table(tmp_path, *edits), SETS)
 
 
+def test_a_quote_that_is_not_closed_is_named_with_its_line(tmp_path: Path) -> None:
+    """The line of the quote, and not the last one that was good."""
+    path = table(tmp_path)
+    lines = path.read_text().splitlines()
+    lines[3] = lines[3].replace(",", ',"', 1)
+    path.write_text("\n".join(lines))
+    with pytest.raises(DecisionsError, match=r"line 4: unexpected end of data: is a quote"):
+        read_decisions(path, SETS)
+
+
 def test_missing_rows_and_headers_are_named(tmp_path: Path) -> None:
     """Leaving out is a decision, not a deleted line."""
     path = table(tmp_path)

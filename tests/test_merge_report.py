@@ -89,3 +89,15 @@ def test_who_was_left_out_by_hand_is_not_shown_as_joined(tmp_path: Path, drawn: 
     rows: list[Decision] = [*merge.decisions[:2], merge.decisions[2]._replace(decision="dropped", new_label=None)]
     write_report(tmp_path, replace(merge, grouping=None, decisions=rows))
     assert drawn == {"above_t": ["0:0 1:0"]}
+    assert "Identities that the table drops are in neither" in (tmp_path / "report.html").read_text()
+
+
+def test_who_matched_an_identity_left_out_is_not_shown_as_too_different(
+    tmp_path: Path, drawn: dict[str, list[str]]
+) -> None:
+    """A table of --on-match drop that is applied: that the score was high enough, it does not say."""
+    merge = merge_of(tmp_path, [1, 2], [(0, 1, 0.8), (0, 2, 0.1)], {})
+    rows = [*merge.decisions]
+    rows[1] = rows[1]._replace(decision="dropped", new_label=None)
+    write_report(tmp_path, replace(merge, grouping=None, decisions=rows))
+    assert drawn == {"below_t": ["0:0 1:1"]}

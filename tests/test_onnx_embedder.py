@@ -100,6 +100,14 @@ def test_an_export_whose_metadata_are_lost_gives_the_same(tmp_path: Path, face_d
     assert torch.nn.functional.cosine_similarity(embedder.embed(faces), expected).min() > 0.999
 
 
+def test_constants_in_a_file_of_their_own(tmp_path: Path) -> None:
+    """Whatever they are, reading the graph reads no file beside it, least of all one in the folder one is in."""
+    path = write_onnx(tmp_path / "net.onnx", ("Sub",))
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    assert load_embedder(path, CPU).embed(FACES).shape == (7, 5)
+
+
 def test_unclear_normalisation_is_warned_of(tmp_path: Path) -> None:
     """Nobody can know it then: it is said what is taken and what to say; whoever has said it hears nothing."""
     path = write_onnx(tmp_path / "net.onnx", ("Max",))

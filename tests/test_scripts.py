@@ -72,9 +72,9 @@ def test_a_warning_is_one_line() -> None:
     [
         (
             lambda here: (here / "file" / "set").mkdir(),
-            r"{here}/file/set: Not a directory (a part of this path is a file)",
+            r"{here}/file/set: Not a directory (it, or a part of its path, is a file)",
         ),
-        (lambda here: (here / "file").mkdir(), r"{here}/file: File exists (a file, where a folder is to be made)"),
+        (lambda here: (here / "file").mkdir(), r"{here}/file: File exists (and is no folder)"),
         (lambda here: (here / "no").rename(here / "new"), "{here}/no -> {here}/new: No such file or directory"),
         (lambda here: os.close(-1), "Bad file descriptor"),
     ],

@@ -328,11 +328,17 @@ def test_what_is_named_often_is_kept_once(tmp_path: Path) -> None:
     """A small file cannot ask for gigabytes: not by one array in many places, nor by one text encoded many times."""
     image = np.frombuffer(b"\xff\xd8" + bytes(1 << 20), np.uint8)
     (tmp_path / "array.bin").write_bytes(pickle.dumps(([image] * 400, [True] * 200), 4))
+    whole = b"\xff\xd8" + bytes(1 << 20)
+    dtype = b"cnumpy\ndtype\n(U\x02u1K\x00K\x01tRq\x02"
+    one = b"cnumpy.core.numeric\n_frombuffer\nq\x00" + python2_string(whole) + b"q\x01" + dtype + b"\x86R"
+    (tmp_path / "buffer.bin").write_bytes(protocol2([one] + [b"h\x00h\x01h\x02\x86R"] * 3, b"\x88" * 2))
+    assert read_bin(tmp_path / "buffer.bin").images == [whole]
+    (tmp_path / "buffer.bin").write_bytes(protocol2([one] + [b"h\x00h\x01h\x02\x86R"] * 399, b"\x88" * 200))
     text = b"X" + struct.pack("<I", 1 << 20) + b"x" * (1 << 20)
     first = b"c_codecs\nencode\nq\x00" + text + b"q\x01X\x06\x00\x00\x00latin1q\x02\x86R"
     (tmp_path / "text.bin").write_bytes(protocol2([first] + [b"h\x00h\x01h\x02\x86R"] * 399))
     tracemalloc.start()
-    assert len(read_bin(tmp_path / "array.bin").images) == 1
+    assert len(read_bin(tmp_path / "array.bin").images) == len(read_bin(tmp_path / "buffer.bin").images) == 1
     with pytest.raises(VerificationFileError, match=r"text\.bin: it encodes one text again and again"):
         read_bin(tmp_path / "text.bin")
     _, most = tracemalloc.get_traced_memory()

@@ -148,6 +148,10 @@ WRAPPERS: dict[str, Any] = {
     "average": lambda state: {"state_dict": zeroed(state), "ema_state_dict": state},
     "average of timm": lambda state: {"state_dict": zeroed(state), "state_dict_ema": prefixed(state, "module.")},
     "average of a module": lambda state: {"model": zeroed(state), "model_ema": {"decay": 0.9, "module": state}},
+    "average without counters": lambda state: {
+        "state_dict": {**zeroed(state), "head.weight": torch.zeros(10, 32)},
+        "ema": {name: value for name, value in state.items() if "num_batches" not in name},
+    },
     "average without statistics": lambda state: {
         "model": state,
         "ema": {name: value for name, value in zeroed(state).items() if "running" not in name},
@@ -288,6 +292,23 @@ def test_ir_weights_without_notes_are_doubted(tmp_path: Path, prefix: str) -> No
         torch.save(create_network("r18", 32, 32).state_dict(), tmp_path / "insightface.pth")
         features(tmp_path / "insightface.pth")
     np.testing.assert_allclose(found, expected(network, "bgr"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("beside", ["head.weight", "arcface_head.kernel"])
+def test_ir_weights_beside_a_head_are_doubted_too(tmp_path: Path, beside: str) -> None:
+    """What their colours are is asked of the network, however it was found."""
+    content = {**prefixed(small_ir().state_dict(), "model."), beside: torch.zeros(10, 32)}
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.warns(UserWarning, match="taken for RGB"):
+        load_network(tmp_path / "x.pth", image_size=32)
+
+
+def test_two_networks_in_a_file_are_not_chosen_from(tmp_path: Path) -> None:
+    """Which of them is meant has to be said by saving it alone."""
+    both = {**prefixed(small_ir().state_dict(), "model."), **prefixed(small_ir(1).state_dict(), "backbone.")}
+    torch.save(both, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match="looks like none of the networks here"):
+        load_network(tmp_path / "x.pth", image_size=32)
 
 
 def test_bgr_is_turned_around_under_a_networks_own_prefix(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from utils.interrupts import Stopped
@@ -24,7 +25,7 @@ _FIRST_SPEAKS = 3.0
 _ENDED_BY_THEN = 10.0
 
 # What is behind errors of the system that do not say so.
-_HINTS = {errno.ENOTDIR: " (a part of this path is a file)", errno.EEXIST: " (a file, where a folder is to be made)"}
+_HINTS = {errno.ENOTDIR: " (it, or a part of its path, is a file)"}
 
 
 class LostRanksError(OSError):
@@ -81,9 +82,12 @@ def _said(error: ValueError | OSError) -> str:
     if not isinstance(error, OSError) or not error.strerror:
         return str(error)
     files = [os.fsdecode(file) for file in (error.filename, error.filename2) if isinstance(file, str | bytes)]
-    return ": ".join(
-        [" -> ".join(files), error.strerror + _HINTS.get(error.errno or 0, "")] if files else [error.strerror]
-    )
+    if not files:
+        return error.strerror
+    hint = _HINTS.get(error.errno or 0, "")
+    if error.errno == errno.EEXIST and not Path(files[0]).is_dir():
+        hint = " (and is no folder)"
+    return f"{' -> '.join(files)}: {error.strerror}{hint}"
 
 
 def _open_closed_streams() -> None:

@@ -1,6 +1,7 @@
 """Lists and tables that people make with programs of their own: in which encoding, and with rows of nothing."""
 
-from collections.abc import Iterator, Sequence
+import csv
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
@@ -24,11 +25,36 @@ def open_text(path: Path) -> Iterator[TextIO]:
             raise ValueError(f"{path} cannot be read as UTF-16, which its first bytes say it is: {error}") from None
 
 
+class RowError(ValueError):
+    """A row of a CSV that cannot be parsed; `line`, from 1, is that in which it begins."""
+
+    def __init__(self, line: int, message: str) -> None:
+        super().__init__(message)
+        self.line = line
+
+
+def read_rows(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV, each with the line in which it begins, from 1: a cell may have line ends in it.
+
+    Raises RowError for quotes that are not closed, which would swallow the rows behind them, or have something behind.
+    """
+    rows, begun = csv.reader(lines, delimiter=delimiter, strict=True), 1
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise RowError(begun, f'{error}: is a quote (") not closed, or does something follow it?') from None
+        yield begun, row
+        begun = rows.line_num + 1
+
+
 def is_empty_row(cells: Sequence[str]) -> bool:
     """Whether a row of a table has nothing in it, as the `;;` that Excel saves behind the last row of a table."""
     return not "".join(cells).strip()
 
 
 def looks_binary(line: str) -> bool:
-    """Whether the first line of a file has control characters, which no list or table has."""
-    return any(letter < " " and letter not in "\t\r\n" for letter in line)
+    """Whether the first line of a file has zero bytes, which no list or table has."""
+    return "\0" in line

@@ -61,7 +61,7 @@ def _after(operation: str, largest: float, constant: float) -> float:
 
 
 def _value(graph: "onnx.GraphProto", name: str) -> float | None:
-    """The mean absolute value of a constant; None for one that the graph computes, or that lies in another file."""
+    """The largest absolute value of a constant; None for one that the graph computes, or that lies in another file."""
     from onnx import numpy_helper
 
     tensors: list[Any] = [tensor for tensor in graph.initializer if tensor.name == name]
@@ -70,11 +70,14 @@ def _value(graph: "onnx.GraphProto", name: str) -> float | None:
             for attribute in node.attribute:
                 if attribute.name == "value":
                     tensors.append(attribute.t)
-                elif attribute.name in ("value_float", "value_int"):
-                    return abs(float(attribute.f or attribute.i))
-    if not tensors:
+                elif attribute.name.startswith("value_"):  # float, int, floats or ints
+                    values = [attribute.f or attribute.i, *attribute.floats, *attribute.ints]
+                    return max(map(abs, map(float, values)))
+        elif name in node.output and node.op_type in ("Cast", "Identity"):
+            return _value(graph, node.input[0])
+    if not tensors or tensors[0].external_data:
         return None
     try:
-        return float(np.abs(numpy_helper.to_array(tensors[0]).astype(np.float64)).mean())
+        return float(np.abs(numpy_helper.to_array(tensors[0]).astype(np.float64)).max())
     except (ValueError, TypeError):
         return None

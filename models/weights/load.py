@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,18 +108,20 @@ def _read(file: Path) -> tuple[Origin, Recognised | None]:
 def read_origin(file: Path) -> Origin:
     """The weights in a file of another project, and what they were trained on, as far as the file shows."""
     checkpoint = read_checkpoint(file)
+    checkpoint = replace(checkpoint, state=_network_in(checkpoint.state))
     for kind in ORIGINS:
         origin = kind(checkpoint)
         if origin is not None:
             return origin
-    return Origin(_network_in(checkpoint.state))
+    return Origin(checkpoint.state)
 
 
 def _network_in(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of weights that are no network's as a whole, those under a prefix of wrappers that are; else all."""
+    """Of weights that are no network's as a whole, those under the one prefix of wrappers that are; else all."""
     parts = parts_under_prefixes(state)
     if parts and recognise(shapes_of(state), NETWORKS, 112) is None:
-        return next((part for part in parts if recognise(shapes_of(part), NETWORKS, 112)), state)
+        networks = [part for part in parts if recognise(shapes_of(part), NETWORKS, 112)]
+        return networks[0] if len(networks) == 1 else state
     return state
 
 

@@ -166,7 +166,7 @@ def unwrap(content: Any, file: Path) -> dict[str, Tensor]:
             next((found[name] for name in names if name in found), {}) for names in (_AVERAGES, _WRAPPERS)
         )
         if average or plain:
-            return average if len(average) >= len(plain) else plain
+            return average if _essential(plain) <= _essential(average) else plain
         others = [state for name, state in found.items() if not _is_optimizer(name)]
         if others or tensors:
             return max([*others, tensors], key=len)  # beside the network, a head perhaps, or the mean of its inputs
@@ -174,6 +174,11 @@ def unwrap(content: Any, file: Path) -> dict[str, Tensor]:
     else:
         kind = f"one {type(content).__name__}"
     raise CheckpointError(f"{file} is no state dict (names to tensors), but {kind}: save network.state_dict() in it")
+
+
+def _essential(state: Mapping[str, Tensor]) -> set[str]:
+    """The names of a network's weights, without the counters of norms and what is beside it."""
+    return {name for name in strip_prefixes(state) if not (name.endswith("num_batches_tracked") or _is_beside(name))}
 
 
 def _unwrapped(content: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ A row is of an image or of an identity. A column of numbers with more than `MOST
 quartiles.
 """
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from data.face_sets import FaceSetError
 from data.set_sources import csv_separator
 from utils.evaluation.test_sets import TestSet, keys_of
-from utils.text_files import is_empty_row, open_text
+from utils.text_files import RowError, is_empty_row, open_text, read_rows
 
 MOST_GROUPS = 12
 
@@ -70,26 +69,26 @@ def read_columns(path: Path | str) -> Columns:
         first = file.readline()
         file.seek(0)
         separator = csv_separator(first, "image") or csv_separator(first, "identity") or ","
-        rows = csv.reader(file, strict=True, delimiter=separator)
+        rows = read_rows(file, separator)
         try:
-            header = [name.strip() for name in next(rows, [])]
+            header = [name.strip() for name in next(rows, (1, []))[1]]
             if len(header) < 2 or header[0] not in ("image", "identity") or len(set(header)) < len(header):
                 raise ColumnsError(
                     f"{path}, line 1: {','.join(header)!r}: expected 'image' or 'identity', then one column or more"
                 )
             values: dict[str, dict[str, str]] = {name: {} for name in header[1:]}
-            for row in rows:
+            for line, row in rows:
                 if is_empty_row(row):
                     continue
-                where = f"{path}, line {rows.line_num}"
+                where = f"{path}, line {line}"
                 if len(row) != len(header):
                     raise ColumnsError(f"{where}: {len(row)} columns, the header has {len(header)}")
                 if row[0].strip() in values[header[1]]:
                     raise ColumnsError(f"{where}: {row[0].strip()!r} comes twice")
                 for name, value in zip(header[1:], row[1:], strict=True):
                     values[name][row[0].strip()] = value.strip()
-        except csv.Error as error:
-            raise ColumnsError(f"{path}, line {rows.line_num}: {error}") from None
+        except RowError as error:
+            raise ColumnsError(f"{path}, line {error.line}: {error}") from None
     return Columns(path, header[0], values)
 
 

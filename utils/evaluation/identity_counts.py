@@ -92,7 +92,7 @@ def identity_counts(
     """Count the scores of all pairs by identity; takes a pass over them.
 
     embeddings, labels, block, progress, ranks: as for `all_pairs`, whose `result` says where to put the bins.
-    Memory beside that of `all_pairs`: 16 bytes for each identity and bin, 5 to 7 KiB an identity, and 3 MiB.
+    Memory beside that of `all_pairs`: 16 bytes for each identity and bin (5 to 7 KiB an identity) and 3 MiB.
     """
     ranks = ranks or Ranks()
     places = _edges(result)

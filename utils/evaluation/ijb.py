@@ -12,7 +12,6 @@ Benchmark-C" (2018). Published numbers take their TAR at the nearest point of th
 galleries joined, over scores and not over probes: both are here under their own names, beside the usual definitions.
 """
 
-import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from utils.evaluation.curves import FAR_POINTS, Roc, TarAtFar, roc, split_scores
 from utils.evaluation.identification import Identification, identify
 from utils.evaluation.templates import Templates
 from utils.regular_files import read_regular_file
+from utils.text_files import RowError, read_rows
 
 _PAIRS_AT_ONCE = 1 << 16
 _WHOLE = 2.0**53  # float64 has all whole numbers below
@@ -209,13 +209,13 @@ def _read_enrolment(path: Path, name: str, known: NDArray[np.int64]) -> Enrolmen
     subject_of: dict[int, int] = {}
     has_images = set(known.tolist())
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = csv.reader(file, strict=True)
+        rows = read_rows(file)
         try:
             next(rows, None)
-            for row in rows:
-                _enrol(row, subject_of, has_images, f"{path}, line {rows.line_num}")
-        except csv.Error as error:
-            raise IjbError(f"{path}, line {rows.line_num}: {error}") from None
+            for line, row in rows:
+                _enrol(row, subject_of, has_images, f"{path}, line {line}")
+        except RowError as error:
+            raise IjbError(f"{path}, line {error.line}: {error}") from None
     if not subject_of:
         raise IjbError(f"{path} has no templates")
     templates = np.array(list(subject_of), np.int64)

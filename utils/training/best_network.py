@@ -40,32 +40,40 @@ class BestNetwork:
         """What a checkpoint keeps."""
         return {"best_accuracy": self.accuracy, "best_measured": self._measured}
 
-    def restore(self, notes: Mapping[str, Any], step: int) -> None:
-        """Go on from the `notes` of a checkpoint of `step`.
+    def restore(self, notes: Mapping[str, Any], step: int) -> bool:
+        """Go on from the `notes` of a checkpoint of `step`; returns whether they do not hold any more.
 
         Where the file is gone, or was the best on other sets, the next network that is verified is the best; such a
         file is kept under another name.
         """
         self.accuracy = notes["best_accuracy"]
         if not self.accuracy:
-            return
+            return False
         # Checkpoints of older versions do not say on what it was measured.
         others = notes.get("best_measured", self._measured) != self._measured
         there = self._ranks.any(self._ranks.first and self._file.exists())
         if there and not others:
-            return
+            return False
         self.accuracy = 0.0
         if not there:
             self._say(f"{self._file} is gone: the next network that is verified becomes the best")
-            return
-        kept = self._file.with_name(f"best-until-step-{step}{self._file.suffix}")
-        if self._ranks.first:
-            with atomic_path(kept) as temporary:
-                shutil.copyfile(self._file, temporary)
+            return True
         self._say(
             f"{self._file} was chosen on {_named(notes['best_measured'])}, now it is {_named(self._measured)}: the "
-            f"next network that is verified becomes the best; that of before is kept as {kept.name}"
+            f"next network that is verified becomes the best{self._put_aside(step)}"
         )
+        return True
+
+    def _put_aside(self, step: int) -> str:
+        """Copy the file to another name; returns what to say of it."""
+        kept = self._file.with_name(f"best-until-step-{step}{self._file.suffix}")
+        try:
+            if self._ranks.first and not kept.exists():
+                with atomic_path(kept) as temporary:
+                    shutil.copyfile(self._file, temporary)
+        except OSError as error:
+            return f"; that of before could not be kept ({error})"
+        return f"; that of before is kept as {kept.name}"
 
     def keep(self, network: nn.Module, accuracy: float, step: int, settings: str) -> None:
         """Write `network`, the best so far, at `step` of the run with these `settings` (JSON).

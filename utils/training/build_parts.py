@@ -111,7 +111,8 @@ def unused_here(config: Config, device: torch.device, ranks: Ranks, head: Head) 
     no_init = "train.init names no weights"
     growing, epochs = config.loss.margin_warmup_epochs, settings.epochs
     lines = [f"loss.margin_warmup_epochs is {growing:g}: the margin is never whole, as train.epochs is {epochs}"]
-    return (lines if growing > epochs else []) + [
+    grows = growing > epochs and "margin_warmup_epochs" not in config.loss.unused()
+    return (lines if grows else []) + [
         f"{name} not used: {why}"
         for name, unused, why in (
             ("loss.products", config.loss.products != "auto" and isinstance(head, DenseHead), "the head is dense"),
