@@ -163,6 +163,8 @@ def test_what_accuracies_depend_on(own_set: Path, tmp_path: Path, change: str) -
     other.restore(notes, 3)
     assert other.accuracy == 0
     assert len(said) == 1
+    (tmp_path / BEST).write_bytes(b"the best on these")
+    assert other.restore(notes, 3), "the notes of before again, of a run that went back to them"
     assert (tmp_path / "best-until-step-3.safetensors").read_bytes() == b"best"
 
 

@@ -208,8 +208,7 @@ def breakdown_all_pairs(
         sizes = np.zeros((people, len(groups.names)), np.int64)
         own, group = blocks.labels.cpu().numpy(), of.cpu().numpy()
         np.add.at(sizes, (own[group >= 0], group[group >= 0]), 1)
-    kept = sizes.any(axis=1)
-    rates = _group_rates(accepted[:, :, kept], sizes[kept], couples, groups.names, points)
+    rates = _group_rates(accepted, sizes, couples, groups.names, points)
     return Breakdown(groups.column, "identities", int((~chosen).sum()), tuple(rates))
 
 
