@@ -28,7 +28,7 @@ import numpy as np
 
 from config import PRESETS, READS, Config, PackConfig
 from data.face_set_writer import training_advice
-from data.face_sets import FaceSet, FaceSetError
+from data.face_sets import FaceSet, FaceSetError, FolderFaceSet
 from data.fitting import Fit, check_detector, chosen_detection, fit_images
 from data.identity_choice import Identity, choose_identities
 from data.images import ImageError
@@ -155,6 +155,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise FaceSetError("name a folder for the set: --output B")
         require_free(pick.output)
         faces = open_source(pick.source, pick.image_root or None, detected=bool(pick.detector))
+        if isinstance(faces, FolderFaceSet) and Path(pick.output).resolve().is_relative_to(faces.path.resolve()):
+            raise FaceSetError(
+                f"{pick.output} lies inside the set {pick.source}, whose next reader would take it for a person: name a "
+                "folder outside of it with --output"
+            )
         identities = select(faces, pick)
         warn_of_like_names(identities)
         detection = chosen_detection(pick)

@@ -455,6 +455,7 @@ def test_killed_in_the_middle(tmp_path: Path, how: signal.Signals, workers: int)
         (["--source", "{here}", "--output", "{here}/set"], "has no folders of images"),
         (["--source", "{here}/faces", "--output", "{here}/set"], "anna/0.png has 32x32 pixels, expected 112x112"),
         (["--source", "{here}/faces", "--output", "{here}/set", "--identities", "@{here}/no"], "No such file"),
+        (["--source", "{here}/faces", "--output", "{here}/faces/set"], "faces/set lies inside the set"),
     ],
 )
 def test_errors_on_the_command_line(tmp_path: Path, folder: Path, arguments: list[str], message: str) -> None:
