@@ -157,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         faces = open_source(pick.source, pick.image_root or None, detected=bool(pick.detector))
         if isinstance(faces, FolderFaceSet) and Path(pick.output).resolve().is_relative_to(faces.path.resolve()):
             raise FaceSetError(
-                f"{pick.output} lies inside the set {pick.source}, whose next reader would take it for a person: name a "
-                "folder outside of it with --output"
+                f"{pick.output} lies inside the set {pick.source}, whose next reader would take it for a person: name "
+                "a folder outside of it with --output"
             )
         identities = select(faces, pick)
         warn_of_like_names(identities)
