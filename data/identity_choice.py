@@ -26,7 +26,7 @@ def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> 
     `@FILE` among the names stands for the lines of a text file; no names are all of them. Raises FaceSetError when no
     identity is left, or when one that is asked for by name does not exist.
     """
-    wanted = _expand(names, frozenset(faces.identities))
+    wanted = _expand(names, faces.identities)
     unknown = wanted.difference(faces.identities)
     if unknown:
         raise FaceSetError(f"{faces.path} has no identity {min(unknown)!r} ({len(unknown)} such names)")
@@ -42,15 +42,16 @@ def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> 
     return identities
 
 
-def _expand(items: Sequence[str], known: frozenset[str]) -> set[str]:
+def _expand(items: Sequence[str], known: Sequence[str]) -> set[str]:
     """The names that are meant; blanks at the ends of a line belong to it where a name of `known` has them."""
     names: set[str] = set()
     for item in items:
         if item.startswith("@"):
+            exact = frozenset(known)
             with open_text(Path(item[1:])) as lines:
                 for line in (line.rstrip("\r\n") for line in lines):
                     if line.strip():
-                        names.add(line if line in known else line.strip())
+                        names.add(line if line in exact else line.strip())
         else:
             names.add(item)
     return names

@@ -21,6 +21,7 @@ from utils.checkpoints import BEST
 from utils.evaluation.verification import Verifier
 from utils.ranks import Ranks
 from utils.training.best_network import BestNetwork
+from utils.training.metrics import read_metrics
 from utils.training.run_folders import TrainingError
 
 
@@ -50,7 +51,7 @@ def verified(monkeypatch: pytest.MonkeyPatch, *accuracies: float) -> None:
     given = iter(accuracies)
 
     def verify(verifier: Verifier, network: nn.Module, heed: object) -> dict[str, Any]:
-        accuracy = next(given)
+        accuracy = next(given) if verifier.sets else 0.0
         return {one.name: SimpleNamespace(accuracy=accuracy, std=0.0) for one in verifier.sets}
 
     monkeypatch.setattr(Verifier, "__call__", verify)
@@ -123,6 +124,21 @@ def test_the_same_sets_go_on(
     assert step_of_best(run) == 6
     assert "was chosen on" not in capsys.readouterr().out
     assert not list(run.glob("best-until*"))
+
+
+def test_a_run_that_is_verified_no_more_keeps_what_it_has(
+    own_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The accuracies in its record, the last too, which is made again only where there is something to verify on; and
+    its best network, under another name."""
+    verified(monkeypatch, 0.98, 0.97)
+    run = train(configure(own_set, tmp_path))
+    before = (run / BEST).read_bytes()
+    train(go_on(own_set, tmp_path, data__verification=("none",)))
+    found = [(line["step"], line["verify/tiny"]) for line in read_metrics(run) if "verify/tiny" in line]
+    assert found == [(6, 0.98), (12, 0.97)]
+    assert (run / "best-until-step-12.safetensors").read_bytes() == before
+    assert step_of_best(run) == 18
 
 
 def test_a_best_that_is_gone_is_made_anew(

@@ -67,17 +67,24 @@ def test_own_normalisation_is_arithmetic_with_constants_on_the_faces(nodes: Node
         ([], False),
     ],
 )
-@pytest.mark.parametrize("how", ["initializer", "node"])
+@pytest.mark.parametrize("how", ["initializer", "node", "numbers", "cast"])
 def test_arithmetic_that_leaves_pixels_as_large_as_they_were(operations: list[Any], own: bool | None, how: str) -> None:
     """It is no normalisation of 0..255: fed so, a net that wants [-1, 1] gives embeddings that say nothing."""
     nodes, constants, entry = [], [], "x"
     for number, (operation, value) in enumerate(operations):
         tensor = numpy_helper.from_array(np.float32(value).reshape(1, -1, 1, 1), f"c{number}")
+        constant = f"c{number}"
         if how == "node":
-            nodes.append(helper.make_node("Constant", [], [f"c{number}"], value=tensor))
+            nodes.append(helper.make_node("Constant", [], [constant], value=tensor))
+        elif how == "numbers":
+            numbers = np.atleast_1d(value).astype(float).tolist()
+            nodes.append(helper.make_node("Constant", [], [constant], value_floats=numbers))
         else:
             constants.append(tensor)
-        nodes.append(helper.make_node(operation, [entry, f"c{number}"], [f"y{number}"]))
+        if how == "cast":
+            nodes.append(helper.make_node("Cast", [constant], [f"f{number}"], to=TensorProto.FLOAT))
+            constant = f"f{number}"
+        nodes.append(helper.make_node(operation, [entry, constant], [f"y{number}"]))
         entry = f"y{number}"
     nodes.append(helper.make_node("Conv", [entry, "kernel"], ["y"]))
     constants.append(helper.make_tensor("kernel", TensorProto.FLOAT, [1], [1.0]))

@@ -1,7 +1,6 @@
 """The best network of a run so far, by its mean accuracy on the verification sets."""
 
 import shutil
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from data.images_fingerprint import sample_digest
-from data.verification_bin import PairImages, VerificationPairs
+from data.verification_bin import VerificationPairs
 from utils.checkpoints import BEST, Progress, save_backbone
 from utils.files import atomic_path
 from utils.ranks import Ranks
 from utils.training.run_folders import TrainingError
+from utils.training.same_run import describe_pairs
 
 
 class BestNetwork:
@@ -34,7 +33,8 @@ class BestNetwork:
     ) -> None:
         self.accuracy = 0.0
         self._file, self._ranks, self._say = run / BEST, ranks, say
-        self._measured = {"sets": {one.name: _digest(one) for one in sets}, "image_size": image_size, "mirror": mirror}
+        described = {one.name: describe_pairs(one) for one in sets}
+        self._measured = {"sets": described, "image_size": image_size, "mirror": mirror}
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -89,11 +89,6 @@ class BestNetwork:
         if self._ranks.first:
             save_backbone(self._file, network, settings, Progress(step, accuracy))
         self.accuracy = accuracy
-
-
-def _digest(pairs: VerificationPairs) -> str:
-    which = zlib.crc32(pairs.index.tobytes() + pairs.same.tobytes())
-    return f"{len(pairs.same):,} pairs, {sample_digest(PairImages(pairs))[:8]}-{which:08x}"
 
 
 def _named(measured: Mapping[str, Any]) -> str:

@@ -36,11 +36,18 @@ def set_facts(faces: FaceSet, verified: Sequence[VerificationPairs]) -> dict[str
     """Descriptions of the sets, by setting, which have to be the same for all processes."""
     notes = set_notes(faces)
     sums = f"{notes['labels']:x}-{notes['identities']:x}-{sample_digest(faces, tolerant=True)[:8]}"
-    tests = [f"{one.name} ({len(one.same):,} pairs, {sample_digest(PairImages(one))[:8]})" for one in verified]
+    tests = [f"{one.name} ({describe_pairs(one)})" for one in verified]
     return {
         "data.root": f"{len(faces):,} images of {len(faces.identities):,} identities (checksums {sums})",
         "data.verification": ", ".join(tests) or "nothing",
     }
+
+
+def describe_pairs(pairs: VerificationPairs) -> str:
+    """What accuracies on a verification set depend on: the number of pairs, digests of their images and of which are
+    whose."""
+    which = zlib.crc32(pairs.index.tobytes() + pairs.same.tobytes())
+    return f"{len(pairs.same):,} pairs, {sample_digest(PairImages(pairs))[:8]}-{which:08x}"
 
 
 def require_same_settings(config: Config, ranks: Ranks) -> None:

@@ -1,0 +1,139 @@
+"""Files of weights that are damaged, hold code or are none: refused with the reason, and nothing in them is run."""
+
+import pickle
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from models import create_network
+from models.weights import load_network
+from models.weights.reading import read_checkpoint, strip_prefixes
+from utils.checkpoints import CheckpointError
+
+
+class Evil:
+    """Would make a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_harmless_notes_are_passed_over(tmp_path: Path, legacy: bool) -> None:
+    """Accuracies as numpy's numbers and arrays, paths among the options: nothing of them is needed, or made."""
+    network = create_network("demo", 16, 32)
+    notes = {"acc": np.float64(0.5), "all": np.zeros((3, 2)), "names": np.array(["a", None]), "from": Path("a") / "b"}
+    content = {"state_dict": network.state_dict(), **notes}
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=not legacy)
+    loaded = load_network(tmp_path / "x.pth", image_size=32)
+    for name, value in network.state_dict().items():
+        assert torch.equal(loaded.network.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"x\.pth is no file of torch\.save: it is empty$"),
+        (b"<!doctype html>", r"x\.pth is no file of torch\.save: it begins with b'<!doctype html>'$"),
+        (b"hello world, this is text", r"is no file of torch\.save: it begins with b'hello"),
+        (b"PK\x03\x04 cut off", r"x\.pth is damaged: it was not loaded\. torch said: RuntimeError PytorchStreamReader"),
+        (b"\x80\x02", r"x\.pth is damaged: it was not loaded\. torch said: \w+Error"),
+        (
+            pickle.dumps({"a": Path}, 2),
+            r"holds more than tensors \(pathlib\.Path\): it was not loaded.*torch\.load\(FILE, 'cpu', weights_only=F",
+        ),
+    ],
+)
+def test_refusals_say_why(tmp_path: Path, content: bytes, message: str) -> None:
+    """What is wrong with the file, without torch's page of advice and its codes for terminals."""
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_network(tmp_path / "x.pth")
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_any_damage_names_the_file(tmp_path: Path, legacy: bool) -> None:
+    """Cut anywhere, or with one bit changed in any part that says how it is to be read: a file is read or refused."""
+    path = tmp_path / "x.pth"
+    torch.save({"a.weight": torch.ones(2)}, path, _use_new_zipfile_serialization=not legacy)
+    content = path.read_bytes()
+    damaged = [content[:size] for size in range(0, len(content), 3)]
+    for place in range(0, len(content), 2):
+        damaged.append(content[:place] + bytes([content[place] ^ 1 << place // 2 % 8]) + content[place + 1 :])
+    refused = 0
+    for changed in damaged:
+        path.write_bytes(changed)
+        with suppress(CheckpointError):
+            read_checkpoint(path)
+            continue
+        refused += 1
+    assert refused > len(damaged) / 4
+
+
+@pytest.mark.parametrize("kind", ["sparse", "meta"])
+def test_tensors_that_are_no_plain_weights(tmp_path: Path, kind: str) -> None:
+    """Right names and shapes alone fill no network."""
+    state = create_network("demo", 16, 32).state_dict()
+    changed = {
+        name: value.to("meta") if kind == "meta" else value.to_sparse() if value.dim() == 2 else value
+        for name, value in state.items()
+    }
+    torch.save(changed, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth: its tensors are no plain weights: Error"):
+        load_network(tmp_path / "x.pth", "demo", image_size=32)
+
+
+def test_dictionaries_that_hold_each_other(tmp_path: Path) -> None:
+    """A checkpoint that is inside of itself is refused in words."""
+    content: dict[str, Any] = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"x\.pth is no state dict: its dictionaries hold each other"):
+        load_network(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle", "network"])
+def test_nothing_in_a_file_is_run(tmp_path: Path, kind: str) -> None:
+    """Whatever pickles more than tensors is refused, with what to do; Lightning's notes make no exception of code."""
+    content: Any = {"state_dict": {"x": torch.zeros(1)}, "callbacks": Evil(tmp_path / "mark")}
+    if kind == "pickle":
+        (tmp_path / "x.ckpt").write_bytes(pickle.dumps(content))
+    else:
+        content = nn.Linear(2, 2) if kind == "network" else content
+        torch.save(content, tmp_path / "x.ckpt", _use_new_zipfile_serialization=kind != "legacy")
+    with pytest.raises(CheckpointError, match=r"x\.ckpt holds more than tensors.*save the weights alone"):
+        load_network(tmp_path / "x.ckpt")
+    assert not (tmp_path / "mark").exists()
+
+
+def test_what_holds_no_tensors_says_what_it_holds(tmp_path: Path) -> None:
+    """A dictionary without weights names its keys, anything else its type."""
+    torch.save({"epoch": 3, "name": "x"}, tmp_path / "a.pth")
+    torch.save([torch.zeros(2)], tmp_path / "b.pth")
+    for file, message in (("a.pth", "a dictionary of 'epoch', 'name'"), ("b.pth", "but one list")):
+        with pytest.raises(CheckpointError, match=message):
+            load_network(tmp_path / file)
+
+
+def test_prefixes_are_those_of_wrappers_only() -> None:
+    """A network's own first name is left, unless all that there is stands under a wrapper's."""
+    assert strip_prefixes({"module.conv.weight": 1, "module.fc.weight": 2}) == {"conv.weight": 1, "fc.weight": 2}
+    assert strip_prefixes({"model.a.w": 1, "conv.w": 2}) == {"model.a.w": 1, "conv.w": 2}
+    assert strip_prefixes({"body.a": 1, "body.b": 2}) == {"body.a": 1, "body.b": 2}
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_a_bin_of_torch_loads(tmp_path: Path, new: bool) -> None:
+    """`pytorch_model.bin`, of torch before 1.6 too, whose files begin like a pickled verification set."""
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"fc.weight": torch.ones(2, 3)}, file, _use_new_zipfile_serialization=new)
+    assert torch.equal(read_checkpoint(file).state["fc.weight"], torch.ones(2, 3))
