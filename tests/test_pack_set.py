@@ -22,7 +22,7 @@ from data import face_sets, fitting, set_sources
 from data.align import TEMPLATE, align
 from data.face_set_writer import write_face_set
 from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
-from data.fitting import Fit, fit_image, fit_images
+from data.fitting import Fit
 from data.identity_choice import Identity
 from data.images import ImageError, decode_rgb, encode_jpeg, encode_png
 from data.pack_set import Packed, main, pack, select, summary, warn_of_like_names
@@ -30,7 +30,6 @@ from data.prepare_data import prepare
 from data.recordio import pack_image, write_records
 from data.set_sources import LANDMARK_COLUMNS, ListedFaceSet, open_source
 from tiny_faces import tiny_face
-from utils import processes
 
 SCRIPT = ROOT / "data" / "pack_set.py"
 SIZE = 32
@@ -290,22 +289,6 @@ def test_images_of_another_size(tmp_path: Path, folder: Path) -> None:
     assert decode_rgb(packed.encoded(changed[0]), "").shape == (SIZE, SIZE, 3)
 
 
-@pytest.mark.parametrize(
-    ("image", "landmarks", "message"),
-    [
-        (encode_png(PHOTO), None, "a face has 80x60 pixels: resizing it to a square would distort the face"),
-        (encode_png(PHOTO), POINTS + 100, r"a face: the landmarks, around \(132, 134\), lie outside of its 80x60"),
-        (encode_png(PHOTO), np.full((5, 2), 9.0), "a face: no transform"),
-        (encode_png(PHOTO)[:100], POINTS, "a face: its 100 bytes are no image"),
-        (b"", None, "a face: its 0 bytes are no image"),
-    ],
-)
-def test_images_that_cannot_be_made_to_fit(image: bytes, landmarks: np.ndarray | None, message: str) -> None:
-    """Each error says which image, what was found, and, where there is a way, what to do."""
-    with pytest.raises(ImageError, match=message):
-        fit_image(image, "a face", Fit(SIZE, "resize", 95), landmarks)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_bad_images_of_a_list(tmp_path: Path, folder: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A missing file and one that is no image stop the run with the list's line and the file, and leave no set."""
@@ -377,23 +360,6 @@ def test_a_part_is_sent_to_workers_alone(folder: Path, kind: Callable[[Path], Pa
             assert np.array_equal(part.landmarks(i), faces.landmarks(whole))
     large = faces.part(np.resize(np.arange(len(faces)), 5000))
     assert len(pickle.dumps(large.part(few))) == len(pickle.dumps(faces.part(few)))
-
-
-def test_few_results_wait(monkeypatch: pytest.MonkeyPatch, tiny_set: Path) -> None:
-    """Images are read a few blocks ahead of the writer, however many there are: the set is never held in memory."""
-    faces = open_face_set(tiny_set)
-    monkeypatch.setattr(fitting, "IMAGES_PER_BLOCK", 2)
-    monkeypatch.setattr(processes, "ITEMS_PER_WORKER", 2)
-    submitted: list[object] = []
-    submit = processes.ProcessPoolExecutor.submit
-    monkeypatch.setattr(
-        processes.ProcessPoolExecutor, "submit", lambda *items: (submitted.append(items), submit(*items))[1]
-    )
-    images = fit_images(faces, np.arange(len(faces)), FIT, 1)
-    for taken in range(len(faces)):
-        assert next(images).encoded == faces.encoded(taken)
-        assert len(submitted) <= taken // 2 + 2
-    assert len(submitted) == len(faces) / 2
 
 
 def test_nothing_is_replaced(tmp_path: Path, folder: Path) -> None:
