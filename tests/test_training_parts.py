@@ -190,7 +190,10 @@ def test_what_has_no_effect_on_this_machine_is_said(
         assert f"{name} not used: {run} goes on from its checkpoint\n" in said
     train(configure(tiny_set, tmp_path, train__name="c", train__init=str(plain), loss__engine="blockwise"))
     train(configure(tiny_set, tmp_path, train__name="d", loss__products="fp32", loss__engine="blockwise"))
-    assert "not used" not in capsys.readouterr().out
+    train(configure(tiny_set, tmp_path, train__name="e", loss__name="normface", loss__margin_warmup_epochs=9.0))
+    said = capsys.readouterr().out
+    assert "not used" not in said
+    assert "never whole" not in said, "normface has no margin"
 
 
 def test_wrong_parts_are_refused(tiny_set: Path, tmp_path: Path) -> None:
