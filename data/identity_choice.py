@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -23,13 +24,18 @@ class Identity(NamedTuple):
 def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> list[Identity]:
     """The identities of `faces` called `names` that have `min_images` images or more, in the order of their labels.
 
-    `@FILE` among the names stands for the lines of a text file; no names are all of them. Raises FaceSetError when no
-    identity is left, or when one that is asked for by name does not exist.
+    `@FILE` among the names stands for the lines of a text file; no names are all of them. Letters with accents may be
+    written as one character or as two, as a Mac does. Raises FaceSetError when no identity is left, or when one that is
+    asked for by name does not exist.
     """
     wanted = _expand(names, faces.identities)
-    unknown = wanted.difference(faces.identities)
-    if unknown:
-        raise FaceSetError(f"{faces.path} has no identity {min(unknown)!r} ({len(unknown)} such names)")
+    if spelled_otherwise := wanted.difference(faces.identities):
+        composed = {normalize("NFC", name): name for name in spelled_otherwise}
+        same = {name: key for name in faces.identities if (key := normalize("NFC", name)) in composed}
+        unknown = set(composed).difference(same.values())
+        if unknown:
+            raise FaceSetError(f"{faces.path} has no identity {composed[min(unknown)]!r} ({len(unknown)} such names)")
+        wanted = wanted - spelled_otherwise | set(same)
     # Those of records in the order that their folders have them in.
     images = images_by_identity(faces, faces.keys if isinstance(faces, RecFaceSet) else None)
     identities = [

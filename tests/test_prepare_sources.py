@@ -270,3 +270,13 @@ def test_a_file_of_names_from_a_text_editor(tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("\ufeff10\n  \n9 \n", encoding="utf-8")
     chosen = choose_identities(faces, [f"@{tmp_path / 'names.txt'}"], 1)
     assert [(identity.name, identity.images.tolist()) for identity in chosen] == [("9", [1, 3]), ("10", [0])]
+
+
+@pytest.mark.parametrize("folder", ["Zo\u00e9", "Zoe\u0301"])
+def test_a_name_with_accents_is_the_same_however_it_is_written(tmp_path: Path, folder: str) -> None:
+    """Folders from a Mac have the accent as a character of its own, which typing the name does not give."""
+    faces: Any = SimpleNamespace(path=tmp_path, identities=["Ann", folder], labels=np.array([0, 1]))
+    for typed in ("Zo\u00e9", "Zoe\u0301"):
+        assert [identity.name for identity in choose_identities(faces, [typed], 1)] == [folder]
+    with pytest.raises(FaceSetError, match=r"has no identity 'Zo\u00eb' \(1 such names\)"):
+        choose_identities(faces, ["Zo\u00e9", "Zo\u00eb"], 1)
