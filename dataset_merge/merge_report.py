@@ -84,10 +84,14 @@ class _Faces:
         return [face(self._sets[source], int(i), self._size) for i in chosen]
 
     def title(self, identity: int) -> str:
-        """Set and name of an identity, for people; where pictures have no letters for it, its line in merge.csv."""
-        name = self.people.name(identity)
-        shown = name if all(letter < _LETTERS_END for letter in name) else f"line {identity + 2}"
-        return f"{int(self.people.source[identity])}:{shown}"
+        """Set and name of an identity, for people."""
+        return f"{int(self.people.source[identity])}:{self.people.name(identity)}"
+
+    def drawn_title(self, identity: int) -> str:
+        """`title` for pictures; where they have no letters for the name, its row in merge.csv, the header being 1."""
+        if all(" " <= letter < _LETTERS_END for letter in self.people.name(identity)):
+            return self.title(identity)
+        return f"{int(self.people.source[identity])}:row {identity + 2}"
 
 
 def face(images: EncodedImages, i: int, size: int) -> np.ndarray:
@@ -212,7 +216,9 @@ def _pairs_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces
             continue
         gap = [np.full((merge.image_size, merge.image_size, 3), 255, np.uint8)]
         cells = [image for pair in pairs for image in (*faces.of(pair.first), *gap, *faces.of(pair.second))]
-        labels = [f"{pair.score:.3f} {faces.title(pair.first)} {faces.title(pair.second)}" for pair in pairs]
+        labels = [
+            f"{pair.score:.3f} {faces.drawn_title(pair.first)} {faces.drawn_title(pair.second)}" for pair in pairs
+        ]
         draw_contact_sheet(folder / name, cells, 2 * IMAGES_DRAWN + 1, None, labels)
         report.picture(folder / name, f"{caption} Left of each row: score, and set:identity of both.")
 
@@ -291,7 +297,7 @@ def _leaks_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces
             match = leaks.match[identity]
             held_out = by_path[str(match.source)]
             cells += [*faces.of(identity), face(held_out.images, _example(held_out, match.label), merge.image_size)]
-            labels.append(f"{match.score:.3f} {faces.title(identity)}")
+            labels.append(f"{match.score:.3f} {faces.drawn_title(identity)}")
         draw_contact_sheet(folder / name, cells, IMAGES_DRAWN + 1, None, labels)
         report.picture(folder / name, f"{caption} The identity, and in the last column the person of the test set.")
 

@@ -61,6 +61,15 @@ def test_who_was_joined_by_others_is_not_shown_as_too_different(tmp_path: Path, 
     assert drawn["below_t"] == ["0:0 2:1"]
 
 
+def test_names_that_pictures_have_no_letters_for(tmp_path: Path, drawn: dict[str, list[str]]) -> None:
+    """Pictures name the row of merge.csv, also behind a name of two lines; the tables of the page have the letters."""
+    merge = merge_of(tmp_path, [2, 2], [(0, 2, 0.8), (0, 3, 0.3), (1, 2, 0.71), (1, 3, 0.2)], {})
+    merge.sets[0].identities[:] = ["two\nlines", "\u738b"]
+    write_report(tmp_path, merge)
+    assert drawn == {"above_t": ["0:row 2 1:0"], "below_t": ["0:row 2 1:1", "0:row 3 1:1"]}
+    assert "<td>0:\u738b</td><td>1:0</td>" in (tmp_path / "report.html").read_text()
+
+
 def test_conflicts_are_of_people_who_stayed_two(tmp_path: Path, drawn: dict[str, list[str]]) -> None:
     """A pair that is not mutual, but whose two were joined by others, was no conflict."""
     links = [(0, 1, 0.9), (1, 2, 0.9), (0, 2, 0.7), (0, 3, 0.71), (1, 3, 0.2), (2, 3, 0.2)]
