@@ -136,7 +136,9 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
 
 def _known_by_heart(model: Path, sets: Sequence[FaceSet]) -> str | None:
     """A warning when `model` is of a run that trained on one of the sets."""
-    trained_on = {Path(root).resolve() for root in settings_beside(model).get("data.root", ())}
+    started_in = (Path(), *model.resolve().parents[:3])  # a relative path is one from where the training was started
+    roots = [Path(root) for root in settings_beside(model).get("data.root", ())]
+    trained_on = {(folder / root).resolve() for folder in started_in for root in roots}
     known = [str(faces.path) for faces in sets if trained_on & {faces.path.resolve(), faces.path.resolve().parent}]
     if not known:
         return None

@@ -126,6 +126,7 @@ def test_a_warning_of_the_calibration_is_shown(
         ("tiny", "{set}/train.rec", "auto", True),
         ("tiny", "{link}", "auto", True),
         ("by a link", "{set}", "auto", True),
+        ("by a relative path", "{set}", "auto", True),
         ("tiny", "{set}", "0.99", False),  # somebody else's judgement
         ("other", "{set}", "auto", False),
     ],
@@ -143,10 +144,11 @@ def test_a_model_that_knows_a_set_by_heart_is_warned_of(
     monkeypatch.setattr(calibration, "_LEAST_IDENTITIES", 2)
     (tmp_path / "link").symlink_to(tiny_set)
     first = spelled.format(set=tiny_set, link=tmp_path / "link")
-    if known == "by a link":
-        tiny_run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
+    if known.startswith("by "):
+        tiny_run = Path(shutil.copytree(tiny_run, tmp_path / "runs" / "name"))
         trained_with = json.loads((tiny_run / "config.json").read_text())
-        trained_with["data"]["root"] = [str(tmp_path / "link")]
+        # Merged from another folder than the one where the training was started, in which `runs` is.
+        trained_with["data"]["root"] = [str(tmp_path / "link") if known == "by a link" else "link"]
         (tiny_run / "config.json").write_text(json.dumps(trained_with))
     if known == "other":
         first = str(make_set(tmp_path / "other", (20, 21), range(2)))
