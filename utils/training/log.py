@@ -151,6 +151,8 @@ class TrainingLog:
                 config=dict(settings or {}),
                 allow_val_change=True,  # a run may go on with other settings
             )
+            # Its own steps only grow: it would drop those that are made again after a step back.
+            self._wandb.define_metric("*", step_metric="step")
             self._open.callback(self._wandb.finish)
         self.forget_after(step, verify_again)
 
@@ -182,7 +184,7 @@ class TrainingLog:
         for name, value in values.items():
             self._board.scalar(name, value, step)
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            self._wandb.log({"step": step, **values})
 
     def distributions(self, step: int, values: dict[str, np.ndarray]) -> None:
         """Log histograms of `values`, save for arrays that are empty or not finite."""
