@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -104,17 +105,24 @@ def test_published_settings_name_no_folders() -> None:
     assert [set_name(path) for path in ("sets/v1.5", "a/b.rec", "a/b/")] == ["v1.5", "b", "b"]
 
 
-def test_an_export_of_an_export_keeps_the_licence(tiny_run: Path, tmp_path: Path) -> None:
+def test_an_export_of_an_export_keeps_what_is_known(tiny_run: Path, tmp_path: Path) -> None:
     """The model card itself says how to make an ONNX file of the folder; another licence that is said goes first."""
+    run = Path(shutil.copytree(tiny_run, tmp_path / tiny_run.name))
+    (run / "test").mkdir()
+    sets = {"lfw": {"protocol": "10 folds", "accuracy": 0.9983, "std": 0.002}}
+    (run / "test" / "results.json").write_text(json.dumps({"sets": sets, "mirror": True}))
     flags = ["--format", "hub", "--workers", "0", "--images", "4"]
     for source, output, licence in (
-        (tiny_run, "hub", ["--licence", "mit"]),
+        (run, "hub", ["--licence", "mit"]),
         (tmp_path / "hub", "again", []),
         (tmp_path / "hub", "other", ["--licence", "bsd"]),
     ):
         export_main([str(source), *flags, "--output", str(tmp_path / output), *licence])
-    found = [front_matter((tmp_path / name / "README.md").read_text())["license"] for name in ("hub", "again", "other")]
-    assert found == ["mit", "mit", "bsd"]
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("hub", "again", "other")]
+    assert [front_matter(card)["license"] for card in cards] == ["mit", "mit", "bsd"]
+    for card in cards:
+        assert "| lfw | 10 folds | accuracy | 99.830 %" in card
+        assert "with the mirror image added" in card
 
 
 @pytest.mark.parametrize(

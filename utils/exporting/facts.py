@@ -73,6 +73,7 @@ class ModelFacts:
             "training_sets": self.training_sets or "unknown",
             "loss": self.loss or "unknown",
             "accuracy": json.dumps(self.accuracies()),
+            "mirror_added": json.dumps(self.mirror),
             "licence": self.licence or "unknown",
             "versions": json.dumps(versions()),
             **{key: repr(value) for key, value in own.items() if value is not None},

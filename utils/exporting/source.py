@@ -68,7 +68,7 @@ def load_source(
     saved = _saved_metadata(file)
     settings = run_settings(saved)
     run = file.parent if settings else None
-    tested = _tested(run / "test", embedder) if run else {}
+    tested = (_tested(run / "test", embedder) if run else {}) or _stated_tests(saved)
     facts = ModelFacts(
         name=run.resolve().name if run and file.name in (BEST, HUB_WEIGHTS) else name,
         network=loaded.name,
@@ -89,6 +89,16 @@ def _stated_licence(metadata: Mapping[str, str]) -> str:
     """That of an export that is exported again; empty: none was stated."""
     licence = metadata.get("licence", "")
     return "" if licence == "unknown" else licence
+
+
+def _stated_tests(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The accuracies that an export states, which is exported again, as `results.json` has them; {} for other files."""
+    try:
+        accuracies, mirror = json.loads(metadata["accuracy"]), json.loads(metadata["mirror_added"])
+        sets = {name: {"protocol": "10 folds", "accuracy": float(accuracy)} for name, accuracy in accuracies.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):  # another program's own words
+        return {}
+    return {"sets": sets, "mirror": bool(mirror)}
 
 
 def _tested(folder: Path, model: NetworkEmbedder) -> dict[str, Any]:
