@@ -9,7 +9,7 @@
 Nothing is decoded or encoded again. Images of records are called by their keys, those of a list by its lines, those of
 folders as they were: packed again (data/pack_set.py) they are in the same order. `prepared.csv` in OUTPUT says what
 went where: it appears when all is written. An interrupted run goes on where it stopped: a journal in OUTPUT names the
-blocks of images that are done, whose files are only checked by size; all others are written (again).
+blocks of images that are done, whose files are read and compared; all others are written (again).
 """
 
 import hashlib
@@ -163,11 +163,17 @@ def _write_block(block: _Block) -> _Written:
         extension = image_extension(image)
         kinds.append(EXTENSIONS.index(extension))
         path: Path = _worker["output"] / (name + extension * block.adds_extension)
-        if block.done and path.exists() and path.stat().st_size == len(image):
+        if block.done and _holds(path, image):
             continue
         _write(path, image)
         written, size = written + 1, size + len(image)
     return _Written(block.start, kinds, written, size)
+
+
+def _holds(path: Path, image: bytes) -> bool:
+    """Whether the file has these very bytes: a set may have been damaged before, or a disk after they were written."""
+    with naming(path):
+        return path.exists() and path.stat().st_size == len(image) and path.read_bytes() == image
 
 
 def _write(path: Path, image: bytes) -> None:
