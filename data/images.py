@@ -12,6 +12,9 @@ import numpy as np
 JPEG_END = b"\xff\xd9"
 # Not within what is compressed, where no others occur: 0xff itself, as ff 00, and those of restarts, ff d0 to ff d7.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+# What follows ff: markers of a frame's header, which has its size; what comes after all headers.
+_FRAMES = frozenset(bytes([kind]) for kind in range(0xC0, 0xD0) if kind not in (0xC4, 0xC8, 0xCC))
+_SCAN_OR_END = frozenset((b"\xda", b"\xd9"))
 EXTENSIONS = (".jpg", ".png", ".bmp", ".webp")
 
 
@@ -53,6 +56,26 @@ def _has_end(jpeg: bytes) -> bool:
     return False
 
 
+def plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
+    """Width and height that a JPEG claims in its header.
+
+    None for other formats, for one that does not end with its end marker, and for one with EXIF, which may say that it
+    is to be turned.
+    """
+    if not encoded.startswith(b"\xff\xd8\xff") or not encoded.endswith(JPEG_END):
+        return None
+    place = 2
+    while encoded[place : place + 1] == b"\xff":
+        kind, length = encoded[place + 1 : place + 2], int.from_bytes(encoded[place + 2 : place + 4], "big")
+        if kind in _FRAMES:
+            height, width = (int.from_bytes(encoded[at : at + 2], "big") for at in (place + 5, place + 7))
+            return width, height
+        if kind in _SCAN_OR_END or encoded[place + 4 : place + 8] == b"Exif":
+            return None
+        place += 2 + length
+    return None
+
+
 def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) -> list[int]:
     """Decode images (uint8 [bytes], not copied) into the rows of `faces`, uint8 [images, height, width, 3], RGB.
 
@@ -77,15 +100,21 @@ def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) ->
 def decode_face(encoded: bytes, size: int, resize: bool, where: object) -> np.ndarray:
     """Decode a face: uint8 [size, size, 3], RGB.
 
-    One of another size is scaled with `resize`, else it raises ImageError, as undecodable bytes do.
+    A square one of another size is scaled with `resize`; others raise ImageError, as undecodable bytes do.
     """
     image = decode_rgb(encoded, where)
-    if image.shape[:2] == (size, size):
+    height, width = image.shape[:2]
+    if height == width == size:
         return image
-    if resize:
+    if resize and height == width:
         return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA)
+    if resize:
+        raise ImageError(
+            f"{where} is {width}x{height} pixels: resizing it to a square would distort the face: align the set, or "
+            "crop its images (data/pack_set.py)"
+        )
     raise ImageError(
-        f"{where} is {image.shape[1]}x{image.shape[0]} pixels, expected {size}x{size}: "
+        f"{where} is {width}x{height} pixels, expected {size}x{size}: "
         f"align the set, or write it anew with data/pack_set.py --image-size {size} --other-sizes resize (a .bin: "
         "data/pack_bin.py); training may have another data.image_size; data.resize scales training images only"
     )

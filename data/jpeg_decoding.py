@@ -13,35 +13,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.images import ImageError, decode_face
+from data.images import ImageError, decode_face, plain_jpeg_size
 from utils.settings import ConfigError
 
-_JPEG = b"\xff\xd8\xff"
 Decoder = Callable[[list[Tensor]], list[Tensor]]
 
 
 class EncodedBatch(NamedTuple):
     """`content`: the images one after the other, uint8; image b is `content[offsets[b]:offsets[b + 1]]`, offsets int64
-    [B + 1]; `positions`: int64 [B], of the images in their set; `unreadable`: what is wrong, by b, with images that
+    [B + 1]; `positions`: int64 [B], of the images in their set; `plain`: bool [B], whether it is a JPEG of the wanted
+    size, by its header, that is whole and to be taken as it lies; `unreadable`: what is wrong, by b, with images that
     could not be read and are empty here."""
 
     content: Tensor
     offsets: np.ndarray
     positions: np.ndarray
+    plain: np.ndarray
     unreadable: Mapping[int, str]
 
 
 def join_encoded(
     images: Sequence[bytes],
     positions: Sequence[int],
+    size: int,
     unreadable: Mapping[int, str],
     empty: Callable[[tuple[int, ...]], Tensor],
 ) -> EncodedBatch:
-    """Put encoded images into one batch; `empty` makes its uint8 tensor of a shape."""
+    """Put encoded images, wanted in size x size pixels, into one batch; `empty` makes its uint8 tensor of a shape."""
     offsets = np.cumsum([0, *(len(image) for image in images)])
     content = empty((int(offsets[-1]),))
     content.numpy()[:] = np.frombuffer(b"".join(images), np.uint8)
-    return EncodedBatch(content, offsets, np.asarray(positions, np.int64), unreadable)
+    plain = np.array([plain_jpeg_size(image) == (size, size) for image in images])
+    return EncodedBatch(content, offsets, np.asarray(positions, np.int64), plain, unreadable)
 
 
 def decode_jpegs(
@@ -49,15 +52,16 @@ def decode_jpegs(
 ) -> tuple[Tensor, dict[int, str]]:
     """uint8 [B, size, size, 3] RGB on `device`, and what is wrong with the rows that are broken and zero.
 
-    On CUDA the GPU decodes what it can; OpenCV decodes the rest, which are other formats than JPEG, JPEGs that the GPU
-    refuses, and those of another size, to be scaled as `decode_face` scales. On the CPU OpenCV decodes all.
+    On CUDA the GPU decodes the plain JPEGs that it can; OpenCV decodes the rest, or says what is wrong with them: other
+    formats, what is cut off, claims another size, or has EXIF (OpenCV turns pictures as that says, a GPU does not), and
+    what the GPU refuses. On the CPU OpenCV decodes all.
     `describe` names an image by its position.
     """
     count = len(batch.positions)
     jpegs = [batch.content[start:end] for start, end in zip(batch.offsets, batch.offsets[1:], strict=False)]
     faces = torch.zeros((count, size, size, 3), dtype=torch.uint8, device=device)
     decoder = device_decoder(device)
-    rows = [row for row in range(count) if bytes(jpegs[row][:3].numpy()) == _JPEG] if decoder else []
+    rows = np.flatnonzero(batch.plain).tolist() if decoder else []
     decoded = decode_what_can_be(decoder, [jpegs[row] for row in rows]) if decoder and rows else []
     fits = {row: face for row, face in zip(rows, decoded, strict=True) if face is not None}
     fits = {row: face for row, face in fits.items() if face.shape == (3, size, size)}

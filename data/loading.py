@@ -102,7 +102,7 @@ class _EncodedFaces(Dataset):
                     raise
                 images.append(b"")
                 unreadable[row] = str(error)
-        return join_encoded(images, positions, unreadable, _empty)
+        return join_encoded(images, positions, self._faces.size, unreadable, _empty)
 
 
 class EpochBatches(Sampler[list[int]]):

@@ -21,7 +21,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import cv2
 import numpy as np
 
 from config import PRESETS, READS, Config, ReportConfig
@@ -30,7 +29,7 @@ from data.face_sets import FaceSetError, only_set, property_line
 from data.survey import Survey, choose_sample, decode, decode_images, survey_heads, why_broken
 from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records, open_records
 from utils.arrays import distinct
-from utils.face_sheets import draw_contact_sheet
+from utils.face_sheets import draw_contact_sheet, in_square
 from utils.files import require_free, write_csv_atomic, write_text_atomic
 from utils.plots import draw_curves
 from utils.processes import worker_count
@@ -216,7 +215,7 @@ def _draw_faces(path: Path, records: Records, survey: Survey, options: ReportCon
     names = []
     for label in np.sort(rng.choice(labels, min(options.rows, labels.size), replace=False)).tolist():
         images = rng.permutation(np.flatnonzero(survey.good & (survey.labels == label)))
-        faces = [_tile(face) for face in islice(_decodable(records, survey, images), COLUMNS)]
+        faces = [in_square(face, TILE) for face in islice(_decodable(records, survey, images), COLUMNS)]
         tiles += faces + [np.full((TILE, TILE, 3), 255, np.uint8)] * (COLUMNS - len(faces))
         names.append(f"{records.identity(label)} ({images.size:,})")
     draw_contact_sheet(path, tiles, COLUMNS, "random identities (images of each)", names)
@@ -228,15 +227,6 @@ def _decodable(records: Records, survey: Survey, positions: np.ndarray) -> Itera
             yield decode(records, i)
         except (ValueError, OSError):
             survey.broken[i] = True
-
-
-def _tile(face: np.ndarray) -> np.ndarray:
-    """The face in the middle of a white square of TILE pixels, made larger or smaller to fit."""
-    tile = np.full((TILE, TILE, 3), 255, np.uint8)
-    height, width = (max(1, round(TILE * side / max(face.shape[:2]))) for side in face.shape[:2])
-    top, left = (TILE - height) // 2, (TILE - width) // 2
-    tile[top : top + height, left : left + width] = cv2.resize(face, (width, height), interpolation=cv2.INTER_AREA)
-    return tile
 
 
 def repair(records: Records, survey: Survey, output: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data.face_sets import EncodedImages, FaceSet, images_by_identity
-from data.images import decode_face
+from data.images import decode_rgb
 from data.joined_sets import JoinedFaceSet
 from dataset_merge.calibration import Calibration
 from dataset_merge.cleaning import Findings
@@ -15,7 +15,7 @@ from dataset_merge.decisions import Decision, Identities, decision_counts
 from dataset_merge.duplicates import Duplicate
 from dataset_merge.exclude import HeldOutSet, Leaks
 from dataset_merge.grouping import Grouping
-from utils.face_sheets import draw_contact_sheet
+from utils.face_sheets import draw_contact_sheet, in_square
 from utils.html_report import HtmlReport
 from utils.plots import draw_marked_scores, draw_score_histogram
 
@@ -96,7 +96,7 @@ class _Faces:
 
 def face(images: EncodedImages, i: int, size: int) -> np.ndarray:
     """An image as pictures show it, uint8 [size, size, 3] RGB."""
-    return decode_face(images.encoded(i), size, resize=True, where=images.describe(i))
+    return in_square(decode_rgb(images.encoded(i), images.describe(i)), size)
 
 
 def write_report(folder: Path, merge: Merge) -> None:

@@ -157,7 +157,7 @@ def test_a_set_of_one_identity_is_refused_at_once(tiny_set: Path, tmp_path: Path
 
 def test_a_set_of_another_size_is_refused_at_once(tiny_set: Path, tmp_path: Path) -> None:
     """One line that says what to set, before anything is written, not a line for each image; a few images of another
-    size are left to `data.broken_limit`, and `data.resize` takes all.
+    size are left to `data.broken_limit`, and `data.resize` takes all that are square.
     """
     message = r"data\.root: .*: 48 of 48 images that were looked at do not have 48x48 pixels; 48 have 32x32: .*resize"
     with pytest.raises(FaceSetError, match=message):
@@ -167,9 +167,16 @@ def test_a_set_of_another_size_is_refused_at_once(tiny_set: Path, tmp_path: Path
         for identity in range(4):
             out.add_identity([b"broken", encode_png(np.zeros((16, 16, 3), np.uint8)), tiny_face(identity, 0)])
     faces = open_training_set([tmp_path / "mixed"], 1)
-    require_size(faces, 32, most=6)
+    require_size(faces, 32, most=6, resize=False)
     with pytest.raises(FaceSetError, match="4 of 8 images"):
-        require_size(faces, 32, most=5)
+        require_size(faces, 32, most=5, resize=False)
+    require_size(faces, 24, most=0, resize=True)
+    with write_face_set(tmp_path / "photos", 32) as out:
+        out.add_identity([encode_png(np.zeros((16, 32, 3), np.uint8))])
+        out.add_identity([encode_png(np.zeros((16, 32, 3), np.uint8))])
+    message = r"photos.*: 2 of 2 images .* are not square; 2 have 32x16: align the set \(data/pack_set\.py\)"
+    with pytest.raises(FaceSetError, match=message):
+        train(configure(tmp_path / "photos", tmp_path, data__resize=True, train__batch_size=2))
 
 
 @pytest.mark.parametrize("order", ["blocks", "balanced"])

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,6 +53,15 @@ def draw_contact_sheet(
         middle = sheet.shape[0] - GAP / 2 - (row + 0.5) * pitch
         draw_text(figure, GAP / width, middle / height, label, fontsize=9, va="center_baseline")
     save(figure, path, [(sheet, height - sheet.shape[0], left)])
+
+
+def in_square(face: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """A face, uint8 [H, W, 3], in the middle of a white square of `side` pixels, made larger or smaller to fit."""
+    square = np.full((side, side, 3), 255, np.uint8)
+    height, width = (max(1, round(side * length / max(face.shape[:2]))) for length in face.shape[:2])
+    top, left = (side - height) // 2, (side - width) // 2
+    square[top : top + height, left : left + width] = cv2.resize(face, (width, height), interpolation=cv2.INTER_AREA)
+    return square
 
 
 @with_any_names

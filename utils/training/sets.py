@@ -24,8 +24,7 @@ def open_faces(data: DataConfig) -> FaceSet:
                 f"{faces.path}: all of its {len(faces):,} images are of one identity, {faces.identities[0]}: a set has "
                 "a folder, or a label, for each person, two or more"
             )
-        if not data.resize:
-            require_size(faces, data.image_size, data.broken_limit)
+        require_size(faces, data.image_size, data.broken_limit, data.resize)
     except FaceSetError as error:
         raise FaceSetError(f"data.root: {error}") from None
     return faces
