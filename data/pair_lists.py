@@ -130,7 +130,8 @@ def _image_file(images: Path, name: str, number: int) -> Path:
     jpeg = images / name / f"{name}_{number:04d}.jpg"
     if jpeg.exists():
         return jpeg
-    others = (jpeg.with_name(jpeg.stem + ending) for ending in sorted(IMAGE_ENDINGS))
+    endings = sorted(IMAGE_ENDINGS)
+    others = (jpeg.with_name(jpeg.stem + ending) for ending in (*endings, *map(str.upper, endings)))
     return next((file for file in others if file.exists()), jpeg)
 
 

@@ -97,11 +97,13 @@ def test_lfw_is_rebuilt(tmp_path: Path, face_data: Path) -> None:
 
 
 def test_blanks_and_other_endings(tmp_path: Path, images: Path) -> None:
-    """Blanks separate as well as tabs; an image may be a .png."""
+    """Blanks separate as well as tabs; an image may be a .png, or a .JPG as cameras name it."""
     jpeg = images / "Bob" / "Bob_0003.jpg"
     jpeg.rename(jpeg.with_suffix(".png"))
+    other = images / "Bob" / "Bob_0012.jpg"
+    other.rename(other.with_suffix(".JPG"))
     pairs = read_pairs(written(tmp_path / "pairs", "Bob 3 12\n"), images)
-    assert pairs[0].files == (jpeg.with_suffix(".png"), images / "Bob" / "Bob_0012.jpg")
+    assert pairs[0].files == (jpeg.with_suffix(".png"), other.with_suffix(".JPG"))
     assert pairs[0].same
 
 
