@@ -104,13 +104,13 @@ def make_sets(output: Path, more: Path, demo: DemoConfig, workers: int) -> None:
     overlap = demo.more_people // 2
     again = [*known[:overlap], *range(FIRST_NEW_PERSON, FIRST_NEW_PERSON + demo.more_people - overlap)]
     shots, other_shots = range(demo.shots), range(demo.shots, 2 * demo.shots)
-    with write_face_set(output, IMAGE_SIZE) as out:
+    # Both appear at the end: what is interrupted leaves neither of them.
+    with write_face_set(output, IMAGE_SIZE) as out, write_face_set(more, IMAGE_SIZE) as second:
         parts = ((known, shots), (strangers, shots), (again, other_shots))
         train, test, others = draw_albums(parts, demo.seed, workers, "draw people")
         add_people(out, train)
         write_bin(out.folder / "demo.bin", *make_pairs(test, demo.seed))
-    with write_face_set(more, IMAGE_SIZE) as out:
-        add_people(out, others)
+        add_people(second, others)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

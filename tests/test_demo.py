@@ -2,10 +2,13 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,12 @@ import numpy as np
 import pytest
 
 from config import DemoConfig
+from data import make_demo_set
 from data.face_sets import RecFaceSet
 from data.make_demo_set import FIRST_NEW_PERSON, FIRST_TEST_PERSON, draw_people, make_pairs, make_sets
 from data.verification_bin import read_bin
 from utils import demo
+from utils.files import BusyError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = DemoConfig(people=4, shots=3, test_people=3, more_people=4)
@@ -70,12 +75,86 @@ def test_all_four_jobs(tmp_path: Path) -> None:
             if word.startswith("demo/"):
                 assert (tmp_path / word).exists(), word
     assert "% untrained" in summary
+    assert not (tmp_path / "runs").exists(), "all is in one folder"
 
     (demo / ".made_by_the_demo").unlink()
     refused = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert refused.returncode == 1
     assert "was not made by the demo" in refused.stderr
     assert (demo / "merged" / "train.rec").exists()
+
+
+def test_starting_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt while the folder is emptied is no end of it, wherever it comes; nor is a folder on another disk."""
+    folder = tmp_path / "demo"
+    (tmp_path / "disk").mkdir()
+    folder.symlink_to(tmp_path / "disk")
+    with demo.start_afresh(folder):
+        (folder / "set").mkdir()
+        for name in ("a", "z"):
+            (folder / name).touch()
+            (folder / "set" / name).touch()
+        with pytest.raises(BusyError, match="demo is being written by another process"), demo.start_afresh(folder):
+            raise AssertionError("two demos in one folder")
+    remove = os.unlink
+    for number in range(5):
+        with pytest.MonkeyPatch.context() as patch:
+            left = iter(range(number))
+
+            def interrupt(*path: Any, left: Iterator[int] = left, **options: Any) -> None:
+                if next(left, None) is None:
+                    raise KeyboardInterrupt
+                remove(*path, **options)
+
+            patch.setattr(os, "unlink", interrupt)
+            with suppress(KeyboardInterrupt), demo.start_afresh(folder):
+                pass
+    with demo.start_afresh(folder):
+        assert [path.name for path in folder.iterdir()] == [demo.MARKER]
+
+
+def test_an_end_from_outside_ends_what_was_started(tmp_path: Path) -> None:
+    """SIGTERM, from a scheduler or `timeout`: a training that goes on would write where the next demo begins."""
+    (tmp_path / "endless.py").write_text("import time; print('started', flush=True); time.sleep(60)")
+    program = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom utils import demo\n"
+        f"from utils.scripts import readable_errors\ndemo.ROOT = Path({str(tmp_path)!r})\n"
+        "with readable_errors('demo', ''), demo.ended_by_signals():\n    demo.run(['endless.py'])\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        while process.stdout.readline() != b"started\n":
+            pass
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+        assert process.stdout.read() == b"", "the pipe is open as long as the script runs"
+        assert process.stderr.read() == b"\ndemo: stopped; run it again to start afresh\n"
+
+
+@pytest.mark.parametrize("flag", ["--merge.dry-run", "--data.verification=none", "--demo.output=there"])
+def test_what_the_demo_sets_itself(tmp_path: Path, flag: str) -> None:
+    """Refused before the first job: the last one would find nothing to sum up."""
+    name = flag.removeprefix("--").split("=")[0].replace("-", "_")
+    with pytest.raises(SystemExit, match=rf"demo: {name}: the demo sets it itself"):
+        demo.main(["--folder", str(tmp_path / "demo"), flag])
+    assert not (tmp_path / "demo").exists()
+
+
+def test_an_interrupt_leaves_neither_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command would stop at the one that is there; and it is said that nothing was written."""
+    add, calls = make_demo_set.add_people, iter((False, True))
+
+    def interrupt(*arguments: Any) -> None:
+        if next(calls):
+            raise KeyboardInterrupt
+        add(*arguments)
+
+    monkeypatch.setattr(make_demo_set, "add_people", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        make_sets(tmp_path / "set", tmp_path / "more", SMALL, workers=0)
+    assert not (tmp_path / "set").exists()
+    assert not (tmp_path / "more").exists()
 
 
 def test_scripts_side_by_side(

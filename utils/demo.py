@@ -10,35 +10,69 @@ import csv
 import json
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import PRESETS, READS, Config
-from data.make_demo_set import set_folders
+from utils.files import lock_file
+from utils.interrupts import Stopped
 from utils.scripts import readable_errors
-from utils.settings import as_flags, build, flatten, is_read, parse_settings
+from utils.settings import ConfigError, as_flags, build, flatten, is_read, parse_settings
 from utils.training.metrics import read_metrics
 
 PRESET = ("--preset", "demo")
 MARKER = ".made_by_the_demo"
+#: The demo says itself where its parts go, and sums them all up.
+FIXED = (
+    *("demo.output", "demo.more", "common.runs", "data.root", "data.verification", "train.name", "test.model"),
+    *("merge.sets", "merge.output", "merge.model", "merge.dry_run", "merge.decisions"),
+)
 
 
-def start_afresh(folder: Path) -> None:
-    """Make `folder` empty; one that the demo did not make is left alone, with an error."""
-    if folder.exists():
-        if any(folder.iterdir()) and not (folder / MARKER).exists():
-            sys.exit(f"demo: {folder} exists and was not made by the demo: move it, or name another with --folder")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    (folder / MARKER).touch()
+@contextmanager
+def start_afresh(folder: Path) -> Iterator[None]:
+    """Make `folder` empty, and have it alone within the block; one that the demo did not make is left as it is.
+
+    Raises FileExistsError for such a one, BusyError when another demo writes there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / MARKER
+    if not marker.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} exists and was not made by the demo: move it, or name another with --folder")
+    with marker.open("a") as file:
+        lock_file(file.fileno(), marker, folder, wait=False)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != MARKER:  # which stays to the end: without it nobody could start afresh
+                path.unlink()
+        yield
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that what was started ends with it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped; run it again to start afresh", 128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(*scripts: Sequence[object]) -> None:
@@ -92,43 +126,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if argv is None else argv)
     with readable_errors("demo", "run it again to start afresh"):
         config = parse_settings(Config, PRESETS, ("demo", "common"), __doc__, [*PRESET, *given])
-        run_all(config)
+        preset = flatten(build(Config, PRESETS["demo"]))
+        overrides = {name: value for name, value in flatten(config).items() if value != preset[name]}
+        if fixed := next((name for name in FIXED if name in overrides), None):
+            raise ConfigError(f"{fixed}: the demo sets it itself; its folder is chosen with --folder")
+        folder = Path(config.demo.folder)
+        with ended_by_signals(), start_afresh(folder):
+            run_all(folder, overrides)
 
 
-def run_all(config: Config) -> None:
-    """Run the four jobs with their own command lines, then sum up."""
+def run_all(folder: Path, overrides: dict[str, Any]) -> None:
+    """Run the four jobs with their own command lines, with settings that differ from the preset's, then sum up."""
     began = time.monotonic()
-    folder = Path(config.demo.folder)
-    (first, second), merged, trained = set_folders(config.demo), folder / "merged", folder / "runs" / "demo"
-    preset = flatten(build(Config, PRESETS["demo"]))
-    overrides = {name: value for name, value in flatten(config).items() if value != preset[name]}
+    first, second, merged, runs = (folder / name for name in ("set", "more", "merged", "runs"))
+    trained = runs / "demo"
 
     def script(path: str, name: str) -> list[str]:
         """The script with those settings that it reads."""
         return [path, *as_flags({one: value for one, value in overrides.items() if is_read(one, READS[name])})]
 
-    start_afresh(folder)
     run([*script("data/make_demo_set.py", "make_demo_set"), "--output", first, "--more", second])
     run([*script("data/prepare_data.py", "prepare"), "--rec_data_path", first, "--output", folder / "images"])
-    run([*script("train.py", "train"), *PRESET, "--data.root", first, "--runs", folder / "runs", "--name", "demo"])
-    merge = ("--merge", f"{first},{second}", "--output", merged, "--model", trained)
+    run([*script("train.py", "train"), *PRESET, "--data.root", first, "--runs", runs, "--name", "demo"])
+    merge = ("--merge", f"{first},{second}", "--output", merged, "--model", trained, "--runs", runs)
     run(
-        [*script("all_pair_test.py", "test"), *PRESET, first / "demo.bin", second, "--model", trained],
+        [*script("all_pair_test.py", "test"), *PRESET, first / "demo.bin", second, "--model", trained, "--runs", runs],
         [*script("dataset_merge/dataset_merge.py", "merge"), *PRESET, *merge],
     )
 
-    before = next(line["verify/demo"] for line in read_metrics(trained) if "verify/demo" in line)
+    verified = {line["step"]: 100 * line["verify/demo"] for line in read_metrics(trained) if "verify/demo" in line}
+    before = f"{verified[0]:.1f} %" if 0 in verified else "not measured"
     results = json.loads((trained / "test" / "results.json").read_text())
     right, wrong, in_both = count_joins(merged, first, second)
     print(f"""
 The four jobs ran in {time.monotonic() - began:.0f} s, on faces drawn by a program: enough to try it, no more.
 
-  accuracy on unseen people   {100 * before:.1f} % untrained, {100 * results["sets"]["demo"]["accuracy"]:.1f} % trained
+  accuracy on unseen people   {before} untrained, {100 * results["sets"]["demo"]["accuracy"]:.1f} % trained
   merge                       {right} of {in_both} people in both sets joined, {wrong} joined wrongly
   the people                  {first / "people.png"}
   folders of images           {folder / "images"}
   model                       {trained / "best.safetensors"}
-  logs                        {trained / "metrics.jsonl"}, or: tensorboard --logdir {folder / "runs"}
+  logs                        {trained / "metrics.jsonl"}, or: tensorboard --logdir {runs}
   pictures                    {trained / "loss.png"}, {trained / "accuracy.png"},
                               {trained / "test" / "roc.png"}
   report of the test          {trained / "test" / "report.html"}
