@@ -284,6 +284,7 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     # Launch the network's kernels as CUDA graphs: for one card whose host is slow at launching them one by one, which
     # small batches and networks feel most. Not where a batch takes several passes, or activations are computed anew.
+    # The log's memory leaves out the network's activations then: they lie in memory of the graphs' own.
     cuda_graph: bool = False
     # On several cards: batch norm over the images of all of them.
     sync_bn: bool = False

@@ -16,7 +16,6 @@ of a process that does nothing else, beyond the embeddings it is given.
 import argparse
 import multiprocessing
 import platform
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.peak_memory import begin_peak, peak
 from utils.devices import full_precision
 from utils.evaluation.all_pairs import all_pairs
 from utils.evaluation.bootstrap import bootstrap_identities, bootstrap_pairs
@@ -50,7 +50,6 @@ def main() -> None:
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     print(f"{name}, {torch.get_num_threads()} CPU threads, torch {torch.__version__}\n")
     sizes = [int(size) for size in arguments.dimensions.split(",")]
-    # First, because a process begins with the peak of the one that started it.
     _memory_table(arguments.images, sizes, device)
     _pairs_table(arguments.pairs, arguments.repeats)
     _all_pairs_table(arguments.images, sizes, arguments.repeats, device)
@@ -184,9 +183,9 @@ def _peak(images: int, size: int, device: str) -> int:
         before = torch.cuda.memory_allocated()
         all_pairs(embeddings, labels)
         return torch.cuda.max_memory_allocated() - before
-    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    before = begin_peak()
     all_pairs(embeddings, labels)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return peak() - before
 
 
 if __name__ == "__main__":

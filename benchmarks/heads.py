@@ -5,25 +5,28 @@
     python benchmarks/heads.py --classes 1000000,10000000 --batch-size 512 --matmul bf16 --blocks 8192,32768   # a GPU
 
 The peer is PartialFC as other trainers have it, written plainly: normalise all sampled centres, all logits in memory,
-gradients by autograd, torch.optim.SGD. Each engine runs in a process of its own, so that one's memory is not another's;
-ratios are of the best of several steps. Ours are made as training makes them: compiled on a GPU (the column "by" tells
-what that came to: kernels of ours, torch.compile's, or plain torch where these failed). Memory is what a step
-needs at its peak beyond the centres and their momentum: allocated bytes on a GPU, growth of the process on the CPU.
+gradients by autograd, torch.optim.SGD. On the CPU each engine runs in a process of its own, so that one's memory is not
+another's; ratios are of the best of several steps. Ours are made as training makes them: compiled on a GPU (the column
+"by" tells what that came to: kernels of ours, torch.compile's, or plain torch where these failed). The peer and an
+unsampled `dense` have float32 products, whatever --matmul says. Memory is what a step needs at its peak beyond the
+centres and their momentum: allocated bytes on a GPU, growth of the process on the CPU.
 
-Bound: what all classes cannot be done without, four products (three for `dense`) at the speed of a product of large
-matrices, and five passes over float32 rows (centres read twice and written, momentum read and written) at that of a
-large copy, both measured in the same run; and the share of it that the step reaches.
+Of the limits: four products (three for the peer and `dense`) at the speed of a product of large matrices of their
+precision, then five passes over float32 rows (centres read twice and written, momentum read and written) at that of a
+large copy, all measured in the same run: the time of these, one after the other, as a share of the step's. Who computes
+and copies at once could have more than 1.
 """
 
 import argparse
 import itertools
 import multiprocessing
 import platform
-import resource
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -31,10 +34,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.peak_memory import begin_peak, peak
 from models.heads import BlockwiseHead, Head, RowSGD, automatic_block, create_head
 from models.heads.fused_steps import FusedMaths
 from models.losses import create_loss
-from utils.compiling import Compiled
+from utils.compiling import Compiled, shortly
 from utils.training.flops import copy_bytes_per_s, matmul_flops_per_s
 
 
@@ -56,8 +60,8 @@ class Case:
         """Share of the classes that take part."""
         return 0.1 if "0.1" in self.engine else 1.0
 
-    def bound(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """Seconds that a step takes at least."""
+    def limits(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """Seconds of a step's products, and then of its passes over the centres."""
         numbers = self.rate * self.classes * self.embedding_size
         products = 4 if self.engine.startswith("blockwise") else 3
         return products * 2 * self.batch_size * numbers / flops_per_s + 5 * 4 * numbers / bytes_per_s
@@ -92,9 +96,22 @@ class PlainPartialFC:
             self.weight[index], self.momentum[index] = rows.detach(), optimizer.state[rows]["momentum_buffer"]
 
 
-def measure(case: Case) -> tuple[float, float, str]:
-    """Seconds of the best step; bytes that a step needs beyond centres and momentum; what computed the blocks."""
+class Measured(NamedTuple):
+    """`seconds` of the best step; `extra`: bytes that a step needs beyond centres and momentum; `by`: what computed the
+    blocks; `products`: their precision."""
+
+    seconds: float
+    extra: float
+    by: str
+    products: str
+
+
+def measure(case: Case) -> Measured:
+    """Take the steps of `case`, in this process."""
     on_gpu = case.device == "cuda"
+    if on_gpu:  # of the engine before
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     faces = torch.randn(case.batch_size, case.embedding_size, device=case.device)
     labels = torch.randint(0, case.classes, (case.batch_size,), device=case.device)
     if case.engine.startswith("peer"):
@@ -119,7 +136,7 @@ def measure(case: Case) -> tuple[float, float, str]:
         head.lr = 0.1
         for state in head.optimizer_states():
             state.zero_()
-    before = torch.cuda.memory_allocated() if on_gpu else _resident()
+    before = torch.cuda.memory_allocated() if on_gpu else begin_peak()
     times = []
     for step in range(case.steps):
         embeddings = faces.clone().requires_grad_()
@@ -132,8 +149,9 @@ def measure(case: Case) -> tuple[float, float, str]:
         times.append(_now(on_gpu) - began)
         if on_gpu and step == 0:
             torch.cuda.reset_peak_memory_stats()  # a compiler tries its kernels on copies
-    peak = torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return min(times), peak - before, "" if case.engine.startswith("peer") else computed_by(head)
+    most = torch.cuda.max_memory_allocated() if on_gpu else peak()
+    by = "" if case.engine.startswith("peer") else computed_by(head)
+    return Measured(min(times), most - before, by, case.matmul if by else "fp32")
 
 
 def computed_by(head: Head) -> str:
@@ -152,9 +170,11 @@ def _now(on_gpu: bool) -> float:
     return time.perf_counter()
 
 
-def _resident() -> int:
-    """Bytes of the process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+def _process(device: str) -> ProcessPoolExecutor:
+    """What measures in another process: a new one for each engine, but on a GPU, which tells what is allocated, the
+    same for all, until one fails: to start takes seconds."""
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(1, spawn, max_tasks_per_child=None if device == "cuda" else 1)
 
 
 def main() -> None:
@@ -169,7 +189,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--embedding-size", type=int, default=512)
     parser.add_argument("--blocks", default="0", help="classes computed at a time by blockwise; 0: automatic")
-    parser.add_argument("--matmul", choices=("fp32", "bf16"), default="fp32", help="of our engines")
+    parser.add_argument("--matmul", choices=("fp32", "bf16"), default="fp32", help="of blockwise heads")
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,17 +197,20 @@ def main() -> None:
         torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
     )
     print(f"{name}, torch {torch.__version__}; batch {arguments.batch_size}, {arguments.embedding_size} dimensions,")
-    flops_per_s = matmul_flops_per_s(
-        torch.device(device), torch.bfloat16 if arguments.matmul == "bf16" else torch.float32
-    )
+    flops_per_s = {"fp32": matmul_flops_per_s(torch.device(device), torch.float32)}
+    if arguments.matmul == "bf16":
+        flops_per_s["bf16"] = matmul_flops_per_s(torch.device(device), torch.bfloat16)
     bytes_per_s = copy_bytes_per_s(torch.device(device))
     automatic = automatic_block(arguments.batch_size, torch.device(device))
-    print(f"automatic blocks of {automatic:,} classes; products in {arguments.matmul} at {flops_per_s / 1e12:,.1f}")
-    print(f"TFLOP/s, copies at {bytes_per_s / 1e9:,.0f} GB/s\n")
+    rates = ", ".join(f"products in {name} at {rate / 1e12:,.1f} TFLOP/s" for name, rate in flops_per_s.items())
+    print(f"automatic blocks of {automatic:,} classes; {rates},")
+    print(f"copies at {bytes_per_s / 1e9:,.0f} GB/s\n")
     print(
-        "| classes | engine | block | by | ms a step | of dense | images/s | MiB beyond centres and momentum | bound |"
+        "| classes | engine | block | by | products | ms a step | of dense | images/s "
+        "| MiB beyond centres and momentum | of the limits |"
     )
-    print("|" + "---|" * 9)
+    print("|" + "---|" * 10, flush=True)
+    alone = _process(device)
     for classes in map(int, arguments.classes.split(",")):
         reference = None
         for engine, block in itertools.product(arguments.engines.split(","), map(int, arguments.blocks.split(","))):
@@ -198,20 +221,27 @@ def main() -> None:
                 arguments.steps,
             )  # fmt: skip
             named = f"{block or automatic:,}" if engine.startswith("blockwise") else ""
-            with multiprocessing.get_context("spawn").Pool(1) as alone:
-                try:
-                    seconds, extra, by = alone.apply(measure, (case,))
-                except torch.OutOfMemoryError:
-                    print(f"| {classes:,} | {engine} | {named} | | does not fit | | | | |", flush=True)
-                    continue
-            reference = seconds if engine == "dense" else reference
-            ratio = f"{seconds / reference:.2f}" if reference else ""
-            rate, bound = arguments.batch_size / seconds, case.bound(flops_per_s, bytes_per_s) / seconds
+            try:
+                found = alone.submit(measure, case).result()
+            except torch.OutOfMemoryError:
+                print(f"| {classes:,} | {engine} | {named} | | | does not fit | | | | |", flush=True)
+                continue
+            except Exception as error:  # the others are still worth measuring
+                reason = shortly(error).replace("|", "/")
+                print(f"| {classes:,} | {engine} | {named} | | | failed: {reason} | | | | |", flush=True)
+                alone.shutdown()
+                alone = _process(device)
+                continue
+            reference = found.seconds if engine == "dense" else reference
+            ratio = f"{found.seconds / reference:.2f}" if reference else ""
+            limits = case.limits(flops_per_s[found.products], bytes_per_s)
             print(
-                f"| {classes:,} | {engine} | {named} | {by} | {1000 * seconds:,.1f} | {ratio} | {rate:,.0f} "
-                f"| {extra / 2**20:,.0f} | {bound:.2f} |",
+                f"| {classes:,} | {engine} | {named} | {found.by} | {found.products} | {1000 * found.seconds:,.1f} "
+                f"| {ratio} | {arguments.batch_size / found.seconds:,.0f} | {found.extra / 2**20:,.0f} "
+                f"| {limits / found.seconds:.2f} |",
                 flush=True,
             )
+    alone.shutdown()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ does in Python: split every line of the index, put two ints into a dict; it does
 import argparse
 import os
 import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks.peak_memory import begin_peak, peak
 from data.face_sets import RecFaceSet
 from data.recordio import MAGIC
 
@@ -59,11 +59,11 @@ def naive(path: Path) -> int:
 
 def measure(path: Path, how: str) -> None:
     """In a fresh process: seconds, and how much its memory grew at most, in MiB."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = begin_peak()
     began = time.perf_counter()
     count = naive(path) if how == "naive" else len(RecFaceSet(path))
     seconds = time.perf_counter() - began
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    grown = (peak() - before) / 2**20
     print(f"{count} {seconds} {grown}")
 
 

@@ -6,29 +6,31 @@
 
 Ours is the trainer's step, made as train.py makes it, from decoded faces (uint8) on the host to updated weights. The
 peer is the loop that other trainers have, written plainly (see PlainLoop); the faces it gets are normalised float32
-already, which its workers would have done. The two run in turns, each in a process of its own, so that noise hits both
-and one's memory is not another's. Numbers are medians over the rounds, ratios those of medians. A quarter more steps go
-ahead of a turn's, untimed: workers start in them, and what they decode ahead is used up. What takes how long, and the
-table's line by the rounds so far, go to the standard error as they come. What our step says, that it is not compiled,
-say, stands under the table.
+already, which its workers would have done, and are copied ahead as ours are. The two run in turns, each in a process of
+its own, so that noise hits both and one's memory is not another's. Numbers are medians over the rounds, ratios those of
+medians. A quarter more steps go ahead of a turn's, untimed: workers start in them, and use up what they decode ahead,
+two batches each, if there are as many. What takes how long, and the table's line by the rounds so far, go to the
+standard error as they come. What our step says, that it is not compiled, say, stands under the table.
 
 Wait: time that the loop, on the host, waits for a batch in memory. MiB: memory at its peak beyond what the process had
-before the network was made; allocated bytes on a GPU, growth of the process on the CPU. MFU: share of the rate that
+before the network was made, from the third step on; allocated bytes on a GPU, growth of the process on the CPU. With
+--cuda-graph the network's activations are not in it: they lie in memory of the graph's own. MFU: share of the rate that
 the network's convolutions and products, forward and backward (three times forward; the head's are not counted), would
-have at the speed of a product of large matrices in the same precision, the best of the rounds. Roofline: the same
-when norms and PReLUs get their time too: what they must move through memory at the speed of a large copy. For every
-value, a batch norm moves three forward (read for the statistics, read, written) and five backward (value and gradient
-read for the sums, read again, gradient written), a PReLU two (read, written) and three (value and gradient read,
-gradient written): each as a kernel of its own. A compiler that joins them moves less. JPEG: ours with the images of a
-face set read, decoded by workers and copied, and its share of the rate with faces in memory.
+have at the speed of a product of large matrices in the same precision, the best of the rounds. Roofline: the same when
+norms and PReLUs get their time too: what they must move through memory at the speed of a large copy. For every value, a
+batch norm moves three forward (read for the statistics, read, written) and five backward (value and gradient read for
+the sums, read again, gradient written), a PReLU two (read, written) and three (value and gradient read, gradient
+written): each as a kernel of its own. A compiler that joins them moves less. JPEG: ours with the images of a face set
+read, decoded by workers and copied, and its share of the rate with faces in memory. A side that fails, or the JPEGs,
+have no numbers, and what failed stands under the table.
 """
 
 import argparse
 import itertools
+import math
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import sys
 import time
@@ -37,7 +39,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -48,6 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from benchmarks.peak_memory import begin_peak, peak
 from config import Config, ModelConfig, TrainConfig
 from data.face_sets import open_face_set
 from data.loading import Batch, DecodedFaces, EpochBatches, flips, training_loader
@@ -133,13 +136,8 @@ class OurLoop:
 
     def in_memory(self, case: Case) -> Iterator[Batch]:
         """Batches of random faces, as they come from `on_device`."""
-        pin = self._device.type == "cuda"
-        batches = []
-        for _ in range(IN_MEMORY):
-            faces = torch.randint(0, 256, (case.batch_size, SIZE, SIZE, 3), dtype=torch.uint8)
-            labels = torch.randint(0, case.classes, (case.batch_size,))
-            batches.append(Batch(faces.pin_memory(), labels.pin_memory(), []) if pin else Batch(faces, labels, []))
-        return on_device(itertools.islice(itertools.cycle(batches), case.batches), self._device)
+        shape = (case.batch_size, SIZE, SIZE, 3)
+        return in_turn(lambda: torch.randint(0, 256, shape, dtype=torch.uint8), case, self._device)
 
     def from_jpegs(self, case: Case) -> Callable[[], Iterator[Batch]]:
         """Starts the next pass over the face set, a turn's batches of it, loaded as training does."""
@@ -162,7 +160,7 @@ class PlainLoop:
 
     NCHW, eager; float16 autocast with a gradient scaler on CUDA, where cuDNN looks for its fastest convolutions,
     float32 on the CPU; a float32 head over all classes with its margin outside of autograd; torch.optim.SGD as it
-    comes; batches copied from pageable memory while the device waits; the loss read in every step.
+    comes; the loss read in every step.
     """
 
     def __init__(self, case: Case, device: torch.device) -> None:
@@ -178,7 +176,7 @@ class PlainLoop:
         self.loss = 0.0
 
     def __call__(self, batch: Batch) -> None:
-        inputs, labels = batch.faces.to(self.device), batch.labels.to(self.device)
+        inputs, labels = batch.faces, batch.labels
         with torch.autocast(self.device.type, torch.float16, enabled=self.half):
             embeddings = self.network(inputs)
         cosine = F.linear(F.normalize(embeddings.float()), F.normalize(self.centres)).clamp(-1, 1)
@@ -195,13 +193,19 @@ class PlainLoop:
         self.loss = loss.item()
 
     def in_memory(self, case: Case) -> Iterator[Batch]:
-        """Batches of random faces, float32 [B, 3, 112, 112] in [-1, 1], on the host."""
+        """Batches of random faces, float32 [B, 3, 112, 112] in [-1, 1], as they come from `on_device`."""
         shape = (case.batch_size, 3, SIZE, SIZE)
-        batches = [
-            Batch(torch.rand(shape).mul_(2).sub_(1), torch.randint(0, case.classes, (case.batch_size,)), [])
-            for _ in range(IN_MEMORY)
-        ]
-        return itertools.islice(itertools.cycle(batches), case.batches)
+        return in_turn(lambda: torch.rand(shape).mul_(2).sub_(1), case, self.device)
+
+
+def in_turn(draw: Callable[[], Tensor], case: Case, device: torch.device) -> Iterator[Batch]:
+    """A turn's batches on `device`, a few of faces that `draw` gives used over and over."""
+    batches = []
+    for _ in range(IN_MEMORY):
+        faces, labels = draw(), torch.randint(0, case.classes, (case.batch_size,))
+        pinned = (faces.pin_memory(), labels.pin_memory()) if device.type == "cuda" else (faces, labels)
+        batches.append(Batch(*pinned, []))
+    return on_device(itertools.islice(itertools.cycle(batches), case.batches), device)
 
 
 def measure(case: Case, pipe: Connection) -> None:
@@ -215,13 +219,22 @@ def _measure(case: Case, pipe: Connection) -> None:
     pipe.recv()
     began = time.perf_counter()
     device = pick_device("auto")
-    before = _resident()
+    before = begin_peak() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     loop = OurLoop(case, device) if case.side == "ours" else PlainLoop(case, device)
     made = time.perf_counter()
     for batch in itertools.islice(loop.in_memory(case), 2):  # memory is all there from the second step on
         loop(batch)
-    jpegs = loop.from_jpegs(case) if isinstance(loop, OurLoop) else None
+    jpegs = None
+    if isinstance(loop, OurLoop):
+        try:
+            jpegs = loop.from_jpegs(case)
+        except (ValueError, OSError) as error:  # the rest is worth measuring all the same
+            loop.notes.append(f"no JPEGs: {error}")
     _synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # what looked for the fastest convolutions took more
+    else:
+        begin_peak()
     now = time.perf_counter()
     _say(f"{case.network}, {case.side}: made in {made - began:.1f} s, two steps and the face set in {now - made:.1f} s")
     pipe.send("ready")
@@ -230,14 +243,12 @@ def _measure(case: Case, pipe: Connection) -> None:
         if what == "notes":
             pipe.send(loop.notes)
             continue
-        batches = loop.in_memory(case) if what == "memory" or jpegs is None else jpegs()
-        rate, wait = turn(loop, batches, case, device)
-        peak = (
-            torch.cuda.max_memory_allocated(device)
-            if device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-        )
-        pipe.send(Turn(rate, wait, peak))
+        if what == "jpeg" and jpegs is None:
+            pipe.send(None)
+            continue
+        rate, wait = turn(loop, jpegs() if what == "jpeg" and jpegs else loop.in_memory(case), case, device)
+        most = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak()
+        pipe.send(Turn(rate, wait, most - before))
 
 
 def turn(
@@ -272,13 +283,11 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _resident() -> int:
-    """Bytes of the process that are in memory now."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-
 class Measurer:
-    """A process that measures a case when it is told to, and rests otherwise, as soon as it has started."""
+    """A process that measures a case when it is told to, and rests otherwise, as soon as it has started.
+
+    What is asked of one whose process failed is None; `failed` says so.
+    """
 
     def __init__(self, case: Case) -> None:
         context = multiprocessing.get_context("spawn")
@@ -286,20 +295,27 @@ class Measurer:
         self._process = context.Process(target=measure, args=(case, theirs))
         self._process.start()
         theirs.close()  # so that recv raises EOFError when the process ends
+        self.failed = False
 
     def prepare(self) -> None:
         """Make the network and whatever a step needs; returns when that is done."""
-        self._pipe.send("prepare")
-        self._pipe.recv()
+        self._ask("prepare")
 
-    def __call__(self, what: str) -> Turn:
-        self._pipe.send(what)
-        return self._pipe.recv()
+    def __call__(self, what: str) -> Turn | None:
+        """A turn with faces in `memory`, or of `jpeg`s; None also where there are none."""
+        return self._ask(what)
 
     def notes(self) -> list[str]:
         """What the loop said: that it is not compiled, say."""
-        self._pipe.send("notes")
-        return self._pipe.recv()
+        return self._ask("notes") or []
+
+    def _ask(self, what: str) -> Any:
+        try:
+            self._pipe.send(what)
+            return self._pipe.recv()
+        except (EOFError, OSError):  # its error is in the standard error
+            self.failed = True
+            return None
 
     def close(self) -> None:
         self._pipe.close()
@@ -334,14 +350,15 @@ def measure_in_turns(name: str, ours: Measurer, peer: Measurer, rounds: int, dev
     """After each round the network's line of the table, by all rounds so far."""
     precision = pick_precision("auto", device)
     big = device.type == "cuda"
-    turns: list[tuple[Turn, Turn, Turn]] = []
-    peak = bandwidth = 0.0
+    turns: list[tuple[Turn | None, ...]] = []
+    flops_per_s = bandwidth = 0.0
     for number in range(1, rounds + 1):
         began = time.perf_counter()
-        peak = max(peak, matmul_flops_per_s(device, precision, 4096 if big else 2048, 20 if big else 4))
+        now = matmul_flops_per_s(device, precision, 4096 if big else 2048, 20 if big else 4)
+        flops_per_s = max(flops_per_s, now)
         bandwidth = max(bandwidth, copy_bytes_per_s(device))
         turns.append((ours("memory"), peer("memory"), ours("jpeg")))
-        line = table_line(name, turns, peak, bandwidth, precision)
+        line = table_line(name, turns, flops_per_s, bandwidth, precision)
         _say(f"{name}, round {number} of {rounds} in {time.perf_counter() - began:.1f} s, so far:\n{line}")
         yield line
 
@@ -352,33 +369,55 @@ def measure_network(cases: tuple[Case, Case], rounds: int, device: torch.device)
         for measurer in (ours, peer):  # and have the device for themselves, one after the other
             measurer.prepare()
         *_, line = measure_in_turns(cases[0].network, ours, peer, rounds, device)
-        return line, ours.notes()
+        failed = [f"{side} failed" for side, measurer in (("ours", ours), ("the peer", peer)) if measurer.failed]
+        return line, [*ours.notes(), *failed]
+
+
+class Side(NamedTuple):
+    """Of the turns of ours or the peer: images/s (median), that and its range as text, ms a step waited for its batch
+    (median), MiB (most). NaN, and no text, if there were none."""
+
+    rate: float
+    rates: str
+    wait: float
+    mebibytes: float
+
+
+def side(turns: Iterable[Turn | None]) -> Side:
+    """What comes of turns, of which some may have failed."""
+    done = [turn for turn in turns if turn is not None]
+    if not done:
+        return Side(math.nan, "", math.nan, math.nan)
+    rates = [turn.rate for turn in done]
+    rate = statistics.median(rates)
+    wait, memory = 1000 * statistics.median(turn.wait for turn in done), max(turn.memory for turn in done)
+    return Side(rate, f"{rate:,.4g} ({min(rates):,.3g} to {max(rates):,.3g})", wait, memory / 2**20)
 
 
 def table_line(
-    name: str, turns: Sequence[tuple[Turn, Turn, Turn]], peak: float, bandwidth: float, precision: torch.dtype
+    name: str, turns: Sequence[tuple[Turn | None, ...]], flops_per_s: float, bandwidth: float, precision: torch.dtype
 ) -> str:
-    """The line of a network, by turns of ours, the peer and ours with JPEGs. `peak`: the device's FLOP/s in products;
+    """The line of a network, by turns of ours, the peer and ours with JPEGs. `flops_per_s`: the device's in products;
     `bandwidth`: bytes/s in copies; `precision`: of the network."""
-    our_turns, peer_turns, jpeg_turns = zip(*turns, strict=True)
-    rate, peer_rate, jpeg_rate = (
-        statistics.median(one.rate for one in many) for many in (our_turns, peer_turns, jpeg_turns)
-    )
-    wait, jpeg_wait = (1000 * statistics.median(one.wait for one in many) for many in (our_turns, jpeg_turns))
+    ours, peer, jpeg = map(side, zip(*turns, strict=True))
     flops = 3 * forward_flops(_weightless(name), SIZE, training=True)
-    products = flops / peak  # seconds a face
+    products = flops / flops_per_s  # seconds a face
     moves = moved_bytes(name, precision) / bandwidth
-    mebibytes = [max(one.memory for one in many) / 2**20 for many in (our_turns, peer_turns)]
-    span, peer_span = (
-        f"{min(one.rate for one in many):,.3g} to {max(one.rate for one in many):,.3g}"
-        for many in (our_turns, peer_turns)
-    )
-    return (
-        f"| {name} | {rate:,.4g} ({span}) | {peer_rate:,.4g} ({peer_span}) | {rate / peer_rate:.2f} | {wait:.1f} "
-        f"| {mebibytes[0]:,.0f} | {mebibytes[1]:,.0f} | {1 / products:,.4g} | {rate * products:.2f} "
-        f"| {1 / (products + moves):,.4g} | {rate * (products + moves):.2f} "
-        f"| {jpeg_rate:,.4g} | {jpeg_wait:.1f} | {jpeg_rate / rate:.2f} |"
-    )
+    cells: list[tuple[float, str]] = [
+        (ours.rate / peer.rate, ".2f"),
+        (ours.wait, ".1f"),
+        (ours.mebibytes, ",.0f"),
+        (peer.mebibytes, ",.0f"),
+        (1 / products, ",.4g"),
+        (ours.rate * products, ".2f"),
+        (1 / (products + moves), ",.4g"),
+        (ours.rate * (products + moves), ".2f"),
+        (jpeg.rate, ",.4g"),
+        (jpeg.wait, ".1f"),
+        (jpeg.rate / ours.rate, ".2f"),
+    ]
+    numbers = ["" if math.isnan(value) else format(value, form) for value, form in cells]
+    return f"| {' | '.join([name, ours.rates, peer.rates, *numbers])} |"
 
 
 def main() -> None:

@@ -54,6 +54,7 @@ def rates(case: Case, images: int, rounds: int, device: torch.device) -> tuple[l
     precision = pick_precision("auto", device)
     verifier = Verifier([pairs], SIZE, device, precision, test.batch_size, workers, test.mirror, Ranks())
     trained, verified = [], []
+    verifier(loop.network)  # a card looks for its fastest convolutions, for batches of its size
     for _ in range(rounds):
         loop.network.train()
         trained.append(turn(loop, loop.in_memory(case), case, device)[0])

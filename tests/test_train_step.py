@@ -60,6 +60,8 @@ def test_a_benchmark_that_is_stopped_has_told_its_rounds(
     rates = {"ours": iter([10.0, 8.0, 30.0, 24.0]), "peer": iter([5.0, 5.0])}
 
     class Measurer:
+        failed = False
+
         def __init__(self, case: Case) -> None:
             self.side = case.side
 
@@ -81,3 +83,20 @@ def test_a_benchmark_that_is_stopped_has_told_its_rounds(
     assert notes == ["runs uncompiled"]
     assert [one.split(" | ")[1:4:2] for one in told] == [["10 (10 to 10)", "2.00"], ["20 (10 to 30)", "4.00"]]
     assert [one.rsplit(" | ", 1)[1] for one in told] == ["0.80 |", "0.80 |"]
+
+
+def test_what_fails_leaves_the_rest(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that does not fit, or a set that is not there, costs its own numbers alone: ours are in the table, and
+    below it is said what is missing."""
+    monkeypatch.setattr(train_step, "matmul_flops_per_s", lambda *_: 1e12)
+    monkeypatch.setattr(train_step, "copy_bytes_per_s", lambda *_: 1e12)
+    case = replace(CASE, network="demo", steps=1)
+    line, notes = measure_network((case, replace(case, side="none", network="none")), 1, torch.device("cpu"))
+    name, ours, peer, ratio, *numbers, jpeg, jpeg_wait, jpeg_share = (part.strip() for part in line.split("|")[1:-1])
+    assert (name, peer, ratio, jpeg, jpeg_wait, jpeg_share) == ("demo", "", "", "", "", "")
+    assert float(ours.split(" ")[0]) > 0
+    assert [part for part in numbers if part == ""] == [""], "the peer's memory"
+    assert len(notes) == 2
+    assert notes[0].startswith("no JPEGs: ")
+    assert notes[1] == "the peer failed"
+    assert "Process SpawnProcess" in capfd.readouterr().err, "what failed in it"
