@@ -43,10 +43,10 @@ from utils.evaluation.embeddings import embed_by_all
 from utils.evaluation.measure import Measured, Options, compare, measure
 from utils.evaluation.pictures import draw_finding, draw_overview, draw_set
 from utils.evaluation.report_html import write_html
-from utils.evaluation.report_json import as_json, first_model_as_json
+from utils.evaluation.report_json import as_json, first_model_as_json, pictures_of
 from utils.evaluation.report_text import table
 from utils.evaluation.test_sets import TestSet, distinct_names, open_test_set, set_names
-from utils.evaluation.tested import TestedModel, TestedSet
+from utils.evaluation.tested import Picture, TestedModel, TestedSet
 from utils.files import write_text_atomic
 from utils.processes import worker_count
 from utils.program import program_facts
@@ -212,17 +212,26 @@ class Test:
         return findings
 
 
-def write_reports(test: Test, tested: Sequence[TestedSet]) -> None:
-    """`report.json`, `report.html` and `results.json` of the sets tested so far."""
+def earlier_pictures(output: Path) -> set[str]:
+    """The pictures in `output` of the test whose report is there; none if there is no report, or a damaged one."""
+    try:
+        return pictures_of(json.loads((output / "report.json").read_text()))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return set()
+
+
+def write_reports(test: Test, tested: Sequence[TestedSet]) -> list[Picture]:
+    """Write `report.json`, `report.html` and `results.json` of the sets tested so far; the pictures of all of them."""
     settings = {name.removeprefix("test."): value for name, value in flatten(test.config).items() if "test." in name}
     models, output = test.models(), test.output
-    everything = as_json(models, tested, settings, test.notes)
+    overview = draw_overview(output, {one.test_set.name: one.measured for one in tested})
+    everything = as_json(models, tested, settings, test.notes, overview)
     write_text_atomic(output / "report.json", json.dumps(everything, indent=2, allow_nan=False))
     first = first_model_as_json(models, tested, settings)
     write_text_atomic(output / "results.json", json.dumps(first, indent=2, allow_nan=False))
-    overview = draw_overview(output, {one.test_set.name: one.measured for one in tested})
     title = f"Test of {', '.join(test.names)}"
     write_html(output / "report.html", title, models, tested, settings, test.notes, overview)
+    return overview
 
 
 def run_test(config: Config, ranks: Ranks) -> None:
@@ -251,15 +260,19 @@ def run_test(config: Config, ranks: Ranks) -> None:
         output.mkdir(parents=True, exist_ok=True)
         if config.test.checks:
             test.take_training_sample()
+    earlier = earlier_pictures(output) if ranks.first else set()
     tested: list[TestedSet] = []
+    overview: list[Picture] = []
     for test_set, tables in opened:
         one = test.run(test_set, tables)
         if one is not None:
             tested.append(one)
-            write_reports(test, tested)
+            overview = write_reports(test, tested)
     if ranks.first:
+        for name in earlier - earlier_pictures(output):  # nobody should take them for this test's
+            (output / name).unlink(missing_ok=True)
         if run_of(paths[0]) == paths[0]:
-            write_board(output, tested)
+            write_board(output, tested, overview)
         print(printable(table(tested)))
         for note in test.notes:
             print(printable(f"note: {note.text}"))

@@ -33,13 +33,17 @@ from utils.program import program_facts
 from utils.ranks import DAYS, join_ranks
 from utils.scripts import end_rank, readable_errors
 from utils.settings import describe, flatten, parse_settings
+from utils.texts import columns_of
 
 
 def summary(done: Merge) -> str:
     """How many identities of each set were joined, added and left out, as a table."""
     columns, rows = decision_counts([str(path) for path in done.paths], done.decisions, len(done.duplicates))
     cells = [columns, *([f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows)]
-    lines = [f"{row[0]:<40}" + "".join(f" {cell:>10}" for cell in row[1:]) for row in cells]
+    width = max(40, *(columns_of(row[0]) for row in cells))
+    lines = [
+        f"{name}{' ' * (width - columns_of(name))}" + "".join(f" {cell:>10}" for cell in rest) for name, *rest in cells
+    ]
     lines = [line.rstrip() for line in lines]
     if done.duplicates:
         same = sum(duplicate.kind == "bytes" for duplicate in done.duplicates)

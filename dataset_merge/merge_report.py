@@ -16,7 +16,7 @@ from dataset_merge.duplicates import Duplicate
 from dataset_merge.exclude import HeldOutSet, Leaks
 from dataset_merge.grouping import Grouping
 from utils.face_sheets import draw_contact_sheet, in_square
-from utils.html_report import HtmlReport
+from utils.html_report import HtmlReport, as_text
 from utils.plots import draw_marked_scores, draw_score_histogram
 
 ROWS_DRAWN = 16
@@ -89,9 +89,13 @@ class _Faces:
 
     def drawn_title(self, identity: int) -> str:
         """`title` for pictures; where they have no letters for the name, its row in merge.csv, the header being 1."""
-        if all(" " <= letter < _LETTERS_END for letter in self.people.name(identity)):
-            return self.title(identity)
-        return f"{int(self.people.source[identity])}:row {identity + 2}"
+        name = self.people.name(identity)
+        return self.title(identity) if _drawable(name) else f"{int(self.people.source[identity])}:row {identity + 2}"
+
+
+def _drawable(name: str) -> bool:
+    """Whether pictures have letters for it."""
+    return all(" " <= letter < _LETTERS_END for letter in name)
 
 
 def face(images: EncodedImages, i: int, size: int) -> np.ndarray:
@@ -122,7 +126,7 @@ def write_report(folder: Path, merge: Merge) -> None:
     if merge.duplicates:
         _duplicates_section(report, folder, merge)
     report.section("Settings")
-    report.table(("setting", "value"), [(name, str(value)) for name, value in merge.settings.items()])
+    report.table(("setting", "value"), [(name, as_text(value)) for name, value in merge.settings.items()])
     report.write(folder / "report.html")
 
 
@@ -330,11 +334,15 @@ def _cleaning_section(report: HtmlReport, folder: Path, merge: Merge) -> None:
             if own:
                 own = [own[i % len(own)] for i in range(IMAGES_DRAWN)]
                 cells += [face(faces, i, merge.image_size) for i in (*own, finding.image)]
-                labels.append(f"{finding.cosine:.3f} {finding.finding} {source}")
+                label = int(faces.labels[finding.image])
+                name = faces.identities[label] if _drawable(faces.identities[label]) else f"identity number {label}"
+                labels.append(f"{finding.cosine:.3f} {finding.finding} {source}:{name}")
     if cells:
         draw_contact_sheet(folder / CLEANING, cells, IMAGES_DRAWN + 1, None, labels)
         report.picture(
-            folder / CLEANING, "Images of the identity, and in the last column the one that does not belong."
+            folder / CLEANING,
+            "Images of the identity, and in the last column the one that does not belong. Left of each row: its cosine "
+            "with the identity's centre, what it was found to be, and set:identity.",
         )
 
 

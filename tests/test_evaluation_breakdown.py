@@ -276,9 +276,10 @@ def test_error_versus_reject_equals_a_loop() -> None:
     assert quality.tolist() == [min(images[a], images[b]) for a, b in index]
     scores = random.normal(np.where(same, 0.4 + 0.1 * quality, 0.1), 0.15)
     shares = (0.0, 0.1, 0.25, 0.5, 0.9)
-    curve = error_versus_reject(scores, same, quality, 0.01, shares)
-    threshold = tar_at_far(scores[same], scores[~same], (0.01,))[0].threshold
-    assert (curve.threshold, curve.far) == (threshold, 0.01)
+    point = tar_at_far(scores[same], scores[~same], (0.01,))[0]
+    threshold = point.threshold
+    curve = error_versus_reject(scores, same, quality, point, shares)
+    assert curve.point == point
     for place, share in enumerate(shares):
         kept = quality >= sorted(quality)[int(share * 2000)]
         assert curve.rejected[place] == (~kept).mean() <= share
@@ -286,8 +287,8 @@ def test_error_versus_reject_equals_a_loop() -> None:
         assert curve.fnmr[place] == pytest.approx((scores[kept & same] <= threshold).mean())
         assert curve.fmr[place] == pytest.approx((scores[kept & ~same] > threshold).mean())
     assert curve.area < 0.9
-    assert error_versus_reject(scores, same, -quality, 0.01, shares).area > 1.1
-    assert np.isnan(error_versus_reject(np.where(same, 1.0, 0.0), same, quality, 0.01, shares).area)
+    assert error_versus_reject(scores, same, -quality, point, shares).area > 1.1
+    assert np.isnan(error_versus_reject(np.where(same, 9.0, 0.0), same, quality, point, shares).area)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +304,7 @@ def test_error_versus_reject_equals_a_loop() -> None:
 def test_refuses_curves_without_meaning(quality: NDArray, shares: tuple[float, ...], message: str) -> None:
     """Protects callers from misaligned qualities and shares that cannot be."""
     with pytest.raises(ValueError, match=message):
-        error_versus_reject(np.arange(10.0), np.arange(10) % 2 == 0, quality, 0.1, shares)
+        error_versus_reject(np.arange(10.0), np.arange(10) % 2 == 0, quality, TarAtFar(0.1, 0.5, 5.0, 5), shares)
 
 
 @pytest.fixture

@@ -14,13 +14,14 @@ from data.face_sets import open_face_set
 from models.embedders.interface import FaceEmbedder
 from utils.evaluation.check_sets import sample_of
 from utils.evaluation.columns import Tables
+from utils.evaluation.curves import FAR_POINTS, TarAtFar, working_point
 from utils.evaluation.embeddings import embed_by_all
 from utils.evaluation.measure import Measured, Options, measure
 from utils.evaluation.pair_sets import PairSet
 from utils.evaluation.pictures import draw_set
 from utils.evaluation.report_json import as_json
 from utils.evaluation.report_text import table
-from utils.evaluation.test_sets import TestSet, distinct_names, open_test_set
+from utils.evaluation.test_sets import TestSet, distinct_names, open_test_set, short_name
 from utils.evaluation.tested import TestedModel, TestedSet
 from utils.ranks import Ranks
 
@@ -129,7 +130,7 @@ def test_ten_pairs_are_enough_for_a_report(tmp_path: Path) -> None:
     found = measure(random.normal(size=(20, 8)), CPU, "m", test_set, Tables(), options(), Ranks())
     assert found is not None
     tested = TestedSet(test_set, [found], [], [])
-    report = as_json([TestedModel("m", tmp_path, "cpu", "x")], [tested], {"mirror": True}, [])
+    report = as_json([TestedModel("m", tmp_path, "cpu", "x")], [tested], {"mirror": True}, [], [])
     json.dumps(report, allow_nan=False)
     points = report["sets"]["set"]["models"]["m"]["points"]
     assert [point["support"] for point in points] == ["none"] * 6
@@ -164,7 +165,8 @@ def test_sampled_pairs_are_all_genuine_ones_where_they_are_few(monkeypatch: pyte
     genuine = [(min(pair), max(pair)) for pair in pairs[same].tolist()]
     assert len(genuine) == len(every)
     assert set(genuine) == every
-    assert (~same).sum() > 1000
+    others = {(min(pair), max(pair)) for pair in pairs[~same].tolist()}
+    assert len(others) == (~same).sum() == 60 * 59 // 2 - len(every)
     monkeypatch.setattr(measuring, "_SAMPLED_PAIRS", 50)
     pairs = measuring._sampled_pairs(labels, 0)
     same = labels[pairs[:, 0]] == labels[pairs[:, 1]]
@@ -187,3 +189,26 @@ def test_paths_are_distinct_names_by_as_many_folders_as_it_takes(tmp_path: Path)
     """Protects reports from two models or sets under one name, whose numbers would replace each other."""
     paths = [tmp_path / one / "same" / "net.onnx" for one in ("a", "b")] + [tmp_path / "other.onnx"]
     assert distinct_names(paths, ["net", "net", "other"]) == ["a_same_net.onnx", "b_same_net.onnx", "other"]
+
+
+def test_the_point_that_curves_and_breakdowns_are_at() -> None:
+    """Protects from rates at the threshold of a handful of impostors: 909 pairs tell about 1e-2, not about 1e-3."""
+
+    def at(impostors: int) -> float:
+        return working_point([TarAtFar(far, 0.5, 0.3, impostors) for far in FAR_POINTS]).far
+
+    assert [at(pairs) for pairs in (5, 10, 99, 100, 909, 1000, 10**9)] == [1e-1, 1e-1, 1e-1, 1e-2, 1e-2, 1e-3, 1e-3]
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("/sets/a/train.rec, record 1683 at byte 1503756", "record 1683"),
+        ("/sets/a/person/001.jpg", "person/001.jpg"),
+        ("/p/pairs.txt, line 3: /sets/lfw/An/An_0001.jpg", "An/An_0001.jpg"),
+        ("lfw, image B of pair 77", "lfw, image B of pair 77"),
+    ],
+)
+def test_a_caption_tells_an_image_from_others(place: str, name: str) -> None:
+    """Protects who looks for the image: what is too long for a picture is cut in its middle."""
+    assert short_name(place) == name

@@ -22,6 +22,7 @@ from models import create_network
 from models.embedders import NetworkEmbedder
 from tiny_runs import configure
 from utils.checkpoints import Progress, save_backbone
+from utils.evaluation.report_json import pictures_of
 from utils.ranks import Ranks
 from utils.settings import to_json
 
@@ -110,6 +111,10 @@ def test_a_list_of_pairs_is_the_bin_it_would_make(tiny_set: Path, tiny_run: Path
     write_bin(tmp_path / "packed.bin", images, same)
     sets = run(tmp_path / "out", tmp_path / "packed.bin", tmp_path / "pairs.txt", "--model", tiny_run, "--no-checks")
     numbers = [one["models"]["tiny"] for one in sets["sets"].values()]
+    hardest = [[pair for kind in one["hardest_pairs"].values() for pair in kind] for one in numbers]
+    named = [[pair.pop("images") for pair in pairs] for pairs in hardest]
+    assert all(place.startswith("packed, image ") for pair in named[0] for place in pair)
+    assert all(f"{tmp_path / 'pairs.txt'}, line " in place for pair in named[1] for place in pair)
     # Groups of pairs that share images are the same, so are all draws.
     assert numbers[0] == numbers[1]
 
@@ -312,12 +317,20 @@ def test_a_tested_run_gets_a_record_for_tensorboard(tiny_set: Path, tiny_run: Pa
 
     copy = tmp_path / "copy"
     shutil.copytree(tiny_run, copy, ignore=shutil.ignore_patterns("test", "checkpoints"))
-    for _ in range(2):
-        all_pair_test.main([str(tiny_set / "tiny.bin"), "--model", str(copy), "--no-checks", *QUICK])
+    (copy / "test").mkdir()
+    (copy / "test" / "roc of mine.png").touch()
+    sets = [str(tiny_set / "tiny.bin"), str(tiny_set)]
+    for chosen in (sets, sets[:1]):
+        all_pair_test.main([*chosen, "--model", str(copy), "--no-checks", *QUICK])
+    # Pictures of the first test would look as if they were of the second; other files are not the test's.
+    pictures = {path.name for path in (copy / "test").glob("*.png")}
+    assert pictures == pictures_of(json.loads((copy / "test" / "report.json").read_text())) | {"roc of mine.png"}
+    assert not [name for name in pictures if name.startswith(tiny_set.name) and "roc" in name]
     record = EventAccumulator(str(copy / "test"))
     record.Reload()
     accuracy = json.loads((copy / "test" / "results.json").read_text())["sets"]["tiny"]["accuracy"]
     assert [event.value for event in record.Scalars("test/tiny/accuracy")] == pytest.approx([accuracy])
+    assert "test/roc" in record.Tags()["images"]
     assert "test/tiny/tiny_scores" in record.Tags()["images"]
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -15,6 +17,7 @@ from data.synthetic_faces import draw_face
 from models.embedders import load_embedder
 from ranks import run_on_ranks
 from utils.evaluation.alignment import eye_contrast
+from utils.evaluation.check_sets import _shared_people
 from utils.evaluation.checks import (
     centres,
     check_alignment,
@@ -117,7 +120,7 @@ def test_what_is_no_photo_of_a_face_is_no_warning() -> None:
     drawn = np.stack([draw_face(person, shot) for person in range(15) for shot in range(2)])
     noise = np.random.default_rng(0).integers(0, 256, (30, 112, 112, 3)).astype(np.uint8)
     for faces in (drawn, noise, drawn[:5]):
-        assert check_alignment(faces, "set").level == "note"
+        assert check_alignment(faces, "set").level == "unclear"
 
 
 def test_swapped_channels_of_real_faces_are_noticed(face_data: Path) -> None:
@@ -250,7 +253,7 @@ def hardest_of_a_rank() -> list[Tensor]:
     vectors, labels = shuffled_people()
     ranks = Ranks(torch.distributed.group.WORLD)
     found = hardest_of_all(torch.from_numpy(vectors), torch.from_numpy(labels), 7, 16, ranks=ranks)
-    return [torch.from_numpy(part) for one in found for part in one]
+    return [torch.from_numpy(part) for one in found for part in (one.pairs, one.scores)]
 
 
 def shuffled_people() -> tuple[np.ndarray, np.ndarray]:
@@ -264,7 +267,7 @@ def test_hardest_pairs_of_several_ranks() -> None:
     vectors, labels = shuffled_people()
     alone = hardest_of_all(torch.from_numpy(vectors), torch.from_numpy(labels), 7, 16)
     for found in run_on_ranks(2, hardest_of_a_rank):
-        for ours, expected in zip(found, (part for one in alone for part in one), strict=True):
+        for ours, expected in zip(found, (part for one in alone for part in (one.pairs, one.scores)), strict=True):
             np.testing.assert_array_equal(ours.numpy(), expected)
     assert [len(one.pairs) for one in hardest_of_all(torch.from_numpy(vectors), torch.from_numpy(labels), 0)] == [0, 0]
 
@@ -285,3 +288,16 @@ def test_hardest_pairs_are_those_of_a_full_sort() -> None:
     impostors = np.sort(scores[~same])[::-1][:7]
     np.testing.assert_allclose(expected[0].scores, impostors)
     np.testing.assert_allclose(expected[1].scores, np.sort(scores[same])[:7])
+
+
+def test_a_model_to_which_all_are_alike_gives_no_all_clear() -> None:
+    """Protects from "shares no person" by a model that cannot tell: the same people are in both sets here."""
+    random = np.random.default_rng(0)
+    people = random.normal(size=(40, 2)).astype(np.float32)
+    vectors = people / np.linalg.norm(people, axis=1, keepdims=True)
+    test_set: Any = SimpleNamespace(name="more", people=np.arange(40), identities=None, describe=str)
+    faces: Any = SimpleNamespace(identities=[str(i) for i in range(40)])
+    sample: Any = SimpleNamespace(people=np.arange(40), vectors=vectors, faces=faces)
+    finding = _shared_people(test_set, sample, vectors)
+    assert finding.level == "unclear"
+    assert "the model cannot tell" in finding.text

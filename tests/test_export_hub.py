@@ -69,12 +69,18 @@ def test_front_matter_is_what_the_hub_reads() -> None:
 
 def test_the_card_says_what_is_known_and_no_more() -> None:
     """Accuracies, settings and licence where there are any; else that there are none."""
-    points = [{"far": 1e-4, "tar": 0.9646, "supported": True}, {"far": 1e-6, "tar": 0.5, "supported": False}]
+    points = [
+        {"far": 1e-4, "tar": 0.9646, "supported": True, "support": "good"},
+        {"far": 1e-5, "tar": 0.25, "supported": True, "support": "weak", "interval": [0.125, 0.4275]},
+        {"far": 1e-6, "tar": 0.5, "supported": False, "support": "none"},
+    ]
     tests = {**facts().tests, "faces": {"protocol": "all pairs", "eer": 0.01, "auc": 0.99, "points": points}}
     card = model_card(facts(tests=tests), "model.safetensors", "fp32")
     assert "| lfw | 10 folds | accuracy | 99.830 % ± 0.210 % |" in card
     assert "| faces | all pairs | TAR at FAR 0.0001 | 96.460 % |" in card
+    assert "| faces | all pairs | TAR at FAR 1e-05 | 25.000 % (few impostor pairs: 12.500 % to 42.750 %) |" in card
     assert "50.000 %" not in card  # too few impostor pairs to tell
+    assert "best by its verification sets (98.000 % on average)" in card
     assert "with the mirror image added" in card
     assert "| `loss.margin` | 0.5 |" in card
     assert r"ms1mv3, own\|set |" in card

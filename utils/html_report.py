@@ -4,8 +4,10 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from utils.files import write_text_atomic
+from utils.scripts import printable
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -16,7 +18,7 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid #8886; padding-bottom: .2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .8rem; border-bottom: 1px solid #8884; text-align: left; white-space: nowrap }
 td.number, th.number { text-align: right }
-figure { margin: 1.5rem 0 } img { max-width: 100%; background: white } figcaption { color: #888 }
+figure { margin: 1.5rem 0 } img { max-width: 100%; background: white } figcaption { opacity: .8 }
 .warning { border-left: 4px solid #c60; padding: .3rem .8rem; background: #c601 }
 nav a { margin-right: 1rem }
 """
@@ -34,15 +36,15 @@ class HtmlReport:
     def section(self, title: str) -> None:
         """Begin a section; it gets a link at the top of the page."""
         self._sections.append(title)
-        self._body.append(f'<h2 id="s{len(self._sections)}">{escape(title)}</h2>')
+        self._body.append(f'<h2 id="s{len(self._sections)}">{_text(title)}</h2>')
 
     def text(self, text: str) -> None:
         """A paragraph."""
-        self._body.append(f"<p>{escape(text)}</p>")
+        self._body.append(f"<p>{_text(text)}</p>")
 
     def warning(self, text: str) -> None:
         """A paragraph that stands out."""
-        self._body.append(f'<p class="warning">{escape(text)}</p>')
+        self._body.append(f'<p class="warning">{_text(text)}</p>')
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str | int | float | None]]) -> None:
         """A table. Numbers stand to the right, with thousands separators where they are whole; None is an empty cell.
@@ -55,7 +57,7 @@ class HtmlReport:
             for i in range(len(columns))
         ]
         kinds = [' class="number"' if number else "" for number in numeric]
-        head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(columns, kinds, strict=True))
+        head = "".join(f"<th{kind}>{_text(name)}</th>" for name, kind in zip(columns, kinds, strict=True))
         body = "".join(
             "<tr>" + "".join(f"<td{kind}>{_cell(cell)}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>\n"
             for row in rows
@@ -67,13 +69,13 @@ class HtmlReport:
         data = base64.b64encode(path.read_bytes()).decode()
         source = f"data:image/{_TYPES[path.suffix]};base64,{data}"
         self._body.append(
-            f'<figure><img alt="{escape(caption)}" src="{source}"><figcaption>{escape(caption)}</figcaption></figure>'
+            f'<figure><img alt="{_text(path.stem)}" src="{source}"><figcaption>{_text(caption)}</figcaption></figure>'
         )
 
     def write(self, path: Path) -> None:
         """Write the page, whole or not at all."""
-        links = "".join(f'<a href="#s{i}">{escape(name)}</a>' for i, name in enumerate(self._sections, 1))
-        title = escape(self._title)
+        links = "".join(f'<a href="#s{i}">{_text(name)}</a>' for i, name in enumerate(self._sections, 1))
+        title = _text(self._title)
         write_text_atomic(
             path,
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -84,13 +86,25 @@ class HtmlReport:
         )
 
 
+def as_text(value: Any) -> str:
+    """A setting's value, for people."""
+    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
+
+
+def _text(text: str) -> str:
+    """The text for a page, which may not have control characters."""
+    return escape(printable(text))
+
+
 def _is_number(cell: str | int | float | None) -> bool:
     if cell is None or isinstance(cell, int | float):
         return True
-    return cell == "" or cell.lstrip("+-").replace(",", "").replace(".", "").rstrip(" %").isdigit()
+    # Also "(63.750 %)", which is what too few pairs are told in.
+    bare = cell.strip().removeprefix("(").removesuffix(")").lstrip("+-").replace(",", "").replace(".", "")
+    return not cell.strip() or bare.rstrip(" %").isdigit()
 
 
 def _cell(cell: str | int | float | None) -> str:
     if cell is None:
         return ""
-    return f"{cell:,}" if isinstance(cell, int) else escape(str(cell))
+    return f"{cell:,}" if isinstance(cell, int) else _text(str(cell))

@@ -6,14 +6,18 @@ from pathlib import Path
 
 from utils.board import Board
 from utils.evaluation.folds import FoldResult
-from utils.evaluation.tested import TestedSet
+from utils.evaluation.tested import Picture, TestedSet
 
 
-def write_board(folder: Path, sets: Sequence[TestedSet]) -> None:
-    """Write what the first model reached into `folder`, in place of an earlier test's record."""
+def write_board(folder: Path, sets: Sequence[TestedSet], overview: Sequence[Picture]) -> None:
+    """Write what the first model reached, and pictures, into `folder`, in place of an earlier test's record.
+
+    overview: pictures of all sets together."""
     for earlier in folder.glob("events.out.tfevents.*"):
         earlier.unlink()
     with closing(Board(folder, 0, print)) as board:
+        for picture in overview:
+            board.image(f"test/{picture.file.stem}", picture.file.read_bytes(), 0)
         for tested in sets:
             name, one = tested.test_set.name, tested.measured[0]
             if isinstance(one.result, FoldResult):

@@ -22,7 +22,7 @@ from torch import Tensor
 from utils.devices import full_precision
 from utils.evaluation.bootstrap import Interval
 from utils.evaluation.columns import Groups
-from utils.evaluation.curves import TarAtFar
+from utils.evaluation.curves import Support, TarAtFar, support_note
 from utils.evaluation.pair_blocks import Block, PairBlocks
 from utils.ranks import Ranks
 
@@ -32,8 +32,8 @@ class GroupRates:
     """What a threshold does to the pairs of two groups (or one, when both are the same).
 
     groups: their names. members: people in either, or images where people are not known. genuine, impostor: pairs.
-    far_of_all: what the threshold, a cosine, lets through of all impostor pairs of the set. tar, far: the shares of
-    the groups' pairs that it accepts, None without pairs of that kind.
+    far_of_all: what the threshold, a cosine, lets through of all impostor pairs of the set; support: whether these are
+    enough for it. tar, far: the shares of the groups' pairs that it accepts, None without pairs of that kind.
     """
 
     groups: tuple[str, str]
@@ -42,6 +42,7 @@ class GroupRates:
     impostor: int
     far_of_all: float
     threshold: float
+    support: Support
     tar: Interval | None
     far: Interval | None
 
@@ -66,8 +67,13 @@ class Breakdown:
         rows: list[list[str | int]] = []
         for rate in self.rates:
             cells = [*_cells(rate.tar, ".3f"), *_cells(rate.far, ".5f")]
-            rows.append([rate.name, rate.members, rate.genuine, rate.impostor, f"{rate.far_of_all:g}", *cells])
+            rows.append([rate.name, rate.members, rate.genuine, rate.impostor, _rate(rate), *cells])
         return header, rows
+
+
+def _rate(rate: GroupRates) -> str:
+    note = support_note(rate.support)
+    return f"{rate.far_of_all:g}{f' ({note})' if note else ''}"
 
 
 def _cells(share: Interval | None, digits: str) -> tuple[str, str]:
@@ -143,6 +149,7 @@ def breakdown_pairs(
                     int((here & ~same).sum()),
                     point.far,
                     point.threshold,
+                    point.support,
                     *intervals,
                 )
             )
@@ -240,6 +247,7 @@ def _group_rates(
                     int(impostor.sum()) // 2,
                     point.far,
                     point.threshold,
+                    point.support,
                     clustered_interval(accepted[place, 0, :, number], genuine, 1),
                     clustered_interval(accepted[place, 1, :, number], impostor, 2),
                 )

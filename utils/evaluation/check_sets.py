@@ -195,9 +195,17 @@ def _shared_people(test_set: TestSet, sample: TrainingSample, unit: NDArray[np.f
     training_people, training_numbers = np.unique(sample.people, return_inverse=True)
     found, threshold = shared_people(centres(unit, numbers), centres(sample.vectors, training_numbers))
     total = len(sample.faces.identities)
-    looked = f"{len(training_people):,} of {total:,} training identities looked at, cosine of centres {threshold:.3f}"
+    looked = f"{len(training_people):,} of {total:,} training identities looked at, from a cosine of {threshold:.3f} on"
+    if threshold >= 1:
+        return Finding(
+            "people",
+            "unclear",
+            f"{test_set.name}: whether it shares people with the training set, the model cannot tell. The centres of "
+            f"different people are so much alike to it that no cosine would be sure ({threshold:.3f} asked for).",
+        )
     if not found:
-        return Finding("people", "note", f"{test_set.name} shares no person with the training set ({looked}).")
+        text = f"no person of the training set was found in {test_set.name} ({looked})."
+        return Finding("people", "note", text)
     firsts = [
         (int(np.flatnonzero(numbers == a)[0]), int(sample.positions[np.flatnonzero(training_numbers == b)[0]]))
         for a, b, _ in found

@@ -39,11 +39,12 @@ _SIGMAS = 6.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. level: `warning`, when numbers should not be trusted before it is looked into; `note`, when
-    it only tells. pairs: images to look at, (position in the test set, position in the training set)."""
+    """What a check found. level: `warning`, when numbers should not be trusted before it is looked into; `unclear`,
+    when the check could not tell; `note`, when it only tells. pairs: images to look at, (position in the test set,
+    position in the training set)."""
 
     check: Literal["alignment", "channels", "duplicates", "people", "precision", "folds"]
-    level: Literal["warning", "note"]
+    level: Literal["warning", "unclear", "note"]
     text: str
     pairs: tuple[tuple[int, int], ...] = field(default=())
 
@@ -51,7 +52,8 @@ class Finding:
 def check_alignment(faces: NDArray[np.uint8], name: str) -> Finding:
     """Whether faces, uint8 [N, S, S, 3] RGB, have their eyes where the template has them."""
     if len(faces) < _LEAST_FACES:
-        return Finding("alignment", "note", f"{name}: {len(faces)} faces are too few to tell whether they are aligned.")
+        text = f"{name}: {len(faces)} faces are too few to tell whether they are aligned."
+        return Finding("alignment", "unclear", text)
     found = eye_contrast(faces)
     looked = f"(eyes at the template's places: {found.at_template:.2f}, aligned photographs have 1.0 to 1.2; "
     looked += f"mean of {len(faces)} faces)"
@@ -68,7 +70,7 @@ def check_alignment(faces: NDArray[np.uint8], name: str) -> Finding:
         )
     return Finding(
         "alignment",
-        "note",
+        "unclear",
         f"{name}: the mean face shows no clear eyes anywhere {looked}: these are no photographs of faces, or each is "
         "turned and placed differently.",
     )

@@ -63,7 +63,7 @@ class Comparison:
         }
         points = f"{100 * gap.estimate:+.3f} points ({gap.level:.0%}: {100 * gap.low:+.3f} .. {100 * gap.high:+.3f})"
         return (
-            f"{self.measure}: {found[self.better]}: {100 * self.a:.3f} % against {100 * self.b:.3f} %, "
+            f"{self.measure}: {found[self.better]}: {a} {100 * self.a:.3f} %, {b} {100 * self.b:.3f} %, "
             f"{points}, p = {self.p_value:.2g} ({self.test})"
         )
 

@@ -66,6 +66,13 @@ class TarAtFar(ErrorRate):
         return self.far, self.impostors
 
 
+def working_point(points: Sequence[TarAtFar], far: float = 1e-3) -> TarAtFar:
+    """The point at `far`. Of a set with too few impostor pairs for it, the one at the lowest rate above that they can
+    tell about; if there is none, at the highest rate."""
+    enough = [point for point in points if point.far >= far and point.supported]
+    return min(enough, key=lambda point: point.far) if enough else max(points, key=lambda point: point.far)
+
+
 def support_of(rate: float, trials: int) -> Support:
     """Whether `trials` can tell about errors at `rate`: by the number that is expected, rate x trials.
 

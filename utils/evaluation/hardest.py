@@ -14,10 +14,12 @@ from utils.ranks import Ranks
 
 
 class HardPairs(NamedTuple):
-    """Pairs of images, hardest first. pairs: int64 [K, 2], positions of images. scores: float64 [K], cosines."""
+    """Pairs of images, hardest first. pairs: int64 [K, 2], positions of images. scores: float64 [K], cosines. numbers:
+    int64 [K], of the pairs in their list, from 0; None for pairs of a set."""
 
     pairs: NDArray[np.int64]
     scores: NDArray[np.float64]
+    numbers: NDArray[np.int64] | None = None
 
 
 def hardest_of_pairs(
@@ -31,7 +33,7 @@ def hardest_of_pairs(
     found = []
     for chosen, order in ((np.flatnonzero(~same), -cosines), (np.flatnonzero(same), cosines)):
         hardest = chosen[np.argsort(order[chosen], kind="stable")[:count]]
-        found.append(HardPairs(index[hardest], cosines[hardest]))
+        found.append(HardPairs(index[hardest], cosines[hardest], hardest))
     return found[0], found[1]
 
 

@@ -1,6 +1,6 @@
 """One model on one set: embeddings, the set's protocol, and all that is measured beside it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from utils.evaluation.bootstrap import Interval, Intervals, bootstrap_identities
 from utils.evaluation.breakdown import Breakdown, breakdown_all_pairs, breakdown_pairs
 from utils.evaluation.columns import Tables
 from utils.evaluation.comparison import Comparison, compare_identities, compare_pairs
-from utils.evaluation.curves import Roc, TarAtFar, roc_of_pairs, tar_at_far
+from utils.evaluation.curves import Roc, TarAtFar, roc_of_pairs, tar_at_far, working_point
 from utils.evaluation.folds import FoldResult, ten_fold
 from utils.evaluation.hardest import HardPairs, hardest_of_all, hardest_of_pairs
 from utils.evaluation.identification import Identification, identify_people
@@ -33,8 +33,6 @@ from utils.ranks import Ranks
 _BINS = np.linspace(-1, 1, 201)
 # Pairs of each kind in an error-versus-reject curve of an all-pairs test, at most: a random sample of them.
 _SAMPLED_PAIRS = 500_000
-# The false accept rate whose threshold error-versus-reject curves and breakdowns have.
-_FAR = 1e-3
 _ROWS_AT_ONCE = 1 << 16
 
 
@@ -153,6 +151,7 @@ def _measure_pairs(
     except ValueError as error:
         raise ValueError(f"{test_set.name}: {error}") from None
     points = tar_at_far(scores[same], scores[~same])
+    point = working_point(points)
     intervals = None
     if options.draws:
         intervals = bootstrap_pairs(result, connected_groups(pairs.index), replicates=options.draws, seed=options.seed)
@@ -170,10 +169,10 @@ def _measure_pairs(
         rejects={
             quality: rejects
             for quality, values in _qualities(features, tables).items()
-            if (rejects := _reject_curve(scores, same, pair_quality(values, pairs.index))) is not None
+            if (rejects := _reject_curve(scores, same, pair_quality(values, pairs.index), point)) is not None
         },
         breakdowns={
-            title: breakdown_pairs(scores, same, pairs.index, groups, _points_of_breakdowns(points))
+            title: breakdown_pairs(scores, same, pairs.index, groups, [point])
             for title, groups in tables.groups.items()
         },
     )
@@ -196,11 +195,10 @@ def _measure_all_pairs(
         result = all_pairs(unit, labels, progress=ranks.first, ranks=ranks)
     except ValueError as error:
         raise ValueError(f"{test_set.name}: {error}") from None
+    point = working_point(result.points)
     counts = identity_counts(unit, labels, result, progress=ranks.first, ranks=ranks) if options.draws else None
     breakdowns = {
-        title: breakdown_all_pairs(
-            unit, labels, groups, _points_of_breakdowns(result.points), progress=ranks.first, ranks=ranks
-        )
+        title: breakdown_all_pairs(unit, labels, groups, [point], progress=ranks.first, ranks=ranks)
         for title, groups in tables.groups.items()
     }
     hardest = hardest_of_all(unit, labels, options.hardest, progress=ranks.first, ranks=ranks)
@@ -219,19 +217,15 @@ def _measure_all_pairs(
         counts=counts,
         identification=identify_people(unit.cpu().numpy(), faces.labels, progress=True) if options.identify else None,
         hardest=hardest,
-        rejects=_rejects_of_all(unit, faces.labels, _qualities(features, tables), options.seed),
+        rejects=_rejects_of_all(unit, faces.labels, _qualities(features, tables), point, options.seed),
         breakdowns=breakdowns,
     )
 
 
-def _points_of_breakdowns(points: Sequence[TarAtFar]) -> list[TarAtFar]:
-    return [point for point in points if point.far == _FAR]
-
-
 def _rejects_of_all(
-    unit: Tensor, labels: NDArray[np.int64], qualities: Mapping[str, NDArray[np.float64]], seed: int
+    unit: Tensor, labels: NDArray[np.int64], qualities: Mapping[str, NDArray[np.float64]], point: TarAtFar, seed: int
 ) -> dict[str, RejectCurve]:
-    """Curves of a random sample of the pairs."""
+    """Curves of a random sample of the pairs, where there are many."""
     if not qualities:
         return {}
     index = _sampled_pairs(labels, seed)
@@ -239,23 +233,26 @@ def _rejects_of_all(
     first, second = torch.from_numpy(index).to(unit.device).T
     parts = [(unit[a] * unit[b]).sum(1) for a, b in zip(first.split(1 << 16), second.split(1 << 16), strict=True)]
     scores = torch.cat(parts).double().cpu().numpy()
-    curves = {name: _reject_curve(scores, same, pair_quality(values, index)) for name, values in qualities.items()}
+    curves = {
+        name: _reject_curve(scores, same, pair_quality(values, index), point) for name, values in qualities.items()
+    }
     return {name: curve for name, curve in curves.items() if curve is not None}
 
 
 def _reject_curve(
-    scores: NDArray[np.float64], same: NDArray[np.bool_], quality: NDArray[np.floating]
+    scores: NDArray[np.float64], same: NDArray[np.bool_], quality: NDArray[np.floating], point: TarAtFar
 ) -> RejectCurve | None:
     """The curve of the pairs whose quality is known; None where it has no pairs of both kinds, or is one value."""
     known = np.isfinite(quality)
     scores, same, quality = scores[known], same[known], quality[known]
     if not same.any() or same.all() or np.ptp(quality) <= 1e-6 * np.abs(quality).max():
         return None
-    return error_versus_reject(scores, same, quality, far=_FAR)
+    return error_versus_reject(scores, same, quality, point)
 
 
 def _sampled_pairs(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """Distinct images, int64 [P, 2]: random genuine and random impostor pairs, `_SAMPLED_PAIRS` of each at most."""
+    """Distinct images, int64 [P, 2]: genuine and impostor pairs, `_SAMPLED_PAIRS` of each at most, drawn at random
+    where there are more of both together."""
     generator = np.random.default_rng(seed)
     order = np.argsort(labels, kind="stable")
     starts = np.flatnonzero(np.diff(labels[order], prepend=-1))
@@ -272,7 +269,10 @@ def _sampled_pairs(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
     smaller = number - larger * (larger - 1) // 2
     pairs = order[starts[person, None] + np.stack([smaller, larger], 1)]
     images = len(labels)
-    others = generator.integers(0, images, (min(_SAMPLED_PAIRS, images * (images - 1) // 2), 2))
+    if images * (images - 1) // 2 <= _SAMPLED_PAIRS:
+        others = np.stack(np.triu_indices(images, 1), 1)
+    else:
+        others = generator.integers(0, images, (_SAMPLED_PAIRS, 2))
     return np.concatenate([pairs, others[labels[others[:, 0]] != labels[others[:, 1]]]])
 
 

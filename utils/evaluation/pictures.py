@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from utils.evaluation.check_sets import TrainingSample, decode_some
 from utils.evaluation.checks import Finding
+from utils.evaluation.curves import support_note
 from utils.evaluation.folds import FoldResult
 from utils.evaluation.hardest import HardPairs
 from utils.evaluation.measure import Measured
-from utils.evaluation.test_sets import TestSet
+from utils.evaluation.test_sets import TestSet, short_name
 from utils.evaluation.tested import Picture
 from utils.face_sheets import draw_pair_sheet
 from utils.plots import draw_bars, draw_det, draw_rejection, draw_roc, draw_score_histogram
@@ -44,8 +45,6 @@ def _rate_curves(
         pictures.append(
             Picture(det, f"{title}: false reject rate over false accept rate, the nearer to the corner the better")
         )
-    else:
-        det.unlink(missing_ok=True)  # of an earlier test
     return pictures
 
 
@@ -85,12 +84,14 @@ def _draw_rejects(folder: Path, name: str, measured: Sequence[Measured]) -> list
         having = [one for one in measured if quality in one.rejects]
         path = folder / f"{name}_reject_{_plain(quality)}.png"
         what = "the embedding's length" if quality == "norm" else quality
-        far = having[0].rejects[quality].far
+        curve = having[0].rejects[quality]
         curves = {one.model: (one.rejects[quality].rejected, one.rejects[quality].fnmr) for one in having}
         draw_rejection(path, curves, f"{name}: error versus reject by {what}")
+        at = _at(curve.point.far, curve.point.note)
         caption = (
-            f"{name}: false rejects at FAR {far:.0e} (threshold of all pairs) that are left when the pairs of lowest "
-            f"quality, {what} of the worse image, are rejected; a quality that tells makes the curve fall"
+            f"{name}: false rejects at {at} (threshold of all pairs) that are left when the pairs of lowest quality, "
+            f"{what} of the worse image, are rejected; a quality that tells makes the curve fall. "
+            f"{curve.genuine[0]:,} genuine and {curve.impostor[0]:,} impostor pairs are in it."
         )
         pictures.append(Picture(path, caption))
     return pictures
@@ -111,7 +112,8 @@ def _draw_breakdowns(folder: Path, name: str, measured: Sequence[Measured]) -> l
             rates = [rate for i in shown if (rate := table.rates[i].tar) is not None]
             values[model] = [100 * rate.estimate for rate in rates]
             intervals[model] = [(100 * rate.low, 100 * rate.high) for rate in rates]
-        label = f"TAR at the whole set's threshold for FAR {first.rates[0].far_of_all:.0e}, %"
+        at = _at(first.rates[0].far_of_all, support_note(first.rates[0].support))
+        label = f"TAR at the whole set's threshold for {at}, %"
         draw_bars(path, rows, values, intervals, f"{name} by {title}", label)
         pictures.append(Picture(path, f"{name} by {title}: {label}, with 95 % intervals"))
     return pictures
@@ -137,9 +139,10 @@ def _draw_hardest(folder: Path, test_set: TestSet, one: Measured, size: int, sev
 def _draw_hard_pairs(path: Path, test_set: TestSet, hard: HardPairs, size: int, title: str) -> None:
     faces = decode_some(test_set.images, hard.pairs.reshape(-1), size)
     pairs = list(zip(faces[0::2], faces[1::2], strict=True))
+    numbered = [""] * len(pairs) if hard.numbers is None else [f", pair {number}" for number in hard.numbers]
     captions = [
-        (f"cosine {score:.3f}", test_set.describe(int(a)), test_set.describe(int(b)))
-        for (a, b), score in zip(hard.pairs, hard.scores, strict=True)
+        (f"cosine {score:.3f}{pair}", test_set.describe(int(a)), test_set.describe(int(b)))
+        for (a, b), score, pair in zip(hard.pairs, hard.scores, numbered, strict=True)
     ]
     draw_pair_sheet(path, pairs, captions, _COLUMNS, title)
 
@@ -154,11 +157,15 @@ def draw_finding(
     path = folder / f"{test_set.name}_shared_{finding.check}.png"
     left = decode_some(test_set.images, np.array([a for a, _ in pairs]), size)
     right = decode_some(sample.faces, np.array([b for _, b in pairs]), size)
-    captions = [(test_set.describe(a), sample.faces.describe(b).rsplit("/", 1)[-1]) for a, b in pairs]
+    captions = [(test_set.describe(a), short_name(sample.faces.describe(b))) for a, b in pairs]
     what = "images" if finding.check == "duplicates" else "people"
     title = f"{test_set.name} (left) and training set (right): shared {what}"
     draw_pair_sheet(path, list(zip(left, right, strict=True)), captions, _COLUMNS, title)
     return Picture(path, title)
+
+
+def _at(far: float, note: str) -> str:
+    return f"FAR {far:.0e}{f', of {note},' if note else ''}"
 
 
 def _plain(name: str) -> str:

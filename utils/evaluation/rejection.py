@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.evaluation.curves import split_scores, tar_at_far
+from utils.evaluation.curves import TarAtFar, split_scores
 
 SHARES = tuple(round(0.02 * step, 2) for step in range(16))
 
@@ -23,7 +23,7 @@ class RejectCurve:
 
     rejected: float64 [R], the share of the pairs turned away, rising; with ties less than what was asked for. fnmr,
     fmr: float64 [R], shares of the genuine pairs that fail and of the impostor pairs that pass, of those left; NaN
-    where none is left. genuine, impostor: int64 [R], pairs left. far, threshold: what the threshold was made from.
+    where none is left. genuine, impostor: int64 [R], pairs left. point: of all pairs, which the threshold is of.
     """
 
     rejected: NDArray[np.float64]
@@ -31,8 +31,7 @@ class RejectCurve:
     fmr: NDArray[np.float64]
     genuine: NDArray[np.int64]
     impostor: NDArray[np.int64]
-    far: float
-    threshold: float
+    point: TarAtFar
 
     @property
     def area(self) -> float:
@@ -56,17 +55,16 @@ def error_versus_reject(
     scores: NDArray[np.floating],
     same: NDArray[np.bool_],
     quality: NDArray[np.floating],
-    far: float = 1e-3,
+    point: TarAtFar,
     shares: Sequence[float] = SHARES,
 ) -> RejectCurve:
     """The error rates of pairs when those of the lowest quality are turned away, for each of the `shares` of all.
 
-    scores [P]; same bool [P]; quality [P], see `pair_quality`. Pairs of equal quality stay or go together. The
-    threshold is that of `far` by `tar_at_far`, and scores strictly above it are accepted. Raises ValueError for quality
-    that is not finite, and for shares outside of 0..1 (1 excluded) or not rising.
+    scores [P]; same bool [P]; quality [P], see `pair_quality`. Pairs of equal quality stay or go together. Scores
+    strictly above the threshold of `point`, which may be that of more pairs, are accepted. Raises ValueError for
+    quality that is not finite, and for shares outside of 0..1 (1 excluded) or not rising.
     """
-    genuine, impostor = split_scores(scores, same)
-    threshold = tar_at_far(genuine, impostor, (far,))[0].threshold
+    split_scores(scores, same)
     same, quality, asked = np.asarray(same, bool), np.asarray(quality), np.asarray(shares, np.float64)
     if quality.shape != same.shape or not np.isfinite(quality).all():
         raise ValueError(f"{len(same)} pairs need as many qualities, all finite, not shape {quality.shape}")
@@ -74,7 +72,7 @@ def error_versus_reject(
         raise ValueError(f"shares to reject must rise within 0..1, not {list(shares)}")
     order = np.argsort(quality, kind="stable")
     ranked = quality[order]
-    passed, is_genuine = np.asarray(scores)[order] > threshold, same[order]
+    passed, is_genuine = np.asarray(scores)[order] > point.threshold, same[order]
     start = np.searchsorted(ranked, ranked[(asked * len(order)).astype(np.int64)])  # the first of equals
 
     def left(which: NDArray[np.bool_]) -> NDArray[np.int64]:
@@ -83,4 +81,4 @@ def error_versus_reject(
     count, others = left(is_genuine), left(~is_genuine)
     with np.errstate(invalid="ignore", divide="ignore"):
         fnmr, fmr = left(is_genuine & ~passed) / count, left(~is_genuine & passed) / others
-    return RejectCurve(start / len(order), fnmr, fmr, count, others, float(far), threshold)
+    return RejectCurve(start / len(order), fnmr, fmr, count, others, point)

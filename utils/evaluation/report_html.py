@@ -10,7 +10,7 @@ from utils.evaluation.folds import FoldResult
 from utils.evaluation.ijb import IjbVerification
 from utils.evaluation.report_text import interval_text, padded, percent, published, quoted
 from utils.evaluation.tested import Picture, TestedModel, TestedSet, galleries
-from utils.html_report import HtmlReport
+from utils.html_report import HtmlReport, as_text
 
 
 def write_html(
@@ -37,12 +37,8 @@ def write_html(
     for tested in sets:
         _set_section(page, tested)
     page.section("Settings")
-    page.table(("setting", "value"), [(name, _as_text(value)) for name, value in settings.items()])
+    page.table(("setting", "value"), [(name, as_text(value)) for name, value in settings.items()])
     page.write(path)
-
-
-def _as_text(value: Any) -> str:
-    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
 
 
 def _summary(sets: Sequence[TestedSet]) -> Iterable[tuple[str, ...]]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,24 @@ from utils.evaluation.checks import Finding
 from utils.evaluation.comparison import Comparison
 from utils.evaluation.curves import TarAtFar
 from utils.evaluation.folds import FoldResult, tar_of_folds
+from utils.evaluation.hardest import HardPairs
 from utils.evaluation.identification import Identification
 from utils.evaluation.ijb import IjbVerification
 from utils.evaluation.measure import Measured
 from utils.evaluation.test_sets import TestSet
-from utils.evaluation.tested import TestedModel, TestedSet, galleries, pair_counts
+from utils.evaluation.tested import Picture, TestedModel, TestedSet, galleries, pair_counts
 
 VERSION = 1
 
 
 def as_json(
-    models: Sequence[TestedModel], sets: Sequence[TestedSet], settings: Mapping[str, Any], notes: Sequence[Finding]
+    models: Sequence[TestedModel],
+    sets: Sequence[TestedSet],
+    settings: Mapping[str, Any],
+    notes: Sequence[Finding],
+    overview: Sequence[Picture],
 ) -> dict[str, Any]:
-    """All of the report. settings: those of the test, which has `mirror` among them."""
+    """All of the report. settings: those of the test, which has `mirror` among them; overview: pictures of all sets."""
     return {
         "version": VERSION,
         "settings": dict(settings),
@@ -34,6 +40,7 @@ def as_json(
             for model in models
         },
         "findings": [_finding(finding) for finding in notes],
+        "pictures": [picture.file.name for picture in overview],
         "sets": {
             tested.test_set.name: {
                 "path": str(tested.test_set.path),
@@ -102,11 +109,15 @@ def numbers(test_set: TestSet, measured: Measured, mirror: bool) -> dict[str, An
         }
     if measured.identification is not None:
         found["identification"] = {name: _identification(one) for name, one in galleries(measured).items()}
+    if measured.hardest is not None:
+        kinds = zip(("false_accepts", "false_rejects"), measured.hardest, strict=True)
+        found["hardest_pairs"] = {kind: _hard_pairs(test_set, hard) for kind, hard in kinds}
     if measured.rejects:
         found["error_versus_reject"] = {
             name: {
-                "far": curve.far,
-                "threshold": curve.threshold,
+                "far": curve.point.far,
+                "threshold": curve.point.threshold,
+                "support": curve.point.support,
                 "rejected": curve.rejected.tolist(),
                 "fnmr": _finite(curve.fnmr.tolist()),
                 "genuine_pairs": curve.genuine.tolist(),
@@ -118,6 +129,16 @@ def numbers(test_set: TestSet, measured: Measured, mirror: bool) -> dict[str, An
     if measured.breakdowns:
         found["breakdowns"] = {name: asdict(breakdown) for name, breakdown in measured.breakdowns.items()}
     return found
+
+
+def _hard_pairs(test_set: TestSet, hard: HardPairs) -> list[dict[str, Any]]:
+    """As the pictures show them; `pair`: its number in a list of pairs, from 0."""
+    places = [[test_set.images.describe(int(image)) for image in pair] for pair in hard.pairs]
+    numbers = [{}] * len(places) if hard.numbers is None else [{"pair": int(number)} for number in hard.numbers]
+    return [
+        {"cosine": float(score), **number, "images": images}
+        for images, score, number in zip(places, hard.scores, numbers, strict=True)
+    ]
 
 
 def _points(points: Sequence[TarAtFar], intervals: Mapping[float, Interval]) -> list[dict[str, Any]]:
@@ -185,3 +206,9 @@ def _comparison(a: str, b: str, found: Comparison) -> dict[str, Any]:
         "better": {"A": a, "B": b, None: None}[found.better],
         "sentence": found.sentence(a, b),
     }
+
+
+def pictures_of(report: Mapping[str, Any]) -> set[str]:
+    """The files' names of all pictures of a `report.json`. Raises what wrong types raise where it is none."""
+    named = [*report.get("pictures", ()), *(name for one in report["sets"].values() for name in one["pictures"])]
+    return {Path(name).name for name in named}

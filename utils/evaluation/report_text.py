@@ -34,7 +34,7 @@ def _set_lines(tested: TestedSet) -> Iterable[str]:
     for finding in tested.findings:
         if finding.level == "warning":
             yield f"  WARNING: {finding.text}"
-        elif finding.check == "precision":
+        elif finding.level == "unclear" or finding.check == "precision":
             yield f"  note: {finding.text}"
         elif finding.check not in quiet:
             quiet.append(finding.check)

@@ -1,5 +1,6 @@
 """What to test on, whatever it is stored as, opened as one kind of thing."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,21 @@ class TestSet:
         return "all pairs" if self.faces is not None else "IJB 1:1 and 1:N"
 
     def describe(self, image: int) -> str:
-        """A short name of an image, for captions: the last part of where it lies."""
-        return self.images.describe(image).rsplit("/", 1)[-1]
+        """A short name of an image, for captions; with the identity, where a record's number does not tell."""
+        name = short_name(self.images.describe(image))
+        if name.startswith("record ") and self.identities is not None and self.people is not None:
+            return f"{self.identities[int(self.people[image])]}, {name}"
+        return name
+
+
+_RECORD = re.compile(r"record \d+(?= at byte \d+$)")
+
+
+def short_name(place: str) -> str:
+    """Of where an image lies, as sets describe it, what tells it from others: `record 12`, or file and folder."""
+    if record := _RECORD.search(place):
+        return record[0]
+    return "/".join(place.rsplit("/", 2)[-2:])
 
 
 def open_test_set(path: Path, name: str, images: Path | None = None, size: int = TEMPLATE_SIZE) -> TestSet:

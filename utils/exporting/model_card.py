@@ -96,19 +96,34 @@ def _accuracy(facts: ModelFacts) -> str:
             spread = f" ± {_percent(result['std'])}" if "std" in result else ""
             rows.append((name, protocol, "accuracy", _percent(result["accuracy"]) + spread))
         rows += [
-            (name, protocol, f"TAR at FAR {point['far']:g}", _percent(point["tar"]))
+            (name, protocol, f"TAR at FAR {point['far']:g}", _percent(point["tar"]) + _few(point))
             for point in result.get("points", ())
             if point.get("supported", True)
         ]
     if rows:
         mirrored = "with" if facts.mirror else "without"
-        return f"{_table(('set', 'protocol', 'measure', 'value'), rows)}\n\nMeasured {mirrored} the mirror image added."
+        table = _table(("set", "protocol", "measure", "value"), rows)
+        told = ""
+        if facts.best_accuracy is not None:
+            told = (
+                f" The weights are the training's best by its verification sets ({_percent(facts.best_accuracy)} on "
+                "average): the accuracy on one of those is the best of many tries."
+            )
+        return f"{table}\n\nMeasured {mirrored} the mirror image added.{told}"
     if facts.best_accuracy is not None:
         return (
             f"On its verification sets the training reached {_percent(facts.best_accuracy)} on average (10 folds, "
             f"accuracy of the best epoch, by which the weights were chosen). It was not tested on other sets."
         )
     return "Nothing was measured."
+
+
+def _few(point: dict[str, Any]) -> str:
+    """That a rate hangs on few pairs, and between which values it may lie."""
+    if point.get("support") != "weak":
+        return ""
+    between = " to ".join(map(_percent, point.get("interval") or ()))
+    return f" (few impostor pairs{f': {between}' if between else ''})"
 
 
 def _training(facts: ModelFacts) -> str:
