@@ -53,8 +53,9 @@ def embed_images(
             for batch, _, broken in loader:
                 if broken:  # raised here and not in a worker, where its message would drown in tracebacks
                     raise ImageError(broken[0])
-                yield embedder.features(batch, mirror).cpu().numpy()
-                bar.update(len(batch))
+                features = embedder.features(batch, mirror).cpu().numpy()
+                bar.update(len(batch))  # before the last batch is given out, after which nobody may come back
+                yield features
 
     if cache is not None:
         key = _key(embedder, images, mirror) if ranks.first else ""

@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -53,6 +54,29 @@ def test_an_axis_ends_where_values_do(tmp_path: Path, monkeypatch: pytest.Monkey
     assert 100 < tops[0] < 100.5
     assert tops[1] > 102
     assert tops[2] < 96
+
+
+def test_many_curves_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has a look of its own, a name whatever it begins with, and none lies under the names of many."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    names = [f"_set {number}" for number in range(11)]
+    draw_curves(tmp_path / "a.png", {name: (range(50), range(50)) for name in names}, "step", "accuracy", "run")
+    draw_curves(tmp_path / "a.png", {"_one": ([0, 1], [1, 2])}, "step", "accuracy", "run")
+    (many,), (one,) = (figure.axes for figure in figures)
+    assert len({(line.get_color(), line.get_linestyle()) for line in many.get_lines()}) == 11
+    assert [text.get_text() for text in many.get_legend().get_texts()] == names
+    assert [text.get_text() for text in one.get_legend().get_texts()] == ["_one"]
+    many.figure.canvas.draw()
+    assert many.get_legend().get_window_extent().x0 >= many.get_window_extent().x1
+
+
+def test_bars_of_nothing_have_an_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nobody is accepted, the axis is not a millionth of a percent long."""
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
+    draw_bars(tmp_path / "a.png", ["a"], {"model": [0.0]}, None, "title", "TAR, %")
+    assert figures[0].axes[0].get_xlim() == (0.0, 1.0)
 
 
 def contact_sheet(path: Path) -> None:

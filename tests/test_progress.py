@@ -21,6 +21,26 @@ def test_a_log_file_gets_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert "3/3" in shown
 
 
+def test_a_log_file_gets_no_control_characters(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bar below another moves the cursor, and names of files may do worse; nor has every terminal such commands."""
+    with progress_bar(2, "image", "a set called \x1b[31m") as bar:
+        for _ in range(2):
+            with progress_bar(1, "image", "inner") as inner:
+                inner.update()
+            bar.update()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    with progress_bar(1, "image", "dumb") as bar:
+        bar.update()
+    shown = capsys.readouterr().err
+    assert "\x1b" not in shown
+    assert "\r" not in shown
+    assert all(line.strip() for line in shown.splitlines())
+    assert r"a set called \x1b[31m: 100%" in shown
+
+
 def test_a_bar_starts_no_process() -> None:
     """Where processes are not forked (from Python 3.14 on), a lock of theirs takes one, which warns at a rank's end."""
     program = (

@@ -162,7 +162,7 @@ def test_curves_are_drawn_now_and_then_and_in_the_end(tmp_path: Path, monkeypatc
 
 
 def test_accuracies_are_drawn_in_percent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As their axis says; losses as they are."""
+    """As their axis says, those of the moving average too, which may be the best; losses as they are."""
     drawn: dict[str, Any] = {}
     highest: dict[str, float] = {}
     monkeypatch.setattr(
@@ -171,10 +171,10 @@ def test_accuracies_are_drawn_in_percent(tmp_path: Path, monkeypatch: pytest.Mon
         lambda path, curves, *more: (drawn.update({path.name: curves}), highest.update({path.name: more[-1]})),
     )
     with TrainingLog(tmp_path, 0) as log:
-        log.scalars(2, {"train/loss": 0.5, "verify/a": 0.75})
+        log.scalars(2, {"train/loss": 0.5, "verify/a": 0.75, "verify_average/a": 0.8})
     assert highest == {"loss.png": np.inf, "accuracy.png": 100}
     found = {file: {name: values.tolist() for name, (_, values) in curves.items()} for file, curves in drawn.items()}
-    assert found == {"loss.png": {"loss": [0.5]}, "accuracy.png": {"a": [75.0]}}
+    assert found == {"loss.png": {"loss": [0.5]}, "accuracy.png": {"a": [75.0], "a (average)": [80.0]}}
 
 
 def test_writing_imports_no_library_of_pictures_or_networks(tmp_path: Path) -> None:

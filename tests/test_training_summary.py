@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from utils.texts import columns_of
 from utils.training.metrics import METRICS, read_metrics
 from utils.training.summary import _duration, summarise
 
@@ -95,3 +96,10 @@ def test_a_line_without_all_its_times_is_not_counted(tmp_path: Path) -> None:
     """A changed letter in the name of a number, on a failing disk, ends no run."""
     write(tmp_path, {"step": 1, "train/loss": 2.5, "train/seconds": 3.0, "train/imagez_per_s": 5.0})
     assert "2.5000" in summarise(tmp_path)
+
+
+def test_columns_stand_in_line(tmp_path: Path) -> None:
+    """Whatever the sets are called: letters that are two columns wide, and names longer than the table's first column."""
+    write(tmp_path, *({"step": 1, "verify/" + name: 0.5} for name in ("a" * 40, "\u738b\u592b", "lfw")))
+    _, *rows = summarise(tmp_path).splitlines()
+    assert len({columns_of(row[: row.index("50.000%")]) for row in rows}) == 1

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette, which colour-blind people can tell apart, without its yellow, which is too pale for lines.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
+_STYLES = ("-", "--", ":", "-.")
+
 # Bars across the range of scores in a histogram, at most and at least.
 _BARS = (20, 160)
 
@@ -40,8 +42,8 @@ def draw_roc(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
         raise ValueError("no curve has a point with a FAR above 0")
 
     figure, axes = _axes(title, "false accept rate (FAR)", "true accept rate (TAR)")
-    for name, (far, tar), colour in _coloured(points):
-        axes.plot(far, tar, label=name, color=colour, linewidth=1.8)
+    for name, (far, tar), line in _lines(points):
+        axes.plot(far, tar, label=_label(name), linewidth=1.8, **line)
     axes.set_xscale("log")
     axes.set_xlim(min(0.1, *(far[0] for far, _ in drawn)), 1.0)
     lowest = min(float(tar[0]) for _, tar in drawn)
@@ -83,7 +85,7 @@ def draw_score_histogram(
     for axes in (linear, logarithmic):
         for counts, name, colour in ((impostor, "impostor", _COLOURS[1]), (genuine, "genuine", _COLOURS[0])):
             density = counts / counts.sum() / np.diff(joined)
-            label = f"{name} ({counts.sum():,} pairs)"
+            label = _label(f"{name} ({counts.sum():,} pairs)")
             axes.stairs(density, joined, fill=True, color=colour, alpha=0.3)
             axes.stairs(density, joined, color=colour, linewidth=1.4, label=label)
         axes.set_xlim(min([joined[0], *marks.values()]), max([joined[-1], *marks.values()]))
@@ -117,9 +119,9 @@ def draw_curves(
     if not curves:
         raise ValueError("there is no curve to draw")
     figure, axes = _axes(title, xlabel, ylabel)
-    for name, (steps, values), colour in _coloured(curves):
-        few = np.size(steps) <= 40
-        axes.plot(steps, values, label=name, color=colour, linewidth=1.8, marker="o" if few else "", markersize=4)
+    for name, (steps, values), line in _lines(curves):
+        marker = "o" if np.size(steps) <= 40 else ""
+        axes.plot(steps, values, label=_label(name), linewidth=1.8, marker=marker, markersize=4, **line)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.margins(x=0.02)
     lower, upper = axes.get_ylim()
@@ -146,9 +148,10 @@ def draw_det(path: str | Path, curves: Mapping[str, tuple[ArrayLike, ArrayLike]]
         raise ValueError("no curve has a point with FAR and FRR above 0")
     figure, axes = _axes(title, "false accept rate (FAR)", "false reject rate (FRR)")
     axes.set(xscale="log", yscale="log", ylim=(0.1, 1.0))
-    for name, (far, frr), colour in _coloured(points):
-        label = name if len(far) else f"{name} (no errors to show)"
-        axes.plot(far, frr, label=label, color=colour, linewidth=1.8, drawstyle="steps-pre")
+    for name, (far, frr), line in _lines(points):
+        label = _label(name if len(far) else f"{name} (no errors to show)")
+        marker = "o" if len(far) == 1 else ""
+        axes.plot(far, frr, label=label, linewidth=1.8, drawstyle="steps-pre", marker=marker, markersize=4, **line)
     axes.set_xlim(min(0.1, 0.8 * min(float(far[0]) for far, _ in drawn)), 1.0)
     axes.set_ylim(min(0.1, 0.8 * min(float(frr.min()) for _, frr in drawn)), 1.0)
     axes.grid(True, which="minor", color="#f0f0f0", linewidth=0.5)
@@ -167,9 +170,9 @@ def draw_rejection(path: str | Path, curves: Mapping[str, tuple[ArrayLike, Array
     if not curves:
         raise ValueError("there is no curve to draw")
     figure, axes = _axes(title, "pairs rejected for low quality, %", "false rejects among the rest, %")
-    for name, (rejected, error), colour in _coloured(curves):
+    for name, (rejected, error), line in _lines(curves):
         x, y = 100 * np.asarray(rejected, np.float64), 100 * np.asarray(error, np.float64)
-        axes.plot(x, y, label=name, color=colour, linewidth=1.8, marker="o", markersize=4)
+        axes.plot(x, y, label=_label(name), linewidth=1.8, marker="o", markersize=4, **line)
     axes.set_ylim(bottom=0)
     axes.margins(x=0.02)
     _legend(axes, loc="best")
@@ -201,9 +204,9 @@ def draw_bars(
     axes = figure.add_subplot()
     _style(axes)
     height = 0.8 / len(series)
-    for position, (name, numbers, colour) in enumerate(_coloured(series)):
+    for position, (name, numbers, line) in enumerate(_lines(series)):
         places = np.arange(len(rows)) - 0.4 + (position + 0.5) * height
-        axes.barh(places, numbers, height=0.9 * height, color=colour, alpha=0.75, label=name)
+        axes.barh(places, numbers, height=0.9 * height, color=line["color"], alpha=0.75, label=_label(name))
         if name in bounds:
             low, high = bounds[name].T
             error = np.stack([numbers - low, high - numbers]).clip(0)
@@ -213,7 +216,7 @@ def draw_bars(
     shown = np.concatenate([*series.values(), *(interval.ravel() for interval in bounds.values())])
     shown = shown[np.isfinite(shown)]
     if shown.size:
-        margin = max(0.05 * float(np.ptp(shown)), 0.002 * float(np.abs(shown).max()), 1e-6)
+        margin = max(0.05 * float(np.ptp(shown)), 0.002 * float(np.abs(shown).max())) or 1.0  # all are 0
         axes.set_xlim(max(0.0, float(shown.min()) - 4 * margin), float(shown.max()) + margin)
     axes.grid(False, axis="y")
     axes.set_xlabel(f"{xlabel} (the axis does not begin at 0)" if axes.get_xlim()[0] > 0 else xlabel)
@@ -243,9 +246,17 @@ def _title(axes: Axes, title: str, pad: float | None = None) -> None:
     axes.set_title(drawable(title), color=INK, loc="left", fontweight="bold", pad=pad, parse_math=False)
 
 
+def _label(name: str) -> str:
+    """The label of a curve called `name`, for `_legend`: matplotlib takes those that begin with `_` for none."""
+    return f".{name}"
+
+
 def _legend(axes: Axes, **place: Any) -> None:
+    """The names of what `_label` labelled; of many curves beside the axes, so that they hide none."""
+    if "ncols" not in place and len(axes.get_legend_handles_labels()[1]) > len(_COLOURS):
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
     for text in axes.legend(frameon=False, **place).get_texts():
-        text.set(text=drawable(text.get_text()), parse_math=False)
+        text.set(text=drawable(text.get_text().removeprefix(".")), parse_math=False)
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
@@ -276,10 +287,11 @@ def _style(axes: Axes) -> None:
     axes.tick_params(color="#999999", labelcolor=INK)
 
 
-def _coloured(series: Mapping[str, Values]) -> Iterator[tuple[str, Values, str]]:
-    """Name, values and colour of each series."""
-    for (name, values), colour in zip(series.items(), cycle(_COLOURS), strict=False):
-        yield name, values, colour
+def _lines(series: Mapping[str, Values]) -> Iterator[tuple[str, Values, dict[str, Any]]]:
+    """Name, values and look of each series: colour, and where all were used already, another kind of line."""
+    looks = ({"color": colour, "linestyle": style} for style in cycle(_STYLES) for colour in _COLOURS)
+    for (name, values), look in zip(series.items(), looks, strict=False):
+        yield name, values, look
 
 
 def _sorted_points(far: ArrayLike, tar: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

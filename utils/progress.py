@@ -1,5 +1,7 @@
 """Progress bars with rate and ETA: live on a terminal, a line now and then in a log file."""
 
+import os
+import re
 import sys
 from threading import RLock
 from typing import Any, TextIO
@@ -15,6 +17,10 @@ class Bar(tqdm):
     _lock = RLock()
 
 
+# What moves the cursor, for bars above one another.
+_MOVES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
+
+
 class _Lines:
     """A stream that shows each state of a bar on a line of its own, for log files."""
 
@@ -22,8 +28,9 @@ class _Lines:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        if text.strip():
-            self._stream.write(text.strip("\r\n ") + "\n")
+        shown = _MOVES.sub("", text).strip("\r\n ")
+        if shown:
+            self._stream.write(shown + "\n")
 
     def flush(self) -> None:
         self._stream.flush()
@@ -31,10 +38,10 @@ class _Lines:
 
 def progress_bar(total: int, unit: str, title: str = "", **options: Any) -> Bar:
     """A bar over `total` things called `unit`; `options` are tqdm's."""
-    live = sys.stderr.isatty()
+    live = sys.stderr.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     if not live:
         options |= {"file": _Lines(sys.stderr), "mininterval": 20.0, "leave": True}
-    return Bar(total=total, unit=unit, unit_scale=total >= 10_000, desc=title, **options)
+    return Bar(total=total, unit=unit, unit_scale=total >= 10_000, desc=printable(title), **options)
 
 
 def say(line: str) -> None:

@@ -22,7 +22,7 @@ from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from utils.flag_names import Several, what_was_meant
-from utils.scripts import is_first, let_the_first_speak
+from utils.scripts import is_first, let_the_first_speak, printable
 
 Settings = Mapping[str, Any]
 C = TypeVar("C")
@@ -240,7 +240,7 @@ def describe(config: Any, sections: Sequence[str]) -> str:
     """The settings of `sections`, a line each, for the screen."""
     chosen = {name: value for name, value in flatten(config).items() if name.partition(".")[0] in sections}
     width = max(map(len, chosen))
-    return "\n".join(f"  {name:<{width}}  {_as_text(value)}" for name, value in chosen.items())
+    return "\n".join(f"  {name:<{width}}  {printable(_as_text(value))}" for name, value in chosen.items())
 
 
 def check_types(section: Any, name: str) -> None:

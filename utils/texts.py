@@ -1,10 +1,17 @@
-"""Many short texts, such as the names of millions of files, without an object each."""
+"""Many short texts, such as the names of millions of files, without an object each; and how wide a text is."""
 
 import os
 from array import array
 from collections.abc import Iterable
+from unicodedata import combining, east_asian_width
 
 import numpy as np
+
+
+def columns_of(text: str) -> int:
+    """How many columns of a screen the text takes: Chinese, Japanese and Korean letters two, accents none."""
+    wide = (2 if east_asian_width(letter) in "WF" else 1 for letter in text if not combining(letter))
+    return sum(wide)
 
 
 class Texts:

@@ -20,7 +20,7 @@ from utils.board import Board
 from utils.face_sheets import draw_contact_sheet, tile
 from utils.files import write_text_atomic
 from utils.plots import draw_curves
-from utils.training.metrics import METRICS, VERIFIED, read_metrics
+from utils.training.metrics import METRICS, VERIFIED, VERIFIED_AVERAGE, read_metrics
 from utils.training.step import StepOutput
 
 #: Curves are drawn no more often than this, and at the end.
@@ -213,16 +213,17 @@ class TrainingLog:
         if not self._write:
             return
         lines = read_metrics(self.folder)
-        for prefix, file, label, highest in (
-            ("train/loss", "loss.png", "loss", np.inf),
-            (VERIFIED, "accuracy.png", "accuracy, %", 100.0),
+        for prefixes, file, label, highest in (
+            ({"train/loss": "loss"}, "loss.png", "loss", np.inf),
+            ({VERIFIED: "{}", VERIFIED_AVERAGE: "{} (average)"}, "accuracy.png", "accuracy, %", 100.0),
         ):
-            names = sorted({name for line in lines for name in line if name.startswith(prefix)})
             curves = {}
-            for name in names:
-                points = [(line["step"], line[name]) for line in lines if name in line]
-                steps, values = np.array(points, float).T
-                curves[name.split("/", 1)[1]] = (steps, 100 * values if prefix == VERIFIED else values)
+            for prefix, title in prefixes.items():
+                for name in sorted({name for line in lines for name in line if name.startswith(prefix)}):
+                    points = [(line["step"], line[name]) for line in lines if name in line]
+                    steps, values = np.array(points, float).T
+                    scale = 100 if label.endswith("%") else 1
+                    curves[title.format(name.removeprefix(prefix))] = (steps, scale * values)
             if curves:
                 with self._drawing():
                     draw_curves(self.folder / file, curves, "step", label, self.folder.name, highest)

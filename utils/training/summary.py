@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoints import BEST
+from utils.texts import columns_of
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE, read_metrics
 from utils.training.run_folders import CHECKPOINTS
 
@@ -15,12 +16,14 @@ def summarise(folder: Path) -> str:
     Rates and shares of the time are those of all sessions of a run that was resumed; verifications count once each.
     """
     lines = read_metrics(folder)
-    table = [f"{'':<28} {'first':>12} {'last':>12} {'best':>12}"]
-    table += _row(lines, "train/loss", "loss", "{:.4f}", min)
-    table += _row(lines, "train/accuracy", "accuracy, margin aside", "{:.2%}", max)
+    rows = [("", f"{'first':>12} {'last':>12} {'best':>12}")]
+    rows += _row(lines, "train/loss", "loss", "{:.4f}", min)
+    rows += _row(lines, "train/accuracy", "accuracy, margin aside", "{:.2%}", max)
     for prefix, kind in ((VERIFIED, ""), (VERIFIED_AVERAGE, " (average)")):
         for name in sorted({name for line in lines for name in line if name.startswith(prefix)}):
-            table += _row(lines, name, name.removeprefix(prefix) + kind, "{:.3%}", max)
+            rows += _row(lines, name, name.removeprefix(prefix) + kind, "{:.3%}", max)
+    width = max(28, *(columns_of(title) for title, _ in rows))
+    table = [f"{title}{' ' * (width - columns_of(title))} {values}" for title, values in rows]
     steps = [line for line in lines if line.keys() >= {"train/seconds", "train/images_per_s", "train/data_wait"}]
     if steps:
         seconds = [line["train/seconds"] for line in steps]
@@ -51,15 +54,15 @@ def _nothing_was_better(lines: list[dict[str, Any]]) -> bool:
     return bool(means[True] and means[False]) and max(means[False]) <= max(means[True])
 
 
-def _row(lines: list[dict[str, Any]], name: str, title: str, form: str, best: Any) -> list[str]:
-    """`name`'s first, last and best value with the best's step; nothing when it was never noted."""
+def _row(lines: list[dict[str, Any]], name: str, title: str, form: str, best: Any) -> list[tuple[str, str]]:
+    """`title`, and `name`'s first, last and best value with the best's step; nothing when it was never noted."""
     points = [(line[name], line["step"]) for line in lines if name in line]
     if not points:
         return []
     value = best(value for value, _ in points)
     step = next(step for other, step in points if other == value)
     first, last, top = (form.format(number) for number in (points[0][0], points[-1][0], value))
-    return [f"{title:<28} {first:>12} {last:>12} {top:>12} at step {step:,}"]
+    return [(title, f"{first:>12} {last:>12} {top:>12} at step {step:,}")]
 
 
 def _duration(seconds: float) -> str:
