@@ -99,7 +99,7 @@ def test_a_line_without_all_its_times_is_not_counted(tmp_path: Path) -> None:
 
 
 def test_columns_stand_in_line(tmp_path: Path) -> None:
-    """Whatever the sets are called: letters that are two columns wide, and names longer than the table's first column."""
+    """Whatever the sets are called: letters that are two columns wide, names longer than the first column."""
     write(tmp_path, *({"step": 1, "verify/" + name: 0.5} for name in ("a" * 40, "\u738b\u592b", "lfw")))
     _, *rows = summarise(tmp_path).splitlines()
     assert len({columns_of(row[: row.index("50.000%")]) for row in rows}) == 1
