@@ -50,10 +50,9 @@ from utils.training.log import Meter, TrainingLog, import_wandb, step_profiler
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
-from utils.training.run_folders import CHECKPOINTS, TrainingError, run_folder, saved_settings
+from utils.training.run_folders import CHECKPOINTS, TrainingError, has_checkpoints, run_folder, saved_settings
 from utils.training.run_requests import RunRequests, SignalledError
 from utils.training.same_run import check_notes, require_same_settings, set_facts, set_notes, unused_again
-from utils.training.saved_checkpoints import checkpoint_folders
 from utils.training.sets import open_faces, verification_sets
 from utils.training.state import TrainingState
 from utils.training.summary import summarise
@@ -104,8 +103,7 @@ class Trainer:
         self.steps = settings.epochs * self.steps_per_epoch
         self.peak_lr, self.learning_rates = build_schedule(settings, self.steps_per_epoch)
 
-        self.has_checkpoints = bool(checkpoint_folders(run / CHECKPOINTS))
-        self.network = build_network(config, device, with_init=not self.has_checkpoints)
+        self.network = build_network(config, device, with_init=not has_checkpoints(run))
         classes = len(self.faces.identities)
         self.head = build_head(config, classes, self.steps_per_epoch, device, self.precision, ranks)
         flops = forward_flops(self.network, config.data.image_size, training=True)
@@ -343,10 +341,11 @@ class Trainer:
         """Restore the newest undamaged checkpoint. False: there is none, and the run begins at step 0."""
         saved = self.store.newest()
         if saved is None:
-            if self.config.train.resume not in ("", "auto"):
-                raise TrainingError(f"train.resume: {self.run} has no whole checkpoint to go on from")
-            if self.has_checkpoints:  # all of them damaged
-                self.load_first_weights()
+            if self.ranks.any(has_checkpoints(self.run)):
+                raise TrainingError(
+                    f"train.resume: {self.run} has no whole checkpoint to go on from; to begin anew, give the run "
+                    f"another --name, or remove {CHECKPOINTS} from it"
+                )
             return False
         check_notes(saved.notes, self.config, self.faces, self.run)
         self.state.restore(saved)
@@ -360,13 +359,6 @@ class Trainer:
         if saved.notes["scaler"] and self.scaler.is_enabled():  # a run may go on in another precision
             self.scaler.load_state_dict(saved.notes["scaler"])
         return True
-
-    def load_first_weights(self) -> None:
-        """Load the weights to start from, which `__init__` left out for a checkpoint's."""
-        first = self.ranks.together(lambda: build_network(self.config, self.device)).state_dict()
-        self.network.load_state_dict(first)
-        if self.average is not None:
-            self.average.network.load_state_dict(first)
 
     def roll_back(self, error: ExplodedError) -> None:
         """Go back to the last checkpoint that has neither the step of `error` nor the one before it, which may have

@@ -1,5 +1,9 @@
 """Checkpoints of several ranks: written together or not at all, and read by any number of others."""
 
+import errno
+import itertools
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +21,7 @@ from saved_steps import TOTAL, files_up_to, is_step, matrix, names, own_range, s
 from utils.ranks import Ranks
 from utils.training import checkpoint_store
 from utils.training.checkpoint_store import CheckpointStore, Rows
-from utils.training.saved_checkpoints import shard_name
+from utils.training.saved_checkpoints import MissingError, Saved, shard_name
 
 
 def read_part(folder: Path, ranks: Ranks) -> tuple[int, Tensor, Tensor]:
@@ -144,6 +148,51 @@ def no_common_folder(folder: Path, ranks: Ranks) -> str:
     return failure
 
 
+def unseen(folder: Path, ranks: Ranks) -> tuple[str, list[str]]:
+    """What each rank hears when the second does not see what the first does; the checkpoints afterwards."""
+    write_three(folder, ranks)
+
+    def see_nothing(path: Path) -> Saved:
+        raise MissingError(path / "manifest.json")
+
+    with CheckpointStore(folder, ranks) as store, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_store, "SEEN_WITHIN", 0.1)
+        if not ranks.first:
+            patch.setattr(checkpoint_store, "Saved", see_nothing)
+        failure = attempt(store.newest)
+    return failure, [name for name in names(folder) if "step" in name]
+
+
+def seen_late(folder: Path, ranks: Ranks) -> int:
+    """The step that is gone on from when the second rank sees a file after a while."""
+    write_three(folder, ranks)
+    looks = itertools.count()
+
+    def see_late(path: Path) -> Saved:
+        if next(looks) == 0:
+            raise MissingError(path / "manifest.json")
+        return Saved(path)
+
+    with CheckpointStore(folder, ranks) as store, pytest.MonkeyPatch.context() as patch:
+        if not ranks.first:
+            patch.setattr(checkpoint_store, "Saved", see_late)
+        saved = store.newest()
+    assert saved is not None
+    return saved.step
+
+
+def read_only(folder: Path, ranks: Ranks) -> str:
+    """What each rank hears, before the first step, when the second cannot write into the folder."""
+
+    def touch(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not ranks.first:
+            patch.setattr(Path, "touch", touch)
+        return attempt(lambda: CheckpointStore(folder, ranks).finish())
+
+
 def all_on_ranks(folder: str) -> dict[str, Any]:
     """Every case in one set of processes, for they take long to start: each on the first few of four ranks."""
     groups = [dist.new_group(list(range(size))) for size in (1, 2, 3, 4)]
@@ -159,6 +208,9 @@ def all_on_ranks(folder: str) -> dict[str, Any]:
     if 2 in member:
         found["fall back"] = fall_back(Path(folder, "damaged"), member[2])
         found["overlap"] = overlap(Path(folder, "overlap"), member[2])
+        found["unseen"] = unseen(Path(folder, "unseen"), member[2])
+        found["seen late"] = seen_late(Path(folder, "late"), member[2])
+        found["read-only"] = read_only(Path(folder, "read-only"), member[2])
         found["no common folder"] = no_common_folder(Path(folder, "own"), member[2])
         for dead in (0, 1):
             found[f"dead {dead}"] = dead_rank(Path(folder, f"dead{dead}"), member[2], dead)
@@ -218,7 +270,24 @@ def test_only_what_holds_the_rows_is_read(
 
 def test_ranks_fall_back_together(on_ranks: list[dict[str, Any]]) -> None:
     """Each checks some of the files; damage that one of them sees counts for all."""
-    assert [rank["fall back"] for rank in on_ranks[:2]] == [(True, 1), (True, 1)]
+    assert [rank["fall back"] for rank in on_ranks[:2]] == [(True, 2), (True, 0)], "the first says it all"
+
+
+def test_what_one_rank_does_not_see_is_no_damage(on_ranks: list[dict[str, Any]]) -> None:
+    """A machine with an old view of the folder, or without it, would set good checkpoints aside, one after another. It
+    waits for what the first sees, and then all end, told by whom and why."""
+    for failure, left in (rank["unseen"] for rank in on_ranks[:2]):
+        assert "CheckpointError" in failure
+        assert f"step-000000003 could not be checked by process 1 ({socket.gethostname()})" in failure
+        assert "manifest.json is not there, though the first process sees it" in failure
+        assert left == ["step-000000002", "step-000000003"]
+    assert [rank["seen late"] for rank in on_ranks[:2]] == [3, 3]
+
+
+def test_a_folder_that_one_rank_cannot_write_to_is_told_at_once(on_ranks: list[dict[str, Any]]) -> None:
+    """Else each save would wait for that rank for ten minutes, and there would be no checkpoint in the end."""
+    for failure in (rank["read-only"] for rank in on_ranks[:2]):
+        assert "Read-only file system" in failure
 
 
 def test_a_full_disk_of_one_rank(on_ranks: list[dict[str, Any]]) -> None:

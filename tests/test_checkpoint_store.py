@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, never older than what was finished, and readable on any number of ranks."""
 
+import errno
 import json
 import os
 import re
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from live_memory import LiveMemory
 from saved_steps import files_up_to, is_step, names, save_step
+from utils import files
 from utils.checkpoints import CheckpointError
 from utils.files import BusyError
 from utils.ranks import Ranks
-from utils.training import checkpoint_store, host_copy
+from utils.training import checkpoint_store, host_copy, saved_checkpoints
 from utils.training.checkpoint_store import CheckpointStore, Rows
-from utils.training.host_copy import DTYPES, HostCopy
+from utils.training.host_copy import DTYPES, FileSum, HostCopy
 from utils.training.saved_checkpoints import manifest_text
 
 
@@ -237,8 +239,8 @@ def damaged_by(damage: str, checkpoint: Path) -> None:
         ("truncated", r"rows-00000-of-00001.safetensors has [\d,]+ bytes instead of [\d,]+$"),
         ("longer", r"rows-00000-of-00001.safetensors has [\d,]+ bytes instead of [\d,]+$"),
         ("flipped", r"rows-00000-of-00001.safetensors has CRC-32 \w{8} instead of \w{8}$"),
-        ("no shard", r"rows-00000-of-00001.safetensors cannot be read: No such file"),
-        ("no manifest", r"manifest.json cannot be read: No such file"),
+        ("no shard", r"rows-00000-of-00001.safetensors is not there$"),
+        ("no manifest", r"manifest.json is not there$"),
         ("empty manifest", r"manifest.json is not as it was written$"),
         ("other manifest", r"manifest.json is not as it was written$"),
         ("edited", r"manifest.json is not as it was written$"),
@@ -261,6 +263,48 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, damage: str, named:
         save_step(store, 2, Ranks())
         assert is_step(store, 2)
     assert [name[:22] for name in names(folder)] == ["damaged-step-000000002", "step-000000001", "step-000000002"]
+
+
+def test_a_checkpoint_that_cannot_be_read_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that is away is no damage: going on from an older one, or from the start, would be lost work."""
+    folder = tmp_path / "checkpoints"
+
+    def fail(path: Path) -> FileSum:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with CheckpointStore(folder, Ranks(), say=print) as store:
+        save_step(store, 1, Ranks())
+        save_step(store, 2, Ranks(), wait=True)
+        with monkeypatch.context() as patch:
+            patch.setattr(saved_checkpoints, "file_sum", fail)
+            message = r"step-000000002 could not be checked, and is left as it is: .* cannot be read: Stale file handle"
+            with pytest.raises(CheckpointError, match=message):
+                store.newest()
+        assert is_step(store, 2)
+    assert names(folder) == ["step-000000001", "step-000000002"]
+
+
+def test_what_cannot_be_removed_stops_no_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of a removed checkpoint that somebody has open, on NFS, stays as long as they have it."""
+    folder = tmp_path / "checkpoints"
+
+    def remove(path: Path) -> None:
+        if path.name.startswith("step-000000001"):
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        really(path)
+
+    really = files.remove
+    monkeypatch.setattr(checkpoint_store, "remove", remove)
+    monkeypatch.setattr(files, "remove", remove)
+    said: list[str] = []
+    store = CheckpointStore(folder, Ranks(), keep=1, say=said.append)
+    for step in (1, 2, 3, 4):
+        save_step(store, step, Ranks(), wait=True)
+    with pytest.warns(UserWarning, match=r"step-000000001 could not be removed \(Device or resource busy\)"):
+        store.finish()
+    assert names(folder) == ["step-000000004"]
+    assert len(said) == 1
+    assert "step-000000001 could not be removed" in said[0]
 
 
 def test_no_flipped_bit_goes_unseen(tmp_path: Path) -> None:

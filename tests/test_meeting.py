@@ -4,6 +4,8 @@ import os
 import socket
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
@@ -84,12 +86,36 @@ def test_who_does_not_come_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that ended before it met the others: they do not wait for ever, and say which it was."""
     monkeypatch.setattr(meeting, "_COME_WITHIN", timedelta(seconds=0.2))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with ThreadPoolExecutor(2) as threads:
+        store = dist.HashStore()
+        ends = [threads.submit(meeting._gather, store, rank, 3) for rank in (0, 2)]
+        for end in ends:
+            with pytest.raises(MeetingError, match=r"process 1 of 3 did not come within 0\.2 s"):
+                end.result()
+    with pytest.raises(MeetingError, match=r"process 0 of 2 did not come within 0\.2 s"):
+        meeting._gather(dist.HashStore(), 1, 2)
+
+
+def test_those_of_before_a_restart_are_not_met(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun may keep the store, with dead addresses in it; and each machine counts the failures of its own alone, so
+    that those who meet may have been restarted a different number of times."""
+    monkeypatch.setattr(meeting, "_COME_WITHIN", timedelta(seconds=20))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     store = dist.HashStore()
-    store.set("address-2", HERE)
-    with pytest.raises(MeetingError, match=r"process 1 of 3 did not come within 0\.2 s"):
-        meeting._addresses(store, 0, 3)
-    store.set("address-1", "")
-    assert meeting._addresses(store, 0, 3) == ["127.0.0.1", "", HERE]
+    with ThreadPoolExecutor(3) as threads:
+        parts = []
+        for address, late in (("of the first", 2), ("of the second", 0), ("of the third", 1)):
+            monkeypatch.setattr(meeting, "_address_towards", lambda host, address=address: address)
+            others = [rank for rank in range(3) if rank != late]
+            ends = {rank: threads.submit(meeting._gather, store, rank, 3) for rank in others}
+            time.sleep(0.2)
+            ends[late] = threads.submit(meeting._gather, store, late, 3)
+            for rank in range(3):
+                part, addresses = ends[rank].result()
+                assert addresses == [address] * 3
+                part.set(f"rank-{rank}", address)
+            parts.append(part)
+        assert [part.get("rank-1").decode() for part in parts] == ["of the first", "of the second", "of the third"]
 
 
 def two_machines(code: str, **of_the_second: str) -> list[tuple[int, list[str]]]:

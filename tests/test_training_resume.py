@@ -1,6 +1,5 @@
 """Runs that are stopped, saved and gone on with: to the bit, and only as the same run."""
 
-import copy
 import os
 import shutil
 import signal
@@ -12,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn.functional import dropout
 
 from config import Config
 from data.augment import Chances
 from data.face_set_writer import write_face_set
-from data.loading import Batch
 from data.prepare_data import prepare
 from models.backbones.demonet import DemoNet
 from tiny_faces import tiny_face
@@ -28,7 +25,7 @@ from utils.checkpoints import BEST, CheckpointError
 from utils.evaluation import verification
 from utils.settings import as_flags, build, flatten, from_json
 from utils.training import step as training_step
-from utils.training.metrics import read_metrics
+from utils.training.metrics import METRICS, read_metrics
 from utils.training.saved_checkpoints import WHOLE, Saved, step_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,31 +147,17 @@ def test_what_breaks_verification_does_not_cost_the_epoch(
     assert step_of(checkpoints(tmp_path / "a")[-1]) == 6
 
 
-def test_a_run_without_a_whole_checkpoint_begins_with_its_first_weights(
-    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Those of train.init, its average too: all checkpoints are damaged, and --resume auto starts from the start."""
-    first = load_file(train(configure(tiny_set, tmp_path, train__epochs=1)) / BEST)
-    real, begun = Trainer.train_on, []
-
-    def noted(self: Trainer, batch: Batch) -> None:
-        if self.step == 0:
-            assert self.average is not None
-            begun.extend(copy.deepcopy(network.state_dict()) for network in (self.network, self.average.network))
-        real(self, batch)
-
-    monkeypatch.setattr(Trainer, "train_on", noted)
-    again = configure(
-        tiny_set, tmp_path, train__init=str(tmp_path / "a"), train__name="b", train__resume="auto", train__seed=7,
-        train__epochs=1, train__ema=0.9,
-    )  # fmt: skip
-    for checkpoint in checkpoints(train(again)):
+def test_a_run_without_a_whole_checkpoint_is_not_begun_anew(tiny_set: Path, tmp_path: Path) -> None:
+    """All checkpoints are damaged: --resume auto would write its beginning over the best network and the log."""
+    again = configure(tiny_set, tmp_path, train__name="b", train__resume="auto", train__epochs=1)
+    run = train(again)
+    before = {path.name: path.read_bytes() for path in (run / BEST, run / METRICS)}
+    for checkpoint in checkpoints(run):
         (checkpoint / WHOLE).write_bytes(b"")
-    train(again)
-    assert len(begun) == 4
-    for weights_then in begun:
-        for name, value in first.items():
-            assert torch.equal(weights_then[name], value), name
+    for _ in range(2):
+        with pytest.raises(TrainingError, match=r"b has no whole checkpoint to go on from; to begin anew, .* --name"):
+            train(again)
+        assert {name: (run / name).read_bytes() for name in before} == before
 
 
 def test_a_run_can_go_on_in_another_precision(tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,6 +85,16 @@ def test_momentum_is_laid_out_like_its_weights(tmp_path: Path) -> None:
     assert parts.optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_nothing_lies_in_the_checkpoint_that_was_restored(tmp_path: Path, optimizer: OptimizerName) -> None:
+    """It is removed when newer ones are there, which NFS does not do with a file that is still mapped."""
+    parts = Parts(optimizer, seed=0)
+    parts.train(0)
+    with CheckpointStore(tmp_path, Ranks()) as store:
+        parts.state.restore(parts.save(store, 1))
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 @pytest.mark.parametrize("loss", ["arcface", "curricularface"])
 def test_another_loss_goes_on_with_statistics_of_its_own(tmp_path: Path, loss: str) -> None:
     """From AdaFace, which has some, to a loss with none or others, and back: these start anew, all else is restored."""

@@ -90,6 +90,8 @@ def unfinished(path: Path, wait: bool, resume: bool = False) -> Iterator[Path]:
             if not kept:
                 clear_partial(partial)
                 (partial / LOCK).unlink()
+        except OSError as error:  # which is no reason for what is done to count as failed
+            warnings.warn(f"{error.filename or partial} could not be removed ({error.strerror})", stacklevel=4)
         finally:
             os.close(lock)
         if not kept:

@@ -6,7 +6,8 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterable
+import uuid
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from datetime import timedelta
 
@@ -37,9 +38,8 @@ def meet() -> tuple[dist.Store, int, int]:
     try:
         _require_address(os.environ.get("MASTER_ADDR", ""))
         store, rank, size = next(dist.rendezvous("env://", timeout=_COME_WITHIN))
-        # After a restart by torchrun the store still has what the processes before wrote, addresses that are dead.
-        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        _use_shared_network(_addresses(store, rank, size))
+        store, addresses = _gather(store, rank, size)
+        _use_shared_network(addresses)
     except (ValueError, dist.DistError) as error:
         raise MeetingError(_why_not_met(error)) from None
     return store, rank, size
@@ -73,19 +73,61 @@ def _require_address(host: str) -> None:
         time.sleep(1)
 
 
-def _addresses(store: dist.Store, rank: int, size: int) -> list[str]:
-    """The IPv4 address of each process's machine on its way to `MASTER_ADDR`; an empty one where there is none. Waits
-    for all of them."""
-    store.set(f"address-{rank}", _address_towards(os.environ["MASTER_ADDR"]))
-    names = [f"address-{other}" for other in range(size)]
+def _gather(store: dist.Store, rank: int, size: int) -> tuple[dist.Store, list[str]]:
+    """A part of `store` that these processes alone have, and the IPv4 address of each one's machine on its way to
+    `MASTER_ADDR`; an empty one where there is none. Waits for all of them.
+
+    After a restart by torchrun the store still has what the processes before wrote: addresses that are dead. How often
+    it restarted them does not tell: each machine counts the failures of its own. So each says hello by a name that
+    nobody had before, and the first process welcomes that name to the part that it has named itself.
+    """
+    address = _address_towards(os.environ["MASTER_ADDR"])
+    if rank:
+        name = uuid.uuid4().hex
+        store.set(f"hello-{rank}", name)
+        _wait_for(store, {f"welcome-{name}": 0}, size)
+        own: dist.Store = dist.PrefixStore(store.get(f"welcome-{name}").decode(), store)
+        own.set(f"address-{rank}", address)
+    else:
+        part = uuid.uuid4().hex
+        own = dist.PrefixStore(part, store)
+        own.set("address-0", address)
+        _welcome(store, own, part, size)
+    names = {f"address-{other}": other for other in range(size)}
+    _wait_for(own, names, size)
+    return own, [found.decode() for found in own.multi_get([*names])]
+
+
+def _welcome(store: dist.Store, own: dist.Store, part: str, size: int) -> None:
+    """Welcome the others to `part` of the store, which is `own`, until all are there."""
+    deadline, pause = time.monotonic() + _COME_WITHIN.total_seconds(), 0.01
+    missing, welcomed = set(range(1, size)), dict[int, bytes]()
+    while missing:
+        for other in sorted(missing):
+            if own.check([f"address-{other}"]):
+                missing.discard(other)
+            elif store.check([f"hello-{other}"]) and (name := store.get(f"hello-{other}")) != welcomed.get(other):
+                welcomed[other] = name  # maybe one from before a restart, whom the present one will replace
+                store.set(f"welcome-{name.decode()}", part)
+        if missing and time.monotonic() > deadline:
+            raise _not_there(min(missing), size)
+        time.sleep(pause if missing else 0)
+        pause = min(2 * pause, 0.25)
+
+
+def _wait_for(store: dist.Store, names: Mapping[str, int], size: int) -> None:
+    """Wait until the store has all `names`, each of which the process that it is mapped to writes."""
     try:
-        store.wait(names, _COME_WITHIN)
+        store.wait([*names], _COME_WITHIN)
     except dist.DistError:
-        missing = next((other for other, name in enumerate(names) if not store.check([name])), size - 1)
-        raise MeetingError(
-            f"process {missing} of {size} did not come within {_COME_WITHIN.total_seconds():g} s: its machine says why"
-        ) from None
-    return [address.decode() for address in store.multi_get(names)]
+        missing = next((other for name, other in names.items() if not store.check([name])), size - 1)
+        raise _not_there(missing, size) from None
+
+
+def _not_there(missing: int, size: int) -> MeetingError:
+    return MeetingError(
+        f"process {missing} of {size} did not come within {_COME_WITHIN.total_seconds():g} s: its machine says why"
+    )
 
 
 def _use_shared_network(addresses: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ All ranks have to see the folder.
 import json
 import os
 import shutil
+import socket
 import threading
 import time
 import uuid
@@ -17,10 +18,11 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 from torch import Tensor
 
+from utils.checkpoints import CheckpointError
 from utils.files import (
     LOCK,
     SEEN_WITHIN,
@@ -33,6 +35,7 @@ from utils.files import (
     seen,
     unfinished,
 )
+from utils.progress import say
 from utils.ranks import Ranks, lost_another
 from utils.training.host_copy import DTYPES, HostCopy, wait_for_copies
 from utils.training.saved_checkpoints import (
@@ -41,6 +44,7 @@ from utils.training.saved_checkpoints import (
     MANIFEST,
     WHOLE,
     DamagedError,
+    MissingError,
     Saved,
     checkpoint_folders,
     free_name,
@@ -79,6 +83,16 @@ class _Save:
     notes: Any
     rows: dict[str, dict[str, Any]]
     has_backbone: bool
+
+
+class _Problem(NamedTuple):
+    """What a rank on `host` found wrong with a checkpoint; `text` is empty if nothing. `missing`: the file that it does
+    not see, if that is what is wrong; `unclear`: whether the checkpoint may be whole."""
+
+    text: str
+    missing: str
+    unclear: bool
+    host: str
 
 
 class CheckpointStore:
@@ -195,17 +209,20 @@ class CheckpointStore:
     def newest(self) -> Saved | None:
         """The newest undamaged checkpoint; None: there is none. Every byte is checked, each rank taking some files.
 
-        Newer ones that are damaged are reported, and renamed to `damaged-...`. Raises CheckpointError for a checkpoint
-        in the format of another version.
+        Newer ones that are damaged are reported, and renamed to `damaged-...`. Raises CheckpointError, and renames
+        nothing, for a checkpoint in the format of another version, and for one that some rank cannot read or does not
+        see, which may be whole.
         """
         self._join()
         found = [path.name for path in reversed(checkpoint_folders(self._folder))]
         for name in json.loads(self._ranks.agree(json.dumps(found))):
             path = self._folder / name
-            saved = self._checked(path)
-            if not self._ranks.any(saved is None):
+            saved, problems = self._checked_by_all(path)
+            if not problems:
                 return saved
             if self._ranks.first:
+                for problem in problems:
+                    self._say(problem)
                 aside = path.with_name(f"damaged-{name}-{uuid.uuid4().hex[:8]}")
                 path.rename(aside)
                 self._say(f"{path} is damaged and passed over; what is left of it is in {aside.name}")
@@ -230,20 +247,46 @@ class CheckpointStore:
 
         self._ranks.together(rename)
 
-    def _checked(self, path: Path) -> Saved | None:
-        """The checkpoint, if its manifest and this rank's part of its files are undamaged."""
+    def _checked_by_all(self, path: Path) -> tuple[Saved | None, list[str]]:
+        """The checkpoint, of which each rank checks some of the files, and the damage that is found on any rank.
+
+        Raises CheckpointError, on all ranks, where one cannot tell. What the first rank sees and another does not, it
+        waits for, as other machines see files late.
+        """
+        saved, problem = self._checked(path)
+        for waited in (False, True):
+            found = [_Problem(*json.loads(text)) for text in self._ranks.texts(json.dumps(problem))]
+            late = [one.missing and Path(one.missing).exists() for one in found] if self._ranks.first else []
+            late = json.loads(self._ranks.agree(json.dumps(late)))
+            if waited or not any(late):
+                break
+            if late[self._ranks.rank]:
+                self._wait_to_see(Path(problem.missing))
+                saved, problem = self._checked(path)
+        for rank, (one, is_late) in enumerate(zip(found, late, strict=True)):
+            if is_late or one.unclear:
+                where = f" by process {rank} ({one.host})" if self._ranks.size > 1 else ""
+                reason = f"{one.text}, though the first process sees it" if is_late else one.text
+                raise CheckpointError(
+                    f"{path} could not be checked{where}, and is left as it is: {reason}. Mend that, or remove the "
+                    "checkpoint, to go on from the one before"
+                )
+        return saved, list(dict.fromkeys(one.text for one in found if one.text))
+
+    def _checked(self, path: Path) -> tuple[Saved | None, _Problem]:
+        """The checkpoint, if its manifest and this rank's part of its files are undamaged; what is wrong with them."""
+        missing, unclear = "", False
         try:
             saved = Saved(path)
-        except DamagedError as error:
-            if self._ranks.first:
-                self._say(str(error))
-            return None
-        try:
             saved.check(saved.files[self._ranks.rank :: self._ranks.size])
+            return saved, _Problem("", "", False, "")
+        except MissingError as error:
+            text, missing = str(error), str(error.path)
         except DamagedError as error:
-            self._say(str(error))
-            return None
-        return saved
+            text = str(error)
+        except CheckpointError as error:
+            text, unclear = str(error), True
+        return None, _Problem(text, missing, unclear, socket.gethostname())
 
     def _claim(self) -> str:
         """Lock the folder and remove what a killed run left unfinished; returns a name of this store, the same on all
@@ -260,17 +303,27 @@ class CheckpointStore:
             return token
 
         def see() -> None:
+            if self._ranks.first:
+                return
             # The folder itself may be another run's, of the same name on another disk.
             mark = self._partial / token
-            if not self._ranks.first and seen(lambda: mark.exists() or None, self._partial, SEEN_WITHIN) is None:
+            if not self._wait_to_see(mark):
                 raise TimeoutError(
                     f"waited {SEEN_WITHIN:g} s in vain for {mark}, which the first rank made: put the run where all "
                     "ranks see it"
                 )
+            own = self._partial / f"{token}-{self._ranks.rank}"  # better now than in the first save
+            with naming(self._partial):
+                own.touch()
+                own.unlink()
 
         token = self._ranks.agree(self._ranks.together(begin))
         self._ranks.together(see)
         return token
+
+    def _wait_to_see(self, file: Path) -> bool:
+        """Whether this rank sees the file in time, which the first one sees."""
+        return seen(lambda: file.exists() or None, file.parent, SEEN_WITHIN) is not None
 
     def _lock(self) -> None:
         deadline = time.monotonic() + _LOCK_SECONDS
@@ -310,7 +363,8 @@ class CheckpointStore:
         try:
             for left in self._partial.iterdir():
                 if left.name not in (LOCK, save.working.name):
-                    remove(left)
+                    with suppress(OSError):  # a file that somebody has open, on NFS: it is tried again and again
+                        remove(left)
             save.working.mkdir(exist_ok=True)
             sums = {WHOLE: asdict(self._whole.write(save.working / WHOLE))}
             if save.has_backbone:
@@ -352,8 +406,13 @@ class CheckpointStore:
         except OSError as error:
             path.unlink(missing_ok=True)
             record = {"error": f"rank {self._ranks.rank}: {error}"}
-        with suppress(FileNotFoundError):  # the first rank gave up and removed the folder: its outcome says why
+        try:
             _put(self._record(save, self._ranks.rank), record)
+        except FileNotFoundError:
+            pass  # the first rank gave up and removed the folder: its outcome says why
+        except OSError as error:  # so that the first rank hears of nothing
+            said = record.get("error", f"rank {self._ranks.rank}: {error}")
+            say(f"the checkpoint of step {save.step:,} cannot be written on {socket.gethostname()}: {said}")
 
     def _record(self, save: _Save, rank: int) -> Path:
         return save.working / f"rank-{rank:05}.json"

@@ -39,6 +39,21 @@ class DamagedError(CheckpointError):
     """A checkpoint is not as it was written; the message names the file."""
 
 
+class MissingError(DamagedError):
+    """A file of a checkpoint, `path`, is not there, or not seen here."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"{path} is not there")
+        self.path = path
+
+
+class UnreadableError(CheckpointError):
+    """A file of a checkpoint may be whole, but cannot be read here; the message names it and says why."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        super().__init__(f"{path} cannot be read: {error.strerror}")
+
+
 def shard_name(rank: int, ranks: int) -> str:
     """The file of one rank's rows."""
     return f"rows-{rank:05}-of-{ranks:05}.safetensors"
@@ -82,8 +97,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
         content = found["content"]
         undamaged = found["crc32"] == _checksum(content) and type(content["format"]) is int
+    except FileNotFoundError:
+        raise MissingError(path) from None
     except OSError as error:
-        raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
+        raise UnreadableError(path, error) from None
     except (ValueError, TypeError, KeyError, RecursionError):
         undamaged = False
     if not undamaged:
@@ -101,7 +118,8 @@ class Saved:
     """A checkpoint. `step`; `notes`: those given to `CheckpointStore.save`; `ranks`: how many wrote it."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the manifest only. Raises DamagedError; CheckpointError for the format of another version."""
+        """Read the manifest only. Raises DamagedError, UnreadableError; CheckpointError for the format of another
+        version."""
         content = _read_manifest(folder / MANIFEST)
         self.folder = folder
         self.step: int = content["step"]
@@ -116,7 +134,7 @@ class Saved:
         return list(self._files)
 
     def check(self, names: list[str]) -> None:
-        """Read those files and compare size and checksum. Raises DamagedError."""
+        """Read those files and compare size and checksum. Raises DamagedError, UnreadableError."""
         for name in names:
             path, expected = self.folder / name, self._files[name]
             try:
@@ -124,8 +142,10 @@ class Saved:
                 if size != expected.bytes:
                     raise DamagedError(f"{path} has {size:,} bytes instead of {expected.bytes:,}")
                 found = file_sum(path)
+            except FileNotFoundError:
+                raise MissingError(path) from None
             except OSError as error:
-                raise DamagedError(f"{path} cannot be read: {error.strerror}") from None
+                raise UnreadableError(path, error) from None
             if found != expected:
                 raise DamagedError(f"{path} has CRC-32 {found.crc32:08x} instead of {expected.crc32:08x}")
 

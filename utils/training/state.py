@@ -77,7 +77,10 @@ class TrainingState:
         states: dict[int, dict[str, Tensor]] = {}
         for index, name in enumerate(self._optimized()):
             prefix = f"optimizer.{name}."
-            state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            # Copied: an optimizer may take them as they are, and they lie in the file, which is to be removed later.
+            state = {
+                key.removeprefix(prefix): value.clone() for key, value in tensors.items() if key.startswith(prefix)
+            }
             if state:
                 states[index] = state
         groups = self.optimizer.state_dict()["param_groups"]
