@@ -115,6 +115,12 @@ def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert chosen == [0, 0, 2, 3, 3]
     with pytest.raises(ValueError, match="8 processes cannot share 'cuda:1'"):
         pick_device("cuda:1")
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 1)
+        assert str(pick_device("auto")) == "cuda:0", "a launcher that lets each see its own card alone"
+        patch.setenv("TORCHELASTIC_RUN_ID", "x")
+        with pytest.raises(ValueError, match="card 3 is wanted, but there are 1 here, counted from 0: lower --nproc"):
+            pick_device("auto")
     monkeypatch.setenv("LOCAL_RANK", "4")
     with pytest.raises(ValueError, match="card 4 is wanted, but there are 4 here, counted from 0: lower --nproc"):
         pick_device("auto")

@@ -52,14 +52,16 @@ def flags(tiny_set: Path, runs: Path, name: str, **settings: object) -> list[str
 
 def start(ranks: int, arguments: list[str], *options: str, program: Path = ROOT / "train.py") -> subprocess.Popen[str]:
     """`train.py`, or another `program` that trains, on so many processes."""
-    command = [sys.executable, str(program)]
-    if ranks > 1:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        command = [*launcher, *options, str(program)]
+    torchrun = ["--standalone", f"--nproc-per-node={ranks}", *options]
+    return launch(torchrun if ranks > 1 else [], arguments, program)
+
+
+def launch(torchrun: list[str], arguments: list[str], program: Path = ROOT / "train.py") -> subprocess.Popen[str]:
+    """`program` by torchrun with these options of its own; without any alone."""
+    launcher = ["-m", "torch.distributed.run", *torchrun] if torchrun else []
+    command = [sys.executable, *launcher, str(program), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return subprocess.Popen(
-        [*command, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -137,6 +139,24 @@ def test_torchrun_restarts_a_run_after_a_process_died(tiny_set: Path, tmp_path: 
     os.kill(trainers(process)[-1], signal.SIGKILL)
     output = finish(process)
     assert "from step" in output, "it was killed too late to show anything"
+    assert_same_run(alone, run)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_two_machines_go_on_after_a_process_of_one_died(
+    tiny_set: Path, tmp_path: Path, alone: Path, killed: int
+) -> None:
+    """Two torchruns that meet, as on two machines: that of the dead process counts a restart, the other does not."""
+    run = tmp_path / "restarted"
+    arguments = [*flags(tiny_set, tmp_path, "restarted", checkpoint_every=1), "--resume", "auto"]
+    meet = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
+    options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=7", meet, "--max-restarts=3"]
+    machines = [launch(options, arguments) for _ in range(2)]
+    wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, machines[0])
+    (dead,) = [pid for machine in machines for pid in trainers(machine) if rank_of(pid) == killed]
+    os.kill(dead, signal.SIGKILL)
+    outputs = [finish(machine) for machine in machines]
+    assert sum("from step" in output for output in outputs) == 1, "it was killed too late to show anything"
     assert_same_run(alone, run)
 
 
@@ -220,11 +240,8 @@ def test_processes_that_were_not_started_alike_are_refused(
     shutil.copy(tiny_set / "tiny.bin", tmp_path / "other")
     if "data__root" in unlike:
         unlike = {"data__root": tmp_path / "other"}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     common = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": "2"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "train.py"), *flags(tiny_set, tmp_path, "unlike", **settings)],
@@ -250,6 +267,19 @@ def wait_for(condition: object, process: subprocess.Popen[str]) -> None:
 def trainers(torchrun: subprocess.Popen[str]) -> list[int]:
     """Process numbers of those that train."""
     return [pid for pid in children(torchrun.pid) if "train.py" in Path(f"/proc/{pid}/cmdline").read_text()]
+
+
+def rank_of(pid: int) -> int:
+    """The rank that torchrun gave to a process."""
+    variables = dict(line.partition(b"=")[::2] for line in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return int(variables[b"RANK"])
+
+
+def free_port() -> int:
+    """One that nothing listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def children(parent: int) -> list[int]:

@@ -353,18 +353,34 @@ def test_ranks_that_do_not_meet_say_where(
             pass
 
 
-@pytest.mark.parametrize(("world", "tasks", "warned"), [("", "8", True), ("1", "8", False), ("", "1", False)])
+@pytest.mark.parametrize(
+    ("environment", "tasks", "advice"),
+    [
+        ({}, "8", "let it start torchrun, once a machine"),
+        ({}, "1", None),
+        ({"WORLD_SIZE": "1"}, "8", None),
+        ({"WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "8", "tell torchrun of them all, --nnodes"),
+        ({"WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "8", "LOCAL_RANK": "0"}, "8", None),
+    ],
+)
 def test_copies_that_srun_started_are_warned_of(
-    world: str, tasks: str, warned: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+    environment: dict[str, str],
+    tasks: str,
+    advice: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
-    """Eight programs that train the same, each alone, are not what `srun -n 8` was for; with torchrun all is well."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
-    if world:
-        monkeypatch.setenv("WORLD_SIZE", world)
+    """Eight programs that train the same, each alone, are not what `srun -n 8` was for, nor eight torchruns that were
+    not told of each other; with one torchrun over all is well."""
+    for name in ("WORLD_SIZE", "GROUP_WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"SLURM_STEP_NUM_TASKS": tasks, **environment}.items():
+        monkeypatch.setenv(name, value)
     with join_ranks(torch.device("cpu")) as ranks:
         assert ranks.size == 1
-    assert [str(one.message)[:15] for one in recwarn] == ["srun started 8 "] * warned
+    said = [str(one.message) for one in recwarn]
+    assert len(said) == (advice is not None)
+    assert all(line.startswith(f"srun started 8 of these, and each works alone: {advice}") for line in said)
 
 
 @pytest.mark.parametrize("program", [all_pair_test, dataset_merge])

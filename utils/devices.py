@@ -11,8 +11,9 @@ import torch
 def pick_device(name: str) -> torch.device:
     """The device of the setting `common.device`; `auto` is CUDA when there is a card, else the CPU.
 
-    Of several processes that torchrun started on a machine, each gets the card of its number (`LOCAL_RANK`). Raises
-    ValueError for any but CPU and CUDA devices, and for a CUDA card that is not there.
+    Of several processes that torchrun started on a machine, each gets the card of its number (`LOCAL_RANK`); of those
+    that another launcher started, the one that it sees, if it sees only one. Raises ValueError for any but CPU and CUDA
+    devices, and for a CUDA card that is not there.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,6 +32,8 @@ def pick_device(name: str) -> torch.device:
         raise ValueError(f"common.device: {processes} processes cannot share {name!r}: leave it at auto")
     number = int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else device.index or 0
     cards = torch.cuda.device_count()
+    if processes > 1 and cards == 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
+        number = 0  # srun --gpus-per-task=1 hides the others' cards
     if number >= cards:
         raise ValueError(
             f"common.device: card {number} is wanted, but there are {cards} here, counted from 0"

@@ -207,8 +207,8 @@ def join_ranks(device: torch.device, patience: timedelta = HALF_AN_HOUR) -> Iter
     that still runs. Raises MeetingError, and LostRanksError in place of torch's errors when another process ended. If
     torchrun itself is killed, the process gets SIGTERM: nothing else would end it.
     """
+    _warn_of_copies()
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        _warn_of_copies()
         yield Ranks()
         return
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -250,14 +250,16 @@ def join_ranks(device: torch.device, patience: timedelta = HALF_AN_HOUR) -> Iter
 
 
 def _warn_of_copies() -> None:
-    """Warn when srun or mpirun, not torchrun, started several of this process, which know nothing of each other."""
+    """Warn when srun or mpirun started several of this process, or of torchrun, which know nothing of each other."""
     for launcher, variable in (("srun", "SLURM_STEP_NUM_TASKS"), ("mpirun", "OMPI_COMM_WORLD_SIZE")):
         copies = os.environ.get(variable, "1")
         if copies != "1" and "WORLD_SIZE" not in os.environ:
-            warnings.warn(
-                f"{launcher} started {copies} of these, and each works alone: let it start torchrun, once a machine",
-                stacklevel=4,
-            )
+            advice = "let it start torchrun, once a machine"
+        elif copies != "1" and os.environ.get("GROUP_WORLD_SIZE") == "1" and os.environ.get("LOCAL_RANK") == "0":
+            advice = "tell torchrun of them all, --nnodes and where to meet"
+        else:
+            continue
+        warnings.warn(f"{launcher} started {copies} of these, and each works alone: {advice}", stacklevel=4)
 
 
 def _end_with(launcher: int) -> None:
