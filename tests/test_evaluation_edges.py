@@ -12,6 +12,7 @@ from torch import Tensor
 import utils.evaluation.measure as measuring
 from data.face_sets import open_face_set
 from models.embedders.interface import FaceEmbedder
+from utils.evaluation.bootstrap import Interval
 from utils.evaluation.check_sets import sample_of
 from utils.evaluation.columns import Tables
 from utils.evaluation.curves import FAR_POINTS, TarAtFar, working_point
@@ -20,7 +21,7 @@ from utils.evaluation.measure import Measured, Options, measure
 from utils.evaluation.pair_sets import PairSet
 from utils.evaluation.pictures import draw_set
 from utils.evaluation.report_json import as_json
-from utils.evaluation.report_text import table
+from utils.evaluation.report_text import interval_text, table
 from utils.evaluation.test_sets import TestSet, distinct_names, open_test_set, short_name
 from utils.evaluation.tested import TestedModel, TestedSet
 from utils.ranks import Ranks
@@ -212,3 +213,9 @@ def test_the_point_that_curves_and_breakdowns_are_at() -> None:
 def test_a_caption_tells_an_image_from_others(place: str, name: str) -> None:
     """Protects who looks for the image: what is too long for a picture is cut in its middle."""
     assert short_name(place) == name
+
+
+def test_draws_that_all_agree_tell_no_interval() -> None:
+    """Protects from "100.000 % (95%: 100.000 .. 100.000)", which reads as certainty."""
+    assert interval_text(Interval(1.0, 1.0, 1.0, 0.95)) == ""
+    assert interval_text(Interval(1.0, 0.99, 1.0, 0.95)) == "(95%: 99.000 .. 100.000)"

@@ -315,15 +315,17 @@ class _Parser(argparse.ArgumentParser):
 def _parser(
     config_class: type, presets: Mapping[str, Settings], own_sections: Sequence[str], description: str
 ) -> argparse.ArgumentParser:
+    sections = _sections(config_class)
+    own = [field for name in own_sections for field in fields(sections[name])]
+    plain = "".join(f" [{field.name.upper()} ...]" for field in own if field.metadata.get("positional"))
     parser = _Parser(
         description=description,
         # argparse's own usage would list every field before each error.
-        usage="%(prog)s [--preset NAME] [--FIELD VALUE ...]   (--help lists every field)",
+        usage=f"%(prog)s{plain} [--preset NAME] [--FIELD VALUE ...]   (--help lists every field)",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--preset", choices=sorted(presets), metavar="NAME", help=f"one of: {', '.join(presets)}")
-    sections = _sections(config_class)
     for name in [*own_sections, *(name for name in sections if name not in own_sections)]:
         section = sections[name]
         group = parser.add_argument_group(f"{name} ({(section.__doc__ or '').splitlines()[0]})")

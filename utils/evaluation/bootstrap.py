@@ -36,6 +36,11 @@ class Interval:
     high: float
     level: float
 
+    @property
+    def known(self) -> bool:
+        """Whether the draws told an interval: of a share that is 0 or 1 in each of them, they tell nothing."""
+        return self.low < self.high
+
     def __str__(self) -> str:
         return f"{100 * self.estimate:.3f} % ({self.level:.0%}: {100 * self.low:.3f} .. {100 * self.high:.3f})"
 

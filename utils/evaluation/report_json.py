@@ -158,7 +158,7 @@ def _points(points: Sequence[TarAtFar], intervals: Mapping[float, Interval]) -> 
 
 
 def _bounds(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [interval.low, interval.high]
+    return None if interval is None or not interval.known else [interval.low, interval.high]
 
 
 def _tar_of_folds(result: FoldResult) -> dict[str, float] | None:
@@ -200,7 +200,7 @@ def _comparison(a: str, b: str, found: Comparison) -> dict[str, Any]:
         "value_a": found.a,
         "value_b": found.b,
         "difference": found.difference.estimate,
-        "interval": _bounds(found.difference),
+        "interval": [found.difference.low, found.difference.high],
         "p_value": found.p_value,
         "test": found.test,
         "better": {"A": a, "B": b, None: None}[found.better],

@@ -94,8 +94,8 @@ def padded(share: float) -> str:
 
 
 def interval_text(interval: Interval | None) -> str:
-    """The ends of an interval in percent; empty without one."""
-    if interval is None:
+    """The ends of an interval in percent; empty without one, or where it is not known."""
+    if interval is None or not interval.known:
         return ""
     return f"({interval.level:.0%}: {100 * interval.low:.3f} .. {100 * interval.high:.3f})"
 
