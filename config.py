@@ -45,7 +45,7 @@ class DataConfig:
     verification: tuple[str, ...] = ()
     # Height and width of the aligned faces, pixels. 112 is the field's standard.
     image_size: int = 112
-    # Scale training images of another size to image_size; otherwise they count as broken.
+    # Scale square training images of another size to image_size; otherwise they count as broken, as others do.
     resize: bool = False
     # Leave out identities with fewer training images.
     min_images: int = 1
