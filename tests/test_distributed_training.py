@@ -152,10 +152,14 @@ def test_two_machines_go_on_after_a_process_of_one_died(
     meet = f"--rdzv-endpoint=127.0.0.1:{free_port()}"
     options = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=7", meet, "--max-restarts=3"]
     machines = [launch(options, arguments) for _ in range(2)]
-    wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, machines[0])
-    (dead,) = [pid for machine in machines for pid in trainers(machine) if rank_of(pid) == killed]
-    os.kill(dead, signal.SIGKILL)
-    outputs = [finish(machine) for machine in machines]
+    try:
+        wait_for(lambda: len(checkpoint_folders(run / CHECKPOINTS)) > 0, machines[0])
+        (dead,) = [pid for machine in machines for pid in trainers(machine) if rank_of(pid) == killed]
+        os.kill(dead, signal.SIGKILL)
+        outputs = [finish(machine) for machine in machines]
+    finally:
+        for machine in machines:
+            machine.kill()  # those that it started end then
     assert sum("from step" in output for output in outputs) == 1, "it was killed too late to show anything"
     assert_same_run(alone, run)
 
