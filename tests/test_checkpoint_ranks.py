@@ -19,7 +19,7 @@ from torch import Tensor
 from ranks import run_on_ranks
 from saved_steps import TOTAL, files_up_to, is_step, matrix, names, own_range, save_step
 from utils.ranks import Ranks
-from utils.training import checkpoint_store
+from utils.training import checkpoint_checks, checkpoint_store
 from utils.training.checkpoint_store import CheckpointStore, Rows
 from utils.training.saved_checkpoints import MissingError, Saved, shard_name
 
@@ -156,9 +156,9 @@ def unseen(folder: Path, ranks: Ranks) -> tuple[str, list[str]]:
         raise MissingError(path / "manifest.json")
 
     with CheckpointStore(folder, ranks) as store, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_store, "SEEN_WITHIN", 0.1)
+        patch.setattr(checkpoint_checks, "SEEN_WITHIN", 0.1)
         if not ranks.first:
-            patch.setattr(checkpoint_store, "Saved", see_nothing)
+            patch.setattr(checkpoint_checks, "Saved", see_nothing)
         failure = attempt(store.newest)
     return failure, [name for name in names(folder) if "step" in name]
 
@@ -175,7 +175,7 @@ def seen_late(folder: Path, ranks: Ranks) -> int:
 
     with CheckpointStore(folder, ranks) as store, pytest.MonkeyPatch.context() as patch:
         if not ranks.first:
-            patch.setattr(checkpoint_store, "Saved", see_late)
+            patch.setattr(checkpoint_checks, "Saved", see_late)
         saved = store.newest()
     assert saved is not None
     return saved.step

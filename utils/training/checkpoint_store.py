@@ -18,11 +18,10 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, Self, TypeVar
 
 from torch import Tensor
 
-from utils.checkpoints import CheckpointError
 from utils.files import (
     LOCK,
     SEEN_WITHIN,
@@ -37,14 +36,13 @@ from utils.files import (
 )
 from utils.progress import say
 from utils.ranks import Ranks, lost_another
+from utils.training.checkpoint_checks import checked_by_all
 from utils.training.host_copy import DTYPES, HostCopy, wait_for_copies
 from utils.training.saved_checkpoints import (
     BACKBONE,
     FORMAT,
     MANIFEST,
     WHOLE,
-    DamagedError,
-    MissingError,
     Saved,
     checkpoint_folders,
     free_name,
@@ -83,16 +81,6 @@ class _Save:
     notes: Any
     rows: dict[str, dict[str, Any]]
     has_backbone: bool
-
-
-class _Problem(NamedTuple):
-    """What a rank on `host` found wrong with a checkpoint; `text` is empty if nothing. `missing`: the file that it does
-    not see, if that is what is wrong; `unclear`: whether the checkpoint may be whole."""
-
-    text: str
-    missing: str
-    unclear: bool
-    host: str
 
 
 class CheckpointStore:
@@ -217,7 +205,7 @@ class CheckpointStore:
         found = [path.name for path in reversed(checkpoint_folders(self._folder))]
         for name in json.loads(self._ranks.agree(json.dumps(found))):
             path = self._folder / name
-            saved, problems = self._checked_by_all(path)
+            saved, problems = checked_by_all(path, self._ranks)
             if not problems:
                 return saved
             if self._ranks.first:
@@ -247,47 +235,6 @@ class CheckpointStore:
 
         self._ranks.together(rename)
 
-    def _checked_by_all(self, path: Path) -> tuple[Saved | None, list[str]]:
-        """The checkpoint, of which each rank checks some of the files, and the damage that is found on any rank.
-
-        Raises CheckpointError, on all ranks, where one cannot tell. What the first rank sees and another does not, it
-        waits for, as other machines see files late.
-        """
-        saved, problem = self._checked(path)
-        for waited in (False, True):
-            found = [_Problem(*json.loads(text)) for text in self._ranks.texts(json.dumps(problem))]
-            late = [one.missing and Path(one.missing).exists() for one in found] if self._ranks.first else []
-            late = json.loads(self._ranks.agree(json.dumps(late)))
-            if waited or not any(late):
-                break
-            if late[self._ranks.rank]:
-                self._wait_to_see(Path(problem.missing))
-                saved, problem = self._checked(path)
-        for rank, (one, is_late) in enumerate(zip(found, late, strict=True)):
-            if is_late or one.unclear:
-                where = f" by process {rank} ({one.host})" if self._ranks.size > 1 else ""
-                reason = f"{one.text}, though the first process sees it" if is_late else one.text
-                raise CheckpointError(
-                    f"{path} could not be checked{where}, and is left as it is: {reason}. Mend that, or remove the "
-                    "checkpoint, to go on from the one before"
-                )
-        return saved, list(dict.fromkeys(one.text for one in found if one.text))
-
-    def _checked(self, path: Path) -> tuple[Saved | None, _Problem]:
-        """The checkpoint, if its manifest and this rank's part of its files are undamaged; what is wrong with them."""
-        missing, unclear = "", False
-        try:
-            saved = Saved(path)
-            saved.check(saved.files[self._ranks.rank :: self._ranks.size])
-            return saved, _Problem("", "", False, "")
-        except MissingError as error:
-            text, missing = str(error), str(error.path)
-        except DamagedError as error:
-            text = str(error)
-        except CheckpointError as error:
-            text, unclear = str(error), True
-        return None, _Problem(text, missing, unclear, socket.gethostname())
-
     def _claim(self) -> str:
         """Lock the folder and remove what a killed run left unfinished; returns a name of this store, the same on all
         ranks."""
@@ -307,7 +254,7 @@ class CheckpointStore:
                 return
             # The folder itself may be another run's, of the same name on another disk.
             mark = self._partial / token
-            if not self._wait_to_see(mark):
+            if seen(lambda: mark.exists() or None, self._partial, SEEN_WITHIN) is None:
                 raise TimeoutError(
                     f"waited {SEEN_WITHIN:g} s in vain for {mark}, which the first rank made: put the run where all "
                     "ranks see it"
@@ -320,10 +267,6 @@ class CheckpointStore:
         token = self._ranks.agree(self._ranks.together(begin))
         self._ranks.together(see)
         return token
-
-    def _wait_to_see(self, file: Path) -> bool:
-        """Whether this rank sees the file in time, which the first one sees."""
-        return seen(lambda: file.exists() or None, file.parent, SEEN_WITHIN) is not None
 
     def _lock(self) -> None:
         deadline = time.monotonic() + _LOCK_SECONDS
