@@ -17,6 +17,7 @@ pairs pass (FAR), exact to the last pair. A folder of IJB-B or IJB-C gets its ow
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from config import PRESETS, READS, Config
@@ -212,12 +213,18 @@ class Test:
         return findings
 
 
-def earlier_pictures(output: Path) -> set[str]:
-    """The pictures in `output` of the test whose report is there; none if there is no report, or a damaged one."""
+def remove_pictures(output: Path) -> None:
+    """Remove the pictures of the test whose report is in `output`: nobody should take them for this one's.
+
+    Its page has them inside, and stays until there is another.
+    """
     try:
-        return pictures_of(json.loads((output / "report.json").read_text()))
+        pictures = pictures_of(json.loads((output / "report.json").read_text()))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return set()
+        return  # there is none, or it is damaged, or another program's
+    for name in pictures:
+        with suppress(OSError):
+            (output / name).unlink()
 
 
 def write_reports(test: Test, tested: Sequence[TestedSet]) -> list[Picture]:
@@ -258,9 +265,9 @@ def run_test(config: Config, ranks: Ranks) -> None:
         if test.options.cache:
             print(f"embeddings are kept in {test.options.cache} (--no-cache: not)")
         output.mkdir(parents=True, exist_ok=True)
+        remove_pictures(output)
         if config.test.checks:
             test.take_training_sample()
-    earlier = earlier_pictures(output) if ranks.first else set()
     tested: list[TestedSet] = []
     overview: list[Picture] = []
     for test_set, tables in opened:
@@ -269,8 +276,6 @@ def run_test(config: Config, ranks: Ranks) -> None:
             tested.append(one)
             overview = write_reports(test, tested)
     if ranks.first:
-        for name in earlier - earlier_pictures(output):  # nobody should take them for this test's
-            (output / name).unlink(missing_ok=True)
         if run_of(paths[0]) == paths[0]:
             write_board(output, tested, overview)
         print(printable(table(tested)))

@@ -164,7 +164,13 @@ class Trainer:
         self.store = stack.enter_context(
             CheckpointStore(self.run / CHECKPOINTS, ranks, settings.checkpoints_kept, say=self.say)
         )
-        if self.restore_newest() and not settings.resume:
+        if not self.restore_newest():
+            if ranks.any(has_checkpoints(self.run)):
+                raise TrainingError(
+                    f"train.resume: {self.run} has no whole checkpoint to go on from; to begin anew, give the run "
+                    f"another --name, or remove {CHECKPOINTS} from it"
+                )
+        elif not settings.resume:
             raise TrainingError(
                 f"{self.run} was made by another process meanwhile: name another with --name, or go on with "
                 f"--resume {quote(str(self.run))}"
@@ -338,14 +344,9 @@ class Trainer:
         self.requests.saved()
 
     def restore_newest(self) -> bool:
-        """Restore the newest undamaged checkpoint. False: there is none, and the run begins at step 0."""
+        """Restore the newest undamaged checkpoint. False: there is none."""
         saved = self.store.newest()
         if saved is None:
-            if self.ranks.any(has_checkpoints(self.run)):
-                raise TrainingError(
-                    f"train.resume: {self.run} has no whole checkpoint to go on from; to begin anew, give the run "
-                    f"another --name, or remove {CHECKPOINTS} from it"
-                )
             return False
         check_notes(saved.notes, self.config, self.faces, self.run)
         self.state.restore(saved)
@@ -369,7 +370,7 @@ class Trainer:
         if not self.restore_newest():
             every = max(1, min(100, error.step // 2))
             raise TrainingError(
-                f"{error}. There is no checkpoint yet to go back to: save more often, --checkpoint-every {every} say"
+                f"{error}. There is no whole checkpoint to go back to: save more often, --checkpoint-every {every} say"
             )
         self.explosions.leave_out(error)
         self.meter = Meter(self.device)

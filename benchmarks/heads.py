@@ -11,10 +11,10 @@ another's; ratios are of the best of several steps. Ours are made as training ma
 unsampled `dense` have float32 products, whatever --matmul says. Memory is what a step needs at its peak beyond the
 centres and their momentum: allocated bytes on a GPU, growth of the process on the CPU.
 
-Of the limits: four products (three for the peer and `dense`) at the speed of a product of large matrices of their
-precision, then five passes over float32 rows (centres read twice and written, momentum read and written) at that of a
-large copy, all measured in the same run: the time of these, one after the other, as a share of the step's. Who computes
-and copies at once could have more than 1.
+Of the limits: four products (three for the peer and an unsampled `dense`) at the speed of a product of large matrices
+of their precision, then five passes over float32 rows (centres read twice and written, momentum read and written) at
+that of a large copy, all measured in the same run: the time of these, one after the other, as a share of the step's.
+Who computes and copies at once could have more than 1.
 """
 
 import argparse
@@ -63,7 +63,7 @@ class Case:
     def limits(self, flops_per_s: float, bytes_per_s: float) -> float:
         """Seconds of a step's products, and then of its passes over the centres."""
         numbers = self.rate * self.classes * self.embedding_size
-        products = 4 if self.engine.startswith("blockwise") else 3
+        products = 3 if self.engine in ("peer", "peer 0.1", "dense") else 4  # a sampled `dense` is a single block
         return products * 2 * self.batch_size * numbers / flops_per_s + 5 * 4 * numbers / bytes_per_s
 
 
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--embedding-size", type=int, default=512)
     parser.add_argument("--blocks", default="0", help="classes computed at a time by blockwise; 0: automatic")
-    parser.add_argument("--matmul", choices=("fp32", "bf16"), default="fp32", help="of blockwise heads")
+    parser.add_argument("--matmul", choices=("fp32", "bf16"), default="fp32", help="of all but the peer and `dense`")
     parser.add_argument("--steps", type=int, default=4)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -48,7 +48,7 @@ def jobs(output: Path, faces: Path | None) -> list[Job]:
     large = [*step, "--batch-size", "512", "--networks"]
     verifying = ["benchmarks/verifying.py", *same]
     head = ["benchmarks/heads.py", "--batch-size", "512", "--matmul", "bf16", "--classes"]
-    engines = "blockwise,blockwise 0.1,dense 0.1,peer 0.1,dense,peer"
+    engines = "dense,blockwise,peer 0.1,dense 0.1,blockwise 0.1,peer"
     pytest = ["-m", "pytest", "-q", "-rs"]
     if importlib.util.find_spec("xdist"):
         pytest += ["-n", str(max(1, min(7, (os.cpu_count() or 2) - 1)))]
@@ -89,7 +89,7 @@ def run(job: Job, output: Path, seconds: float) -> str:
 
 
 def run_all(todo: list[Job], output: Path, seconds: float) -> bool:
-    """Do the jobs that `seconds` are enough for; whether all of them were done."""
+    """Do the jobs that `seconds` are enough for; whether all of these were done."""
     began, ends = time.monotonic(), dict[str, str]()
     for job in todo:
         left = seconds - (time.monotonic() - began)

@@ -64,14 +64,16 @@ def plain_jpeg_size(encoded: bytes) -> tuple[int, int] | None:
     """
     if not encoded.startswith(b"\xff\xd8\xff") or not encoded.endswith(JPEG_END):
         return None
-    place = 2
+    place, size = 2, None
     while encoded[place : place + 1] == b"\xff":
         kind, length = encoded[place + 1 : place + 2], int.from_bytes(encoded[place + 2 : place + 4], "big")
+        if kind in _SCAN_OR_END:
+            return size
+        if encoded[place + 4 : place + 8] == b"Exif":
+            return None
         if kind in _FRAMES:
             height, width = (int.from_bytes(encoded[at : at + 2], "big") for at in (place + 5, place + 7))
-            return width, height
-        if kind in _SCAN_OR_END or encoded[place + 4 : place + 8] == b"Exif":
-            return None
+            size = width, height
         place += 2 + length
     return None
 

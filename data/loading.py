@@ -32,8 +32,8 @@ class Batch(NamedTuple):
 class DecodedFaces(Dataset):
     """Faces decoded a batch at a time.
 
-    `resize`: scale faces of another size to size x size instead of raising ImageError. `tolerant`: give broken faces
-    the label -1, which no loss counts, and zeros for pixels, instead of raising.
+    `resize`: scale square faces of another size to size x size instead of raising ImageError. `tolerant`: give broken
+    faces the label -1, which no loss counts, and zeros for pixels, instead of raising.
     """
 
     def __init__(

@@ -104,8 +104,8 @@ def make_sets(output: Path, more: Path, demo: DemoConfig, workers: int) -> None:
     overlap = demo.more_people // 2
     again = [*known[:overlap], *range(FIRST_NEW_PERSON, FIRST_NEW_PERSON + demo.more_people - overlap)]
     shots, other_shots = range(demo.shots), range(demo.shots, 2 * demo.shots)
-    # Both appear at the end: what is interrupted leaves neither of them.
-    with write_face_set(output, IMAGE_SIZE) as out, write_face_set(more, IMAGE_SIZE) as second:
+    # Both appear at the end, the first one first, in which the other may lie: what is interrupted leaves neither.
+    with write_face_set(more, IMAGE_SIZE) as second, write_face_set(output, IMAGE_SIZE) as out:
         parts = ((known, shots), (strangers, shots), (again, other_shots))
         train, test, others = draw_albums(parts, demo.seed, workers, "draw people")
         add_people(out, train)

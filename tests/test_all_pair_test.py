@@ -126,6 +126,8 @@ def test_a_folder_of_identities_is_a_set_too(
     prepare(tiny_set / "train.rec", tmp_path / "folders", 0)
     run(capsys, tiny_set, tmp_path / "folders", "--model", tiny_run, "--output", tmp_path / "out")
     report = json.loads((tmp_path / "out" / "results.json").read_text())["sets"]
+    for numbers in report.values():  # but where the images of the hardest pairs are
+        assert all(pair.pop("images") for kind in numbers["hardest_pairs"].values() for pair in kind)
     assert report["tiny"] == report["folders"]
 
 

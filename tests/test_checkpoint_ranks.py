@@ -1,7 +1,6 @@
 """Checkpoints of several ranks: written together or not at all, and read by any number of others."""
 
 import errno
-import itertools
 import os
 import socket
 import threading
@@ -21,6 +20,7 @@ from saved_steps import TOTAL, files_up_to, is_step, matrix, names, own_range, s
 from utils.ranks import Ranks
 from utils.training import checkpoint_checks, checkpoint_store
 from utils.training.checkpoint_store import CheckpointStore, Rows
+from utils.training.host_copy import HostCopy
 from utils.training.saved_checkpoints import MissingError, Saved, shard_name
 
 
@@ -164,18 +164,22 @@ def unseen(folder: Path, ranks: Ranks) -> tuple[str, list[str]]:
 
 
 def seen_late(folder: Path, ranks: Ranks) -> int:
-    """The step that is gone on from when the second rank sees a file after a while."""
+    """The step that is gone on from when the first rank sees a file after a while, and the second at once."""
     write_three(folder, ranks)
-    looks = itertools.count()
+    begun = time.monotonic()
 
     def see_late(path: Path) -> Saved:
-        if next(looks) == 0:
+        if time.monotonic() < begun + 0.5:
             raise MissingError(path / "manifest.json")
         return Saved(path)
 
     with CheckpointStore(folder, ranks) as store, pytest.MonkeyPatch.context() as patch:
-        if not ranks.first:
+        if ranks.first:
+            there = checkpoint_checks._there
             patch.setattr(checkpoint_checks, "Saved", see_late)
+            patch.setattr(
+                checkpoint_checks, "_there", lambda file: there(file) if time.monotonic() > begun + 0.5 else None
+            )
         saved = store.newest()
     assert saved is not None
     return saved.step
@@ -191,6 +195,50 @@ def read_only(folder: Path, ranks: Ranks) -> str:
         if not ranks.first:
             patch.setattr(Path, "touch", touch)
         return attempt(lambda: CheckpointStore(folder, ranks).finish())
+
+
+def gone_read_only(folder: Path, ranks: Ranks) -> tuple[str, list[str]]:
+    """What a save comes to that the second rank can write nothing of, not even that, and what that one says."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    said: list[str] = []
+    store = CheckpointStore(folder, ranks, patience=1.0, say=lambda line: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_store, "say", said.append)
+        if not ranks.first:
+            patch.setattr(checkpoint_store, "_put", fail)
+            patch.setattr(HostCopy, "write", fail)
+            patch.setattr(Path, "unlink", fail)
+        failure = attempt(lambda: save_step(store, 1, ranks, wait=True))
+    attempt(store.finish)
+    return failure, said
+
+
+def elsewhere(folder: Path, ranks: Ranks) -> tuple[str, int]:
+    """What each rank hears of a file that one does not see, and the other, to whom the folder is another, does; the
+    number of checkpoints left."""
+    write_three(folder / "run" / "checkpoints", ranks)
+    if ranks.first:
+        (folder / "link").symlink_to("run")
+    ranks.agree("")
+    own = folder / ("run" if ranks.first else "link") / "checkpoints"
+
+    def see_nothing(path: Path) -> Saved:
+        raise MissingError(path / "manifest.json")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint_checks, "SEEN_WITHIN", 0.1)
+        patch.setattr(Path, "resolve", lambda path: path)  # as on machines that have the disk in other places
+        if ranks.first:
+            there = checkpoint_checks._there
+            patch.setattr(checkpoint_checks, "_there", lambda file: None if "link" in file.parts else there(file))
+        else:
+            patch.setattr(checkpoint_checks, "Saved", see_nothing)
+        with CheckpointStore(own, ranks) as store:
+            failure = attempt(store.newest)
+    return failure, len([name for name in names(own) if name.startswith("step")])
 
 
 def all_on_ranks(folder: str) -> dict[str, Any]:
@@ -210,6 +258,8 @@ def all_on_ranks(folder: str) -> dict[str, Any]:
         found["overlap"] = overlap(Path(folder, "overlap"), member[2])
         found["unseen"] = unseen(Path(folder, "unseen"), member[2])
         found["seen late"] = seen_late(Path(folder, "late"), member[2])
+        found["gone read-only"] = gone_read_only(Path(folder, "gone read-only"), member[2])
+        found["elsewhere"] = elsewhere(Path(folder, "elsewhere"), member[2])
         found["read-only"] = read_only(Path(folder, "read-only"), member[2])
         found["no common folder"] = no_common_folder(Path(folder, "own"), member[2])
         for dead in (0, 1):
@@ -279,15 +329,24 @@ def test_what_one_rank_does_not_see_is_no_damage(on_ranks: list[dict[str, Any]])
     for failure, left in (rank["unseen"] for rank in on_ranks[:2]):
         assert "CheckpointError" in failure
         assert f"step-000000003 could not be checked by process 1 ({socket.gethostname()})" in failure
-        assert "manifest.json is not there, though the first process sees it" in failure
+        assert "manifest.json is not there, though process 0 sees it" in failure
         assert left == ["step-000000002", "step-000000003"]
     assert [rank["seen late"] for rank in on_ranks[:2]] == [3, 3]
+    for failure, left in (rank["elsewhere"] for rank in on_ranks[:2]):
+        assert "could not be checked by process 1" in failure
+        assert left == 2
 
 
 def test_a_folder_that_one_rank_cannot_write_to_is_told_at_once(on_ranks: list[dict[str, Any]]) -> None:
     """Else each save would wait for that rank for ten minutes, and there would be no checkpoint in the end."""
     for failure in (rank["read-only"] for rank in on_ranks[:2]):
         assert "Read-only file system" in failure
+    (failure, _), (_, said) = (rank["gone read-only"] for rank in on_ranks[:2])
+    assert "waited 1 s in vain for the rows of all ranks" in failure
+    assert [line.split(": ", 1)[0] for line in said] == [
+        f"the checkpoint of step 1 cannot be written on {socket.gethostname()}"
+    ]
+    assert "Read-only file system" in said[0]
 
 
 def test_a_full_disk_of_one_rank(on_ranks: list[dict[str, Any]]) -> None:

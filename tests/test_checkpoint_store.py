@@ -297,10 +297,11 @@ def test_what_cannot_be_removed_stops_no_save(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(checkpoint_store, "remove", remove)
     monkeypatch.setattr(files, "remove", remove)
     said: list[str] = []
+    (folder.parent / ".checkpoints.partial" / "step-000000001-left").mkdir(parents=True)
     store = CheckpointStore(folder, Ranks(), keep=1, say=said.append)
     for step in (1, 2, 3, 4):
         save_step(store, step, Ranks(), wait=True)
-    with pytest.warns(UserWarning, match=r"step-000000001 could not be removed \(Device or resource busy\)"):
+    with pytest.warns(UserWarning, match=r"step-000000001.* could not be removed \(Device or resource busy\)"):
         store.finish()
     assert names(folder) == ["step-000000004"]
     assert len(said) == 1

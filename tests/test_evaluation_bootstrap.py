@@ -295,7 +295,8 @@ def test_a_better_model_is_told_from_an_equal_one() -> None:
         assert one.p_value < 0.02
         assert one.difference.low <= one.difference.estimate <= one.difference.high
         assert one.difference.estimate == pytest.approx(one.b - one.a)
-        assert one.sentence("old", "new").startswith(f"{one.measure}: new is better than old: ")
+        values = f"old {100 * one.a:.3f} %, new {100 * one.b:.3f} %, "
+        assert one.sentence("old", "new").startswith(f"{one.measure}: new is better than old: {values}")
     assert found["EER"].difference.high < 0
     assert "exact permutation over 300 groups" in found["accuracy"].test
     assert all(one.better == "A" for one in compare_pairs(fine, rough, groups, (1e-1,), 200))

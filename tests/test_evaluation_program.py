@@ -153,12 +153,17 @@ def test_images_and_people_of_the_training_set_are_told(
 ) -> None:
     """Testing on the training set warns, with a picture; a set of other people does not."""
     report = run(tmp_path, tiny_set, tiny_set / "tiny.bin", "--model", tiny_run)["sets"]
+    shown = capsys.readouterr().out
     levels = {name: {finding["check"]: finding["level"] for finding in one["findings"]} for name, one in report.items()}
     trained, others = sorted(levels, key=lambda name: name.endswith("tiny.bin"))
     assert levels[trained]["duplicates"] == "warning"
     assert levels[others]["duplicates"] == "note"
     assert f"{trained}_shared_duplicates.png" in report[trained]["pictures"]
-    assert "WARNING: " in capsys.readouterr().out
+    assert "WARNING: " in shown
+    # Drawn faces, of 32 pixels: whether they are aligned, nobody can tell.
+    assert levels[others]["alignment"] == "unclear"
+    assert "  note: tiny_tiny.bin: the mean face shows no clear eyes anywhere" in shown
+    assert not [line for line in shown.splitlines() if "no warning" in line and "alignment" in line]
     with pytest.raises(SystemExit, match="training-set: /nowhere does not exist"):
         run(tmp_path, tiny_set / "tiny.bin", "--model", tiny_run, "--training-set", "/nowhere")
 
@@ -323,6 +328,9 @@ def test_a_tested_run_gets_a_record_for_tensorboard(tiny_set: Path, tiny_run: Pa
     shutil.copytree(tiny_run, copy, ignore=shutil.ignore_patterns("test", "checkpoints"))
     (copy / "test").mkdir()
     (copy / "test" / "roc of mine.png").touch()
+    (copy / "keep.png").touch()
+    foreign = {"sets": {"x": {"pictures": ["..", "../keep.png", "results.json", "\0.png", "a" * 999 + ".png"]}}}
+    (copy / "test" / "report.json").write_text(json.dumps(foreign))
     sets = [str(tiny_set / "tiny.bin"), str(tiny_set)]
     for chosen in (sets, sets[:1]):
         all_pair_test.main([*chosen, "--model", str(copy), "--no-checks", *QUICK])
@@ -330,6 +338,8 @@ def test_a_tested_run_gets_a_record_for_tensorboard(tiny_set: Path, tiny_run: Pa
     pictures = {path.name for path in (copy / "test").glob("*.png")}
     assert pictures == pictures_of(json.loads((copy / "test" / "report.json").read_text())) | {"roc of mine.png"}
     assert not [name for name in pictures if name.startswith(tiny_set.name) and "roc" in name]
+    assert (copy / "test" / "results.json").exists()
+    assert (copy / "keep.png").exists()
     record = EventAccumulator(str(copy / "test"))
     record.Reload()
     accuracy = json.loads((copy / "test" / "results.json").read_text())["sets"]["tiny"]["accuracy"]

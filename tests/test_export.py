@@ -430,7 +430,7 @@ def test_faces_to_compare_on(tiny_set: Path, tmp_path: Path) -> None:
     for person in range(3):
         (broken / str(person)).mkdir(parents=True)
         (broken / str(person) / "0.jpg").write_bytes(b"no image")
-    with pytest.raises(FaceSetError, match="0 of its 3 faces can be decoded"):
+    with pytest.raises(FaceSetError, match="0 of its 3 faces can be decoded and are square"):
         load_faces(broken, 32, 2)
 
 

@@ -308,7 +308,7 @@ def test_without_a_checkpoint_there_is_no_way_back(
     """An explosion before the first checkpoint stops the run, with the setting that would have helped."""
     explode(monkeypatch, {1})
     with pytest.raises(
-        TrainingError, match=r"at step 1 .*no checkpoint yet to go back to: save more often, --checkpoint-every 1 say"
+        TrainingError, match=r"at step 1 .*no whole checkpoint to go back to: save more often, --checkpoint-every 1 say"
     ):
         train(configure(tiny_set, tmp_path, train__on_explosion="skip"))
 

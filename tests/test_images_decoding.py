@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data import jpeg_decoding
 from data.face_sets import RecFaceSet, open_face_set
-from data.images import ImageError, decode_rgb, encode_jpeg, encode_png, plain_jpeg_size
+from data.images import ImageError, decode_face, decode_rgb, encode_jpeg, encode_png, plain_jpeg_size
 from data.jpeg_decoding import decode_jpegs, decode_what_can_be, device_decoder, join_encoded
 from data.loading import Batch, DecodedFaces, EpochBatches, training_loader
 from data.orders import exact_order
@@ -137,6 +137,26 @@ def test_what_a_card_would_take_otherwise_than_opencv_is_not_given_to_it(
     assert "was cut off" in broken[2]
     assert "claim to be a gigantic image" in broken[3]
     assert torch.equal(faces[1], faces[0].rot90(-1))
+
+
+def test_a_size_is_told_only_where_all_headers_were_seen() -> None:
+    """EXIF may come behind the frame's header, and say that the picture is to be turned."""
+    face = encode_jpeg(draw_face(0, 0))
+    scan = face.index(b"\xff\xda")
+    exif = with_segment(face[:2], b"\xe1", TURNED)[2:]
+    assert plain_jpeg_size(face) == (SIZE, SIZE)
+    assert plain_jpeg_size(face[:scan] + exif + face[scan:]) is None
+
+
+def test_faces_are_not_squashed() -> None:
+    """Of another shape than the wanted one: that is an error with `resize` too, and a broken image in training."""
+    wide = encode_png(draw_face(0, 0)[:90])
+    with pytest.raises(ImageError, match=r"a face is 112x90 pixels: resizing it to a square would distort the face"):
+        decode_face(wide, SIZE, True, "a face")
+    batch = join_encoded([wide], [0], SIZE, {}, partial(torch.empty, dtype=torch.uint8))
+    faces, broken = decode_jpegs(batch, SIZE, CPU, True, str)
+    assert "distort" in broken[0]
+    assert not faces.any()
 
 
 @given(st.integers(1, 400), st.integers(1, 400), st.booleans(), st.booleans())

@@ -35,8 +35,9 @@ PRESET = ("--preset", "demo")
 MARKER = ".made_by_the_demo"
 #: The demo says itself where its parts go, and sums them all up.
 FIXED = (
-    *("demo.output", "demo.more", "common.runs", "data.root", "data.verification", "train.name", "test.model"),
-    *("merge.sets", "merge.output", "merge.model", "merge.dry_run", "merge.decisions"),
+    *("demo.output", "demo.more", "common.runs", "data.root", "data.verification", "train.name", "train.resume"),
+    *("test.sets", "test.model", "test.output", "merge.sets", "merge.output", "merge.model", "merge.dry_run"),
+    *("merge.decisions", "merge.within"),
 )
 
 
@@ -62,12 +63,14 @@ def start_afresh(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP end the block as Ctrl-C does, so that what was started ends with it."""
+    """SIGTERM and SIGHUP, unless they are ignored, as by nohup, end the block as Ctrl-C does, so that what was started
+    ends with it."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped("stopped; run it again to start afresh", 128 + number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGHUP)}
+    heeded = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, stop) for number in heeded}
     try:
         yield
     finally:

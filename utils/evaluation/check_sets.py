@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from data.face_sets import EncodedImages, FaceSet, ImageSubset, images_by_identity
-from data.images import decode_face
+from data.images import decode_rgb
 from data.joined_sets import identity_keys, open_training_set
 from models.embedders import Embedder
 from models.embedding import embed_images
@@ -32,6 +32,7 @@ from utils.evaluation.checks import (
 )
 from utils.evaluation.measure import Measured, Options, unit_rows
 from utils.evaluation.test_sets import TestSet
+from utils.face_sheets import in_square
 
 # Images of a sample: for the mean face, and for comparisons of two ways to embed.
 _FACES, _SAMPLE = 500, 300
@@ -41,8 +42,8 @@ _SHOWN = 10
 
 
 def decode_some(images: EncodedImages, positions: NDArray[np.int64], size: int) -> NDArray[np.uint8]:
-    """The images at `positions`, uint8 [P, size, size, 3] RGB; of another size they are scaled."""
-    faces = [decode_face(images.encoded(int(i)), size, True, images.describe(int(i))) for i in positions]
+    """The images at `positions`, uint8 [P, size, size, 3] RGB; of another size they are scaled, in their shape."""
+    faces = [in_square(decode_rgb(images.encoded(int(i)), images.describe(int(i))), size) for i in positions]
     return np.stack(faces) if faces else np.empty((0, size, size, 3), np.uint8)
 
 

@@ -209,6 +209,7 @@ def _comparison(a: str, b: str, found: Comparison) -> dict[str, Any]:
 
 
 def pictures_of(report: Mapping[str, Any]) -> set[str]:
-    """The files' names of all pictures of a `report.json`. Raises what wrong types raise where it is none."""
+    """The names of all pictures of a `report.json`, of files in its folder. Raises what wrong types raise where it is
+    none."""
     named = [*report.get("pictures", ()), *(name for one in report["sets"].values() for name in one["pictures"])]
-    return {Path(name).name for name in named}
+    return {name for name in named if name.endswith(".png") and Path(name).name == name and name.isprintable()}

@@ -66,7 +66,8 @@ def load_faces(source: Path | None, size: int, count: int, calibration: bool = F
     """`count` faces, or as many as there are, of a `.bin` or a face set, chosen by chance, always the same; drawn by a
     program without a `source`. For `calibration` they are others than for comparison, as far as the set goes.
 
-    Faces of another size are scaled, broken ones passed over. Raises FaceSetError when there are fewer than two.
+    Square faces of another size are scaled, others and broken ones passed over. Raises FaceSetError when there are
+    fewer than two.
     """
     if source is None:
         first = 2_000_000 if calibration else 1_000_000
@@ -76,7 +77,9 @@ def load_faces(source: Path | None, size: int, count: int, calibration: bool = F
     order = np.random.default_rng(0).permutation(len(images)).tolist()
     decoded = _decode(images, order[::-1] if calibration else order, size, count)
     if len(decoded) < 2:
-        raise FaceSetError(f"{source}: {len(decoded)} of its {len(images)} faces can be decoded, two are needed")
+        raise FaceSetError(
+            f"{source}: {len(decoded)} of its {len(images)} faces can be decoded and are square, two are needed"
+        )
     return Faces(torch.from_numpy(np.stack(decoded)), str(source))
 
 

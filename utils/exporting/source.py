@@ -77,12 +77,19 @@ def load_source(
         parameters=sum(parameter.numel() for parameter in loaded.network.parameters()),
         settings=publishable(settings),
         step=_stated(file, saved, "step", int),
-        best_accuracy=_stated(file, saved, "best_accuracy", float) or None,  # 0 where the run verified on nothing
+        best_accuracy=(_stated(file, saved, "best_accuracy", float) if _is_best(file, saved) else None)
+        or None,  # 0 where the run verified on nothing
         tests=tested.get("sets", {}),
         mirror=tested.get("mirror", False),
         licence=licence or _stated_licence(saved),
     )
     return Source(embedder, facts, settings)
+
+
+def _is_best(file: Path, metadata: Mapping[str, str]) -> bool:
+    """Whether the best accuracy that a file states is that of its own weights: a checkpoint states its run's best."""
+    is_export = "mirror_added" in metadata
+    return is_export or file.name in (BEST, HUB_WEIGHTS) or file.name.startswith(f"{Path(BEST).stem}-until-")
 
 
 def _stated_licence(metadata: Mapping[str, str]) -> str:

@@ -244,6 +244,7 @@ class CheckpointStore:
                 return ""
             self._folder.mkdir(parents=True, exist_ok=True)
             self._lock()
+            self._clear()
             token = uuid.uuid4().hex[:8]
             if self._ranks.size > 1:
                 (self._partial / token).touch()  # the first save removes it
@@ -272,12 +273,20 @@ class CheckpointStore:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
-                self._held.enter_context(unfinished(self._folder, wait=False))
+                self._held.enter_context(unfinished(self._folder, wait=False, resume=True))
                 return
             except BusyError:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.2)
+
+    def _clear(self, kept: str = LOCK) -> None:
+        """Remove what is unfinished, but what is called `kept`, as far as it lets itself be removed: a file that
+        somebody has open, on NFS, does not. It is tried again with every save."""
+        for left in self._partial.iterdir():
+            if left.name not in (LOCK, kept):
+                with suppress(OSError):
+                    remove(left)
 
     def _join(self) -> None:
         if self._writer:
@@ -304,10 +313,7 @@ class CheckpointStore:
         """Write the first rank's part, wait for the others', and publish the checkpoint."""
         error_text = None
         try:
-            for left in self._partial.iterdir():
-                if left.name not in (LOCK, save.working.name):
-                    with suppress(OSError):  # a file that somebody has open, on NFS: it is tried again and again
-                        remove(left)
+            self._clear(save.working.name)
             save.working.mkdir(exist_ok=True)
             sums = {WHOLE: asdict(self._whole.write(save.working / WHOLE))}
             if save.has_backbone:
@@ -347,7 +353,8 @@ class CheckpointStore:
             save.working.mkdir(exist_ok=True)
             record = {"file": path.name, "sum": asdict(self._rows.write(path)), "rows": save.rows}
         except OSError as error:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
             record = {"error": f"rank {self._ranks.rank}: {error}"}
         try:
             _put(self._record(save, self._ranks.rank), record)
