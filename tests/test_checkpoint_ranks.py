@@ -236,6 +236,7 @@ def elsewhere(folder: Path, ranks: Ranks) -> tuple[str, int]:
             patch.setattr(checkpoint_checks, "_there", lambda file: None if "link" in file.parts else there(file))
         else:
             patch.setattr(checkpoint_checks, "Saved", see_nothing)
+            patch.setattr(checkpoint_checks, "_there", lambda file: None)
         with CheckpointStore(own, ranks) as store:
             failure = attempt(store.newest)
     return failure, len([name for name in names(own) if name.startswith("step")])
