@@ -26,7 +26,7 @@ from utils.files import require_free, write_text_atomic
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
 from utils.scripts import readable_errors
-from utils.settings import parse_settings
+from utils.settings import ConfigError, parse_settings
 
 IMAGE_SIZE = 112
 # Where the numbers of drawn people begin who are not in the first training set.
@@ -97,15 +97,19 @@ def make_pairs(album: Album, seed: int) -> tuple[list[bytes], list[bool]]:
 
 
 def make_sets(output: Path, more: Path, demo: DemoConfig, workers: int) -> None:
-    """Write both sets. Raises FileExistsError when a folder is there and not empty."""
+    """Write both sets. Raises FileExistsError when a folder is there and not empty, ConfigError when one lies in the
+    other."""
+    one, other = output.resolve(), more.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ConfigError(f"demo.more: {more} and {output} are one folder, or one lies in the other: name two")
     require_free(more)
     known = range(demo.people)
     strangers = range(FIRST_TEST_PERSON, FIRST_TEST_PERSON + demo.test_people)
     overlap = demo.more_people // 2
     again = [*known[:overlap], *range(FIRST_NEW_PERSON, FIRST_NEW_PERSON + demo.more_people - overlap)]
     shots, other_shots = range(demo.shots), range(demo.shots, 2 * demo.shots)
-    # Both appear at the end, the first one first, in which the other may lie: what is interrupted leaves neither.
-    with write_face_set(more, IMAGE_SIZE) as second, write_face_set(output, IMAGE_SIZE) as out:
+    # Both appear at the end: what is interrupted leaves neither.
+    with write_face_set(output, IMAGE_SIZE) as out, write_face_set(more, IMAGE_SIZE) as second:
         parts = ((known, shots), (strangers, shots), (again, other_shots))
         train, test, others = draw_albums(parts, demo.seed, workers, "draw people")
         add_people(out, train)

@@ -22,6 +22,7 @@ from data.make_demo_set import FIRST_NEW_PERSON, FIRST_TEST_PERSON, draw_people,
 from data.verification_bin import read_bin
 from utils import demo
 from utils.files import BusyError
+from utils.settings import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = DemoConfig(people=4, shots=3, test_people=3, more_people=4)
@@ -155,6 +156,14 @@ def test_an_interrupt_leaves_neither_set(tmp_path: Path, monkeypatch: pytest.Mon
         make_sets(tmp_path / "set", tmp_path / "more", SMALL, workers=0)
     assert not (tmp_path / "set").exists()
     assert not (tmp_path / "more").exists()
+
+
+@pytest.mark.parametrize(("output", "more"), [("x", "x/more"), ("a/b", "a"), ("q", "./q")])
+def test_sets_within_each_other_are_refused(tmp_path: Path, output: str, more: str) -> None:
+    """One of them would not be free when it is to appear, after all is drawn."""
+    with pytest.raises(ConfigError, match=r"demo\.more: .* are one folder, or one lies in the other"):
+        make_sets(tmp_path / output, tmp_path / more, SMALL, workers=0)
+    assert not list(tmp_path.iterdir())
 
 
 def test_scripts_side_by_side(
