@@ -115,11 +115,13 @@ def test_starting_afresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_an_end_from_outside_ends_what_was_started(tmp_path: Path) -> None:
-    """SIGTERM, from a scheduler or `timeout`: a training that goes on would write where the next demo begins."""
+    """SIGTERM, from a scheduler or `timeout`: a training that goes on would write where the next demo begins. A hang-up
+    that nohup has it ignore does not end it."""
     (tmp_path / "endless.py").write_text("import time; print('started', flush=True); time.sleep(60)")
     program = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom utils import demo\n"
         f"from utils.scripts import readable_errors\ndemo.ROOT = Path({str(tmp_path)!r})\n"
+        "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)\n"
         "with readable_errors('demo', ''), demo.ended_by_signals():\n    demo.run(['endless.py'])\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -127,6 +129,9 @@ def test_an_end_from_outside_ends_what_was_started(tmp_path: Path) -> None:
         assert process.stderr is not None
         while process.stdout.readline() != b"started\n":
             pass
+        process.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.5)
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
         assert process.stdout.read() == b"", "the pipe is open as long as the script runs"

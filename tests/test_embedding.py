@@ -1,6 +1,9 @@
 """Embeddings of whole sets: each in its place, and the pairs of a verification set as they are listed."""
 
+from pathlib import Path
+
 import numpy as np
+import pytest
 import torch
 
 from data.images import encode_png
@@ -56,3 +59,13 @@ def test_embeddings_keep_the_order_of_the_images() -> None:
         embeddings = embed_images(Compass(), PairImages(pairs), 3, workers, False, "v")
         degrees = np.rad2deg(np.arctan2(embeddings[:, 1], embeddings[:, 0])) % 360
         np.testing.assert_allclose(degrees, GREYS, atol=1e-3)
+
+
+def test_the_bar_ends_when_the_images_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A log file's last line is not "0%" or "96%", though nobody asks again after the last batch."""
+    pairs = VerificationPairs("v", IMAGES, np.arange(8).reshape(4, 2), np.ones(4, bool))
+    for number, options in enumerate(({"batch_size": 3}, {"batch_size": 99}, {"batch_size": 3, "cache": tmp_path})):
+        embed_images(Compass(), PairImages(pairs), workers=0, mirror=False, title=f"bar {number}", **options)
+        last = [line for line in capsys.readouterr().err.splitlines() if line.startswith(f"bar {number}")][-1]
+        assert "100%" in last
+        assert "8/8" in last

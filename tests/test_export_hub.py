@@ -14,6 +14,7 @@ import torch
 from config import Config
 from models import NETWORKS, create_network, load_embedder
 from models.losses import LOSSES
+from tiny_runs import checkpoints
 from utils.checkpoints import CheckpointError
 from utils.export import main as export_main
 from utils.exporting.facts import ModelFacts, publishable, set_name
@@ -109,6 +110,16 @@ def test_published_settings_name_no_folders() -> None:
     assert kept["train"] == {"init": "backbone.pth", "lr": 0.1}
     assert "/home" not in json.dumps(kept)
     assert [set_name(path) for path in ("sets/v1.5", "a/b.rec", "a/b/")] == ["v1.5", "b", "b"]
+
+
+def test_a_checkpoint_is_not_called_the_best(tiny_run: Path, tmp_path: Path) -> None:
+    """The accuracy that its file states is the best of the run until then, which may be that of other weights."""
+    (checkpoint, *_) = checkpoints(tiny_run)
+    chosen = {}
+    for name, path in (("run", tiny_run), ("checkpoint", checkpoint / "backbone.safetensors")):
+        export_main([str(path), "--format", "hub", "--workers", "0", "--images", "4", "--output", str(tmp_path / name)])
+        chosen[name] = "the training reached" in (tmp_path / name / "README.md").read_text()
+    assert chosen == {"run": True, "checkpoint": False}
 
 
 def test_an_export_of_an_export_keeps_what_is_known(tiny_run: Path, tmp_path: Path) -> None:
