@@ -1,9 +1,10 @@
 """Checkpoints whose values tell their step: what the tests of the store share."""
 
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +37,13 @@ def save_step(store: CheckpointStore, step: int, ranks: Ranks, wait: bool = Fals
     store.save(step, {"weight": torch.full((4,), step)}, rows, {"best": step / 7}, wait)
 
 
+def write_three(folder: Path, ranks: Ranks) -> None:
+    """Three saves, the last of them waited for."""
+    with CheckpointStore(folder, ranks) as store:
+        for step in (1, 2, 3):
+            save_step(store, step, ranks, wait=step == 3)
+
+
 def is_step(store: CheckpointStore, step: int) -> bool:
     """Whether the newest checkpoint is that of `step`, with all of its values."""
     saved = store.newest()
@@ -62,3 +70,12 @@ def files_up_to(size: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def attempt(action: Callable[[], Any]) -> str:
+    """The error that it raises, as text; empty when it raises none."""
+    try:
+        action()
+    except (OSError, ValueError) as error:
+        return f"{type(error).__name__} {error}"
+    return ""

@@ -1,11 +1,8 @@
 """Checkpoints of several ranks: written together or not at all, and read by any number of others."""
 
-import errno
-import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,12 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ranks import run_on_ranks
-from saved_steps import TOTAL, files_up_to, is_step, matrix, names, own_range, save_step
+from saved_steps import TOTAL, attempt, files_up_to, is_step, matrix, names, own_range, save_step, write_three
 from utils.ranks import Ranks
-from utils.training import checkpoint_checks, checkpoint_store
+from utils.training import checkpoint_store
 from utils.training.checkpoint_store import CheckpointStore, Rows
-from utils.training.host_copy import HostCopy
-from utils.training.saved_checkpoints import MissingError, Saved, shard_name
+from utils.training.saved_checkpoints import shard_name
 
 
 def read_part(folder: Path, ranks: Ranks) -> tuple[int, Tensor, Tensor]:
@@ -31,13 +27,6 @@ def read_part(folder: Path, ranks: Ranks) -> tuple[int, Tensor, Tensor]:
         assert saved is not None
         held = own_range(ranks)
         return saved.step, saved.rows("centres", held.start, held.stop), saved.whole()["weight"]
-
-
-def write_three(folder: Path, ranks: Ranks) -> None:
-    """Three saves, the last of them waited for."""
-    with CheckpointStore(folder, ranks) as store:
-        for step in (1, 2, 3):
-            save_step(store, step, ranks, wait=step == 3)
 
 
 def fall_back(folder: Path, ranks: Ranks) -> tuple[bool, int]:
@@ -63,15 +52,6 @@ def set_aside(folder: str) -> tuple[int, list[str]]:
         saved = store.newest()
         assert saved is not None
         return saved.step, said
-
-
-def attempt(action: Callable[[], Any]) -> str:
-    """The error that it raises, as text; empty when it raises none."""
-    try:
-        action()
-    except (OSError, ValueError) as error:
-        return f"{type(error).__name__} {error}"
-    return ""
 
 
 def full_disk(folder: Path, ranks: Ranks) -> tuple[str, bool, bool]:
@@ -135,113 +115,6 @@ def overlap(folder: Path, ranks: Ranks) -> str:
     return failure
 
 
-def no_common_folder(folder: Path, ranks: Ranks) -> str:
-    """What each rank hears when each has a folder of its own; all let go of what they took."""
-    own = folder / str(ranks.rank)
-    (own / ".checkpoints.partial").mkdir(parents=True)  # what a killed run of the same name left
-    patience, checkpoint_store.SEEN_WITHIN = checkpoint_store.SEEN_WITHIN, 0.2
-    try:
-        failure = attempt(lambda: CheckpointStore(own / "checkpoints", ranks))
-    finally:
-        checkpoint_store.SEEN_WITHIN = patience
-    assert (own / ".checkpoints.partial").exists() != ranks.first
-    return failure
-
-
-def unseen(folder: Path, ranks: Ranks) -> tuple[str, list[str]]:
-    """What each rank hears when the second does not see what the first does; the checkpoints afterwards."""
-    write_three(folder, ranks)
-
-    def see_nothing(path: Path) -> Saved:
-        raise MissingError(path / "manifest.json")
-
-    with CheckpointStore(folder, ranks) as store, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_checks, "SEEN_WITHIN", 0.1)
-        if not ranks.first:
-            patch.setattr(checkpoint_checks, "Saved", see_nothing)
-        failure = attempt(store.newest)
-    return failure, [name for name in names(folder) if "step" in name]
-
-
-def seen_late(folder: Path, ranks: Ranks) -> int:
-    """The step that is gone on from when the first rank sees a file after a while, and the second at once."""
-    write_three(folder, ranks)
-    begun = time.monotonic()
-
-    def see_late(path: Path) -> Saved:
-        if time.monotonic() < begun + 0.5:
-            raise MissingError(path / "manifest.json")
-        return Saved(path)
-
-    with CheckpointStore(folder, ranks) as store, pytest.MonkeyPatch.context() as patch:
-        if ranks.first:
-            there = checkpoint_checks._there
-            patch.setattr(checkpoint_checks, "Saved", see_late)
-            patch.setattr(
-                checkpoint_checks, "_there", lambda file: there(file) if time.monotonic() > begun + 0.5 else None
-            )
-        saved = store.newest()
-    assert saved is not None
-    return saved.step
-
-
-def read_only(folder: Path, ranks: Ranks) -> str:
-    """What each rank hears, before the first step, when the second cannot write into the folder."""
-
-    def touch(path: Path) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    with pytest.MonkeyPatch.context() as patch:
-        if not ranks.first:
-            patch.setattr(Path, "touch", touch)
-        return attempt(lambda: CheckpointStore(folder, ranks).finish())
-
-
-def gone_read_only(folder: Path, ranks: Ranks) -> tuple[str, list[str]]:
-    """What a save comes to that the second rank can write nothing of, not even that, and what that one says."""
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-
-    said: list[str] = []
-    store = CheckpointStore(folder, ranks, patience=1.0, say=lambda line: None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_store, "say", said.append)
-        if not ranks.first:
-            patch.setattr(checkpoint_store, "_put", fail)
-            patch.setattr(HostCopy, "write", fail)
-            patch.setattr(Path, "unlink", fail)
-        failure = attempt(lambda: save_step(store, 1, ranks, wait=True))
-    attempt(store.finish)
-    return failure, said
-
-
-def elsewhere(folder: Path, ranks: Ranks) -> tuple[str, int]:
-    """What each rank hears of a file that one does not see, and the other, to whom the folder is another, does; the
-    number of checkpoints left."""
-    write_three(folder / "run" / "checkpoints", ranks)
-    if ranks.first:
-        (folder / "link").symlink_to("run")
-    ranks.agree("")
-    own = folder / ("run" if ranks.first else "link") / "checkpoints"
-
-    def see_nothing(path: Path) -> Saved:
-        raise MissingError(path / "manifest.json")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint_checks, "SEEN_WITHIN", 0.1)
-        patch.setattr(Path, "resolve", lambda path: path)  # as on machines that have the disk in other places
-        if ranks.first:
-            there = checkpoint_checks._there
-            patch.setattr(checkpoint_checks, "_there", lambda file: None if "link" in file.parts else there(file))
-        else:
-            patch.setattr(checkpoint_checks, "Saved", see_nothing)
-            patch.setattr(checkpoint_checks, "_there", lambda file: None)
-        with CheckpointStore(own, ranks) as store:
-            failure = attempt(store.newest)
-    return failure, len([name for name in names(own) if name.startswith("step")])
-
-
 def all_on_ranks(folder: str) -> dict[str, Any]:
     """Every case in one set of processes, for they take long to start: each on the first few of four ranks."""
     groups = [dist.new_group(list(range(size))) for size in (1, 2, 3, 4)]
@@ -257,12 +130,6 @@ def all_on_ranks(folder: str) -> dict[str, Any]:
     if 2 in member:
         found["fall back"] = fall_back(Path(folder, "damaged"), member[2])
         found["overlap"] = overlap(Path(folder, "overlap"), member[2])
-        found["unseen"] = unseen(Path(folder, "unseen"), member[2])
-        found["seen late"] = seen_late(Path(folder, "late"), member[2])
-        found["gone read-only"] = gone_read_only(Path(folder, "gone read-only"), member[2])
-        found["elsewhere"] = elsewhere(Path(folder, "elsewhere"), member[2])
-        found["read-only"] = read_only(Path(folder, "read-only"), member[2])
-        found["no common folder"] = no_common_folder(Path(folder, "own"), member[2])
         for dead in (0, 1):
             found[f"dead {dead}"] = dead_rank(Path(folder, f"dead{dead}"), member[2], dead)
         found["lost"] = lost_rank(Path(folder, "lost"), member[2])
@@ -324,32 +191,6 @@ def test_ranks_fall_back_together(on_ranks: list[dict[str, Any]]) -> None:
     assert [rank["fall back"] for rank in on_ranks[:2]] == [(True, 2), (True, 0)], "the first says it all"
 
 
-def test_what_one_rank_does_not_see_is_no_damage(on_ranks: list[dict[str, Any]]) -> None:
-    """A machine with an old view of the folder, or without it, would set good checkpoints aside, one after another. It
-    waits for what the first sees, and then all end, told by whom and why."""
-    for failure, left in (rank["unseen"] for rank in on_ranks[:2]):
-        assert "CheckpointError" in failure
-        assert f"step-000000003 could not be checked by process 1 ({socket.gethostname()})" in failure
-        assert "manifest.json is not there, though process 0 sees it" in failure
-        assert left == ["step-000000002", "step-000000003"]
-    assert [rank["seen late"] for rank in on_ranks[:2]] == [3, 3]
-    for failure, left in (rank["elsewhere"] for rank in on_ranks[:2]):
-        assert "could not be checked by process 1" in failure
-        assert left == 2
-
-
-def test_a_folder_that_one_rank_cannot_write_to_is_told_at_once(on_ranks: list[dict[str, Any]]) -> None:
-    """Else each save would wait for that rank for ten minutes, and there would be no checkpoint in the end."""
-    for failure in (rank["read-only"] for rank in on_ranks[:2]):
-        assert "Read-only file system" in failure
-    (failure, _), (_, said) = (rank["gone read-only"] for rank in on_ranks[:2])
-    assert "waited 1 s in vain for the rows of all ranks" in failure
-    assert [line.split(": ", 1)[0] for line in said] == [
-        f"the checkpoint of step 1 cannot be written on {socket.gethostname()}"
-    ]
-    assert "Read-only file system" in said[0]
-
-
 def test_a_full_disk_of_one_rank(on_ranks: list[dict[str, Any]]) -> None:
     """No rank takes the checkpoint for written, all are told by whom it was not, and the next save is whole."""
     for rank in on_ranks[:3]:
@@ -397,14 +238,6 @@ def test_only_what_is_said_of_the_save_counts(tmp_path: Path) -> None:
                 heed(token, number, None)
         with pytest.raises(OSError, match="the checkpoint of step 7 could not be written: a full disk"):
             heed(store._token, 2, "a full disk")
-
-
-def test_folders_that_are_not_shared_are_told_on_all_machines(on_ranks: list[dict[str, Any]]) -> None:
-    """Also on that of the first rank, which would go on and lose the others."""
-    cause = "waited 0.2 s in vain for "
-    assert on_ranks[0]["no common folder"].startswith("OtherRankError process 1 (")
-    assert cause in on_ranks[0]["no common folder"]
-    assert on_ranks[1]["no common folder"].startswith(f"TimeoutError {cause}")
 
 
 @pytest.mark.parametrize(("dead", "missed"), [(0, "the first rank"), (1, "the rows of all ranks")])

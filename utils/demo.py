@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from config import PRESETS, READS, Config
-from utils.files import lock_file
+from utils.files import lock_file, remove
 from utils.interrupts import Stopped
 from utils.scripts import readable_errors
 from utils.settings import ConfigError, as_flags, build, flatten, is_read, parse_settings
@@ -54,10 +54,8 @@ def start_afresh(folder: Path) -> Iterator[None]:
     with marker.open("a") as file:
         lock_file(file.fileno(), marker, folder, wait=False)
         for path in folder.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            elif path.name != MARKER:  # which stays to the end: without it nobody could start afresh
-                path.unlink()
+            if path.name != MARKER:  # which stays: without it nobody could start afresh
+                remove(path)
         yield
 
 

@@ -68,7 +68,7 @@ def seen(probe: Callable[[], _Found | None], folder: Path, seconds: float = SEEN
 
 @contextmanager
 def unfinished(path: Path, wait: bool, resume: bool = False) -> Iterator[Path]:
-    """Yield `partial_folder(path)`, locked and empty; afterwards it is removed.
+    """Yield `partial_folder(path)`, locked and empty; afterwards it is removed, or, where it cannot be, warned of.
 
     When another process has it, `wait` for that to end, or raise BusyError. With `resume` it may have something in it,
     and is kept as long as it has a journal; without, a journal there raises FileExistsError.

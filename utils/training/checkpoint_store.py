@@ -273,6 +273,7 @@ class CheckpointStore:
         deadline = time.monotonic() + _LOCK_SECONDS
         while True:
             try:
+                # To resume, but from nothing: what is left there is cleared later, as far as it lets itself be removed.
                 self._held.enter_context(unfinished(self._folder, wait=False, resume=True))
                 return
             except BusyError:
