@@ -4,10 +4,10 @@
     python benchmarks/verifying.py
     python benchmarks/verifying.py --networks r50 --batch-size 512 --steps 20          # on a GPU
 
-Training is the trainer's step on decoded faces in memory (benchmarks/train_step.py), verification what train.py calls:
-workers start, images are decoded, embedded as they are and mirrored in the training's precision, and pairs of them go
-through the 10-fold protocol. The two run in turns on one network; rates are medians over the rounds. The share of a
-run: that of one verification of LFW, CFP-FP and AgeDB-30 after each epoch of MS1MV3, from the two rates.
+Training is the trainer's step on decoded faces in memory (as in benchmarks/train_step.py), verification what train.py
+calls: workers start, images are decoded, embedded as they are and mirrored in the training's precision, and pairs of
+them go through the 10-fold protocol. The two run in turns on one network; rates are medians over the rounds. The share
+of a run: that of one verification of LFW, CFP-FP and AgeDB-30 after each epoch of MS1MV3, from the two rates.
 """
 
 import argparse
@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np
 import torch
 
-from benchmarks.train_step import SIZE, Case, OurLoop, turn
+from benchmarks.training_loops import SIZE, Case, OurLoop, turn
 from config import Config
 from data.face_sets import open_face_set
 from data.verification_bin import VerificationPairs

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import train_step
-from benchmarks.train_step import Case, Turn, measure_network, moved_bytes, turn
+from benchmarks.train_step import Turn, measure_network, moved_bytes
+from benchmarks.training_loops import Case, turn
 from data.loading import Batch
 
 CASE = Case("ours", "r18", 4, 10, 8, Path("none"))
