@@ -90,7 +90,7 @@ def make_pairs(album: Album, seed: int) -> tuple[list[bytes], list[bool]]:
         for person in people:
             shots = album[person]
             a, b = rng.choice(len(shots), 2, replace=False)
-            other = album[rng.choice([p for p in people if p != person])]
+            other = album[int(rng.choice([p for p in people if p != person]))]
             images += [shots[a], shots[b], shots[a], other[rng.integers(len(other))]]
             same += [True, False]
     return images, same

@@ -96,9 +96,9 @@ def identity_counts(
     """
     ranks = ranks or Ranks()
     places = _edges(result)
-    table = np.zeros(len(result.edges) - 1, np.int32)
-    table[places[1:-1]] = 1
-    table = np.cumsum(table)
+    begins = np.zeros(len(result.edges) - 1, np.int64)
+    begins[places[1:-1]] = 1
+    table = np.cumsum(begins)
     bins = len(places) - 1
     above = result.impostor_counts[::-1].cumsum()[::-1]
     few = [place for place in places[:-1] if above[place] <= _LISTED]
