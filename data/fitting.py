@@ -130,8 +130,18 @@ _worker: dict[str, Any] = {}
 
 def _open(fit: Fit) -> None:
     cv2.setNumThreads(0)  # the processes are the parallelism
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # its warnings name no file; errors here do
+    _silence_opencv()
     _worker.update(fit=fit, detector=None)
+
+
+def _silence_opencv() -> None:
+    """Let OpenCV tell errors alone: its warnings name no file; errors here do."""
+    opencv: Any = cv2  # its functions differ with its version
+    logging = getattr(opencv.utils, "logging", None)
+    if logging is not None:
+        logging.setLogLevel(logging.LOG_LEVEL_ERROR)
+    else:  # before 4.13
+        opencv.setLogLevel(2)
 
 
 def _fit_block(images: EncodedImages) -> list[Fitted | LeftOut]:

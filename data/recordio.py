@@ -8,7 +8,6 @@ The format is dmlc-core's `recordio.h`; the header is `mxnet.recordio.IRHeader`.
 
 import mmap
 import struct
-import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from utils.arrays import distinct
+from utils.arrays import distinct, read_whole_numbers
 from utils.files import atomic_write
 from utils.progress import progress_bar
 
@@ -330,8 +329,7 @@ def read_index(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
         raise RecordError(f"{path} is empty: remove it and the index is rebuilt from the .rec")
     cure = "move it away, and it is rebuilt from the .rec"
     try:
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a file without data
-            table = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
+        table = read_whole_numbers(path)
     except ValueError as error:
         raise RecordError(f"{path}: every line must be 'key<tab>byte offset': {error}; {cure}") from error
     if not table.size:

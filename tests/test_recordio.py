@@ -180,6 +180,8 @@ def test_damaged_image_header() -> None:
     ("text", "message"),
     [
         ("0\tabc\n", "every line must be"),
+        ("0\t0.5\n", "every line must be"),
+        ("0\t99999999999999999999\n", "every line must be"),
         ("0\n1\n", "found 1 columns.* move it away"),
         ("\n\n \n", "has blank lines only: move it away"),
         ("0\t0\n0\t36\n", r"key 0 occurs more than once .*: move it away.*report.py .*train.rec --repair OUT"),

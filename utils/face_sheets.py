@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.figures import DPI, GAP, draw_text, new_figure, save, text_size, with_any_names
+from utils.figures import GAP, draw_text, new_figure, resize, save, text_size, with_any_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def draw_contact_sheet(
     left = labels_width + GAP if row_labels else 0
     width = max(left + sheet.shape[1], title_width + 2 * GAP)
     height = title_height + GAP + sheet.shape[0] if title else sheet.shape[0]
-    figure.set_size_inches(width / DPI, height / DPI)
+    resize(figure, width, height)
 
     if title:
         draw_text(figure, GAP / width, 1 - GAP / height, title, fontsize=11, va="top")
@@ -96,7 +96,7 @@ def draw_pair_sheet(
         (title_height + 2 * GAP + number // columns * pitch, number % columns * (cell_width + 2 * GAP))
         for number in range(len(pairs))
     ]
-    figure.set_size_inches(width / DPI, height / DPI)
+    resize(figure, width, height)
     draw_text(figure, GAP / width, 1 - GAP / height, title, fontsize=11, va="top")
     for lines, (top, left) in zip(captions, places, strict=True):
         for number, line in enumerate(lines):

@@ -71,6 +71,12 @@ def new_figure(inches: tuple[float, float] | None = None) -> Figure:
     return figure
 
 
+def resize(figure: Figure, width: float, height: float) -> None:
+    """Make the figure as wide and as high as so many pixels."""
+    # matplotlib before 3.10 rounds down, and 467 / 120 * 120 may be a little less than 467.
+    figure.set_size_inches((width + 0.1) / figure.dpi, (height + 0.1) / figure.dpi)
+
+
 def draw_text(figure: Figure, x: float, y: float, text: str, fontsize: int, va: Any) -> Text:
     """Put a text into the figure, a name with dollars in it as it is and not as a formula."""
     return figure.text(x, y, drawable(text), fontsize=fontsize, color=INK, va=va, parse_math=False)
@@ -123,5 +129,5 @@ def _make_room(figure: Figure) -> None:
         width = left + inner[0].width + right
     if bottom + top > height / 2:
         height = bottom + inner[0].y1 - inner[-1].y0 + top
-    figure.set_size_inches(width / figure.dpi, height / figure.dpi)
+    resize(figure, width, height)
     figure.subplots_adjust(left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height)

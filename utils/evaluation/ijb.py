@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from data.align import TEMPLATE_SIZE, align
 from data.images import ImageError, decode_rgb, encode_png
 from data.images_fingerprint import files_digest
+from utils.arrays import read_whole_numbers
 from utils.evaluation.curves import FAR_POINTS, Roc, TarAtFar, roc, split_scores, tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import Identification, identify
 from utils.evaluation.templates import Templates
@@ -191,7 +192,7 @@ def _read_numbers(path: Path, columns: int) -> NDArray[np.int64]:
     if not path.stat().st_size:
         raise IjbError(f"{path} is empty")
     try:
-        numbers = np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
+        numbers = read_whole_numbers(path)
     except (ValueError, UnicodeDecodeError):
         numbers = np.empty((0, 0), np.int64)
     if numbers.shape[1] == columns:
