@@ -2,12 +2,13 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+OLDEST_VENV := .venv-oldest
 MXNET_VENV := .venv-mxnet
 INSIGHTFACE_VENV := .venv-insightface
 # mxnet 1.9.1 needs a numpy that installs on Python 3.11 and not on later ones.
 MXNET_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 
-.PHONY: setup demo lint test test-long gpu conformance clean
+.PHONY: setup demo lint test test-long oldest gpu conformance clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +35,15 @@ test: lint
 test-long: setup
 	$(RUN) -m pytest -m long
 
+# The tests with the oldest packages that requirements.txt allows, which want Python 3.11 or 3.12.
+oldest: $(OLDEST_VENV)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadfile
+
+$(OLDEST_VENV)/.installed: tests/requirements-oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/python -m pip install --quiet -r tests/requirements-oldest.txt
+	touch $@
+
 # What wants a card, in twelve minutes. Installs nothing: without the environment it takes the system's PyTorch.
 GPU_RESULTS ?= gpu
 gpu:
@@ -57,4 +67,4 @@ $(INSIGHTFACE_VENV)/.installed: tests/conformance/requirements-insightface.txt
 	touch $@
 
 clean:
-	rm -rf demo gpu $(VENV) $(MXNET_VENV) $(INSIGHTFACE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf demo gpu $(VENV) $(OLDEST_VENV) $(MXNET_VENV) $(INSIGHTFACE_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis
