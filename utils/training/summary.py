@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from utils.checkpoints import BEST
+from utils.checkpoints import BEST, CheckpointError, read_safetensors
 from utils.texts import columns_of
 from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE, read_metrics
 from utils.training.run_folders import CHECKPOINTS
@@ -35,7 +35,7 @@ def summarise(folder: Path) -> str:
             f"{images / total:,.0f} images/s; of {_duration(total + verifying)}, "
             f"{verifying / (total + verifying):.1%} verifying, {waited / (total + verifying):.1%} waiting for data"
         )
-    if _nothing_was_better(lines):
+    if _verified_later(lines) and _step_of_best(folder) == "0":
         table.append(
             f"no step verified better than step 0: {BEST} holds the weights that the run began with, {CHECKPOINTS} the "
             "last ones"
@@ -43,15 +43,17 @@ def summarise(folder: Path) -> str:
     return "\n".join(table)
 
 
-def _nothing_was_better(lines: list[dict[str, Any]]) -> bool:
-    """Whether the first weights were verified, and no later ones, nor their average, came out above them."""
-    means: dict[bool, list[float]] = {True: [], False: []}  # by whether it is of step 0
-    for line in lines:
-        for tag in (VERIFIED, VERIFIED_AVERAGE):
-            accuracies = [value for name, value in line.items() if name.startswith(tag)]
-            if accuracies:
-                means[line["step"] == 0].append(math.fsum(accuracies) / len(accuracies))
-    return bool(means[True] and means[False]) and max(means[False]) <= max(means[True])
+def _verified_later(lines: list[dict[str, Any]]) -> bool:
+    """Whether weights were verified that the run did not begin with."""
+    return any(line["step"] > 0 and name.startswith((VERIFIED, VERIFIED_AVERAGE)) for line in lines for name in line)
+
+
+def _step_of_best(folder: Path) -> str | None:
+    """The step whose weights are kept as the best, "0" for those that the run began with."""
+    try:
+        return read_safetensors(folder / BEST, metadata_only=True)[1].get("step")
+    except CheckpointError:  # another program's by now, or gone
+        return None
 
 
 def _row(lines: list[dict[str, Any]], name: str, title: str, form: str, best: Any) -> list[tuple[str, str]]:
