@@ -153,18 +153,20 @@ class Test:
         return [TestedModel(name, path, one.runs_on, one.fingerprint) for name, path, one in facts]
 
     def take_training_sample(self) -> None:
-        """Take the sample of the training set that test sets are compared with, or note why there is none."""
-        chosen = self.config.test.training_set
+        """Take the sample of the training set that test sets are compared with, unless none is asked for, or note why
+        there is none."""
+        chosen, sample = self.config.test.training_set, self.config.test.training_sample
+        if chosen == ("none",) or not sample:
+            return
         known = bool(chosen) or bool(settings_beside(self.paths[0]))
-        roots = [] if chosen == ("none",) else [Path(root) for root in chosen or self.config.data.root]
+        roots = [Path(root) for root in chosen or self.config.data.root]
         missing = [str(root) for root in roots if not root.exists()]
         if chosen and missing:
             raise FaceSetError(f"--training-set: {', '.join(missing)} does not exist (none: there is none)")
-        if not self.config.test.training_sample or not roots or not known or missing:
+        if not roots or not known or missing:
             text = "The training set is not known or not here: nothing tells whether it shares images or people with "
             self.notes.append(Finding("people", "note", text + "the test sets (--training-set names it)."))
             return
-        sample = self.config.test.training_sample
         self.training = sample_training_set(roots, sample, self.embedders[0], self.options)
 
     def open(self, name: str, path: Path) -> tuple[TestSet, Tables]:

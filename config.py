@@ -237,7 +237,7 @@ class TrainConfig:
     # Images per optimizer step. Published recipes: 1024 and 128.
     batch_size: int = 128
     # Peak learning rate. 0: by rule, from optimizer and batch_size (docs/training.md); with sgd that is 0.1 for 1024
-    # images and 0.02 for 128, both as published.
+    # images and 0.02 for 128, both as published. With another optimizer or batch than a preset's, its rate stays.
     lr: float = 0.0
     # Epochs over which the learning rate climbs to its peak. The published recipes have none; a loss that stays where
     # it began, or becomes NaN, wants some.
@@ -399,7 +399,7 @@ class TestConfig:
     # data.root of the tested run.
     training_set: tuple[str, ...] = ()
     # Training images that are embedded in search of people and faces of the test sets; 100 times as many have their
-    # bytes compared.
+    # bytes compared. 0: neither.
     training_sample: int = 2000
     # Also measure by groups, comma separated: FILE.csv:COLUMN, the column of a table whose first column is `image` or
     # `identity`.

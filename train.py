@@ -40,7 +40,7 @@ from utils.scripts import end_rank, is_first, readable_errors
 from utils.settings import describe, flatten, parse_settings, to_json
 from utils.training.best_network import BestNetwork
 from utils.training.broken_images import BrokenImages
-from utils.training.build_parts import build_head, build_network, build_schedule, unused_here
+from utils.training.build_parts import build_head, build_network, build_schedule, describe_rates, unused_here
 from utils.training.build_step import build_input, build_step
 from utils.training.checkpoint_store import CheckpointStore
 from utils.training.ema import WeightAverage
@@ -101,7 +101,7 @@ class Trainer:
                 f"train.batch_size is {settings.batch_size}, but {self.faces.path} has only {len(self.faces)} images"
             )
         self.steps = settings.epochs * self.steps_per_epoch
-        self.peak_lr, self.learning_rates = build_schedule(settings, self.steps_per_epoch)
+        self.learning_rates = build_schedule(settings, self.steps_per_epoch)
 
         self.network = build_network(config, device, with_init=not has_checkpoints(run))
         classes = len(self.faces.identities)
@@ -414,20 +414,13 @@ class Trainer:
         why_not = "data.verification" if self.config.data.verification else "no .bin found"
         on = describe_device(self.device) + (f" x {self.ranks.size}" if self.ranks.size > 1 else "")
         left = len(self.faces) - self.steps_per_epoch * self.config.train.batch_size
-        factor = self.config.train.backbone_lr
-        rate = f"learning rate {self.peak_lr:.4g} at its peak"
-        if factor != 1:
-            rate += f", {factor * self.peak_lr:.4g} for the network"
-        if self.config.train.frozen:
-            weights = list(self.network.parameters())
-            frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
-            rate += f"; {frozen:,} of the network's {sum(map(torch.numel, weights)):,} weights are frozen"
+        waiting = f"; {left:,} images, others each time, do not fill a batch and wait" if left else ""
         for line in (
             f"{self.faces.path}: {len(self.faces):,} images of {len(self.faces.identities):,} identities",
-            f"{self.steps_per_epoch:,} steps an epoch; {left:,} images, others each time, do not fill a batch and wait",
+            f"{self.steps_per_epoch:,} steps an epoch{waiting}",
             f"verified on: {tests or f'nothing ({why_not}): the last model is kept'}",
             f"{on}, {describe_precision(self.precision, self.device)}, {self.workers} workers, {self.steps:,} steps",
-            rate,
+            describe_rates(self.config.train, self.network),
             *unused_here(self.config, self.device, self.ranks, self.head),
         ):
             self.say(line)

@@ -7,6 +7,7 @@ patterns", IEEE PAMI 13 (1991), equations 38 to 43. The template is insightface'
 
 import cv2
 import numpy as np
+from numpy.typing import ArrayLike
 
 # (x, y) in a face of 112x112: left eye, right eye, nose, left and right corner of the mouth, as the viewer sees them.
 TEMPLATE = np.array(
@@ -40,10 +41,11 @@ def similarity_transform(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     return np.column_stack([matrix, target_mean - matrix @ source_mean])
 
 
-def check_landmarks(landmarks: np.ndarray) -> None:
+def check_landmarks(landmarks: ArrayLike) -> None:
     """Raise ValueError for five points, [5, 2] in the order of `TEMPLATE`, that cannot be those of a face in pixels:
     fractions of the image's size, and points whose left and right are the person's own.
     """
+    landmarks = np.asarray(landmarks)
     matrix = similarity_transform(landmarks, TEMPLATE)
     if np.hypot(*matrix[:, 0]) > MOST_ENLARGED:
         extent = np.ptp(landmarks, axis=0).max()

@@ -6,7 +6,7 @@ Each function returns positions, int64 [images]. Resuming, ranks and workers cut
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -31,12 +31,14 @@ class Order:
 
 
 def create_order(name: OrderName, labels: np.ndarray, seed: int) -> Order:
-    """The order called `name` in the config (`data.order`), as a function of the epoch."""
+    """The order called `name` in the config (`data.order`), as a function of the epoch; ValueError for another name."""
     if name == "balanced":
         return Order(partial(balanced_order, labels, seed))
     if name == "blocks":
         return Order(partial(block_order, len(labels), seed), BLOCK * BLOCKS_MIXED)
-    return Order(partial(exact_order, len(labels), seed))
+    if name == "exact":
+        return Order(partial(exact_order, len(labels), seed))
+    raise ValueError(f"data.order: must be one of {', '.join(get_args(OrderName))}, got {name!r}")
 
 
 def exact_order(images: int, seed: int, epoch: int) -> np.ndarray:

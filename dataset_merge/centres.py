@@ -7,7 +7,7 @@ neither can be called the wrong one, so both count there (mean, trimmed) or, as 
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,10 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
 
     `embeddings` may lie elsewhere (see unit_rows.py) and go to the device in chunks. Memory there: 4 x D bytes an
     identity (medoid: three times, trimmed: four times as much), and 30 bytes an image. Raises ValueError for labels
-    that do not fit.
+    that do not fit and another method.
     """
+    if method not in get_args(Method):
+        raise ValueError(f"merge.centre: must be one of {', '.join(get_args(Method))}, got {method!r}")
     if len(embeddings) != len(labels):
         raise ValueError(f"{len(embeddings)} embeddings, but {len(labels)} labels")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < identities:

@@ -8,10 +8,10 @@
 Every image is embedded, every identity compared with those of the other sets, and who is the same person gets one
 label; those of the first set come first. Identities that one set holds apart stay apart, unless --within. The merged
 set has the layout of train.rec sets, images as the bytes they were. With it come `merge.csv` (what became of every
-identity; edited, it is applied by --decisions), `report.html` (counts, threshold, faces near it to judge by eye),
-`duplicates.csv` and `cleaning.csv`. OUTPUT appears when it is whole. An interrupted run, killed ones too, goes on where
-it stopped when it is started again: embeddings are kept in `OUTPUT.embeddings`. Several processes under torchrun share
-the comparing. docs/merging.md explains all of it.
+identity; edited, it is applied by --decisions), `report.html` (counts, threshold, faces near it to judge by eye), and
+where it looked for them `duplicates.csv` and `cleaning.csv`. OUTPUT appears when it is whole. An interrupted run, a
+killed one too, goes on where it stopped when it is started again: embeddings are kept in `OUTPUT.embeddings`. Several
+processes under torchrun share the comparing. docs/merging.md explains all of it.
 """
 
 import sys

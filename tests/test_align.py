@@ -143,6 +143,7 @@ def test_landmarks_that_are_no_landmarks(face_data: Path) -> None:
             check_landmarks(points / 250)
         with pytest.raises(ValueError, match="left and right of the landmarks are exchanged"):
             check_landmarks(points[[1, 0, 2, 4, 3]])
+        check_landmarks(points.tolist())
 
 
 @pytest.mark.parametrize("yaw", [60, 75, 85, 95, 100])

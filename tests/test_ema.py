@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +46,13 @@ def test_it_is_the_plain_formula() -> None:
             torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-5, atol=1e-5)
         else:
             assert tensor == network.state_dict()[name] == 20
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1])
+def test_a_decay_that_averages_nothing_is_refused(decay: float) -> None:
+    """An average that never changes, or one that swings, would be kept as if it were the best network."""
+    with pytest.raises(ValueError, match=r"train\.ema: must be from 0 to below 1"):
+        WeightAverage(nn.Linear(1, 1), decay)
 
 
 def test_the_network_is_left_alone() -> None:

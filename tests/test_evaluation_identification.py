@@ -84,7 +84,10 @@ def test_identification_equals_a_loop(entries: int, block: int, monkeypatch: pyt
     np.testing.assert_allclose(found.cmc, cmc, atol=1e-12)
     assert [point.dir for point in found.open_set] == pytest.approx(open_set, abs=1e-12)
     assert [point.dir for point in found.over_scores] == pytest.approx(published, abs=1e-12)
-    assert (found.rank(1), found.rank(5), found.rank(99)) == (found.cmc[0], found.cmc[4], found.cmc[19])
+    assert (found.rank(1), found.rank(5), found.rank(20)) == (found.cmc[0], found.cmc[4], found.cmc[19])
+    for rank in (0, 21):
+        with pytest.raises(ValueError, match=rf"rank {rank}: only those from 1 to 20"):
+            found.rank(rank)
     assert 0 < found.rank(1) < 1  # the case tells something
     assert [point.support for point in found.open_set] == ["none", "weak", "good"]
     assert "non-mated probes" in found.open_set[0].note

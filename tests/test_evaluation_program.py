@@ -52,6 +52,7 @@ def test_two_models_are_compared_and_the_page_has_it_all(
     """`--model A B`: both on the same pairs, a sentence with interval and p, one page with every picture in it."""
     report = run(tmp_path, tiny_set, tiny_set / "tiny.bin", "--model", tiny_run, untrained, "--training-set", "none")
     assert list(report["models"]) == ["tiny", "untrained"]
+    assert not report["findings"], "there is no training set to say anything of"
     names = list(report["sets"])
     assert len(names) == 2
     shown, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()

@@ -404,6 +404,37 @@ def test_a_head_starts_from_given_centres(engine: Engine) -> None:
     assert torch.equal(head.weight, centres)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"engine": "sparse"}, "engine: must be one of auto, dense, blockwise, got 'sparse'"),
+        ({"sample_rate": 0}, "sample_rate: must be above 0 and at most 1, got 0"),
+        ({"centres": torch.zeros(3, 8)}, r"centres: expected \[10, 8\], got \[3, 8\]"),
+        (
+            {"engine": "blockwise", "sub_centers": 2, "centres": torch.zeros(10, 8)},
+            r"expected \[20, 8\], got \[10, 8\]",
+        ),
+    ],
+)
+def test_a_head_that_cannot_be_is_refused(options: dict[str, Any], message: str) -> None:
+    """A misspelt engine is not another one, and centres of other classes do not train in silence."""
+    with pytest.raises(ValueError, match=message):
+        create_head(create_loss("arcface"), 10, 8, RowSGD(), BATCH, device=CPU, **options)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_label_beyond_the_classes_makes_the_loss_nan(engine: str) -> None:
+    """Labels that are off by one would otherwise train on nothing, and the run would look well."""
+    head = make(engine)
+    embeddings, labels = faces()
+    labels = torch.where(torch.arange(len(labels)) == 1, CLASSES, labels)
+    output = head(embeddings, labels, 0)
+    assert output.loss.isnan()
+    output.loss.backward()
+    assert embeddings.grad is not None
+    assert embeddings.grad[1].isnan().all()
+
+
 def test_a_batch_larger_than_the_head_was_made_for() -> None:
     """On several ranks batches have to fit; on one they may be of any size."""
     embeddings, labels = batch(0)

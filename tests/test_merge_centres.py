@@ -93,6 +93,12 @@ def test_labels_that_do_not_fit(labels: list[int], message: str) -> None:
         identity_centres(torch.eye(3), torch.from_numpy(np.array(labels)), 2)
 
 
+def test_a_misspelt_method_is_refused() -> None:
+    """And is not taken for the last one."""
+    with pytest.raises(ValueError, match="must be one of mean, trimmed, medoid, got 'median'"):
+        identity_centres(torch.eye(3), torch.zeros(3, dtype=torch.int64), 1, "median")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("method", ["mean", "trimmed", "medoid"])
 def test_vectors_of_any_length_are_taken_as_unit_ones(method: Method) -> None:
     """Centres need no copy of the embeddings at length 1, nor one of those that cleaning leaves."""

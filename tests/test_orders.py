@@ -78,6 +78,12 @@ def test_each_order_by_name(name: str) -> None:
     assert all(len(order) == 200 for order in orders)
 
 
+def test_a_misspelt_order_is_refused() -> None:
+    """And is not taken for the exact one."""
+    with pytest.raises(ValueError, match=r"data\.order: must be one of exact, blocks, balanced, got 'block'"):
+        create_order("block", np.zeros(3, np.int64), 0)  # type: ignore[arg-type]
+
+
 def test_exact_order_is_uniform_enough() -> None:
     """Over many epochs every image comes first about equally often."""
     firsts = np.bincount([exact_order(8, 0, epoch)[0] for epoch in range(4000)], minlength=8)

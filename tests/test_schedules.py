@@ -105,6 +105,12 @@ def test_unknown_schedule() -> None:
         learning_rates("linear", 10, 1, 0.1)  # type: ignore[arg-type]
 
 
+def test_unknown_optimizer() -> None:
+    """A misspelt name does not get another optimizer's rate."""
+    with pytest.raises(ValueError, match=r"train\.optimizer: must be one of sgd, adamw, muon, got 'sdg'"):
+        peak_lr(0, "sdg", 128)  # type: ignore[arg-type]
+
+
 # --- the peak ---------------------------------------------------------------------------------------------------------
 
 

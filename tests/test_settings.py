@@ -401,7 +401,7 @@ def test_json_round_trip() -> None:
 
 def test_describe_shows_the_sections_asked_for() -> None:
     """A line a setting, empty values visible."""
-    assert describe(Bakery(), ("shop",)).split() == ["shop.rolls", "none", "shop.trays", "3"]
+    assert describe(Bakery(), ("shop",)).split() == ["shop.rolls", "''", "shop.trays", "3"]
     assert describe(Bakery(Oven(rings=(8, 14))), ("oven",)).split()[-2:] == ["oven.rings", "8,14"]
 
 

@@ -12,14 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import tiny_runs
-from config import Config
+from config import Config, TrainConfig
 from models import create_network
 from models.heads import BlockwiseHead, DenseHead, RowAdamW, RowSGD
 from train import train
 from utils.checkpoints import BEST
 from utils.ranks import Ranks
 from utils.training import build_step as step_building
-from utils.training.build_parts import build_head, build_network
+from utils.training.build_parts import build_head, build_network, describe_rates
 from utils.training.build_step import build_step
 from utils.training.metrics import read_metrics
 from utils.training.run_folders import TrainingError
@@ -155,6 +155,15 @@ def test_what_does_not_learn_at_the_full_rate_is_said(
     assert f"{line} weights are frozen\n" in capsys.readouterr().out
     train(configure(tiny_set, tmp_path, train__name="b", train__lr=0.05))
     assert "learning rate 0.05 at its peak\n" in capsys.readouterr().out
+
+
+def test_a_rate_that_is_meant_for_another_optimizer_is_said() -> None:
+    """A preset's learning rate is SGD's; AdamW does not learn at a hundred times its own."""
+    network = nn.Linear(1, 1)
+    assert describe_rates(TrainConfig(lr=0.1), network) == "learning rate 0.1 at its peak"
+    told = describe_rates(TrainConfig(lr=0.1, optimizer="adamw", batch_size=1024), network)
+    assert told == "learning rate 0.1 at its peak; that is 100 times what adamw takes by rule (--lr 0)"
+    assert describe_rates(TrainConfig(lr=0, optimizer="adamw", batch_size=1024), network).endswith("0.001 at its peak")
 
 
 def test_what_has_no_effect_on_this_machine_is_said(

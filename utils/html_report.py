@@ -88,7 +88,7 @@ class HtmlReport:
 
 def as_text(value: Any) -> str:
     """A setting's value, for people."""
-    return ", ".join(map(str, value)) or "none" if isinstance(value, tuple | list) else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _text(text: str) -> str:

@@ -409,6 +409,6 @@ def _with_dashes(argv: Sequence[str] | None) -> list[str]:
 
 
 def _as_text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(map(str, value)) or "none"
-    return str(value) if value != "" else "''"
+    """A value as it is given on the command line; `none` is a value of some settings, and not the empty one."""
+    text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text or "''"

@@ -1,6 +1,6 @@
 """Heads: class centres and the margin softmax over them, by the engine that computes it."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -48,8 +48,13 @@ def create_head(
     `dense` keeps the logits of all classes of a rank in memory; on several ranks, or with sampling, it is a blockwise
     head with a single block. `auto` is blockwise on CUDA, where that is faster, and where one block is not enough.
     `block` 0 is `automatic_block`. `compiled`: what is computed of a block is compiled for `device`. `centres`:
-    float32 [classes held * sub_centers, embedding_size], those to start from; None: as `seed` draws them.
+    float32 [classes held * sub_centers, embedding_size], those to start from; None: as `seed` draws them. Raises
+    ValueError for an engine that there is not, another range or shape.
     """
+    if engine not in get_args(Engine):
+        raise ValueError(f"engine: must be one of {', '.join(get_args(Engine))}, got {engine!r}")
+    if not 0 < sample_rate <= 1:
+        raise ValueError(f"sample_rate: must be above 0 and at most 1, got {sample_rate}")
     ranks = ranks or Ranks()
     block = block or automatic_block(batch_size * ranks.size, device)
     if engine == "dense" or (engine == "auto" and classes <= block and device.type != "cuda"):

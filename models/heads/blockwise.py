@@ -108,7 +108,7 @@ class BlockwiseHead(Head):
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings, labels, finite = silence_broken(embeddings.to(self.weight.dtype), labels)
+            embeddings, labels, finite = silence_broken(embeddings.to(self.weight.dtype), labels, self.classes)
             if self.ranks.size > 1:
                 missing = self.batch_size - len(labels)
                 if missing < 0:

@@ -27,7 +27,7 @@ class DenseHead(Head):
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
         # Cosines decide at the third digit once multiplied by s = 64: float32 throughout.
         with torch.autocast(embeddings.device.type, enabled=False):
-            embeddings, labels, finite = silence_broken(embeddings.to(self.weight.dtype), labels)
+            embeddings, labels, finite = silence_broken(embeddings.to(self.weight.dtype), labels, self.classes)
             norm = torch.linalg.vector_norm(embeddings, dim=1)
             counted, column = labels >= 0, labels.clamp_min(0)[:, None]
             centres = F.normalize(self.weight) if self.loss.unit_centres else self.weight

@@ -47,6 +47,9 @@ class Head(nn.Module):
         super().__init__()
         if classes < 2:
             raise ValueError(f"a margin softmax needs two classes or more, got {classes}")
+        wanted = [len(held) * sub_centers, embedding_size]
+        if centres is not None and list(centres.shape) != wanted:
+            raise ValueError(f"centres: expected {wanted}, got {list(centres.shape)}")
         self.loss, self.classes, self.held = loss, classes, held
         self.optimizer, self.sub_centers = optimizer, sub_centers
         self.lr = 0.0  # learning rate of the coming step, as in an optimizer's param_groups
@@ -68,7 +71,7 @@ class Head(nn.Module):
 
     def forward(self, embeddings: Tensor, labels: Tensor, step: int) -> HeadOutput:
         """`embeddings`: [B, embedding_size], any length; `labels`: int64 [B], -1 for faces that do not count;
-        `step`: of the run, from 0; whatever is random depends on it."""
+        `step`: of the run, from 0; whatever is random depends on it. A label beyond the classes makes the loss NaN."""
         raise NotImplementedError
 
     def update(self, step: int) -> None:
@@ -94,13 +97,14 @@ class _Silence(torch.autograd.Function):
         return torch.where(finite[:, None], gradients[0], torch.nan), None
 
 
-def silence_broken(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(embeddings with zeros, labels with -1, for rows whose length is not finite; which rows are, bool [B]).
+def silence_broken(embeddings: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(embeddings with zeros, labels with -1, for rows whose length is not finite or whose label is none of the
+    `classes`; which rows are good, bool [B]).
 
     An overflow in the network must not reach the class centres, which would never recover from it. It shows in the
     network's own gradient, NaN, so that a gradient scaler skips the step, and in the loss, which `mean_loss` makes NaN.
     """
-    finite = torch.linalg.vector_norm(embeddings.detach(), dim=1).isfinite()
+    finite = torch.linalg.vector_norm(embeddings.detach(), dim=1).isfinite() & (labels < classes)
     return _Silence.apply(embeddings, finite), torch.where(finite, labels, -1), finite
 
 

@@ -11,7 +11,7 @@ _EPS = 1e-3  # as in the authors' code
 
 
 class AdaFace(MarginLoss):
-    """s (cos(t - m q) - m (1 + q)), q = clip(h (|x| - mean) / std, -1, 1). s = 64, m = 0.4, h = 0.333.
+    """s (cos(t - m q) - m (1 + q)), q = clip(h (|x| - mean) / (std + 0.001), -1, 1). s = 64, m = 0.4, h = 0.333.
 
     Kim et al., arXiv:2204.00964, section 3.3. Mean and standard deviation of |x| are running ones, from 20 and
     100, to which each batch adds 1 % (`rate`) before they are used, as in the authors' code. No gradient goes through

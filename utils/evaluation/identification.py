@@ -61,8 +61,11 @@ class Identification:
     over_scores: tuple[OpenSetPoint, ...] = ()
 
     def rank(self, k: int) -> float:
-        """The share of the mated probes whose person is among the `k` most similar, 0..1."""
-        return float(self.cmc[min(k, len(self.cmc)) - 1])
+        """The share of the mated probes whose person is among the `k` most similar, 0..1. Raises ValueError beyond
+        the ranks that were measured."""
+        if not 1 <= k <= len(self.cmc):
+            raise ValueError(f"rank {k}: only those from 1 to {len(self.cmc)} were measured")
+        return float(self.cmc[k - 1])
 
 
 def identify(

@@ -87,14 +87,13 @@ def compiles(settings: TrainConfig, device: torch.device) -> bool:
     return settings.compile == "on" or (settings.compile == "auto" and device.type == "cuda")
 
 
-def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> tuple[float, np.ndarray]:
-    """(the peak learning rate, the learning rate of each step of the run)."""
-    peak = peak_lr(settings.lr, settings.optimizer, settings.batch_size)
-    return peak, learning_rates(
+def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> np.ndarray:
+    """The learning rate of each step of the run."""
+    return learning_rates(
         settings.schedule,
         settings.epochs * steps_an_epoch,
         steps_an_epoch,
-        peak,
+        peak_lr(settings.lr, settings.optimizer, settings.batch_size),
         warmup_epochs=settings.warmup_epochs,
         power=settings.schedule_power,
         milestones=settings.milestones,
@@ -102,6 +101,21 @@ def build_schedule(settings: TrainConfig, steps_an_epoch: int) -> tuple[float, n
         decay_epochs=settings.decay_epochs,
         final=settings.final_lr,
     )
+
+
+def describe_rates(settings: TrainConfig, network: nn.Module) -> str:
+    """What is told of the learning rate, and of the weights that do not learn."""
+    peak, by_rule = (peak_lr(lr, settings.optimizer, settings.batch_size) for lr in (settings.lr, 0))
+    text = f"learning rate {peak:.4g} at its peak"
+    if settings.backbone_lr != 1:
+        text += f", {settings.backbone_lr * peak:.4g} for the network"
+    if settings.frozen:
+        weights = list(network.parameters())
+        frozen = sum(weight.numel() for weight in weights if not weight.requires_grad)
+        text += f"; {frozen:,} of the network's {sum(map(torch.numel, weights)):,} weights are frozen"
+    if settings.optimizer != "sgd" and peak > 10 * by_rule:  # a preset's, most likely, which is meant for SGD
+        text += f"; that is {peak / by_rule:.0f} times what {settings.optimizer} takes by rule (--lr 0)"
+    return text
 
 
 def unused_here(config: Config, device: torch.device, ranks: Ranks, head: Head) -> list[str]:

@@ -17,7 +17,10 @@ class WeightAverage:
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
-        """`decay`: from 0 (no memory) to below 1; 0.999 remembers about the last 1,000 steps."""
+        """`decay`: from 0 (no memory) to below 1; 0.999 remembers about the last 1,000 steps. Raises ValueError
+        for others."""
+        if not 0 <= decay < 1:
+            raise ValueError(f"train.ema: must be from 0 to below 1, got {decay}")
         self.decay = decay
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
 

@@ -5,7 +5,7 @@ The peak by rule goes through published points; docs/training.md has a table.
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -18,8 +18,10 @@ def peak_lr(lr: float, optimizer: OptimizerName, batch_size: int) -> float:
 
     SGD: through the two points that insightface publishes, 0.1 for 1024 images and 0.02 for 128. AdamW: its 0.001,
     times the square root of images / 1024 (Malladi et al., arXiv:2205.10287). Muon: as AdamW, whose lengths of steps it
-    has (arXiv:2502.16982).
+    has (arXiv:2502.16982). Raises ValueError for another optimizer.
     """
+    if optimizer not in get_args(OptimizerName):
+        raise ValueError(f"train.optimizer: must be one of {', '.join(get_args(OptimizerName))}, got {optimizer!r}")
     if lr:
         return lr
     if optimizer == "sgd":
