@@ -233,7 +233,7 @@ class Trainer:
         save_now = last or step % (settings.checkpoint_every or self.steps_per_epoch) == 0
         log_now = step % settings.log_every == 0 or verify_now or save_now
         # A signal that comes later is seen by the verification or after the next step.
-        asked = self.requests.read(step, log_now, failing=self.broken.too_many)
+        asked = self.requests.read(log_now, failing=self.broken.too_many)
         if asked.failing:
             self.broken.refuse()
         if log_now or asked.signal:

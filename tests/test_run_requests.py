@@ -150,7 +150,7 @@ def test_every_save_sets_the_clock_back(tiny_set: Path, tmp_path: Path, monkeypa
 
 def test_a_process_alone_hears_after_every_step() -> None:
     """It need not wait for a step at which several would agree."""
-    assert RunRequests(Interrupt(15), Ranks(), 0.0).read(7, always=False) == (15, False, False)
+    assert RunRequests(Interrupt(15), Ranks(), 0.0).read(always=False) == (15, False, False)
 
 
 def ask(ranks: Ranks) -> list[list[int]]:
@@ -160,7 +160,7 @@ def ask(ranks: Ranks) -> list[list[int]]:
         requests = RunRequests(Interrupt(0 if ranks.first else number), ranks, 0.0 if ranks.first else minutes)
         time.sleep(0.001)
         own = failing and not ranks.first
-        heard.append([*requests.read(7, False, own), *requests.read(10, False, own), *requests.read(7, True, own)])
+        heard.append([*requests.read(False, own), *requests.read(False, own), *requests.read(True, own)])
         try:
             requests.heed()
         except SignalledError as error:
@@ -195,10 +195,36 @@ def test_ranks_hear_the_same_and_fail_together() -> None:
     too, in its words and with its name, instead of leaving them waiting."""
     nothing = [0, 0, 0]
     said = ([0, 0, 0], [15, 0, 0], [0, 1, 0], [0, 0, 1])
-    asked = [[*nothing, *one, *one] for one in said]
+    asked = [[*one, *nothing, *one] for one in said]
     asked[1].append(15)
     failures = (
         ["KeyError 'of rank 0'", "OtherRankError process 1 (HOST): 'of rank 1'", "0", "text 0", "text 1"],
         ["OtherRankError process 0 (HOST): 'of rank 0'", "KeyError 'of rank 1'", "1", "text 0", "text 1"],
     )
     assert run_on_ranks(2, ask_and_fail) == [(asked, failures[0]), (asked, failures[1])]
+
+
+def agreements(seconds: list[float]) -> list[list[int]]:
+    """After which of 25 steps the ranks agree, for steps that take each rank so many `seconds`."""
+    ranks, clock = Ranks(dist.group.WORLD), SimpleNamespace(now=0.0)
+    agreed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_requests, "time", SimpleNamespace(monotonic=lambda: clock.now))
+        for each in ([seconds[0]] * 2, [seconds[1]] * 2, seconds):
+            requests, heard = RunRequests(Interrupt(0), ranks, 0.0), []
+            for step in range(25):
+                clock.now += each[ranks.rank]
+                if requests.read(False, failing=True).failing:
+                    heard.append(step)
+            agreed.append(heard)
+    return agreed
+
+
+def test_ranks_agree_every_few_seconds() -> None:
+    """torchrun kills half a minute after a signal: however slow its steps are, a run hears in time, and the slowest
+    rank sets the pace; quick steps are not held up each time."""
+    every_step, quick = list(range(25)), [0, 10, 20]
+    for found in run_on_ranks(2, agreements, [0.1, 30.0]):
+        assert found == [quick, every_step, every_step]
+    for found in run_on_ranks(2, agreements, [1.0, 2.0]):
+        assert found == [[0, 5, 10, 15, 20], [0, *range(2, 25, 2)], [0, *range(2, 25, 2)]]
