@@ -265,7 +265,8 @@ class TrainConfig:
     # Let norms, slopes of PReLUs and biases decay too, as insightface published; else only weights of convolutions and
     # linear layers do.
     decay_all: bool = False
-    # Weights to start from: a run's folder, or a file of weights that test.model takes, no .onnx. Empty: random ones.
+    # Weights to start from: a run's folder, or a file of weights that test.model takes, no .onnx and no TorchScript.
+    # Empty: random ones.
     init: str = ""
     # Parts of the network that do not learn, comma separated: conv1,bn1,prelu,layer1 are the first of IResNet.
     frozen: tuple[str, ...] = ()
@@ -311,7 +312,8 @@ class TrainConfig:
     # whose gradients overflow, while the loss scale is looked for (the class centres, in float32, do): 20 of them in a
     # row are no explosion.
     loss_limit: float = 1000.0
-    # When the loss explodes: stop, keeping the last checkpoint; or skip: go back to it, and on without the batch.
+    # When the loss explodes: stop, keeping the last checkpoint; or skip: go back to it, and on without
+    # that batch and the one before.
     on_explosion: Literal["stop", "skip"] = "stop"
     # Steps to record in a trace for chrome://tracing or Perfetto, after the first ten. 0: none.
     profile: int = 0

@@ -36,7 +36,7 @@ from utils.interrupts import Stopped, catch_interrupt
 from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.ranks import Ranks, join_ranks
-from utils.scripts import end_rank, is_first, readable_errors
+from utils.scripts import end_rank, is_first, is_restarted, readable_errors
 from utils.settings import describe, flatten, parse_settings, to_json
 from utils.training.best_network import BestNetwork
 from utils.training.broken_images import BrokenImages
@@ -394,7 +394,8 @@ class Trainer:
         if self.ranks.first:
             write_text_atomic(listed, "".join(f"{self.faces.describe(int(i))}\n" for i in positions))
         advise_skipping = self.config.train.on_explosion == "stop"
-        raise ExplodedError(step, loss, norm, float(self.learning_rates[step]), listed, advise_skipping)
+        limit = self.config.train.loss_limit
+        raise ExplodedError(step, loss, norm, limit, float(self.learning_rates[step]), listed, advise_skipping)
 
     def limit_passes(self, error: torch.OutOfMemoryError, faces: int) -> None:
         """Note that the run, when it is started again, is to take smaller passes, if that helps.
@@ -483,7 +484,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_settings(
             Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings, reads=READS["train"]
         )
-        if is_first():
+        if is_first() and not is_restarted():
             print(describe(config, ("train", "common", "data", "model", "loss", "test")))
         try:
             run = train(config)

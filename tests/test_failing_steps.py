@@ -96,6 +96,7 @@ def test_an_explosion_stops_the_run(
         assert f"the loss became {loss} " in str(caught.value)
     else:
         assert "gradient norm nan" in str(caught.value)
+    assert ("the limit being 1000 (train.loss_limit)" in str(caught.value)) == (loss == 1001.0)
     run = tmp_path / "a"
     assert str(run / "exploded-step-7.txt") in str(caught.value)
     faces = open_training_set([tiny_set], 1)
@@ -298,7 +299,7 @@ def test_overflows_of_before_an_explosion_do_not_count_after_it(monkeypatch: pyt
     monkeypatch.setattr(explosions, "MOST_OVERFLOWS", 2)
     watch = explosions.ExplosionWatch(1000.0, overflows=True)
     assert watch.exploded(Noted({}, [1, 2, 3], [1.0] * 3, [math.inf] * 3, {})) == (3, 1.0, math.inf)
-    watch.leave_out(ExplodedError(3, 1.0, math.inf, 0.1, Path("a/listed"), advise_skipping=False))
+    watch.leave_out(ExplodedError(3, 1.0, math.inf, 1000.0, 0.1, Path("a/listed"), advise_skipping=False))
     assert watch.exploded(Noted({}, [1], [1.0], [math.inf], {})) is None
 
 

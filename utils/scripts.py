@@ -117,6 +117,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_restarted() -> bool:
+    """Whether torchrun started the same command before, and one of its processes failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def let_the_first_speak(lost: bool = False) -> None:
     """Called before one of several processes prints an error: wait long enough for torchrun to end it, unless it is the
     first of its machine and has not `lost` the others. So an error that all have is printed once a machine, and one

@@ -16,15 +16,18 @@ MOST_OVERFLOWS = 20
 class ExplodedError(TrainingError):
     """The loss of `step` is not a number, or above its limit.
 
-    `lr`: the learning rate of the step; `norm`: its gradient norm; `listed`: the file in the run's folder that lists
-    its images; `advise_skipping`: whether to suggest --on-explosion skip.
+    `limit`: that of the loss; `lr`: the learning rate of the step; `norm`: its gradient norm; `listed`: the file in the
+    run's folder that lists its images; `advise_skipping`: whether to suggest --on-explosion skip.
     """
 
-    def __init__(self, step: int, loss: float, norm: float, lr: float, listed: Path, advise_skipping: bool) -> None:
+    def __init__(
+        self, step: int, loss: float, norm: float, limit: float, lr: float, listed: Path, advise_skipping: bool
+    ) -> None:
+        beyond = f", the limit being {limit:g} (train.loss_limit)" if limit < loss < math.inf else ""
         super().__init__(
             f"the loss became {loss} at step {step:,} (learning rate {lr:.3g}, gradient norm {norm:.3g}; its images "
-            f"are listed in {listed}); what {listed.parent} holds of earlier steps is kept. Lower train.lr, raise "
-            "train.warmup_epochs, or lower loss.scale"
+            f"are listed in {listed}){beyond}; what {listed.parent} holds of earlier steps is kept. Lower train.lr, "
+            "raise train.warmup_epochs, or lower loss.scale"
             + (", or leave such batches out: --on-explosion skip" if advise_skipping else "")
         )
         self.step = step
