@@ -288,6 +288,22 @@ def test_a_run_where_its_files_could_not_be_read(tiny_set: Path, tmp_path: Path)
     assert not runs.exists()
 
 
+@pytest.mark.parametrize(("restarts", "told"), [(None, True), ("0", True), ("2", False)])
+def test_a_restart_does_not_tell_the_settings_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    restarts: str | None,
+    told: bool,
+) -> None:
+    """torchrun starts the command again after a failure: what failed shall not drown in a hundred lines, each time."""
+    if restarts is not None:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+    with pytest.raises(SystemExit, match="does not exist"):
+        main(["--data.root", str(tmp_path / "nowhere"), "--runs", str(tmp_path)])
+    assert ("train.batch_size" in capsys.readouterr().out) == told
+
+
 def test_the_command_says_what_to_do(tiny_set: Path, tmp_path: Path) -> None:
     """One line, no traceback."""
     config: Config = configure(tiny_set, tmp_path)
