@@ -25,8 +25,8 @@ def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> 
     """The identities of `faces` called `names` that have `min_images` images or more, in the order of their labels.
 
     `@FILE` among the names stands for the lines of a text file; no names are all of them. Letters with accents may be
-    written as one character or as two, as a Mac does. Raises FaceSetError when no identity is left, or when one that is
-    asked for by name does not exist.
+    written as one character or as two, as a Mac does. Raises FaceSetError when no identity is left, when one that is
+    asked for by name does not exist, or when a file names none.
     """
     wanted = _expand(names, faces.identities)
     if spelled_otherwise := wanted.difference(faces.identities):
@@ -49,15 +49,19 @@ def choose_identities(faces: FaceSet, names: Sequence[str], min_images: int) -> 
 
 
 def _expand(items: Sequence[str], known: Sequence[str]) -> set[str]:
-    """The names that are meant; blanks at the ends of a line belong to it where a name of `known` has them."""
+    """The names that are meant; blanks at the ends of a line belong to it where a name of `known` has them.
+
+    Raises FaceSetError for a file without any.
+    """
     names: set[str] = set()
     for item in items:
         if item.startswith("@"):
             exact = frozenset(known)
-            with open_text(Path(item[1:])) as lines:
-                for line in (line.rstrip("\r\n") for line in lines):
-                    if line.strip():
-                        names.add(line if line in exact else line.strip())
+            with open_text(Path(item[1:])) as file:
+                lines = [line for line in (line.rstrip("\r\n") for line in file) if line.strip()]
+            if not lines:  # of no names at all, all identities would be taken
+                raise FaceSetError(f"{item[1:]} names no identity: one a line is expected")
+            names.update(line if line in exact else line.strip() for line in lines)
         else:
             names.add(item)
     return names

@@ -272,6 +272,16 @@ def test_a_file_of_names_from_a_text_editor(tmp_path: Path) -> None:
     assert [(identity.name, identity.images.tolist()) for identity in chosen] == [("9", [1, 3]), ("10", [0])]
 
 
+@pytest.mark.parametrize("content", ["", "\ufeff", "\n \r\n\n"])
+@pytest.mark.parametrize("others", [[], ["9"]])
+def test_a_file_without_names(tmp_path: Path, content: str, others: list[str]) -> None:
+    """What a search that found nobody writes: it stands for nobody, not for all identities, as no names do."""
+    faces: Any = SimpleNamespace(path=tmp_path, identities=["10", "9"], labels=np.array([0, 1]))
+    (tmp_path / "names.txt").write_text(content, encoding="utf-8")
+    with pytest.raises(FaceSetError, match=r"names\.txt names no identity"):
+        choose_identities(faces, [f"@{tmp_path / 'names.txt'}", *others], 1)
+
+
 @pytest.mark.parametrize("folder", ["Zo\u00e9", "Zoe\u0301"])
 def test_a_name_with_accents_is_the_same_however_it_is_written(tmp_path: Path, folder: str) -> None:
     """Folders from a Mac have the accent as a character of its own, which typing the name does not give."""
