@@ -10,12 +10,14 @@ import reprlib
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
 from utils.files import atomic_write
+from utils.regular_files import open_regular_file
 
 
 class VerificationFileError(ValueError):
@@ -168,11 +170,16 @@ class PairImages:
 def read_bin(path: Path | str) -> VerificationPairs:
     """Read a verification set, every image once however many pairs use it.
 
-    Raises VerificationFileError, naming the file, for anything but `(2 n encoded images, n flags)`.
+    Raises VerificationFileError, naming the file, for anything but `(2 n encoded images, n flags)`, OSError for what is
+    no file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise VerificationFileError(
+            f"{path} is a folder, and no verification set, as files are that end in .bin: move it away, or rename it"
+        )
     try:
-        with path.open("rb") as file:
+        with BufferedReader(open_regular_file(path)) as file:
             bins, same = _PairsUnpickler(file).load()
         encoded = [_image_bytes(item) for item in bins]
         flags = np.array([_flag(value) for value in same], bool)

@@ -3,8 +3,11 @@
 import csv
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
+
+from utils.regular_files import open_file_or_pipe
 
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -12,13 +15,14 @@ _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
     """Open a list or table to read, its line ends as they are: UTF-16 where the file says so, as Excel's "Unicode text"
-    and PowerShell write, else UTF-8, in which other bytes become surrogates, as in names of files.
+    and PowerShell write, else UTF-8, in which other bytes become surrogates, as in names of files. A pipe may be one.
 
-    Raises ValueError for UTF-16 that is cut or damaged.
+    Raises ValueError for UTF-16 that is cut or damaged, OSError for what is neither a file nor a pipe that has an end.
     """
-    with path.open("rb") as file:
-        encoding = "utf-16" if file.read(2) in _BYTE_ORDER_MARKS else "utf-8-sig"
-    with path.open(encoding=encoding, errors="surrogateescape", newline="") as text:
+    file = open_file_or_pipe(path)
+    encoding = "utf-16" if file.read(2) in _BYTE_ORDER_MARKS else "utf-8-sig"
+    file.seek(0)
+    with TextIOWrapper(file, encoding=encoding, errors="surrogateescape", newline="") as text:
         try:
             yield text
         except UnicodeDecodeError as error:

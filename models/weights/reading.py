@@ -79,6 +79,8 @@ def model_file(path: Path | str) -> Path:
         raise CheckpointError(f"{path} has no {BEST} or {HUB_WEIGHTS}; if it is a face set, name it without --model")
     if not file.exists():
         raise CheckpointError(f"there is no model at {file}")
+    if not file.is_file():
+        raise CheckpointError(f"{file} is no file, but a folder, a pipe or a device")
     if file.suffix not in (*ENDINGS, ".onnx"):
         raise CheckpointError(f"{file}: expected a run folder, .safetensors, .pth, .pt, .ckpt or .onnx")
     return file
