@@ -17,14 +17,8 @@ import numpy as np
 
 from data.images_fingerprint import files_digest
 from data.index_cache import CACHED_FROM, ImageIndex, load_index, save_index
-from data.recordio import (
-    IMAGE_HEADER_SIZE,
-    IndexedRecordReader,
-    RecordError,
-    RecordFile,
-    unlisted_remark,
-    unpack_image,
-)
+from data.record_extents import require_lengths, unlisted_bytes, unlisted_remark
+from data.recordio import IMAGE_HEADER_SIZE, IndexedRecordReader, RecordError, RecordFile, unpack_image
 from utils.progress import progress_bar
 from utils.regular_files import read_regular_file
 from utils.texts import Texts
@@ -119,13 +113,15 @@ class RecFaceSet:
     def _read_index(self) -> ImageIndex:
         reader = IndexedRecordReader(self.path)
         labels, has_image = _read_labels(reader)
-        unlisted = reader.file.unlisted_bytes(reader.offsets, reader.file.extents(reader.offsets))
+        extents = reader.file.extents(reader.offsets)
+        require_lengths(reader, extents)
+        unlisted = unlisted_bytes(reader.file, reader.offsets, extents)
         if unlisted:
             remark = unlisted_remark(self.path.with_suffix(".idx"), reader.file, unlisted)
             warnings.warn(remark, stacklevel=4)
         records = len(has_image)
         keys, offsets, labels = reader.keys[has_image], reader.offsets[has_image], labels[has_image]
-        del reader, has_image  # as long as the set, and so are the arrays that sorting takes
+        del reader, has_image, extents  # as long as the set, and so are the arrays that sorting takes
         if not labels.size:
             raise FaceSetError(f"{self.path} has {records} records and not one image")
         wrong = np.flatnonzero(~((labels >= 0) & (labels < 2**31) & (labels == np.floor(labels))))

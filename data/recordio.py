@@ -27,7 +27,7 @@ LENGTH_BITS = 29
 LENGTH_MASK = (1 << LENGTH_BITS) - 1
 WHOLE, FIRST, MIDDLE, LAST = range(4)  # cflag
 
-_RECORD_HEAD = struct.Struct("<II")
+RECORD_HEAD = struct.Struct("<II")
 _IMAGE_HEADER = struct.Struct("<IfQQ")
 IMAGE_HEADER_SIZE = _IMAGE_HEADER.size
 _ID = struct.Struct("<Q")  # of the image header, at its byte 8
@@ -56,7 +56,7 @@ def encode_record(payload: bytes) -> bytes:
             flag = FIRST
         else:
             flag = LAST if number == len(parts) - 1 else MIDDLE
-        encoded += _RECORD_HEAD.pack(MAGIC, flag << LENGTH_BITS | len(part))
+        encoded += RECORD_HEAD.pack(MAGIC, flag << LENGTH_BITS | len(part))
         encoded += part
         encoded += bytes(-len(part) % 4)
     return bytes(encoded)
@@ -136,7 +136,7 @@ class RecordFile:
 
     def _map(self) -> None:
         self.size = self.path.stat().st_size
-        if self.size < _RECORD_HEAD.size:
+        if self.size < RECORD_HEAD.size:
             found = f"has {self.size} bytes" if self.size else "is empty"
             raise RecordError(f"{self.path} holds no record: it {found}, copy it again")
         with self.path.open("rb") as file:
@@ -199,7 +199,7 @@ class RecordFile:
         magic, lrec, labels = self.words_at(offsets, 0, 1, 2)
         length = (lrec & LENGTH_MASK).astype(np.int64)
         begins = (magic == MAGIC) & (offsets >= 0) & (offsets % 4 == 0)
-        whole = begins & (lrec >> LENGTH_BITS == WHOLE) & (offsets + _RECORD_HEAD.size + length <= self.size)
+        whole = begins & (lrec >> LENGTH_BITS == WHOLE) & (offsets + RECORD_HEAD.size + length <= self.size)
         return RecordHeads(begins, whole, length, labels.astype(np.int64))
 
     def image_spans(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +209,7 @@ class RecordFile:
         or is damaged. `read` and `unpack_image` tell which.
         """
         heads = self.heads(offsets)
-        start = offsets + _RECORD_HEAD.size
+        start = offsets + RECORD_HEAD.size
         first, end = start + IMAGE_HEADER_SIZE + 4 * heads.labels, start + heads.length
         return first, np.where(heads.whole & (first < end), end, 0)
 
@@ -221,7 +221,7 @@ class RecordFile:
         for start in range(0, len(offsets), _HEADS_AT_ONCE):
             part = offsets[start : start + _HEADS_AT_ONCE]
             heads = self.heads(part)
-            ends = part + _RECORD_HEAD.size + heads.length
+            ends = part + RECORD_HEAD.size + heads.length
             extents[start : start + len(part)] = np.where(
                 heads.whole, np.minimum(ends + -ends % 4, self.size) - part, 0
             )
@@ -230,22 +230,12 @@ class RecordFile:
                     extents[start + i] = self._read_with_end(int(part[i]))[1] - part[i]
         return extents
 
-    def unlisted_bytes(self, offsets: np.ndarray, extents: np.ndarray) -> int:
-        """Bytes of the file that lie in no record at `offsets`, int64, ascending; `extents` are theirs.
-
-        Records that cannot be read are taken to reach to the next one.
-        """
-        bounds = np.clip(np.concatenate(([0], offsets, [self.size])), 0, self.size)
-        gaps = np.diff(bounds)
-        gaps[1:] = np.where(extents > 0, gaps[1:] - extents, 0)
-        return int(gaps[gaps >= _RECORD_HEAD.size].sum())
-
     def read(self, offset: int) -> bytes:
         """The payload of the record that begins at byte `offset`, its parts joined."""
         # Nearly all records are whole, and this runs for every image of every epoch: with cflag 0, lrec is the length.
-        if 0 <= offset <= self.size - _RECORD_HEAD.size:
-            magic, length = _RECORD_HEAD.unpack_from(self._bytes, offset)
-            start = offset + _RECORD_HEAD.size
+        if 0 <= offset <= self.size - RECORD_HEAD.size:
+            magic, length = RECORD_HEAD.unpack_from(self._bytes, offset)
+            start = offset + RECORD_HEAD.size
             if magic == MAGIC and length <= LENGTH_MASK and start + length <= self.size:
                 return self._bytes[start : start + length]
         return self._read_with_end(offset)[0]
@@ -264,10 +254,10 @@ class RecordFile:
 
     def _part(self, offset: int) -> tuple[int, int, int]:
         """(cflag, start, end) of the record part at `offset`."""
-        start = offset + _RECORD_HEAD.size
-        if not 0 <= offset <= self.size - _RECORD_HEAD.size:
+        start = offset + RECORD_HEAD.size
+        if not 0 <= offset <= self.size - RECORD_HEAD.size:
             raise RecordError(f"{self.path}: no record can begin at byte {offset}, the file has {self.size} bytes")
-        magic, lrec = _RECORD_HEAD.unpack_from(self._bytes, offset)
+        magic, lrec = RECORD_HEAD.unpack_from(self._bytes, offset)
         if magic != MAGIC:
             raise RecordError(
                 f"{self.path}: no record begins at byte {offset} (found {magic:#010x} in place of the magic): "
@@ -337,14 +327,6 @@ def read_index(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
     if table.shape[1] != 2:
         raise RecordError(f"{path}: every line must be 'key<tab>byte offset', found {table.shape[1]} columns; {cure}")
     return table[:, 0].copy(), table[:, 1].copy()
-
-
-def unlisted_remark(index: Path, file: RecordFile, unlisted: int) -> str:
-    """What to say of an `.idx` that leaves out `unlisted` bytes of its `.rec`."""
-    return (
-        f"{index} has no line for {unlisted:,} of the {file.size:,} bytes of {file.path.name}, whose records are not "
-        "seen: it was cut off, or lists a part on purpose; if not, move it away, and it is rebuilt from the .rec"
-    )
 
 
 class IndexedRecordReader:

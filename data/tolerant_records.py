@@ -10,6 +10,7 @@ import numpy as np
 
 from data.face_sets import FolderFaceSet, rec_of
 from data.images import ImageError
+from data.record_extents import overlong, overlong_remark, unlisted_bytes, unlisted_remark
 from data.recordio import (
     IMAGE_HEADER_SIZE,
     LENGTH_BITS,
@@ -18,7 +19,6 @@ from data.recordio import (
     RecordFile,
     keys_from_ids,
     read_index,
-    unlisted_remark,
     unpack_image,
 )
 from utils.arrays import distinct
@@ -78,21 +78,29 @@ class Records(Protocol):
 
 
 class RecRecords:
-    """The records of a `.rec` file in the order of their offsets."""
+    """The records of a `.rec` file in the order of their offsets; `overlong`, bool [records]: those that
+    have another one in them, by their lengths.
+    """
 
-    def __init__(self, file: RecordFile, keys: np.ndarray, offsets: np.ndarray, id_start: float) -> None:
-        self._file, self._keys, self._offsets, self._id_start = file, keys, offsets, id_start
+    def __init__(
+        self, file: RecordFile, keys: np.ndarray, offsets: np.ndarray, overlong: np.ndarray, id_start: float
+    ) -> None:
+        self._file, self._keys, self._offsets, self._overlong = file, keys, offsets, overlong
+        self._id_start = id_start
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def part(self, start: int, stop: int) -> "RecRecords":
-        return RecRecords(self._file, self._keys[start:stop], self._offsets[start:stop], self._id_start)
+        part = slice(start, stop)
+        return RecRecords(self._file, self._keys[part], self._offsets[part], self._overlong[part], self._id_start)
 
     def encoded(self, i: int) -> bytes:
         where = str(self.place(i))
         if i and self._offsets[i - 1] == self._offsets[i]:
             raise RecordError(f"{where}: record {self._keys[i - 1]} has the same offset: the .idx file is wrong")
+        if self._overlong[i]:
+            raise RecordError(f"{where}: {overlong_remark(self._file.extents(self._offsets[i : i + 1])[0])}")
         record = unpack_image(self._file.read(int(self._offsets[i])), where)
         if not record.image:
             raise RecordError(f"{where}: its image is empty")
@@ -117,7 +125,7 @@ class RecRecords:
         (starts,) = self._file.words_at(first, 0)
 
         before = np.arange(start, stop) - 1
-        broken = (before >= 0) & (offsets == self._offsets[before])
+        broken = self._overlong[start:stop] | (before >= 0) & (offsets == self._offsets[before])
         for i in np.flatnonzero(~records.whole | (sizes < 0)).tolist():  # cut at an embedded magic, or damaged
             try:
                 record = unpack_image(self._file.read(int(offsets[i])), str(self.place(start + i)))
@@ -210,10 +218,13 @@ def _open_rec(path: Path) -> tuple[RecRecords, list[str]]:
     zero = offsets[keys == 0]
     order = np.lexsort((keys, offsets))
     keys, offsets = keys[order], offsets[order]
-    unlisted = file.unlisted_bytes(offsets, file.extents(offsets)) if indexed else 0
+    extents = file.extents(offsets)
+    too_long = np.zeros(len(offsets), bool)
+    too_long[overlong(file, offsets, extents)] = True
+    unlisted = unlisted_bytes(file, offsets, extents) if indexed else 0
     if unlisted:
         remarks.append(unlisted_remark(index, file, unlisted))
-    return RecRecords(file, keys, offsets, _id_start(file, zero)), remarks
+    return RecRecords(file, keys, offsets, too_long, _id_start(file, zero)), remarks
 
 
 def _require_index_of(file: RecordFile, index: Path, offsets: np.ndarray) -> None:
