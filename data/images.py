@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import cv2
 import numpy as np
 
-JPEG_END = b"\xff\xd9"
+JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"IEND"
 # Not within what is compressed, where no others occur: 0xff itself, as ff 00, and those of restarts, ff d0 to ff d7.
 _MARKER = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
 # What follows ff: markers of a frame's header, which has its size; what comes after all headers.
@@ -29,9 +30,14 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     `where`, as text, names the image in the ImageError that undecodable bytes raise, and a JPEG that was cut off.
     """
     # Some versions of OpenCV fill up a cut JPEG with grey. Its end marker follows the start of its last scan.
-    is_jpeg = encoded.startswith(b"\xff\xd8")
+    is_jpeg = encoded.startswith(JPEG_START)
     if is_jpeg and encoded.rfind(JPEG_END) < encoded.rfind(b"\xff\xda") and not _has_end(encoded):
         raise ImageError(f"{where}: its JPEG of {len(encoded)} bytes has no end: it was cut off")
+    if encoded.startswith(_PNG_START) and _has_overlong_chunk(encoded):
+        raise ImageError(
+            f"{where}: its {len(encoded)} bytes are no image that OpenCV can decode: a chunk of its PNG is "
+            "longer than what is left of them"
+        )
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:
@@ -44,6 +50,19 @@ def decode_rgb(encoded: bytes, where: object) -> np.ndarray:
     if image is None:
         raise ImageError(f"{where}: its {len(encoded)} bytes are no image that OpenCV can decode")
     return image
+
+
+def _has_overlong_chunk(png: bytes) -> bool:
+    """Whether the length of a chunk is beyond the end: decoders take memory for it, gigabytes for one damaged bit."""
+    place = len(_PNG_START)
+    while place + 8 <= len(png):
+        length = int.from_bytes(png[place : place + 4], "big")
+        if place + 8 + length > len(png):
+            return True
+        if png[place + 4 : place + 8] == _PNG_END:
+            break
+        place += length + 12  # with its kind and checksum
+    return False
 
 
 def _has_end(jpeg: bytes) -> bool:
@@ -87,7 +106,7 @@ def decode_plain_jpegs(jpegs: Sequence[np.ndarray | None], faces: np.ndarray) ->
     left, shape, image = [], faces.shape[1:], None
     for row, jpeg in enumerate(jpegs):  # this runs for every image of every epoch: no call more than it needs
         image = None  # its memory, warm in the cache, is the next one's
-        if jpeg is not None and jpeg[-2:].tobytes() == JPEG_END:
+        if jpeg is not None and jpeg[-2:].tobytes() == JPEG_END and jpeg[:2].tobytes() == JPEG_START:
             try:
                 image = cv2.imdecode(jpeg, cv2.IMREAD_COLOR_RGB)
             except cv2.error:  # its header claims a gigantic size

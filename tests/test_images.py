@@ -2,11 +2,13 @@
 
 import struct
 import zlib
+from unittest.mock import patch
 
+import cv2
 import numpy as np
 import pytest
 
-from data.images import ImageError, decode_plain_jpegs, decode_rgb, encode_jpeg, encode_png, image_extension
+from data.images import JPEG_END, ImageError, decode_plain_jpegs, decode_rgb, encode_jpeg, encode_png, image_extension
 
 
 def test_colours_are_rgb() -> None:
@@ -49,6 +51,23 @@ def test_image_whose_header_claims_a_gigantic_size(side: int) -> None:
     assert decode_plain_jpegs([np.frombuffer(jpeg, np.uint8)], np.zeros((1, 8, 8, 3), np.uint8)) == [0]
     with pytest.raises(ImageError, match="claim to be a gigantic image"):
         decode_rgb(bytes(jpeg), "record 7")
+
+
+@pytest.mark.parametrize("bits", [0x20, 0x80, 0xFF])
+def test_a_png_with_a_damaged_length(bits: int) -> None:
+    """OpenCV takes gigabytes of memory, and seconds, for what one damaged byte says of a chunk: it does not get such an
+    image, nor one that ends as JPEGs do."""
+    png = bytearray(encode_png(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)))
+    assert len(png) > 8192, "several chunks"
+    decode_rgb(bytes(png) + b"behind its end\xff\xff\xff\xff", "png")
+    for chunk in (33, 33 + 12 + int.from_bytes(png[33:37], "big")):
+        damaged = png.copy()
+        damaged[chunk] |= bits
+        damaged += JPEG_END
+        with patch.object(cv2, "imdecode", side_effect=AssertionError("OpenCV got it")):
+            with pytest.raises(ImageError, match=rf"record 7: its {len(damaged)} bytes are no image .* a chunk of its"):
+                decode_rgb(bytes(damaged), "record 7")
+            assert decode_plain_jpegs([np.frombuffer(damaged, np.uint8)], np.zeros((1, 64, 64, 3), np.uint8)) == [0]
 
 
 def test_photos_of_large_cameras_are_decoded() -> None:
