@@ -12,7 +12,7 @@ import pytest
 from data import face_sets, index_cache, recordio
 from data.face_sets import RecFaceSet
 from data.index_cache import cache_path
-from data.recordio import pack_image, write_records
+from data.recordio import RecordError, pack_image, write_records
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +96,7 @@ def test_a_changed_bit_in_what_the_archive_says_of_itself(tmp_path: Path, change
 
 
 def test_a_number_of_images_that_there_are_not(tmp_path: Path) -> None:
-    """Memory that nobody has is asked for before what is missing is noticed: that, too, is damage."""
+    """No memory is asked for that a .rec of this size cannot need."""
     rec = write_set(tmp_path, [5, 6])
     RecFaceSet(rec)
     with zipfile.ZipFile(cache_path(rec)) as whole:
@@ -105,8 +105,75 @@ def test_a_number_of_images_that_there_are_not(tmp_path: Path) -> None:
     with zipfile.ZipFile(cache_path(rec), "w") as changed:
         for name, part in parts.items():
             changed.writestr(name, part)
-    with pytest.warns(UserWarning, match="is damaged .*Unable to allocate"):
+    with pytest.warns(
+        UserWarning, match=r"is damaged \(keys has int64 of shape \(\d{14},\), expected 2 of int64 at most\)"
+    ):
         assert RecFaceSet(rec).identities == ["5", "6"]
+
+
+SOUND = {"keys": [1, 2, 3], "labels": [0, 1, 1], "identities": [5, 6]}
+UNSOUND = {
+    "more images than there is room for": {name: [0] * 99 for name in ("keys", "offsets", "labels")},
+    "another type": {"labels": [0.0, 1.0, 1.0]},
+    "two dimensions": {"identities": [[5], [6]]},
+    "a number": {"keys": 3},
+    "fewer keys": {"keys": [1, 2]},
+    "fewer labels": {"labels": [0, 1]},
+    "no images": {name: np.zeros(0, np.int64) for name in ("keys", "offsets", "labels")},
+    "a label below 0": {"labels": [0, 1, -1]},
+    "a label of no identity": {"labels": [0, 1, 2]},
+    "an identity without images": {"identities": [5, 6, 7]},
+    "an identity that comes twice": {"identities": [6, 6]},
+    "an identity below 0": {"identities": [-5, 6]},
+    "an offset below 0": {"offsets": [-4, 40, 80]},
+    "an offset behind the end": {"offsets": [0, 40, 120]},
+    "offsets that do not ascend": {"offsets": [0, 80, 40]},
+    "an offset that comes twice": {"offsets": [0, 40, 40]},
+}
+
+
+@pytest.mark.parametrize("change", UNSOUND)
+def test_an_index_that_cannot_be_one(tmp_path: Path, change: str) -> None:
+    """Written with the right sizes and times, as somebody else's may be: it is made anew with a warning, where its
+    numbers led to crashes later on, or took memory beyond measure."""
+    rec = write_set(tmp_path, [5, 6, 6])
+    own = contents(RecFaceSet(rec))
+    with np.load(cache_path(rec)) as kept:
+        arrays = dict(kept)
+    assert arrays["offsets"].tolist() == [0, 40, 80]
+    assert {name: arrays[name].tolist() for name in SOUND} == SOUND
+    np.savez(cache_path(rec).open("wb"), **arrays | {name: np.array(value) for name, value in UNSOUND[change].items()})
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert contents(RecFaceSet(rec)) == own
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert contents(RecFaceSet(rec)) == own
+
+
+def test_an_index_of_records_within_each_other(tmp_path: Path) -> None:
+    """That such a set is refused holds where its index lies beside it, as well."""
+    rec = write_set(tmp_path, [5, 6, 6])
+    RecFaceSet(rec)
+    time, content = rec.stat(), bytearray(rec.read_bytes())
+    content[44] += 40  # the length of the second record
+    rec.write_bytes(content)
+    os.utime(rec, ns=(time.st_atime_ns, time.st_mtime_ns))
+    with pytest.raises(RecordError, match=r"record 2 at byte 40: its length is wrong"):
+        RecFaceSet(rec)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_an_index_that_is_no_file(tmp_path: Path, kind: str) -> None:
+    """Is not waited for; in the place of a folder, none can be kept."""
+    rec = write_set(tmp_path, [5, 6])
+    if kind == "pipe":
+        os.mkfifo(cache_path(rec))
+        assert RecFaceSet(rec).identities == ["5", "6"]
+        assert cache_path(rec).is_file()
+    else:
+        cache_path(rec).mkdir()
+        with pytest.warns(UserWarning, match="cannot be written"):
+            assert RecFaceSet(rec).identities == ["5", "6"]
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
