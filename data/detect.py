@@ -18,6 +18,8 @@ import numpy as np
 # Strides and anchors a place, by the number of outputs: three for each stride.
 LAYOUTS: dict[int, tuple[tuple[int, ...], int]] = {9: ((8, 16, 32), 2), 15: ((8, 16, 32, 64, 128), 1)}
 WITHOUT_LANDMARKS = (6, 10)
+# Pixels, for a side of the input that the file states: larger ones take gigabytes for any photo.
+LARGEST_INPUT = 8192
 # Of two faces that overlap more than this (intersection over union), the one with the lower score is dropped.
 LARGEST_OVERLAP = 0.4
 
@@ -91,8 +93,12 @@ class FaceDetector:
         fits = len(shape) == 4 and all(
             not isinstance(found, int) or found == wanted for found, wanted in zip(shape, (1, 3), strict=False)
         )
+        fits = fits and all(not isinstance(side, int) or 0 < side <= LARGEST_INPUT for side in shape[2:])
         if not fits or inputs[0].type != "tensor(float)":
-            raise DetectorError(f"{path} takes {inputs[0].type} of shape {shape}: expected float [1, 3, height, width]")
+            raise DetectorError(
+                f"{path} takes {inputs[0].type} of shape {shape}: expected float [1, 3, height, width], of 1 to "
+                f"{LARGEST_INPUT:,} pixels"
+            )
         self._height, self._width = (extent if isinstance(extent, int) else size for extent in shape[2:])
 
     def detect(self, image: np.ndarray) -> list[Face]:

@@ -248,6 +248,14 @@ BAD_FILES = {
         lambda path: with_input(path, onnx.TensorProto.FLOAT, (8, 3, 64, 64)),
         r"takes tensor\(float\) of shape \[8, 3, 64, 64\]: expected float \[1, 3, height, width\]",
     ),
+    "gigantic": (
+        lambda path: with_input(path, onnx.TensorProto.FLOAT, (1, 3, 10**6, 64)),
+        r"of shape \[1, 3, 1000000, 64\]: expected float \[1, 3, height, width\], of 1 to 8,192 pixels",
+    ),
+    "no pixels": (
+        lambda path: with_input(path, onnx.TensorProto.FLOAT, (1, 3, 64, 0)),
+        r"of shape \[1, 3, 64, 0\]: expected float \[1, 3, height, width\], of 1 to 8,192 pixels",
+    ),
     "bytes": (lambda path: with_input(path, onnx.TensorProto.UINT8, (1, 3, 64, 64)), r"takes tensor\(uint8\) of"),
     "another size inside": (
         lambda path: with_size_inside(red_block_detector(path), 48),
