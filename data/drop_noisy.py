@@ -15,7 +15,6 @@ in degrees, its nearest sub-center), `identities.csv` (what became of each ident
 `angles.png`. Broken images are dropped, too, and have no angle. docs/losses.md shows an example.
 """
 
-import csv
 import json
 import math
 import sys
@@ -45,6 +44,7 @@ from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.scripts import printable, readable_errors
 from utils.settings import build, describe, from_json, parse_settings
+from utils.text_files import RowError, open_text, read_rows
 from utils.training.run_folders import CHECKPOINTS
 from utils.training.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
 
@@ -111,8 +111,7 @@ def open_set_of(run: Path, trained: Config, source: Sequence[str]) -> FaceSet:
         setting = "drop_noisy.source" if source else f"the data.root of {run}"
         raise FaceSetError(f"{setting}: {error}; --source names the set that the run was trained on") from None
     file = run / "classes.csv"
-    with file.open(newline="", encoding="utf-8", errors="surrogateescape") as table:
-        classes = [row["identity"] for row in csv.DictReader(table)]
+    classes = _read_classes(file)
     if len(classes) != len(faces.identities):
         raise FaceSetError(
             f"{faces.path} has {len(faces.identities):,} identities, {file} {len(classes):,}: "
@@ -128,6 +127,24 @@ def open_set_of(run: Path, trained: Config, source: Sequence[str]) -> FaceSet:
                 "name the set that the run was trained on with --source"
             )
     return faces
+
+
+def _read_classes(file: Path) -> list[str]:
+    """The identities of a run's classes. Raises FaceSetError for what train.py did not write."""
+    with open_text(file) as table:
+        rows = read_rows(table)
+        try:
+            header = next(rows, (1, []))[1]
+            if "identity" not in header:
+                raise FaceSetError(f"{file}: its header {','.join(header)[:100]!r} lacks identity: is it a run's?")
+            classes = []
+            for line, row in rows:
+                if len(row) != len(header):
+                    raise FaceSetError(f"{file}, line {line}: {len(row)} columns, expected {len(header)}")
+                classes.append(row[header.index("identity")])
+        except RowError as error:
+            raise FaceSetError(f"{file}, line {error.line}: {error}") from None
+    return classes
 
 
 def load_centres(saved: Saved, trained: Config, classes: int) -> Tensor:

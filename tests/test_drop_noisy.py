@@ -393,6 +393,23 @@ def test_a_set_with_other_names_is_refused(noisy_set: Path, noisy_run: Path, run
     assert str(table) in said
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"classes\.csv: its header '' lacks identity"),
+        ("class,person\n0,0\n", r"classes\.csv: its header 'class,person' lacks identity"),
+        ("class,identity\n0,0\n1\n", r"classes\.csv, line 3: 1 columns, expected 2"),
+        ("class,identity\n0,0\n1," + "x" * 200_000, r"classes\.csv, line 3: field larger than"),
+        ('class,identity\n0,"0\n1,1\n', r"classes\.csv, line 2: .* is a quote"),
+    ],
+)
+def test_a_damaged_table_of_classes(tiny_set: Path, tmp_path: Path, text: str, message: str) -> None:
+    """Is named, with the line: it was a traceback."""
+    (tmp_path / "classes.csv").write_text(text)
+    with pytest.raises(FaceSetError, match=message):
+        open_set_of(tmp_path, Config(), [str(tiny_set)])
+
+
 def test_the_checkpoint_has_to_fit_its_settings(noisy_run: Path) -> None:
     """Centres for another number of classes are not taken for those of the set."""
     saved = newest_checkpoint(noisy_run)
