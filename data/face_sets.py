@@ -28,6 +28,7 @@ _HEADERS_AT_ONCE = 1 << 16
 _FOLDERS_SHOWN = 10_000  # from which on reading them shows its progress
 # What Windows puts beside images, as other systems do under names that begin with a dot.
 _HIDDEN = ("thumbs.db", "desktop.ini")
+_LONGEST_PROPERTY = 100  # characters
 _NAMED = 3  # of what is not taken for one reason, in a message
 _DEEPER = "a folder within that of an identity"
 _NO_IMAGE = f"not named {', '.join(sorted(IMAGE_ENDINGS))}"
@@ -181,9 +182,14 @@ class RecFaceSet:
 
 
 def property_line(rec_path: Path) -> str | None:
-    """The first line of the file `property` beside a `.rec`, `identities,height,width`; None without that file."""
+    """The first line of the file `property` beside a `.rec`, `identities,height,width`, of what may be endless, its
+    beginning; None without that file.
+    """
     path = rec_path.with_name("property")
-    return path.read_text(encoding="utf-8-sig", errors="replace").split("\n", 1)[0].strip() if path.is_file() else None
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        return file.readline(_LONGEST_PROPERTY).strip()
 
 
 def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
@@ -406,7 +412,9 @@ def identity_order(names: list[str]) -> list[int]:
     are in the order of the alphabet, not in that of the disk.
     """
     if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(range(len(names)), key=lambda position: (int(names[position]), names[position]))
+        # The order of their values, which Python does not make of thousands of digits.
+        digits = [name.lstrip("0") for name in names]
+        return sorted(range(len(names)), key=lambda i: (len(digits[i]), digits[i], names[i]))
     return sorted(range(len(names)), key=names.__getitem__)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from data.face_sets import IMAGE_ENDINGS
 from data.set_sources import csv_separator
 from utils.regular_files import read_regular_file
-from utils.text_files import RowError, is_empty_row, open_text, read_rows
+from utils.text_files import LONGEST_NUMBER, RowError, is_empty_row, open_text, read_rows
 
 #: The header of a list that is a CSV.
 COLUMNS = ("path1", "path2", "same")
@@ -115,14 +115,14 @@ def _lfw_pair(number: int, fields: Sequence[str], path: Path, images: Path) -> P
 def _number(text: str, path: Path, line: int) -> int:
     if not _is_count(text):
         raise PairsError(
-            f"{path}, line {line}: {text!r} is no number of an image, as in 'name i j' or 'name1 i name2 j': "
+            f"{path}, line {line}: {text[:100]!r} is no number of an image, as in 'name i j' or 'name1 i name2 j': "
             f"paths go into a CSV with the header {','.join(COLUMNS)}"
         )
     return int(text)
 
 
 def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER
 
 
 def _image_file(images: Path, name: str, number: int) -> Path:

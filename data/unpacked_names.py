@@ -28,7 +28,7 @@ class UnpackedNames:
     def __init__(self, faces: FaceSet, identities: Sequence[Identity]) -> None:
         names = [identity.name for identity in identities]
         if not isinstance(faces, FolderFaceSet) and all(map(_is_plain_number, names)):
-            folders = [f"{int(name):06d}" for name in names]
+            folders = [name.zfill(6) for name in names]
         else:
             folders = portable_names(names, identity_order)
         #: The folder of each identity.
@@ -88,7 +88,7 @@ def _portable(name: str, longest: int = LONGEST) -> str:
 
 
 def _is_plain_number(name: str) -> bool:
-    return name.isascii() and name.isdigit() and name == str(int(name))
+    return name.isascii() and name.isdigit() and len(name) <= LONGEST and name == (name.lstrip("0") or "0")
 
 
 def _alphabetical(names: list[str]) -> list[int]:

@@ -125,7 +125,9 @@ def test_property_that_agrees(tmp_path: Path, text: bytes) -> None:
         RecFaceSet(write_rec(tmp_path, scalar_images()))
 
 
-@pytest.mark.parametrize(("text", "stated"), [("3,112,112", "'3'"), ("", "''"), ("a,b\n2,112,112", "'a'")])
+@pytest.mark.parametrize(
+    ("text", "stated"), [("3,112,112", "'3'"), ("", "''"), ("a,b\n2,112,112", "'a'"), ("9" * 5000, "'9{100}'")]
+)
 def test_property_that_contradicts(tmp_path: Path, text: str, stated: str) -> None:
     """A wrong count is a warning that names the file and both numbers; the images are believed."""
     (tmp_path / "property").write_text(text)

@@ -114,6 +114,8 @@ BAD_LISTS = {
         "a/1.jpg b/2.jpg 0\n",
         "line 1: 'b/2.jpg' is no number .*: paths go into a CSV with .* path1,path2,same$",
     ),
+    "longer than any number": ("Bob\t3\t" + "9" * 5000, "pairs, line 1: '9{100}' is no number of an image"),
+    "first line longer than any number": ("9" * 5000 + "\n" + LFW, "pairs, line 1: 1 columns, expected 'name i j'"),
     "cut off": (LFW.rpartition("Bob")[0], "pairs: its first line announces 4 pairs, found 3"),
     "nothing": ("", "pairs has no pairs"),
     "only a header": ("path1,path2,same\n", "pairs has no pairs"),

@@ -187,6 +187,8 @@ def test_numbers_are_ordered_by_value() -> None:
     """Labels of a million and more keep their order as folder names; a name among them makes it the alphabet."""
     assert identity_order(["1000000", "999999", "000007"]) == [2, 1, 0]
     assert identity_order(["b", "10", "9"]) == [1, 2, 0]
+    assert identity_order(["0", "7", "007", "00", "10", "010", "9"]) == [0, 3, 2, 1, 6, 5, 4]
+    assert identity_order(["9" * 5000, "1" + "0" * 5000, "8"]) == [2, 0, 1]  # Python makes no number of these
 
 
 def names_of(pick: PackConfig, folder: Path) -> list[str]:

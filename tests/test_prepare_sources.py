@@ -173,6 +173,21 @@ def test_names_that_cannot_stay(names: list[str], new: list[str]) -> None:
     assert portable_names(names, identity_order) == new
 
 
+@pytest.mark.parametrize("digits", [200, 201, 300, 5000])
+def test_labels_of_many_digits(tmp_path: Path, digits: int) -> None:
+    """They fit no name of a folder from some length on, and are no numbers to Python from another: shortened, and
+    numbered in their order, as other names that are too long."""
+    source = tmp_path / "list.csv"
+    source.write_text(f"path,label\na.png,{'9' * digits}\na.png,8\n")
+    (tmp_path / "a.png").write_bytes(tiny_face(0, 0))
+    prepare(source, tmp_path / "out", 0)
+    found = sorted(path.name for path in (tmp_path / "out").iterdir() if path.is_dir())
+    if digits == 200:
+        assert found == ["000008", "9" * 200]
+    else:
+        assert found == ["000000_8", "000001_" + "9" * 193]
+
+
 @pytest.mark.parametrize("change", ["content", "name", "list", "one more"])
 def test_changed_files_are_another_set(tmp_path: Path, change: str) -> None:
     """What was unpacked of one set is never gone on with from another; the same set in other words is the same."""

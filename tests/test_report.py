@@ -131,6 +131,17 @@ def test_repair_that_fails_leaves_nothing(damaged: Path, tmp_path: Path, monkeyp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report", "sets"]
 
 
+@pytest.mark.parametrize("text", ["9" * 5000, f"4,{'1' * 19},112", "4,112"])
+def test_a_property_that_is_none(tmp_path: Path, text: str) -> None:
+    """Is quoted, its beginning at most; digits of which Python makes no number ended the report without a word of
+    where they were."""
+    with write_records(tmp_path / "a.rec") as writer:
+        writer.write(1, pack_image(0.0, 1, PNG))
+    (tmp_path / "property").write_text(text)
+    report = report_on(tmp_path / "a.rec", tmp_path / "out")
+    assert report.remarks == [f"property says {text[:100]!r} in place of identities,height,width"]
+
+
 def test_many_lost_identities_are_counted() -> None:
     """The screen names some of the identities that are broken as a whole, and says how many there are besides."""
     lost = [str(number) for number in range(25)]

@@ -9,6 +9,8 @@ from typing import TextIO
 
 from utils.regular_files import open_file_or_pipe
 
+#: Digits of a whole number at most: more do not fit into 64 bits, and Python refuses thousands of them.
+LONGEST_NUMBER = 18
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
