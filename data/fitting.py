@@ -18,6 +18,7 @@ from data.face_sets import Divisible, EncodedImages
 from data.images import ImageError, decode_rgb, encode_jpeg
 from data.set_sources import ListedFaceSet
 from utils.processes import map_ordered
+from utils.regular_files import UNREADABLE
 
 IMAGES_PER_BLOCK = 64
 
@@ -148,11 +149,12 @@ def _fit_block(images: EncodedImages) -> list[Fitted | LeftOut]:
     fit: Fit = _worker["fit"]
     fitted: list[Fitted | LeftOut] = []
     for i in range(len(images)):
-        encoded, where = images.encoded(i), images.describe(i)
+        where = images.describe(i)
         landmarks, aligned = None, False
         if isinstance(images, ListedFaceSet):
             landmarks, aligned = images.landmarks(i), images.is_aligned(i)
         try:
+            encoded = _read(images, i, where)
             if fit.detection is None or landmarks is not None or aligned:
                 fitted.append(fit_image(encoded, where, fit, landmarks))
             else:
@@ -163,6 +165,16 @@ def _fit_block(images: EncodedImages) -> list[Fitted | LeftOut]:
             reason = error.reason if isinstance(error, UnfitError) else str(error).removeprefix(f"{where}: ")
             fitted.append(LeftOut(where, reason))
     return fitted
+
+
+def _read(images: EncodedImages, i: int, where: str) -> bytes:
+    """The bytes of image `i`. Raises ImageError for a file that is there, and cannot be read."""
+    try:
+        return images.encoded(i)
+    except OSError as error:
+        if error.errno not in UNREADABLE:
+            raise
+        raise ImageError(f"{where}: {error.strerror}") from None
 
 
 def chosen_detection(chosen: PackConfig | PackBinConfig) -> Detection | None:

@@ -25,6 +25,7 @@ from data.recordio import RecordAppender
 from data.set_sources import ListedFaceSet, stamp
 from utils.files import csv_line
 from utils.progress import progress_bar
+from utils.regular_files import UNREADABLE
 from utils.resumable import JournalError, ResumableFolder
 
 PACKED, PACKED_COLUMNS = "packed.csv", ("label", "identity", "images")
@@ -127,7 +128,13 @@ class ResumableSet:
         """`digest` with the file of image `i` added; those of records are known by their `.rec`."""
         if not isinstance(self._faces, FolderFaceSet | ListedFaceSet):
             return digest
-        line = f"{digest} {stamp(self._faces.file(i))} {self._faces.relative_file(i)}"
+        try:
+            known = stamp(self._faces.file(i))
+        except OSError as error:
+            if error.errno not in UNREADABLE:
+                raise
+            known = "unreadable"
+        line = f"{digest} {known} {self._faces.relative_file(i)}"
         return hashlib.sha256(line.encode(errors="surrogateescape")).hexdigest()
 
     def _ranges(self) -> list[tuple[int, int]]:

@@ -21,9 +21,10 @@ from typing import NamedTuple, TextIO
 import numpy as np
 
 from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
+from data.images import ImageError
 from data.images_fingerprint import files_digest
 from utils.progress import progress_bar
-from utils.regular_files import read_regular_file
+from utils.regular_files import UNREADABLE, read_regular_file
 from utils.text_files import RowError, is_empty_row, looks_binary, open_text, read_rows
 from utils.texts import Texts
 
@@ -122,6 +123,8 @@ class ListedFaceSet:
         try:
             return read_regular_file(self.file(i))
         except OSError as error:
+            if error.errno in UNREADABLE:
+                raise ImageError(f"{self.describe(i)}: {error.strerror}") from None
             relative = self._default_root and not Path(self.relative_file(i)).is_absolute()
             advice = ": paths are relative to the list's folder, or to --image-root" if relative else ""
             raise FaceSetError(f"{self.describe(i)}: {error.strerror or error}{advice}") from None

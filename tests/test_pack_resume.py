@@ -146,6 +146,41 @@ def test_bad_images_are_skipped_from_an_interruption_on(
         pack_all(folder, tmp_path / "other")
 
 
+@pytest.mark.parametrize("kind", ["folders", "list"])
+def test_files_that_cannot_be_read(
+    tmp_path: Path, folder: Path, saves: None, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A link that leads around in a circle, a pipe: bad images like others, which stop a packing with their names, or
+    are left out, in one that was interrupted as well. What is missing stops it, as a disk may have come loose."""
+    loop, pipe = folder / "01" / "1.png", folder / "02" / "1.png"
+    loop.unlink()
+    loop.symlink_to("1.png")
+    pipe.unlink()
+    os.mkfifo(pipe)
+    source = folder
+    if kind == "list":
+        source = tmp_path / "list.csv"
+        files = sorted(f"faces/{one.name}/{shot}.png" for one in folder.iterdir() for shot in range(4))
+        source.write_text("path,label\n" + "".join(f"{file},{file[6:8]}\n" for file in files))
+    with pytest.raises(ImageError, match=r"01/1\.png: Too many levels of symbolic links; --bad-images skip goes on"):
+        pack_all(source, tmp_path / "set")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(resumable_set.ResumableSet, "finish", interrupt)
+        pack_all(source, tmp_path / "set", SKIP)
+    packed = pack_all(source, tmp_path / "set", SKIP)
+    assert (packed.images, packed.left_out_images, packed.taken_over) == (14, 2, 14)
+    with (tmp_path / "set" / "left_out.csv").open(newline="") as table:
+        left_out = [(row["image"][-8:], row["reason"]) for row in csv.DictReader(table)]
+    assert left_out == [
+        ("01/1.png", "Too many levels of symbolic links"),
+        ("02/1.png", "not a file, but a pipe or a device"),
+    ]
+    (folder / "03" / "1.png").rename(tmp_path / "away.png")
+    (folder / "03" / "1.png").symlink_to("nowhere.png")
+    with pytest.raises((FileNotFoundError, FaceSetError), match="No such file"):
+        pack_all(source, tmp_path / "other", SKIP)
+
+
 def test_a_changed_rec(tmp_path: Path, folder: Path, saves: None) -> None:
     """A source of records is known by the size and time of its `.rec` and `.idx`."""
     (folder / "03" / "0.png").write_bytes(b"no image")
