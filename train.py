@@ -51,6 +51,7 @@ from utils.training.metrics import SECONDS_VERIFYING, VERIFIED, VERIFIED_AVERAGE
 from utils.training.micro_batch import keep_limit, kept_limit
 from utils.training.optimizers import create_optimizer, parameter_groups, train_mode
 from utils.training.run_folders import CHECKPOINTS, TrainingError, has_checkpoints, run_folder, saved_settings
+from utils.training.run_notes import require_run_notes
 from utils.training.run_requests import RunRequests, SignalledError
 from utils.training.same_run import check_notes, require_same_settings, set_facts, set_notes, unused_again
 from utils.training.sets import open_faces, verification_sets
@@ -345,7 +346,7 @@ class Trainer:
 
     def restore_newest(self) -> bool:
         """Restore the newest undamaged checkpoint. False: there is none."""
-        saved = self.store.newest()
+        saved = self.store.newest(require_run_notes)
         if saved is None:
             return False
         check_notes(saved.notes, self.config, self.faces, self.run)

@@ -46,6 +46,7 @@ from utils.scripts import printable, readable_errors
 from utils.settings import build, describe, from_json, parse_settings
 from utils.text_files import RowError, open_text, read_rows
 from utils.training.run_folders import CHECKPOINTS
+from utils.training.run_notes import require_run_notes
 from utils.training.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
 
 HEAD = "head.weight"
@@ -84,6 +85,7 @@ def newest_checkpoint(run: Path) -> Saved:
     for folder in reversed(checkpoint_folders(run / CHECKPOINTS)):
         try:
             saved = Saved(folder)
+            require_run_notes(saved)
             saved.check(saved.files)
         except DamagedError as error:
             say(f"passed over: {error}")

@@ -4,17 +4,25 @@ import errno
 import json
 import os
 import re
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import reduce
+from operator import getitem
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from saved_steps import is_step, names, save_step
 from utils.checkpoints import CheckpointError
 from utils.ranks import Ranks
 from utils.training import saved_checkpoints
-from utils.training.checkpoint_store import CheckpointStore
-from utils.training.host_copy import FileSum
-from utils.training.saved_checkpoints import manifest_text
+from utils.training.checkpoint_store import CheckpointStore, Rows
+from utils.training.host_copy import FileSum, file_sum
+from utils.training.run_notes import require_run_notes
+from utils.training.saved_checkpoints import DamagedError, Saved, manifest_text
 
 
 def damaged_by(damage: str, checkpoint: Path) -> None:
@@ -129,16 +137,171 @@ def test_another_versions_format_is_not_taken_for_damage(tmp_path: Path) -> None
     assert names(tmp_path / "checkpoints") == ["step-000000001"]
 
 
-@pytest.mark.parametrize("change", [{"format": "x"}, {"step": None}, {"notes": []}, {"rows": 3}, {"files": "x"}])
-def test_a_manifest_of_somebody_else_is_damage(tmp_path: Path, change: dict[str, object]) -> None:
-    """One with a right checksum over something else is passed over, with a word, for the checkpoint before it."""
+def replaced(content: dict[str, Any], place: str, value: object) -> dict[str, Any]:
+    """A copy of a manifest's content with another value in a place: the names that lead there."""
+    *way, last = place.split()
+    copied = json.loads(json.dumps(content))
+    reduce(getitem, way, copied)[last] = value
+    return copied
+
+
+SHARD = "rows-00000-of-00001.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("format", "x"),
+        ("step", None),
+        ("step", True),
+        ("step", -5),
+        ("ranks", 0),
+        ("ranks", 10**9),
+        ("notes", []),
+        ("files", "x"),
+        ("files", {}),
+        (f"files {SHARD}", None),
+        (f"files {SHARD}", {"size": 1}),
+        (f"files {SHARD}", {"bytes": 1.5, "crc32": 0}),
+        ("files ../passwd.safetensors", {"bytes": 1, "crc32": 0}),
+        ("rows", 3),
+        ("rows centres", None),
+        ("rows centres dtype", "F99"),
+        ("rows centres dtype", ["F64"]),
+        ("rows centres shape", []),
+        ("rows centres shape", "x"),
+        ("rows centres shape", [11, 10**9]),
+        ("rows centres ranges", []),
+        ("rows centres ranges", [[0, 10]]),
+        ("rows centres ranges", [[-1, 11]]),
+        ("rows centres ranges", [[0, 5], [5, 11]]),
+        ("rows centres ranges", [[0]]),
+    ],
+)
+def test_a_manifest_of_somebody_else_is_damage(tmp_path: Path, place: str, value: object) -> None:
+    """One with a right checksum over something else is passed over, with a word, for the checkpoint before it: no
+    centres come out of memory that nobody filled, no file out of another folder, no error out of Python."""
     said: list[str] = []
     with CheckpointStore(tmp_path / "checkpoints", Ranks(), say=said.append) as store:
         for step in (1, 2):
             save_step(store, step, Ranks(), wait=True)
         manifest = tmp_path / "checkpoints" / "step-000000002" / "manifest.json"
-        manifest.write_text(manifest_text({**json.loads(manifest.read_text())["content"], **change}))
+        manifest.write_text(manifest_text(replaced(json.loads(manifest.read_text())["content"], place, value)))
         newest = store.newest()
     assert newest is not None
     assert newest.step == 1
     assert said[0] == f"{manifest} is not as it was written"
+
+
+def read_centres(saved: Saved) -> torch.Tensor:
+    """All of them."""
+    return saved.rows("centres", 0, 11)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "read", "message"),
+    [
+        ("whole.safetensors", b"x", Saved.whole, "cannot be read"),
+        ("backbone.safetensors", b"x", Saved.backbone, "cannot be read"),
+        (SHARD, b"x", read_centres, "cannot be read"),
+        (SHARD, save({"counts": torch.zeros(11, 3)}), read_centres, "cannot be read"),
+        (SHARD, save({"centres": torch.zeros(1, 3)}), read_centres, "does not have the rows of centres"),
+    ],
+)
+def test_a_file_of_somebody_else_is_named(
+    tmp_path: Path, file: str, content: bytes, read: Callable[[Saved], object], message: str
+) -> None:
+    """One whose checksum is in the manifest, but which is no file of tensors, or has other ones than are said."""
+    with CheckpointStore(tmp_path, Ranks()) as store:
+        state = {"weight": torch.ones(9)}
+        store.save(1, state, {"centres": Rows(torch.ones(11, 3), 0, 11)}, {}, wait=True, backbone=state)
+        checkpoint = tmp_path / "step-000000001"
+        (checkpoint / file).write_bytes(content)
+        found = json.loads((checkpoint / "manifest.json").read_text())["content"]
+        found["files"][file] = asdict(file_sum(checkpoint / file))
+        (checkpoint / "manifest.json").write_text(manifest_text(found))
+        saved = store.newest()
+    assert saved is not None
+    readers: dict[str, Callable[[], object]] = {
+        "whole.safetensors": saved.whole,
+        "backbone.safetensors": saved.backbone,
+    }
+    with pytest.raises(DamagedError, match=f"{file} {message}"):
+        readers.get(file, lambda: saved.rows("centres", 0, 11))()
+
+
+NOTES = {
+    "settings": {"train": {"seed": 0}},
+    "best_accuracy": 0.5,
+    "best_measured": {"sets": {}, "image_size": 112, "mirror": True},
+    "verify_due": False,
+    "images": 1,
+    "labels": 2,
+    "identities": 3,
+    "scaler": {},
+    "skipped": [4],
+    "torch": "2.11",
+}
+
+
+def saved_with(folder: Path, notes: dict[str, object], backbone: bool = True) -> Saved:
+    """A checkpoint with these notes."""
+    with CheckpointStore(folder, Ranks()) as store:
+        store.save(1, {}, {}, notes, wait=True, backbone={"weight": torch.ones(2)} if backbone else None)
+    return Saved(folder / "step-000000001")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("settings", None),
+        ("settings", {"train": 5}),
+        ("best_accuracy", "x"),
+        ("best_accuracy", True),
+        ("best_accuracy", -3),
+        ("best_accuracy", float("nan")),
+        ("best_measured", None),
+        ("best_measured", {"sets": []}),
+        ("verify_due", "yes"),
+        ("images", None),
+        ("labels", 1.5),
+        ("identities", None),
+        ("scaler", None),
+        ("scaler", {"scale": 1.0}),
+        ("skipped", 3),
+        ("skipped", ["x"]),
+    ],
+)
+def test_notes_of_somebody_else_are_damage(tmp_path: Path, name: str, value: object) -> None:
+    """Whatever a run goes on with is there, and of its kind; the message says where it is not."""
+    with pytest.raises(DamagedError, match=f"manifest.json has no '{name}' of a run in its notes"):
+        require_run_notes(saved_with(tmp_path, {**NOTES, name: value}))
+
+
+@pytest.mark.parametrize("name", ["settings", "best_accuracy", "identities", "scaler", "skipped"])
+def test_notes_that_are_not_there_are_damage(tmp_path: Path, name: str) -> None:
+    """Every version wrote these; and none a checkpoint without a network."""
+    with pytest.raises(DamagedError, match=f"manifest.json has no '{name}' of a run"):
+        require_run_notes(saved_with(tmp_path / "notes", {key: value for key, value in NOTES.items() if key != name}))
+    with pytest.raises(DamagedError, match=r"manifest.json has no backbone.safetensors"):
+        require_run_notes(saved_with(tmp_path / "network", NOTES, backbone=False))
+
+
+@pytest.mark.parametrize("scaler", [{}, torch.amp.GradScaler("cpu").state_dict()])
+def test_notes_of_a_run_are_none(tmp_path: Path, scaler: dict[str, object]) -> None:
+    """Of this version, and of older ones, which did not note so much."""
+    require_run_notes(saved_with(tmp_path / "now", {**NOTES, "scaler": scaler}))
+    later = {"best_measured", "verify_due", "images", "labels", "torch"}
+    require_run_notes(saved_with(tmp_path / "then", {key: NOTES[key] for key in NOTES.keys() - later}))
+
+
+def test_a_checkpoint_with_other_notes_is_passed_over(tmp_path: Path) -> None:
+    """As any other damaged one, where the reader says what the notes have to be."""
+    said: list[str] = []
+    with CheckpointStore(tmp_path / "checkpoints", Ranks(), say=said.append) as store:
+        for step, notes in ((1, NOTES), (2, {})):
+            store.save(step, {}, {}, notes, wait=True, backbone={"weight": torch.ones(2)})
+        newest = store.newest(require_run_notes)
+    assert newest is not None
+    assert newest.step == 1
+    assert "step-000000002/manifest.json has no 'settings' of a run in its notes" in said[0]

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -23,13 +24,14 @@ class _Problem(NamedTuple):
     host: str = ""
 
 
-def checked_by_all(path: Path, ranks: Ranks) -> tuple[Saved | None, list[str]]:
-    """The checkpoint at `path`, of which each rank checks some of the files, and the damage that is found on any rank.
+def checked_by_all(path: Path, ranks: Ranks, require: Callable[[Saved], object]) -> tuple[Saved | None, list[str]]:
+    """The checkpoint at `path`, of which each rank checks some of the files, and the damage that is found on any rank,
+    that which `require` raises included.
 
     Raises CheckpointError, on all ranks, where one cannot tell. What one rank sees and another does not, that one waits
     for, as other machines see files late.
     """
-    saved, problem = _checked(path, ranks)
+    saved, problem = _checked(path, ranks, require)
     for waited in (False, True):
         found = [_Problem(*json.loads(text)) for text in ranks.texts(json.dumps(problem))]
         seen_by = _seen_by(path, {one.missing for one in found if one.missing}, ranks)
@@ -37,7 +39,7 @@ def checked_by_all(path: Path, ranks: Ranks) -> tuple[Saved | None, list[str]]:
             break
         if problem.missing in seen_by:
             seen(partial(_there, path / problem.missing), path, SEEN_WITHIN)
-            saved, problem = _checked(path, ranks)
+            saved, problem = _checked(path, ranks, require)
     for rank, one in enumerate(found):
         if one.unclear or one.missing in seen_by:
             where = f" by process {rank} ({one.host})" if ranks.size > 1 else ""
@@ -62,11 +64,12 @@ def _there(file: Path) -> Path | None:
     return None
 
 
-def _checked(path: Path, ranks: Ranks) -> tuple[Saved | None, _Problem]:
+def _checked(path: Path, ranks: Ranks, require: Callable[[Saved], object]) -> tuple[Saved | None, _Problem]:
     """The checkpoint, if its manifest and this rank's part of its files are undamaged; what is wrong with them."""
     host = socket.gethostname()
     try:
         saved = Saved(path)
+        require(saved)
         saved.check(saved.files[ranks.rank :: ranks.size])
     except MissingError as error:
         return None, _Problem(str(error), missing=error.path.name, host=host)

@@ -44,6 +44,7 @@ from utils.training.saved_checkpoints import (
     MANIFEST,
     WHOLE,
     Saved,
+    add_up,
     checkpoint_folders,
     free_name,
     manifest_text,
@@ -194,9 +195,10 @@ class CheckpointStore:
             if error is None:
                 raise  # otherwise the error that ends the block matters more; this one was reported
 
-    def newest(self) -> Saved | None:
+    def newest(self, require: Callable[[Saved], object] = lambda saved: None) -> Saved | None:
         """The newest undamaged checkpoint; None: there is none. Every byte is checked, each rank taking some files.
 
+        `require` raises DamagedError for what else it cannot be, of its notes, say.
         Newer ones that are damaged are reported, and renamed to `damaged-...`. Raises CheckpointError, and renames
         nothing, for a checkpoint in the format of another version, and for one that some rank cannot read or does not
         see, which may be whole.
@@ -205,7 +207,7 @@ class CheckpointStore:
         found = [path.name for path in reversed(checkpoint_folders(self._folder))]
         for name in json.loads(self._ranks.agree(json.dumps(found))):
             path = self._folder / name
-            saved, problems = checked_by_all(path, self._ranks)
+            saved, problems = checked_by_all(path, self._ranks, require)
             if not problems:
                 return saved
             if self._ranks.first:
@@ -427,8 +429,8 @@ def _joined(rows: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
         dtypes = {part["dtype"] for part in parts}
         shapes = {tuple(part["shape"]) for part in parts}
         ranges = [part["range"] for part in parts]
-        ends = [0, *(end for piece in sorted(ranges) for end in piece), parts[0]["shape"][0]]
-        if len(parts) < len(rows) or len(dtypes) > 1 or len(shapes) > 1 or ends[::2] != ends[1::2]:
+        alike = len(parts) == len(rows) and len(dtypes) == len(shapes) == 1
+        if not (alike and add_up(ranges, parts[0]["shape"][0])):
             raise ValueError(f"the ranks' rows do not make up one {name}: {json.dumps(parts)} on {len(rows)} ranks")
         entries[name] = {"dtype": parts[0]["dtype"], "shape": parts[0]["shape"], "ranges": ranges}
     return entries

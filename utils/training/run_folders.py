@@ -10,6 +10,7 @@ from shlex import quote
 from config import Config
 from utils.checkpoints import CONFIG, settings_beside
 from utils.settings import ConfigError, Settings, from_json
+from utils.training.run_notes import require_run_notes
 from utils.training.saved_checkpoints import DamagedError, Saved, checkpoint_folders
 
 CHECKPOINTS = "checkpoints"
@@ -116,9 +117,10 @@ def _noted_settings(run: Path, lost: str) -> Settings:
     """The settings in the newest undamaged checkpoint."""
     for checkpoint in reversed(checkpoint_folders(run / CHECKPOINTS)):
         try:
-            notes = Saved(checkpoint).notes
+            saved = Saved(checkpoint)
+            require_run_notes(saved)
         except DamagedError:
             continue
         warnings.warn(f"{lost}: its settings are those of {checkpoint}", stacklevel=2)
-        return from_json(json.dumps(notes["settings"]))
+        return from_json(json.dumps(saved.notes["settings"]))
     raise TrainingError(f"train.resume: {lost}, and no whole checkpoint has them")

@@ -75,9 +75,9 @@ def check_notes(notes: Mapping[str, Any], config: Config, faces: FaceSet, run: P
     its `set_notes` and its `settings`."""
     before, now = from_json(json.dumps(notes["settings"])), flatten(config)
     for name in FIXED:
-        if before[name] != now[name]:
+        if before.get(name) != now[name]:
             raise TrainingError(
-                f"{name}: the run to go on with has {before[name]}, which cannot become {now[name]} in its middle; "
+                f"{name}: the run to go on with has {before.get(name)}, which cannot become {now[name]} in its middle; "
                 "start a new one, from its weights if you like (train.init)"
             )
     here = set_notes(faces)
