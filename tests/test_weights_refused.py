@@ -1,6 +1,9 @@
 """Files of weights that are damaged, hold code or are none: refused with the reason, and nothing in them is run."""
 
+import json
 import pickle
+import re
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -8,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from models import create_network
-from models.weights import load_network
+from models.weights import load, load_network
 from models.weights.reading import read_checkpoint, strip_prefixes
 from utils.checkpoints import CheckpointError
 
@@ -90,6 +94,82 @@ def test_tensors_that_are_no_plain_weights(tmp_path: Path, kind: str) -> None:
     torch.save(changed, tmp_path / "x.pth")
     with pytest.raises(CheckpointError, match=r"x\.pth: its tensors are no plain weights: Error"):
         load_network(tmp_path / "x.pth", "demo", image_size=32)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int32, torch.bool])
+def test_tensors_of_numbers_that_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    """torch would fill a network with their real parts, or with whole numbers, without a word."""
+    state = create_network("demo", 16, 32).state_dict()
+    torch.save({name: value.to(dtype) for name, value in state.items()}, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=rf"x\.pth: its tensors are no plain weights: \S+ is of {dtype}"):
+        load_network(tmp_path / "x.pth", image_size=32)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (20_000,)])
+def test_embeddings_of_a_size_that_cannot_be(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """No numbers, or more than a network is made for, are a shape that does not fit, said before one is made."""
+    state = create_network("demo", 16, 32).state_dict()
+    last = [name for name, value in state.items() if value.dim()][-1]
+    torch.save({**state, last: torch.zeros(shape)}, tmp_path / "x.pth")
+    said = rf"x\.pth looks like demo, 512-d.*{last} {re.escape(str([*shape]))} where"
+    with pytest.raises(CheckpointError, match=said):
+        load_network(tmp_path / "x.pth", image_size=32)
+
+
+def test_a_few_values_that_are_a_giant_matrix(tmp_path: Path) -> None:
+    """What a file of a kilobyte says of shapes takes no terabytes of memory."""
+    state = create_network("demo", 16, 32).state_dict()
+    torch.save({**state, "head.1.weight": torch.zeros(1).expand(10**10, 128)}, tmp_path / "x.pth")
+    said = r"x\.pth: head\.1\.weight is \[10000000000, 128\], of which the file of .* bytes has few"
+    with pytest.raises(CheckpointError, match=said):
+        load_network(tmp_path / "x.pth", image_size=32)
+
+
+@pytest.mark.parametrize(
+    ("network", "size", "message"),
+    [
+        ("vit_l", 8_190, r"does not hold the weights of vit_l\. missing: pos_embed, .*not the network's: a\.b$"),
+        ("r18", 1_000, "IResNet needs an image size that is a multiple of 16, got 1000$"),
+        ("rr18", 112, r"model\.network: there is no network 'rr18' \(did you mean r18"),
+        ("x" * 100_000, 112, r"looks like none of the networks here; it begins with a\.b$"),
+    ],
+)
+def test_settings_of_another_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, network: str, size: int, message: str
+) -> None:
+    """A network that the settings in a file name is compared with its weights, and not made for real unless they fit;
+    a name that is none is said with the file, and not at any length."""
+    monkeypatch.setattr(load, "create_network", pytest.fail)
+    settings = {"model": {"network": network, "embedding_size": 512}, "data": {"image_size": size}}
+    save_file({"a.b": torch.zeros(1)}, tmp_path / "x.safetensors", {"settings": json.dumps(settings)})
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors:? {message}"):
+        load_network(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("inside", [{"w": torch.zeros(1)}, {}])
+def test_dictionaries_that_many_hold(tmp_path: Path, inside: dict[str, Any]) -> None:
+    """Each is looked through once, however many ways lead to it: 2^40 here."""
+    for _ in range(40):
+        inside = {"a": inside, "b": inside}
+    torch.save(inside, tmp_path / "x.pth")
+    with pytest.raises(CheckpointError, match=r"looks like none of the networks here|is no state dict"):
+        load_network(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("kind", ["deflated", "twice"])
+def test_archives_that_are_larger_than_their_file(tmp_path: Path, kind: str) -> None:
+    """A few megabytes would become gigabytes: compressed, or the same bytes as several tensors."""
+    torch.save({"a.weight": torch.zeros(1000)}, tmp_path / "x.pth")
+    with zipfile.ZipFile(tmp_path / "x.pth") as archive:
+        members = {member: archive.read(member) for member in archive.infolist()}
+    compression = zipfile.ZIP_DEFLATED if kind == "deflated" else zipfile.ZIP_STORED
+    with zipfile.ZipFile(tmp_path / "y.pth", "w", compression) as archive:
+        for member, content in members.items():
+            archive.writestr(member.filename, content)
+        if kind == "twice":
+            archive.filelist += [one for one in archive.filelist if one.filename.endswith("data/0")]
+    with pytest.raises(CheckpointError, match=r"y\.pth is a compressed archive, which torch\.save does not write"):
+        load_network(tmp_path / "y.pth")
 
 
 def test_dictionaries_that_hold_each_other(tmp_path: Path) -> None:

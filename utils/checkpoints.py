@@ -23,8 +23,8 @@ BEST = "best.safetensors"
 #: The weights in a folder that `utils.export --format hub` makes.
 HUB_WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
-# No size of a face or an embedding: a network of that size would take all memory.
-_TOO_LARGE = 1 << 14
+#: No size of a face or an embedding: a network of that size would take all memory.
+TOO_LARGE = 1 << 14
 
 
 class CheckpointError(ValueError):
@@ -86,7 +86,9 @@ def run_settings(metadata: Mapping[str, str]) -> dict[str, Any]:
         sizes = settings["model"]["embedding_size"], settings["data"]["image_size"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
-    good = isinstance(name, str) and all(type(size) is int and 0 < size < _TOO_LARGE for size in sizes)
+    good = (
+        isinstance(name, str) and len(name) < 100 and all(type(size) is int and 0 < size < TOO_LARGE for size in sizes)
+    )
     return settings if good else {}
 
 

@@ -1,14 +1,15 @@
 """Networks with weights loaded from files."""
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
-from models.backbones import NETWORKS, create_network
+from models.backbones import NETWORKS, TIMM, create_network
 from models.inputs import InputSpec, check_choices
 from models.weights.adaface import adaface
 from models.weights.cvlface import cvlface
@@ -30,6 +31,10 @@ from utils.checkpoints import CheckpointError, load_backbone, read_safetensors, 
 
 #: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
 ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, tface, mxnet_mobilefacenet)
+
+
+# Old files lack the counters of norms, which only training without momentum reads.
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ def load_network(
     check_choices(normalisation, colour)
     origin, stated = _read(file)
     known = stated or _recognised(shapes_of(origin.state), file, network, embedding_size, image_size)
-    module = create_network(known.network, known.embedding_size, known.image_size)
+    with _about(file):
+        module = create_network(known.network, known.embedding_size, known.image_size)
     _fill(module, _state_for_rgb(origin, module, colour), file, known.network)
     inputs = InputSpec(origin.normalisation).chosen(normalisation)
     return Loaded(module, known.network, known.embedding_size, known.image_size, inputs)
@@ -102,7 +108,21 @@ def _read(file: Path) -> tuple[Origin, Recognised | None]:
         return read_origin(file), None
     state, settings = load_backbone(file)
     model = settings["model"]
-    return Origin(state), Recognised(model["network"], model["embedding_size"], settings["data"]["image_size"])
+    known = Recognised(model["network"], model["embedding_size"], settings["data"]["image_size"])
+    if not known.network.startswith(TIMM):  # of timm's some have to be made for real to be compared with
+        with _about(file):
+            expected = expected_shapes(known.network, known.embedding_size, known.image_size)
+        _require_fit(expected, shapes_of(strip_prefixes(state)), file, known.network)
+    return Origin(state), known
+
+
+@contextmanager
+def _about(file: Path) -> Iterator[None]:
+    """A ValueError about the network that `file` names, which may be no network here, names the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
 
 
 def read_origin(file: Path) -> Origin:
@@ -141,7 +161,10 @@ def for_rgb(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]
     """
     own = strip_prefixes(module.state_dict())
     first = next(name for name, value in own.items() if value.dim() == 4 and value.shape[1] == 3)
-    return {name: value.flip(1) if name == first else value for name, value in strip_prefixes(state).items()}
+    return {
+        name: value.flip(1) if name == first and value.dim() == 4 else value
+        for name, value in strip_prefixes(state).items()
+    }
 
 
 def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, image_size: int) -> Recognised:
@@ -162,22 +185,29 @@ def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, im
 
 
 def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, network: str) -> None:
-    # Old files lack the counters of norms, which only training without momentum reads.
     own = module.state_dict()
     stripped = strip_prefixes({name: name for name in own})
-    counters = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    counters = {name: value for name, value in own.items() if name.endswith(_COUNTER)}
     state = {**counters, **{stripped.get(name, name): value for name, value in strip_prefixes(state).items()}}
-    expected, found = shapes_of(own), shapes_of(state)
+    _require_fit(shapes_of(own), shapes_of(state), file, network)
+    for name, value in state.items():
+        if own[name].is_floating_point() and not value.is_floating_point():
+            raise CheckpointError(f"{file}: its tensors are no plain weights: {name} is of {value.dtype}")
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:  # sparse or quantised ones, or without values
+        raise CheckpointError(f"{file}: its tensors are no plain weights: {shorten(str(error), 2)}") from None
+
+
+def _require_fit(expected: Shapes, found: Shapes, file: Path, network: str) -> None:
+    """Raise CheckpointError unless weights with the shapes `found` are those of `network`, which has `expected`."""
+    found = {name: shape for name, shape in expected.items() if name.endswith(_COUNTER)} | found
     if expected != found:
         known, wanted = recognise(found, NETWORKS, 112), recognise(expected, (network,), 112)
         looks = f"; it looks like {known}: say {_flags(known, wanted)}" if known else ""
         raise CheckpointError(
             f"{file} does not hold the weights of {wanted or network}{looks}. {differences(found, expected)}"
         )
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:  # sparse or quantised ones, or without values
-        raise CheckpointError(f"{file}: its tensors are no plain weights: {shorten(str(error), 2)}") from None
 
 
 def _flags(known: Recognised, wanted: Recognised | None) -> str:

@@ -20,6 +20,8 @@ def mxnet_mobilefacenet(checkpoint: Checkpoint) -> Origin | None:
     """The origin of y1's weights under mxnet's names; None for any other."""
     if not {"conv_1_conv2d_weight", "pre_fc1_bias", "fc1_weight", "fc1_gamma"} <= checkpoint.names.keys():
         return None
+    if checkpoint.names["fc1_weight"].dim() != 2:
+        return None
     names = _names()
     state: dict[str, Tensor] = {names.get(name, name): value for name, value in checkpoint.names.items()}
     state["linear1.conv.weight"] = state.pop("fc1_weight")[:, :, None, None]

@@ -47,6 +47,9 @@ _UNSUPPORTED = re.compile(r"Unsupported global: GLOBAL (\S+)")
 _ARCHIVE, _PICKLE = b"PK", b"\x80"  # how files of torch.save begin, now and before 1.6
 _OLD_FILE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # these with its magic number
 
+# Values that a tensor may have although its file has fewer: 1 GiB in a network.
+_MOST_REPEATED = 1 << 28
+
 
 class _Note:
     """Takes the place of an object that has nothing to do with the weights."""
@@ -122,7 +125,31 @@ def read_checkpoint(file: Path) -> Checkpoint:
         names = unwrap(content, file)
     except RecursionError:
         raise CheckpointError(f"{file} is no state dict: its dictionaries hold each other without an end") from None
+    _require_values(names, file)
     return Checkpoint(file, content, names, strip_prefixes(names))
+
+
+def _require_values(state: Mapping[str, Tensor], file: Path) -> None:
+    """Raise CheckpointError for huge tensors that repeat a few values: a network that large takes all memory."""
+    size = file.stat().st_size
+    for name, value in state.items():
+        if value.numel() > max(size, _MOST_REPEATED):
+            raise CheckpointError(f"{file}: {name} is {list(value.shape)}, of which the file of {size:,} bytes has few")
+
+
+def _require_uncompressed(file: Path) -> None:
+    """Raise CheckpointError for an archive that takes more memory than it has bytes: torch.save compresses nothing.
+
+    A damaged archive passes: torch says what is wrong with it.
+    """
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return
+    compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if compressed or sum(member.file_size for member in members) > file.stat().st_size:
+        raise CheckpointError(f"{file} is a compressed archive, which torch.save does not write: save it anew")
 
 
 def _read_pickle(file: Path) -> Any:
@@ -132,6 +159,7 @@ def _read_pickle(file: Path) -> Any:
         raise CheckpointError(
             f"{file} was not written by torch.save; if it is a verification set, name it without --model"
         )
+    _require_uncompressed(file)
     try:
         with torch.serialization.safe_globals([(_Note, name) for name in _NOTES]):
             return torch.load(file, map_location="cpu", weights_only=True)
@@ -158,12 +186,16 @@ def _refusal(file: Path, error: Exception) -> str:
     )
 
 
-def unwrap(content: Any, file: Path) -> dict[str, Tensor]:
-    """The state dict inside what a checkpoint holds. Raises CheckpointError, saying what it holds, without any."""
+def unwrap(content: Any, file: Path, known: dict[int, dict[str, Tensor]] | None = None) -> dict[str, Tensor]:
+    """The state dict inside what a checkpoint holds. Raises CheckpointError, saying what it holds, without any.
+
+    `known`: what is in dictionaries that were looked through, by their ids: many may hold the same ones.
+    """
+    known = {} if known is None else known
     if isinstance(content, Mapping):
         tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
         inner = {str(name): value for name, value in content.items() if isinstance(value, Mapping)}
-        found = {name: state for name, value in inner.items() if (state := _unwrapped(value, file))}
+        found = {name: state for name, value in inner.items() if (state := _unwrapped(value, file, known))}
         average, plain = (
             next((found[name] for name in names if name in found), {}) for names in (_AVERAGES, _WRAPPERS)
         )
@@ -183,14 +215,16 @@ def _essential(state: Mapping[str, Tensor]) -> set[str]:
     return {name for name in strip_prefixes(state) if not (name.endswith("num_batches_tracked") or _is_beside(name))}
 
 
-def _unwrapped(content: Mapping[Any, Any], file: Path) -> dict[str, Tensor]:
+def _unwrapped(content: Mapping[Any, Any], file: Path, known: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:
     """As `unwrap`; nothing where there is no state dict."""
     if not any(isinstance(value, Tensor | Mapping) for value in content.values()):
         return {}
-    try:
-        return unwrap(content, file)
-    except CheckpointError:
-        return {}
+    if id(content) not in known:
+        try:
+            known[id(content)] = unwrap(content, file, known)
+        except CheckpointError:
+            known[id(content)] = {}
+    return known[id(content)]
 
 
 def _is_optimizer(name: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from models.backbones import create_network
 from models.weights.reading import strip_prefixes
+from utils.checkpoints import TOO_LARGE
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -66,7 +67,9 @@ def recognise(found: Shapes, networks: Iterable[str], image_size: int) -> Recogn
         likely = _usual_shapes(network, 512, image_size)
         if _named(likely) != _named(found):
             continue
-        embedding_size = found[_last(likely)][0]
+        embedding_size = _embedding_size(found, likely)
+        if not embedding_size:
+            continue
         at_112 = _usual_shapes(network, embedding_size, image_size)
         for size in dict.fromkeys((image_size, 112, *_likely_sizes(found, at_112))):
             try:
@@ -95,8 +98,7 @@ def most_similar(found: Shapes, networks: Iterable[str], image_size: int) -> Rec
     best, most = None, 0.5
     for network in networks:
         likely = _usual_shapes(network, 512, image_size)
-        last = found.get(_last(likely), ()) if likely else ()
-        embedding_size = last[0] if last else 512
+        embedding_size = (likely and _embedding_size(found, likely)) or 512
         try:
             expected = expected_shapes(network, embedding_size, image_size)
         except ValueError:
@@ -126,9 +128,11 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def _last(shapes: Shapes) -> str:
-    """The last weight: of every network here its first dimension is the embedding's."""
-    return [name for name, shape in shapes.items() if shape][-1]
+def _embedding_size(found: Shapes, likely: Shapes) -> int:
+    """The embedding size of weights with the shapes `found`, given those of their network at any; 0: none."""
+    # The last weight: of every network here its first dimension is the embedding's.
+    last = found.get([name for name, shape in likely.items() if shape][-1])
+    return last[0] if last and last[0] < TOO_LARGE else 0
 
 
 def _named(shapes: Shapes) -> frozenset[str]:
