@@ -88,6 +88,13 @@ def test_onnx_files_with_a_fixed_batch(tmp_path: Path, faces: torch.Tensor, batc
     torch.testing.assert_close(OnnxEmbedder(fixed, "auto", CPU).embed(faces, mirror=True), wanted)
 
 
+def test_an_onnx_file_for_thousands_of_faces_at_once(tmp_path: Path) -> None:
+    """Its number takes memory and time whatever there is to embed: too many are refused, not run out of memory for."""
+    OnnxEmbedder(write_onnx(tmp_path / "many.onnx", batch=4_096), "auto", CPU)
+    with pytest.raises(CheckpointError, match=r"more\.onnx takes 4,097 faces at once, 4,096 are the most"):
+        OnnxEmbedder(write_onnx(tmp_path / "more.onnx", batch=4_097), "auto", CPU)
+
+
 def test_a_state_dict_and_our_own_file_are_the_same_model(tmp_path: Path) -> None:
     """insightface's plain .pth needs the network's name; ours knows it. Both give the network's own embeddings."""
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from data.images import decode_rgb
 from models.embedders import OnnxEmbedder, load_embedder
-from models.embedders.onnx_normalisation import normalises_itself
+from models.embedders.onnx_normalisation import _value, normalises_itself
 from test_embedder import CPU, SIZE, reshaped, with_metadata, write_onnx
 from utils.checkpoints import CheckpointError
 from utils.export import main as export_main
@@ -49,6 +49,19 @@ def test_own_normalisation_is_arithmetic_with_constants_on_the_faces(nodes: Node
     made = [helper.make_node(operation, inputs, [output]) for operation, inputs, output in nodes]
     constants = [helper.make_tensor(name, TensorProto.FLOAT, [1], [127.5]) for name in ("mid", "kernel")]
     assert normalises_itself(helper.make_graph(made, "net", [], [], constants), "x") is own
+
+
+def test_constants_at_the_end_of_a_long_chain() -> None:
+    """Thousands of nodes that hand a constant on are followed to it, and those that hand it in a circle are left."""
+    chain = [("Identity", [f"c{i}"], f"c{i + 1}") for i in range(3_000)]
+    made = [
+        helper.make_node(operation, inputs, [output])
+        for operation, inputs, output in [*chain, ("Sub", ["x", "c3000"], "a"), ("Conv", ["a", "c0"], "y")]
+    ]
+    constant = helper.make_tensor("c0", TensorProto.FLOAT, [1], [127.5])
+    assert normalises_itself(helper.make_graph(made, "net", [], [], [constant]), "x") is True
+    circle = [helper.make_node("Identity", ["b"], ["a"]), helper.make_node("Cast", ["a"], ["b"], to=1)]
+    assert _value(helper.make_graph(circle, "net", [], []), "a") is None
 
 
 @pytest.mark.parametrize(

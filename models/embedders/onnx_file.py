@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 #: Key of an ONNX file's metadata under which exports of this project keep the InputSpec as JSON.
 INPUTS_KEY = "face_inputs"
 
+#: The largest fixed batch: any number of faces takes memory for as many.
+MOST_AT_ONCE = 4096
+
 #: Of nets for faces of 112 high and 96 wide (SphereFace's crop): the columns of a 112x112 face that they see.
 NARROW_COLUMNS = (8, 104)
 
@@ -47,6 +50,11 @@ class OnnxEmbedder(FaceEmbedder):
         height, width, self._channels_last = _input_size(path, entry.shape, image_size)
         self.image_size = height
         self._fixed_batch = entry.shape[0] if isinstance(entry.shape[0], int) else None
+        if self._fixed_batch is not None and self._fixed_batch > MOST_AT_ONCE:
+            raise CheckpointError(
+                f"{path} takes {self._fixed_batch:,} faces at once, {MOST_AT_ONCE:,} are the most: export it for any "
+                "number of faces"
+            )
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         self.inputs = _input_spec(path, metadata, model.graph, self._entry, normalisation, colour)
         if width < height:

@@ -64,6 +64,9 @@ def _value(graph: "onnx.GraphProto", name: str) -> float | None:
     """The largest absolute value of a constant; None for one that the graph computes, or that lies in another file."""
     from onnx import numpy_helper
 
+    makers = {output: node for node in graph.node for output in node.output}
+    while name in makers and makers[name].op_type in ("Cast", "Identity"):
+        name = makers.pop(name).input[0]
     tensors: list[Any] = [tensor for tensor in graph.initializer if tensor.name == name]
     for node in graph.node:
         if name in node.output and node.op_type == "Constant":
@@ -73,8 +76,6 @@ def _value(graph: "onnx.GraphProto", name: str) -> float | None:
                 elif attribute.name.startswith("value_"):  # float, int, floats or ints
                     values = [attribute.f or attribute.i, *attribute.floats, *attribute.ints]
                     return max(map(abs, map(float, values)))
-        elif name in node.output and node.op_type in ("Cast", "Identity"):
-            return _value(graph, node.input[0])
     if not tensors or tensors[0].external_data:
         return None
     try:
