@@ -111,6 +111,14 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("value", ["1" + "0" * 400, "NaN", "-Infinity", '"x"', "[" * 100_000])
+def test_lines_that_are_no_numbers_are_left_out(tmp_path: Path, value: str) -> None:
+    """Whatever stands in them, a run goes on."""
+    good = {"step": 2, "train/loss": 1.0, "train/images_per_s": 10**300}
+    (tmp_path / METRICS).write_text(json.dumps(good) + f'\n{{"step": 4, "train/loss": {value}}}\n')
+    assert read_metrics(tmp_path) == [good]
+
+
 def test_distributions(tmp_path: Path) -> None:
     """Histograms of what is there; what is empty or not finite is left out instead of ending the run."""
     with TrainingLog(tmp_path, 0) as log:

@@ -1,7 +1,7 @@
 """The numbers of a run, `metrics.jsonl`: one JSON object a line."""
 
 import json
-import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,4 +27,4 @@ def _is_line(found: Any) -> bool:
     """Whether it is finite numbers by name, of a step."""
     if not isinstance(found, dict) or type(found.get("step")) is not int:
         return False
-    return all(isinstance(value, int | float) and math.isfinite(value) for value in found.values())
+    return all(isinstance(value, int | float) and abs(value) <= sys.float_info.max for value in found.values())
