@@ -26,6 +26,9 @@ class InputSpec:
         for name, values in (("normalisation", Normalisation), ("colour", Colour)):
             if getattr(self, name) not in get_args(values):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(values))}, got {getattr(self, name)!r}")
+        for name, seen in (("rows", self.rows), ("columns", self.columns)):
+            if seen is not None and not _is_range(seen):
+                raise ValueError(f"{name} must be the first and one past the last, got {seen!r}")
 
     def chosen(self, normalisation: str = "auto", colour: str = "auto") -> "InputSpec":
         """A copy with the given values in place, where they are not `auto`. Raises ValueError for unknown ones."""
@@ -45,6 +48,12 @@ class InputSpec:
     def as_json(self) -> dict[str, Any]:
         """The fields as JSON has them, for fingerprints and metadata."""
         return asdict(self)
+
+
+def _is_range(seen: Any) -> bool:
+    """Whether it is two whole numbers from 0 on, in a tuple or in a list, as JSON has it, the second one larger."""
+    pair = isinstance(seen, tuple | list) and [type(end) for end in seen] == [int, int]
+    return pair and 0 <= seen[0] < seen[1]
 
 
 def check_choices(normalisation: str, colour: str) -> None:

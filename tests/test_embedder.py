@@ -265,6 +265,15 @@ def test_onnx_files_that_are_no_embedders(tmp_path: Path, faces: torch.Tensor) -
         load_embedder(tmp_path / "bytes.onnx", CPU)
 
 
+@pytest.mark.parametrize("seen", [5, "ab", ["a", "b"], [1.5, 3], [True, 3], [0, 9, 2, 4], [9, 9], [-4, 9], {}])
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_parts_of_a_face_that_cannot_be(name: str, seen: Any) -> None:
+    """A file that says so is refused when it is opened, not in the middle of the work."""
+    with pytest.raises(ValueError, match=f"^{name} must be the first and one past the last, got "):
+        InputSpec(**{name: seen})
+    assert InputSpec(**{name: [8, 104]}).as_json()[name] == [8, 104]
+
+
 @pytest.mark.parametrize("normalisation", ["none", "127.5", "128"])
 @pytest.mark.parametrize("colour", ["rgb", "bgr"])
 def test_inputs(faces: torch.Tensor, normalisation: str, colour: str) -> None:

@@ -68,7 +68,17 @@ class _Two(torch.nn.Module):
         return x + y
 
 
-@pytest.mark.parametrize("network", [_Pair(), _Sum(), _Two()])
+class _Complex(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)).to(torch.complex64)
+
+
+class _Sparse(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3)).to_sparse()
+
+
+@pytest.mark.parametrize("network", [_Pair(), _Sum(), _Two(), _Complex(), _Sparse()])
 def test_torchscript_that_gives_no_embeddings(network: torch.nn.Module, faces: torch.Tensor, tmp_path: Path) -> None:
     """Somebody else's program, a detector say, is refused with its name, whatever it gives or takes."""
     path = tmp_path / "x.pt"

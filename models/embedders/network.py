@@ -54,4 +54,7 @@ class NetworkEmbedder(FaceEmbedder):
         else:
             context = torch.autocast(self.device.type, self._precision)
         with context:
-            return self.network(self.inputs.to_input(faces, mirror)).float()
+            features = self.network(self.inputs.to_input(faces, mirror))
+        if isinstance(features, Tensor) and (features.is_complex() or features.layout != torch.strided):
+            raise ValueError(f"{self.name} gives a tensor of {features.dtype} and {features.layout}, not real numbers")
+        return features.float()

@@ -65,7 +65,13 @@ class TorchScriptEmbedder(NetworkEmbedder):
             features = super()._forward(faces, mirror)
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, AttributeError, IndexError, torch.jit.Error) as error:  # a program may do anything
+        except (
+            RuntimeError,
+            ValueError,
+            AttributeError,
+            IndexError,
+            torch.jit.Error,
+        ) as error:  # a program may do anything
             raise CheckpointError(f"{self._path} gives no embeddings of {len(faces)} faces: {_cause(error)}") from error
         if features.dim() < 2 or len(features) != len(faces):
             found = list(features.shape)
