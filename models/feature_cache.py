@@ -112,13 +112,13 @@ def _good(path: Path, blocks: Iterable[_Block], count: int) -> list[_Block]:
     """Those of `blocks` whose features in the file at `path` have the right checksum."""
     good = []
     with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
         for block in blocks:
             rows = _rows(block.number, count)
-            if not rows or block.dimension < 1:
+            if not rows or block.dimension < 1 or HEADER + 4 * block.dimension * rows.stop > size:
                 continue
             file.seek(HEADER + 4 * block.dimension * rows.start)
-            data = file.read(4 * block.dimension * len(rows))
-            if len(data) == 4 * block.dimension * len(rows) and zlib.crc32(data) == block.crc:
+            if zlib.crc32(file.read(4 * block.dimension * len(rows))) == block.crc:
                 good.append(block)
     return good
 
@@ -159,7 +159,7 @@ def _line(block: _Block) -> str:
 def _read_log(path: Path) -> Iterator[_Block]:
     for line in path.read_text(errors="replace").splitlines():
         fields = line.split()
-        if len(fields) == 3 and all(field.isascii() and field.isdigit() for field in fields):
+        if len(fields) == 3 and all(field.isascii() and field.isdigit() and len(field) < 20 for field in fields):
             yield _Block(*map(int, fields))
 
 
@@ -235,9 +235,11 @@ def _read_header(path: Path, key: str, count: int) -> dict[str, Any] | None:
             facts = json.loads(text)
             if int(crc, 16) != zlib.crc32(text) or facts["key"] != key or facts["images"] != count:
                 return None
+            if type(facts["dimension"]) is not int or facts["dimension"] < 1:
+                return None
             file.seek(HEADER + 4 * count * facts["dimension"])
             table = file.read()
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
     good = len(table) == 4 * -(-count // BLOCK) and zlib.crc32(table) == facts["sums"]
     return facts if good else None

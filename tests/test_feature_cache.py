@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -152,6 +153,35 @@ def test_unfinished_blocks_are_checked(tmp_path: Path) -> None:
     np.testing.assert_array_equal(embed(embedder, cache), wanted(COUNT))
     assert embedder.seen == COUNT - BLOCK  # of the 4 blocks it had, one is left whole
     assert only_file(cache).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("text", [b"[" * 4_000, b'"dimension": -50', b'"dimension": 3e300', b'"dimension": true'])
+def test_a_header_of_somebody_else(tmp_path: Path, text: bytes) -> None:
+    """One whose checksum is right is damage, too, whatever it says."""
+    embed(CountingEmbedder(), tmp_path)
+    path = only_file(tmp_path)
+    _, own = path.read_bytes()[:HEADER].rstrip().split(b" ", 1)
+    changed = own.replace(b'"dimension": 3', text) if text.startswith(b'"') else text
+    header = f"{zlib.crc32(changed):08x} ".encode() + changed
+    path.write_bytes(header.ljust(HEADER - 1) + b"\n" + path.read_bytes()[HEADER:])
+    with pytest.warns(UserWarning, match="is damaged: 8 of its 8 blocks are made anew"):
+        np.testing.assert_array_equal(embed(CountingEmbedder(), tmp_path), wanted(COUNT))
+
+
+@pytest.mark.parametrize("dimension", ["100000000", "1" + "0" * 18, "1" + "0" * 30, "9" * 5_000])
+def test_a_log_of_giant_blocks(tmp_path: Path, dimension: str) -> None:
+    """What it says of features takes no memory beyond their file's."""
+    path = make_elsewhere(tmp_path)
+    partial = partial_folder(path)
+    partial.mkdir()
+    path.rename(partial / "features")
+    (partial / ".journal.json").write_text("{}")
+    (partial / "blocks.0").write_text(f"1 {dimension} 0\n")
+    tracemalloc.start()
+    np.testing.assert_array_equal(embed(CountingEmbedder(), tmp_path), wanted(COUNT))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10_000_000
 
 
 def test_all_is_on_the_disk_before_it_has_its_name(
