@@ -2,9 +2,11 @@
 
 import hashlib
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,6 +182,14 @@ class _Kept:
     def matches(self) -> TopMatches:
         return TopMatches(self.cosine, self.index)
 
+    def fits(self, cosine: Any, index: Any, candidates: int) -> bool:
+        """Whether another one, of the same items and as many candidates, may have kept these."""
+        return (
+            all(isinstance(one, Tensor) and one.shape == self.cosine.shape for one in (cosine, index))
+            and (cosine.dtype, index.dtype) == (self.cosine.dtype, self.index.dtype)
+            and (not index.numel() or bool(index.min() >= -1 and index.max() < candidates))
+        )
+
     def restore(self, cosine: Tensor, index: Tensor) -> None:
         """Go on from what another one had kept."""
         self.cosine.copy_(cosine)
@@ -189,7 +199,7 @@ class _Kept:
 
 class _Saved:
     """The matches so far in a file of `folder` (None: nowhere), named by the `vectors` and the `settings`; what is
-    there already is given to `kept`, and `start` is the row to go on with.
+    there already is given to `kept`, and `start` is the row to go on with: 0, with a warning, where it is damaged.
     """
 
     def __init__(
@@ -204,10 +214,27 @@ class _Saved:
         self._file = folder and folder / f"matches-{_digest(vectors, settings)}.pt"
         self._last = time.monotonic()
         if self._file and self._file.exists():
-            state = torch.load(self._file, map_location="cpu", weights_only=True)
-            self.start = state["start"]
-            for own, values in zip(kept, state["kept"], strict=True):
-                own.restore(*values)
+            start, found = self._read(self._file)
+            if found:
+                self.start = start
+                for own, values in zip(kept, found, strict=True):
+                    own.restore(*values)
+            else:
+                warnings.warn(f"{self._file} is damaged: its matches are made anew", stacklevel=3)
+
+    def _read(self, file: Path) -> tuple[int, list[tuple[Tensor, Tensor]]]:
+        """The row to go on with, and what was kept so far; nothing where the file is damaged. Raises OSError."""
+        try:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            start, found = state["start"], [(cosine, index) for cosine, index in state["kept"]]
+            # What is found for one side are numbers of the other.
+            candidates = [len(other.cosine) for other in reversed(self._kept)]
+            fit = [own.fits(*values, many) for own, values, many in zip(self._kept, found, candidates, strict=True)]
+        except OSError:
+            raise
+        except Exception:  # of a damaged file torch's reader raises what its bytes lead it to
+            return 0, []
+        return (start, found) if type(start) is int and start >= 0 and all(fit) else (0, [])
 
     def done(self, start: int) -> None:
         """All rows before `start` are done, or some other rank's."""

@@ -1,8 +1,9 @@
 """The most similar identities: against the whole matrix, in any blocks, on several ranks, in bounded memory."""
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -160,6 +161,42 @@ def test_an_interrupted_comparison_goes_on(within: bool, tmp_path: Path, monkeyp
         products = 0
         top_matches(other, second, folder=tmp_path, **limits)
         assert products == whole
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda state: b"",
+        lambda state: b"PK\x03\x04",
+        lambda state: [1],
+        lambda state: {"start": 0},
+        lambda state: {**state, "start": "x"},
+        lambda state: {**state, "start": -16},
+        lambda state: {**state, "kept": []},
+        lambda state: {**state, "kept": [5, 6]},
+        lambda state: {**state, "kept": [(cosine[1:], index[1:]) for cosine, index in state["kept"]]},
+        lambda state: {**state, "kept": [(cosine.double(), index) for cosine, index in state["kept"]]},
+        lambda state: {**state, "kept": [(cosine, index.clamp(min=61)) for cosine, index in state["kept"]]},
+    ],
+)
+def test_damaged_matches_are_made_anew(
+    damage: Callable[[dict[str, Any]], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the file holds, of which a line tells: a merge need not wait until somebody removes it."""
+    monkeypatch.setattr(matching, "_SAVED_AFTER", 0.0)
+    first, second = unit(83, 16, 0), unit(61, 16, 1)
+    wanted = top_matches(first, second, 3, 0.1, 16, folder=tmp_path)
+    (path,) = tmp_path.iterdir()
+    content = damage(torch.load(path))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.warns(UserWarning, match=r"matches-\w+\.pt is damaged: its matches are made anew"):
+        found = top_matches(first, second, 3, 0.1, 16, folder=tmp_path)
+    for kept, expected in zip(found, wanted, strict=True):
+        assert torch.equal(kept.cosine, expected.cosine)
+        assert torch.equal(kept.index, expected.index)
 
 
 def test_interrupted_ranks_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
