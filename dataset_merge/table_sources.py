@@ -51,8 +51,8 @@ def check_sources(table: Path, merge: MergeConfig, sets: Sequence[FaceSet]) -> s
         )
     try:
         made = json.loads(path.read_text())
-        before = [(known["images"], known["labels"]) for known in made["sets"]]
-        cleaning, paths = made["cleaning"], [known["path"] for known in made["sets"]]
+        before = [(_text(known["images"]), _text(known["labels"])) for known in made["sets"]]
+        cleaning, paths = made["cleaning"], [_text(known["path"]) for known in made["sets"]]
         made_with = _flags(cleaning)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DecisionsError(f"{path} is damaged ({error!r}): take it from the folder of the merge again") from None
@@ -73,6 +73,12 @@ def check_sources(table: Path, merge: MergeConfig, sets: Sequence[FaceSet]) -> s
     if cleaning != _cleaning(merge):
         raise DecisionsError(f"{table} was made with {made_with}, not with {_flags(_cleaning(merge))}")
     return None
+
+
+def _text(found: Any) -> str:
+    if not isinstance(found, str):
+        raise TypeError(f"{found!r:.60} is no text")
+    return found
 
 
 def _cleaning(merge: MergeConfig) -> dict[str, float] | None:

@@ -218,7 +218,16 @@ def test_a_table_of_unknown_sets_is_applied_with_a_remark(
     assert merge(sets, tmp_path / "b", tiny_run, "--decisions", str(tmp_path / "edited.csv")) == rows
     assert "merge.sets.json is not there" in capsys.readouterr().out
     assert "merge.sets.json is not there" in (tmp_path / "b" / "report.html").read_text()
-    for damaged in ("{}", "[]", "{", '{"sets": [], "cleaning": 3}', "[" * 100_000):
+    for damaged in (
+        "{}",
+        "[]",
+        "{",
+        '{"sets": [], "cleaning": 3}',
+        '{"sets": [{"images": 1, "labels": 2, "path": 3}], "cleaning": null}',
+        '{"sets": [{"images": [], "labels": "a", "path": "b"}], "cleaning": null}',
+        '{"sets": [{"images": "a", "labels": "b", "path": {}}], "cleaning": null}',
+        "[" * 100_000,
+    ):
         (tmp_path / "merge.sets.json").write_text(damaged)
         with pytest.raises(SystemExit, match=r"merge\.sets\.json is damaged"):
             merge(sets, tmp_path / "c", tiny_run, "--decisions", str(tmp_path / "edited.csv"))
