@@ -97,6 +97,12 @@ def test_the_card_says_what_is_known_and_no_more() -> None:
         assert f"\n## {title}\n" in unknown
 
 
+def test_names_of_several_lines_stay_in_their_cells() -> None:
+    """A set may be called anything: its table is one all the same."""
+    card = model_card(facts(tests={"a\r\n|b\u2028c": {"protocol": "10\nfolds", "accuracy": 0.5}}), "w", "fp32")
+    assert "\n| a \\|b c | 10 folds | accuracy | 50.000 % |\n" in card
+
+
 def test_published_settings_name_no_folders() -> None:
     """Sets by their names, and nothing of the sections that describe the machine."""
     settings = {

@@ -154,6 +154,7 @@ def test_the_default_network_exists() -> None:
         ("train.batch_size", 0),
         ("train.lr", -0.1),
         ("train.lr", float("nan")),
+        pytest.param("train.lr", 10**400, id="train.lr-beyond floats"),
         ("train.warmup_epochs", -1.0),
         ("train.warmup_epochs", 21.0),
         ("train.schedule", "linear"),

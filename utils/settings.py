@@ -10,7 +10,6 @@ import argparse
 import ast
 import inspect
 import json
-import math
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -246,22 +245,26 @@ def describe(config: Any, sections: Sequence[str]) -> str:
 def check_types(section: Any, name: str) -> None:
     """Raise ConfigError unless every field of the dataclass instance `section` has the type that it declares."""
     for field, hint in get_type_hints(type(section)).items():
-        value = getattr(section, field)
-        words, hint = _words(hint)
-        if value in words:
-            continue
-        if get_origin(hint) is Literal:
-            choices = get_args(hint)
-            require(value in choices, f"{name}.{field}", f"must be one of {', '.join(choices)}, got {value!r}")
-        elif get_origin(hint) is tuple:
-            item = get_args(hint)[0]
-            good = isinstance(value, tuple) and all(isinstance(v, item) and not isinstance(v, bool) for v in value)
-            require(good, f"{name}.{field}", f"must be a tuple of {_kind(item, many=True)}, got {value!r}")
-        else:
-            good = isinstance(value, int | float if hint is float else hint)
-            good &= hint is bool or not isinstance(value, bool)
-            good = good and (hint is not float or math.isfinite(value))
-            require(good, f"{name}.{field}", f"must be {' or '.join((_kind(hint), *words))}, got {value!r}")
+        check_type(getattr(section, field), hint, f"{name}.{field}")
+
+
+def check_type(value: Any, hint: Any, name: str) -> None:
+    """Raise ConfigError unless the value of the setting `name` has the type that a field declares as `hint`."""
+    words, hint = _words(hint)
+    if value in words:
+        return
+    if get_origin(hint) is Literal:
+        choices = get_args(hint)
+        require(value in choices, name, f"must be one of {', '.join(choices)}, got {value!r}")
+    elif get_origin(hint) is tuple:
+        item = get_args(hint)[0]
+        good = isinstance(value, tuple) and all(isinstance(v, item) and not isinstance(v, bool) for v in value)
+        require(good, name, f"must be a tuple of {_kind(item, many=True)}, got {value!r}")
+    else:
+        good = isinstance(value, int | float if hint is float else hint)
+        good &= hint is bool or not isinstance(value, bool)
+        good = good and (hint is not float or abs(value) <= sys.float_info.max)
+        require(good, name, f"must be {' or '.join((_kind(hint), *words))}, got {value!r}")
 
 
 def _words(hint: Any) -> tuple[tuple[str, ...], Any]:

@@ -91,7 +91,7 @@ def used_settings(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[s
         others: dict[str, Any] = {name: loss[name] for name in with_any if loss.get(name)}
         used["loss"] = {"name": loss["name"], **own_loss_settings(loss), **others}
     train = used.get("train", {})
-    if train.get("lr") == 0:
+    if train.get("lr") == 0 and {"optimizer", "batch_size"} <= train.keys():
         train["lr"] = round(peak_lr(0, train["optimizer"], train["batch_size"]), 6)
     if train.get("precision") == "auto":
         train["precision"] = "bf16 or fp16 where the device has it, else fp32"

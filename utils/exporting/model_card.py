@@ -175,7 +175,12 @@ def _licence(facts: ModelFacts) -> str:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    """A line of it, with what would end the cell as a letter."""
+    return " ".join(text.splitlines()).replace("|", "\\|")
 
 
 def _as_text(value: Any) -> str:

@@ -1,6 +1,7 @@
 """The model that is exported, and what is known of it."""
 
 import json
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from models.inputs import Normalisation
 from models.weights import load_network, model_file
 from models.weights.reading import is_torchscript
 from utils.checkpoints import BEST, HUB_WEIGHTS, CheckpointError, run_settings
+from utils.exporting.checks import require_results, require_settings
 from utils.exporting.exportable import ExportError
 from utils.exporting.facts import ModelFacts, publishable
 
@@ -67,6 +69,7 @@ def load_source(
     embedder = NetworkEmbedder(loaded.network.eval(), loaded.image_size, CPU, name, inputs=loaded.inputs)
     saved = _saved_metadata(file)
     settings = run_settings(saved)
+    require_settings(settings, file)
     run = file.parent if settings else None
     tested = (_tested(run / "test", embedder) if run else {}) or _stated_tests(saved)
     facts = ModelFacts(
@@ -103,7 +106,8 @@ def _stated_tests(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         accuracies, mirror = json.loads(metadata["accuracy"]), json.loads(metadata["mirror_added"])
         sets = {name: {"protocol": "10 folds", "accuracy": float(accuracy)} for name, accuracy in accuracies.items()}
-    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):  # another program's own words
+        require_results({"sets": sets})
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):  # another program's words
         return {}
     return {"sets": sets, "mirror": bool(mirror)}
 
@@ -119,6 +123,7 @@ def _tested(folder: Path, model: NetworkEmbedder) -> dict[str, Any]:
     try:
         found = json.loads(results.read_text())
         precision = PRECISIONS[found.get("precision", "fp32")]
+        require_results(found)
         tested = [one["fingerprint"] for one in _models_of(report)] if report.is_file() else []
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{results}, or {report.name} beside it, is damaged ({error!r}): left out", stacklevel=3)
@@ -140,7 +145,10 @@ def _models_of(report: Path) -> list[dict[str, Any]]:
 def _stated(file: Path, saved: Mapping[str, str], name: str, kind: Callable[[str], T]) -> T | None:
     """What the metadata say of `name`, None if nothing. Raises CheckpointError where that is no number."""
     try:
-        return kind(saved[name]) if name in saved else None
+        value = kind(saved[name]) if name in saved else None
+        if value is None or -math.inf < value < math.inf:
+            return value
+        raise ValueError
     except ValueError:
         raise CheckpointError(
             f"{file}: its metadata have {saved[name][:20]!r} for {name}, which is no number"
