@@ -233,9 +233,9 @@ def test_the_way_back_is_no_time_of_training(tiny_set: Path, tmp_path: Path, mon
     clock = SimpleNamespace(monotonic=time.monotonic, perf_counter=lambda: time.perf_counter() + 3600 * hours[0])
     monkeypatch.setattr(training_log, "time", clock)
 
-    def an_hour_later(store: CheckpointStore) -> Saved | None:
+    def an_hour_later(store: CheckpointStore, require: Callable[[Saved], object]) -> Saved | None:
         hours[0] += 1
-        return newest_of(store)
+        return newest_of(store, require)
 
     monkeypatch.setattr(CheckpointStore, "newest", an_hour_later)
     run = train(configure(tiny_set, tmp_path, train__on_explosion="skip"))
