@@ -16,8 +16,9 @@ from dataset_merge.duplicates import Duplicate
 from dataset_merge.exclude import HeldOutSet, Leaks
 from dataset_merge.grouping import Grouping
 from utils.face_sheets import draw_contact_sheet, in_square
-from utils.html_report import HtmlReport, as_text
+from utils.html_report import HtmlReport
 from utils.plots import draw_marked_scores, draw_score_histogram
+from utils.texts import as_text
 
 ROWS_DRAWN = 16
 IMAGES_DRAWN = 4  # of each side

@@ -113,7 +113,7 @@ def settings_beside(model: Path) -> Settings:
     beside which there may be another program's config.json. Raises ConfigError, naming the file, for a damaged one.
     """
     file = (model if model.is_dir() else model.parent) / CONFIG
-    if not file.exists():
+    if not file.is_file():
         return {}
     try:
         text = file.read_text(encoding="utf-8")

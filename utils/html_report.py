@@ -4,7 +4,6 @@ import base64
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from utils.files import write_text_atomic
 from utils.scripts import printable
@@ -84,11 +83,6 @@ class HtmlReport:
             + "\n".join(self._body)
             + "\n</body></html>\n",
         )
-
-
-def as_text(value: Any) -> str:
-    """A setting's value, for people."""
-    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 def _text(text: str) -> str:

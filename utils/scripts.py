@@ -118,7 +118,7 @@ def is_first() -> bool:
 
 
 def is_restarted() -> bool:
-    """Whether torchrun started the same command before, and one of its processes failed."""
+    """Whether torchrun started this machine's processes before, and one of them failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 

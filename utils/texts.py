@@ -33,3 +33,8 @@ class Texts:
     def part(self, positions: np.ndarray) -> "Texts":
         """The texts at `positions`, int64, alone."""
         return Texts(self[i] for i in positions.tolist())
+
+
+def as_text(value: object) -> str:
+    """A setting's value, for people."""
+    return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

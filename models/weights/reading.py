@@ -35,12 +35,14 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.",
 # What a training module has beside its network: its head, losses and statistics.
 _OTHERS = ("head.", "loss.", "criterion.", "classifier.", "arcface.", "margin.", "teacher.")
 
-# What else checkpoints have in their notes: Lightning's callback, options, accuracies as numbers and arrays of numpy.
+# What else checkpoints have in their notes: Lightning's callback, options, paths (of Python 3.13 too, which calls them
+# otherwise), accuracies as numbers and arrays of numpy.
 # Nothing is imported: a class without content stands in.
 _NOTES = (
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "argparse.Namespace", "pathlib.PosixPath",
-    "pathlib.WindowsPath", "numpy.dtype", "numpy.ndarray", "numpy._core.multiarray.scalar",
-    "numpy._core.multiarray._reconstruct", "numpy.core.multiarray.scalar", "numpy.core.multiarray._reconstruct",
+    "pathlib.WindowsPath", "pathlib._local.PosixPath", "pathlib._local.WindowsPath", "numpy.dtype", "numpy.ndarray",
+    "numpy._core.multiarray.scalar", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
 )  # fmt: skip
 
 _UNSUPPORTED = re.compile(r"Unsupported global: GLOBAL (\S+)")

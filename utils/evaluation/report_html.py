@@ -10,7 +10,8 @@ from utils.evaluation.folds import FoldResult
 from utils.evaluation.ijb import IjbVerification
 from utils.evaluation.report_text import interval_text, padded, percent, published, quoted
 from utils.evaluation.tested import Picture, TestedModel, TestedSet, galleries
-from utils.html_report import HtmlReport, as_text
+from utils.html_report import HtmlReport
+from utils.texts import as_text
 
 
 def write_html(

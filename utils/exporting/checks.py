@@ -42,5 +42,5 @@ def require_results(found: Mapping[str, Any]) -> None:
         numbers = [result[key] for key in ("accuracy", "std", "eer", "auc") if key in result]
         numbers += [point.get(key) for point in points for key in ("far", "tar")]
         numbers += [end for point in points for end in point.get("interval") or ()]
-        if not all(type(number) in (int, float) and 0 <= number <= 1 for number in numbers):
+        if not all(type(number) in (int, float) and 0 <= round(number, 9) <= 1 for number in numbers):
             raise ValueError(f"of {name[:60]!r} it has what is no number from 0 to 1")

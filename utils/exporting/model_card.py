@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from utils.exporting.facts import ModelFacts, used_settings
+from utils.texts import as_text
 
 # Shown in this order where a run has them, and all that its loss has; the rest is in config.json.
 _SHOWN = {
@@ -129,7 +130,7 @@ def _few(point: dict[str, Any]) -> str:
 def _training(facts: ModelFacts) -> str:
     used = used_settings(facts.settings)
     rows = [
-        (f"`{section}.{field}`", _as_text(used[section][field]))
+        (f"`{section}.{field}`", as_text(used[section][field]))
         for section, fields in _SHOWN.items()
         for field in fields or used.get(section, {})
         if field in used.get(section, {})
@@ -181,10 +182,6 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     """A line of it, with what would end the cell as a letter."""
     return " ".join(text.splitlines()).replace("|", "\\|")
-
-
-def _as_text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _percent(share: float) -> str:
