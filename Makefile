@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 OLDEST_VENV := .venv-oldest
+# NumPy 2.0 installs on Python 3.11 and 3.12.
+OLDEST_PYTHON ?= $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null || echo $(PYTHON))
 MXNET_VENV := .venv-mxnet
 INSIGHTFACE_VENV := .venv-insightface
 # mxnet 1.9.1 needs a numpy that installs on Python 3.11 and not on later ones.
@@ -35,12 +37,12 @@ test: lint
 test-long: setup
 	$(RUN) -m pytest -m long
 
-# The tests with the oldest packages that requirements.txt allows, which want Python 3.11 or 3.12.
+# The tests with the oldest packages that requirements.txt allows.
 oldest: $(OLDEST_VENV)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 $(OLDEST_VENV)/.installed: tests/requirements-oldest.txt
-	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_PYTHON) -m venv $(OLDEST_VENV)
 	$(OLDEST_VENV)/bin/python -m pip install --quiet -r tests/requirements-oldest.txt
 	touch $@
 

@@ -155,14 +155,17 @@ class Test:
     def take_training_sample(self) -> None:
         """Take the sample of the training set that test sets are compared with, unless none is asked for, or note why
         there is none."""
-        chosen, sample = self.config.test.training_set, self.config.test.training_sample
-        if chosen == ("none",) or not sample:
+        chosen = self.config.test.training_set
+        if chosen == ("none",):
             return
         known = bool(chosen) or bool(settings_beside(self.paths[0]))
         roots = [Path(root) for root in chosen or self.config.data.root]
         missing = [str(root) for root in roots if not root.exists()]
         if chosen and missing:
             raise FaceSetError(f"--training-set: {', '.join(missing)} does not exist (none: there is none)")
+        sample = self.config.test.training_sample
+        if not sample:
+            return
         if not roots or not known or missing:
             text = "The training set is not known or not here: nothing tells whether it shares images or people with "
             self.notes.append(Finding("people", "note", text + "the test sets (--training-set names it)."))

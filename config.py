@@ -595,7 +595,7 @@ class PackConfig:
     image_size: int = 112
     # Aligned faces of another size: refuse stops with the name of the image, resize makes new JPEGs of them.
     other_sizes: Literal["refuse", "resize"] = "refuse"
-    # Images that may not be read, do not decode or do not fit: refuse stops with the name of the first, skip leaves
+    # Images that do not decode or do not fit, and what is no file: refuse stops with the name of the first, skip leaves
     # them out and lists them in left_out.csv.
     bad_images: Literal["refuse", "skip"] = "refuse"
     # JPEG quality of aligned and resized faces, 1 to 100. Other images keep their bytes.

@@ -17,9 +17,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from utils.arrays import distinct, read_whole_numbers
+from utils.arrays import distinct
 from utils.files import atomic_write
 from utils.progress import progress_bar
+from utils.text_files import read_whole_numbers
 
 MAGIC = 0xCED7230A
 MAGIC_BYTES = struct.pack("<I", MAGIC)

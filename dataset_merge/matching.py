@@ -76,7 +76,8 @@ def top_matches(
     of_rows = _Kept(n, k, floor, first.device)
     of_columns = of_rows if within else _Kept(m, k, floor, first.device)
     kept = [of_rows] if within else [of_rows, of_columns]
-    saved = _Saved(folder, (first, second), (k, floor, row_block, column_block, ranks.rank, ranks.size), kept)
+    settings = (k, floor, row_block, column_block, ranks.rank, ranks.size)
+    saved = _Saved(folder, (first, second), settings, ranks.size * row_block, kept)
     buffer = first.new_empty(_padded(min(row_block, n)) * _padded(min(column_block, m)))
     shown = ranks.first and n * m >= _PAIRS_SHOWN
     bar = progress_bar(n, "identity", "compare", initial=min(saved.start, n), disable=not shown)
@@ -199,7 +200,8 @@ class _Kept:
 
 class _Saved:
     """The matches so far in a file of `folder` (None: nowhere), named by the `vectors` and the `settings`; what is
-    there already is given to `kept`, and `start` is the row to go on with: 0, with a warning, where it is damaged.
+    there already is given to `kept`, and `start` is the row to go on with, a multiple of `stride`: 0, with a warning,
+    where the file is damaged.
     """
 
     def __init__(
@@ -207,9 +209,11 @@ class _Saved:
         folder: Path | None,
         vectors: tuple[Tensor, Tensor | None],
         settings: tuple[float, ...],
+        stride: int,
         kept: Sequence[_Kept],
     ) -> None:
         self.start = 0
+        self._possible = range(0, len(vectors[0]) + stride, stride)
         self._kept = kept
         self._file = folder and folder / f"matches-{_digest(vectors, settings)}.pt"
         self._last = time.monotonic()
@@ -234,7 +238,7 @@ class _Saved:
             raise
         except Exception:  # of a damaged file torch's reader raises what its bytes lead it to
             return 0, []
-        return (start, found) if type(start) is int and start >= 0 and all(fit) else (0, [])
+        return (start, found) if type(start) is int and start in self._possible and all(fit) else (0, [])
 
     def done(self, start: int) -> None:
         """All rows before `start` are done, or some other rank's."""

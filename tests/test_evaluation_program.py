@@ -165,8 +165,9 @@ def test_images_and_people_of_the_training_set_are_told(
     assert levels[others]["alignment"] == "unclear"
     assert "  note: tiny_tiny.bin: the mean face shows no clear eyes anywhere" in shown
     assert not [line for line in shown.splitlines() if "no warning" in line and "alignment" in line]
-    with pytest.raises(SystemExit, match="training-set: /nowhere does not exist"):
-        run(tmp_path, tiny_set / "tiny.bin", "--model", tiny_run, "--training-set", "/nowhere")
+    for options in ([], ["--training-sample", "0"]):
+        with pytest.raises(SystemExit, match="training-set: /nowhere does not exist"):
+            run(tmp_path, tiny_set / "tiny.bin", "--model", tiny_run, "--training-set", "/nowhere", *options)
 
 
 def test_reduced_precision_is_compared_with_float32(tiny_set: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -172,6 +172,8 @@ def test_an_interrupted_comparison_goes_on(within: bool, tmp_path: Path, monkeyp
         lambda state: {"start": 0},
         lambda state: {**state, "start": "x"},
         lambda state: {**state, "start": -16},
+        lambda state: {**state, "start": 7},
+        lambda state: {**state, "start": 16_000},
         lambda state: {**state, "kept": []},
         lambda state: {**state, "kept": [5, 6]},
         lambda state: {**state, "kept": [(cosine[1:], index[1:]) for cosine, index in state["kept"]]},

@@ -6,6 +6,7 @@ import shutil
 import struct
 import sys
 import zlib
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ import train as training
 from config import Config
 from data.face_sets import FaceSet, open_face_set
 from data.prepare_data import prepare
+from saved_steps import take_notes_away
 from tiny_runs import configure
 from train import Trainer, TrainingError, main, train
 from utils import program
@@ -249,12 +251,17 @@ def test_other_folders_are_left_alone(tiny_set: Path, tmp_path: Path, content: s
         train(configure(tiny_set, tmp_path))
 
 
-def test_resuming_damaged_checkpoints_only(begun: Path, folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage", [lambda checkpoint: (checkpoint / "manifest.json").write_text("{}"), take_notes_away]
+)
+def test_resuming_damaged_checkpoints_only(
+    damage: Callable[[Path], object], begun: Path, folders: Path, tmp_path: Path
+) -> None:
     """They are named one by one; the run does not start from its beginning in their place."""
     run = tmp_path / "damaged"
     shutil.copytree(begun, run)
     for checkpoint in checkpoint_folders(run / CHECKPOINTS):
-        (checkpoint / "manifest.json").write_text("{}")
+        damage(checkpoint)
     for _ in range(2):
         with pytest.raises(TrainingError, match="has no whole checkpoint to go on from"):
             train(configure(folders, tmp_path, train__resume=str(run), train__epochs=2))
@@ -272,6 +279,8 @@ def test_resuming_without_its_settings(begun: Path, tmp_path: Path, content: byt
     wanted = {"train.resume": str(run), "common.runs": str(tmp_path), "train.name": ""}
     shutil.copytree(run / CHECKPOINTS / "step-000000006", newer := run / CHECKPOINTS / "step-000000007")
     (newer / "manifest.json").write_text("{}")
+    shutil.copytree(run / CHECKPOINTS / "step-000000006", newest := run / CHECKPOINTS / "step-000000008")
+    take_notes_away(newest)
     with pytest.warns(UserWarning, match=r"a/config\.json .*: its settings are those of .*step-000000006$"):
         found = saved_settings(wanted)
     assert found == {**saved_settings({**wanted, "train.resume": str(begun)}), "train.resume": str(run)}

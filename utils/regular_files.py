@@ -8,9 +8,9 @@ from io import BufferedReader, BytesIO, FileIO
 from pathlib import Path
 from typing import BinaryIO
 
-#: Errors of the system that say what a file is, not that it is missing or its disk out of order: a link that leads
-#: around in a circle, one that may not be read, a pipe, a folder.
-UNREADABLE = frozenset((errno.ELOOP, errno.EACCES, errno.EINVAL, errno.EISDIR))
+#: Errors of the system that say what a file is: a link that leads around in a circle, a pipe, a folder. One that is
+#: missing, or may not be read, may be so with all others of its disk.
+UNREADABLE = frozenset((errno.ELOOP, errno.EINVAL, errno.EISDIR))
 
 
 def open_regular_file(path: Path) -> FileIO:

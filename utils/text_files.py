@@ -1,11 +1,15 @@
 """Lists and tables that people make with programs of their own: in which encoding, and with rows of nothing."""
 
 import csv
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TextIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from utils.regular_files import open_file_or_pipe
 
@@ -29,6 +33,16 @@ def open_text(path: Path) -> Iterator[TextIO]:
             yield text
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} cannot be read as UTF-16, which its first bytes say it is: {error}") from None
+
+
+def read_whole_numbers(path: Path) -> NDArray[np.int64]:
+    """The lines of a text file of whole numbers with white space between, int64 [lines, columns]; of size 0 if there
+    are none. Raises ValueError, naming row and column, for anything else and for lines of unequal length.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a file without data
+        warnings.simplefilter("error", DeprecationWarning)  # NumPy 2.0 takes 2.5 for 2, and only warns
+        return np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
 
 
 class RowError(ValueError):

@@ -18,6 +18,9 @@ from models.embedders.network import NetworkEmbedder
 from models.inputs import InputSpec
 from utils.checkpoints import CheckpointError
 
+# A program may do anything.
+_OF_PROGRAMS = (RuntimeError, ValueError, AttributeError, IndexError, torch.jit.Error)
+
 #: Extra file of a TorchScript archive in which exports of this project keep {"image_size": ..., "inputs": InputSpec}.
 EXTRA_FILE = "face_embedder.json"
 
@@ -65,13 +68,7 @@ class TorchScriptEmbedder(NetworkEmbedder):
             features = super()._forward(faces, mirror)
         except torch.OutOfMemoryError:
             raise
-        except (
-            RuntimeError,
-            ValueError,
-            AttributeError,
-            IndexError,
-            torch.jit.Error,
-        ) as error:  # a program may do anything
+        except _OF_PROGRAMS as error:
             raise CheckpointError(f"{self._path} gives no embeddings of {len(faces)} faces: {_cause(error)}") from error
         if features.dim() < 2 or len(features) != len(faces):
             found = list(features.shape)

@@ -49,6 +49,9 @@ _UNSUPPORTED = re.compile(r"Unsupported global: GLOBAL (\S+)")
 _ARCHIVE, _PICKLE = b"PK", b"\x80"  # how files of torch.save begin, now and before 1.6
 _OLD_FILE = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"  # these with its magic number
 
+# Bytes that one of an archive may become.
+_MOST_UNPACKED = 4
+
 # Values that a tensor may have although its file has fewer: 1 GiB in a network.
 _MOST_REPEATED = 1 << 28
 
@@ -139,19 +142,18 @@ def _require_values(state: Mapping[str, Tensor], file: Path) -> None:
             raise CheckpointError(f"{file}: {name} is {list(value.shape)}, of which the file of {size:,} bytes has few")
 
 
-def _require_uncompressed(file: Path) -> None:
-    """Raise CheckpointError for an archive that takes more memory than it has bytes: torch.save compresses nothing.
-
-    A damaged archive passes: torch says what is wrong with it.
+def _require_its_size(file: Path) -> None:
+    """Raise CheckpointError for an archive that becomes several times its size: torch.save compresses nothing, and who
+    packs weights again saves a tenth. A damaged archive passes: torch says what is wrong with it.
     """
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return
-    compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if compressed or sum(member.file_size for member in members) > file.stat().st_size:
-        raise CheckpointError(f"{file} is a compressed archive, which torch.save does not write: save it anew")
+    size = file.stat().st_size
+    if (unpacked := sum(member.file_size for member in members)) > _MOST_UNPACKED * size:
+        raise CheckpointError(f"{file} has {size:,} bytes, which become {unpacked:,}: torch.save writes no such file")
 
 
 def _read_pickle(file: Path) -> Any:
@@ -161,7 +163,7 @@ def _read_pickle(file: Path) -> Any:
         raise CheckpointError(
             f"{file} was not written by torch.save; if it is a verification set, name it without --model"
         )
-    _require_uncompressed(file)
+    _require_its_size(file)
     try:
         with torch.serialization.safe_globals([(_Note, name) for name in _NOTES]):
             return torch.load(file, map_location="cpu", weights_only=True)

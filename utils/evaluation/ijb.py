@@ -22,12 +22,11 @@ from numpy.typing import NDArray
 from data.align import TEMPLATE_SIZE, align
 from data.images import ImageError, decode_rgb, encode_png
 from data.images_fingerprint import files_digest
-from utils.arrays import read_whole_numbers
 from utils.evaluation.curves import FAR_POINTS, Roc, TarAtFar, roc, split_scores, tar_at_far, tar_at_nearest_roc_point
 from utils.evaluation.identification import Identification, identify
 from utils.evaluation.templates import Templates
 from utils.regular_files import read_regular_file
-from utils.text_files import RowError, read_rows
+from utils.text_files import RowError, read_rows, read_whole_numbers
 
 _PAIRS_AT_ONCE = 1 << 16
 _WHOLE = 2.0**53  # float64 has all whole numbers below

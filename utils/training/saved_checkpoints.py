@@ -137,7 +137,8 @@ def _read_manifest(path: Path) -> _Manifest:
 
 
 def _as_manifest(content: dict[str, Any]) -> _Manifest:
-    """What `content` says, which may be anything. Raises an error of the kinds above unless it is whole."""
+    """What `content` says, which may be anything. Raises ValueError, TypeError, KeyError or AttributeError unless it is
+    whole."""
     step, ranks = _count(content["step"]), _count(content["ranks"])
     sums = {name: FileSum(_count(found["bytes"]), _count(found["crc32"])) for name, found in content["files"].items()}
     _require(all(map(_PLAIN.fullmatch, sums)) and 1 <= ranks <= len(sums))
