@@ -1,7 +1,7 @@
 """No setting is ignored without a word: those that were given and have no effect are named, and no others."""
 
+import argparse
 import re
-import sys
 import warnings
 from dataclasses import fields
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_what_has_no_effect_is_said(program: str, argv: str, said: str) -> None:
     """A setting that was given and changes nothing, be it another choice's or another program's, is named: once, with
     the reason, and never refused."""
     (found,) = warned(program, *argv.split())
-    assert found.startswith(said.replace("PROGRAM", Path(sys.argv[0]).name))
+    assert found.startswith(said.replace("PROGRAM", argparse.ArgumentParser().prog))
 
 
 def test_what_has_an_effect_is_not_said(tmp_path: Path) -> None:
