@@ -72,7 +72,13 @@ def run(job: Job, output: Path, seconds: float) -> str:
         log.write(f"\n== {job.file}: {' '.join(job.command)}\n".encode())
         log.flush()
         process = subprocess.Popen(
-            [sys.executable, *job.command], cwd=ROOT, stdout=result, stderr=log, start_new_session=True
+            [sys.executable, *job.command],
+            cwd=ROOT,
+            stdout=result,
+            stderr=log,
+            start_new_session=True,
+            # A shell that runs this in the background makes it, and what it starts, ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         try:
             status = process.wait(seconds - min(GRACE, seconds / 2))
