@@ -52,7 +52,8 @@ def test_own_normalisation_is_arithmetic_with_constants_on_the_faces(nodes: Node
 
 
 def test_constants_at_the_end_of_a_long_chain() -> None:
-    """Thousands of nodes that hand a constant on are followed to it, and those that hand it in a circle are left."""
+    """Thousands of nodes that hand a constant on are followed to it, and those that hand it in a circle,
+    or have none, are left."""
     chain = [("Identity", [f"c{i}"], f"c{i + 1}") for i in range(3_000)]
     made = [
         helper.make_node(operation, inputs, [output])
@@ -61,7 +62,8 @@ def test_constants_at_the_end_of_a_long_chain() -> None:
     constant = helper.make_tensor("c0", TensorProto.FLOAT, [1], [127.5])
     assert normalises_itself(helper.make_graph(made, "net", [], [], [constant]), "x") is True
     circle = [helper.make_node("Identity", ["b"], ["a"]), helper.make_node("Cast", ["a"], ["b"], to=1)]
-    assert _value(helper.make_graph(circle, "net", [], []), "a") is None
+    assert _value({}, {"a": circle[0], "b": circle[1]}, "a") is None
+    assert _value({}, {"a": helper.make_node("Identity", [], ["a"])}, "a") is None
 
 
 @pytest.mark.parametrize(

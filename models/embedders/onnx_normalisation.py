@@ -1,5 +1,6 @@
 """Whether an ONNX graph turns pixels of 0..255 into what its network wants by itself, seen from its first nodes."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +28,9 @@ def normalises_itself(graph: "onnx.GraphProto", entry: str) -> bool | None:
     It does if what it adds, or what 0..255 come to, says so. Other arithmetic may be that of a network which wants
     normalised faces all the same: `x * 127.5 / 128`, `(x + 1) / 2`. Arithmetic on shapes and on weights is none.
     """
-    constants, faces = {tensor.name for tensor in graph.initializer}, {entry}
+    tensors = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    constants, faces = set(tensors), {entry}
     largest, touched = 255.0, False
     for node in graph.node:  # in an order in which each comes after those that it needs
         others = [name for name in node.input if name and name not in faces]
@@ -37,7 +40,7 @@ def normalises_itself(graph: "onnx.GraphProto", entry: str) -> bool | None:
         elif node.op_type in _ARITHMETIC:
             if not others or not constants.issuperset(others):
                 return None
-            constant = _value(graph, others[0])
+            constant = _value(tensors, makers, others[0])
             if constant is None:
                 return True  # nobody lets a graph compute how to rescale what it is fed normalised
             if node.op_type == "Div" and node.input[0] not in faces:
@@ -60,25 +63,28 @@ def _after(operation: str, largest: float, constant: float) -> float:
     return largest * constant if operation == "Mul" else largest / max(constant, 1e-12)
 
 
-def _value(graph: "onnx.GraphProto", name: str) -> float | None:
-    """The largest absolute value of a constant; None for one that the graph computes, or that lies in another file."""
+def _value(tensors: Mapping[str, Any], makers: Mapping[str, Any], name: str) -> float | None:
+    """The largest absolute value of a constant; None for one that the graph computes, or that lies in another file.
+
+    `tensors`: those that the graph has; `makers`: its nodes. Each by the name of what it is, or makes.
+    """
     from onnx import numpy_helper
 
-    makers = {output: node for node in graph.node for output in node.output}
-    while name in makers and makers[name].op_type in ("Cast", "Identity"):
-        name = makers.pop(name).input[0]
-    tensors: list[Any] = [tensor for tensor in graph.initializer if tensor.name == name]
-    for node in graph.node:
-        if name in node.output and node.op_type == "Constant":
-            for attribute in node.attribute:
-                if attribute.name == "value":
-                    tensors.append(attribute.t)
-                elif attribute.name.startswith("value_"):  # float, int, floats or ints
-                    values = [attribute.f or attribute.i, *attribute.floats, *attribute.ints]
-                    return max(map(abs, map(float, values)))
-    if not tensors or tensors[0].external_data:
+    seen: set[str] = set()
+    while name not in seen and name in makers and makers[name].op_type in ("Cast", "Identity") and makers[name].input:
+        seen.add(name)
+        name = makers[name].input[0]
+    tensor = tensors.get(name)
+    if name in makers and makers[name].op_type == "Constant":
+        for attribute in makers[name].attribute:
+            if attribute.name == "value":
+                tensor = attribute.t if tensor is None else tensor
+            elif attribute.name.startswith("value_"):  # float, int, floats or ints
+                values = [attribute.f or attribute.i, *attribute.floats, *attribute.ints]
+                return max(map(abs, map(float, values)))
+    if tensor is None or tensor.external_data:
         return None
     try:
-        return float(np.abs(numpy_helper.to_array(tensors[0]).astype(np.float64)).max())
+        return float(np.abs(numpy_helper.to_array(tensor).astype(np.float64)).max())
     except (ValueError, TypeError):
         return None
