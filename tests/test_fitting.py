@@ -7,9 +7,11 @@ import pytest
 
 from data import fitting
 from data.align import TEMPLATE
+from data.detect import Detection
 from data.face_sets import open_face_set
-from data.fitting import Fit, fit_image, fit_images
+from data.fitting import Fit, Fitted, fit_image, fit_images
 from data.images import ImageError, encode_png
+from tiny_detectors import linear_detector, random_weights
 from utils import processes
 
 PHOTO = np.random.default_rng(0).integers(0, 256, (60, 80, 3), np.uint8)
@@ -38,18 +40,28 @@ def test_images_that_cannot_be_made_to_fit(image: bytes, landmarks: np.ndarray |
         fit_image(image, "a face", Fit(32, "resize", 95), landmarks)
 
 
-def test_few_results_wait(monkeypatch: pytest.MonkeyPatch, tiny_set: Path) -> None:
-    """Images are read a few blocks ahead of the writer, however many there are: the set is never held in memory."""
+@pytest.mark.parametrize("detected", [False, True])
+def test_few_results_wait(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_set: Path, detected: bool) -> None:
+    """Images are read a few blocks ahead of the writer, however many there are: the set is never held in memory.
+
+    Photos whose faces have to be found come in blocks of their own size: with a large net each takes a second, all
+    workers are to have some of a small set, and a broken-off run is to lose few.
+    """
     faces = open_face_set(tiny_set)
-    monkeypatch.setattr(fitting, "IMAGES_PER_BLOCK", 2)
+    detection = None
+    if detected:
+        detection = Detection(linear_detector(tmp_path / "net.onnx", *random_weights(3)), 0.5, 64, "largest")
+    monkeypatch.setattr(fitting, "PHOTOS_PER_BLOCK" if detected else "IMAGES_PER_BLOCK", 2)
     monkeypatch.setattr(processes, "ITEMS_PER_WORKER", 2)
     submitted: list[object] = []
     submit = processes.ProcessPoolExecutor.submit
     monkeypatch.setattr(
         processes.ProcessPoolExecutor, "submit", lambda *items: (submitted.append(items), submit(*items))[1]
     )
-    images = fit_images(faces, np.arange(len(faces)), Fit(32, "refuse", 95), 1)
+    images = fit_images(faces, np.arange(len(faces)), Fit(32, "refuse", 95, detection), 1)
     for taken in range(len(faces)):
-        assert next(images).encoded == faces.encoded(taken)
+        image = next(images)
+        if not detected:
+            assert image == Fitted(faces.encoded(taken), False)
         assert len(submitted) <= taken // 2 + 2
     assert len(submitted) == len(faces) / 2

@@ -129,7 +129,7 @@ def test_every_source_of_photos(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Faces are aligned by what the detector finds; photos and people without any are left out, counted and named."""
-    monkeypatch.setattr(fitting, "IMAGES_PER_BLOCK", 2)
+    monkeypatch.setattr(fitting, "PHOTOS_PER_BLOCK", 2)
     source = kind(photos)
     packed = packed_from(source, tmp_path / "set", fit, workers)
     label = {1: 0, 3: 1}
