@@ -295,7 +295,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_settings(Config, PRESETS, ("test", "common"), __doc__, argv, saved_settings, reads=READS["test"])
         with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
-                print(describe(config, ("test", "common")))
+                print(describe(config, READS["test"]))
             run_test(config, ranks)
 
 

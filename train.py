@@ -486,7 +486,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             Config, PRESETS, ("train", "common"), __doc__, argv, saved_settings, reads=READS["train"]
         )
         if is_first() and not is_restarted():
-            print(describe(config, ("train", "common", "data", "model", "loss", "test")))
+            print(describe(config, READS["train"]))
         try:
             run = train(config)
         except torch.OutOfMemoryError as error:

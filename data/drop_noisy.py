@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("drop_noisy", "nothing was written"):
         config = parse_settings(Config, PRESETS, ("drop_noisy", "common"), __doc__, argv, reads=READS["drop_noisy"])
-        print(describe(config, ("drop_noisy", "common")))
+        print(describe(config, READS["drop_noisy"]))
         options = config.drop_noisy
         if not options.run:
             raise CheckpointError("name the run with the sub-centers: --run runs/NAME")

@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("pack_bin", "nothing was packed"):
         config = parse_settings(Config, PRESETS, ("pack_bin", "common"), __doc__, argv, reads=READS["pack_bin"])
-        print(describe(config, ("pack_bin", "common")))
+        print(describe(config, READS["pack_bin"]))
         chosen = config.pack_bin
         for name in ("pairs", "images", "output"):
             if not getattr(chosen, name):

@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("pack_set", "the same command goes on where it stopped"):
         config = parse_settings(Config, PRESETS, ("pack", "common"), __doc__, argv, reads=READS["pack"])
-        print(describe(config, ("pack", "common")))
+        print(describe(config, READS["pack"]))
         pick = config.pack
         if not pick.source:
             raise FaceSetError("name what to pack: --source A (folder of identities, .rec set, .lst or CSV)")

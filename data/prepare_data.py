@@ -288,7 +288,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("prepare_data", "the same command goes on where it stopped"):
         config = parse_settings(Config, PRESETS, ("prepare", "common"), __doc__, argv, reads=READS["prepare"])
-        print(describe(config, ("prepare", "common")))
+        print(describe(config, READS["prepare"]))
         pick = config.prepare
         source = Path(pick.rec_data_path or only_set(config.data.root, "--rec-data-path A"))
         source = (find_rec(source) if source.is_dir() else None) or source

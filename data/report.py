@@ -322,7 +322,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     with readable_errors("report", "the set is untouched; run the same command again"):
         config = parse_settings(Config, PRESETS, ("report", "common"), __doc__, argv, reads=READS["report"])
-        print(describe(config, ("report", "common")))
+        print(describe(config, READS["report"]))
         options = config.report
         path = Path(options.set[0]) if options.set else only_set(config.data.root, "report.py A")
         output = Path(options.output or f"report-{set_name(path)}")

@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config = parse_settings(Config, PRESETS, ("merge", "common"), __doc__, argv, reads=READS["merge"])
         with join_ranks(pick_device(config.common.device), DAYS) as ranks:
             if ranks.first:
-                print(describe(config, ("merge", "common")))
+                print(describe(config, READS["merge"]))
             ranks.require_alike(lambda: program_facts() | flatten(config, without=["common.workers"]))
             opened = open_sets(config.merge)
             ranks.require_alike(opened.digests)

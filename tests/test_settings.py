@@ -347,6 +347,20 @@ def test_help_is_the_comments(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Bakes." in text
 
 
+def test_help_of_a_script_that_reads_a_part(capsys: pytest.CaptureFixture[str]) -> None:
+    """It shows no fields that the script does not read, nor titles of sections without any; the flags are taken."""
+    with pytest.raises(SystemExit):
+        parse("--help", reads=("oven.heat", "oven.trays"))
+    text = capsys.readouterr().out
+    assert "--oven.heat" in text
+    assert "--oven.trays" in text
+    assert "fan" not in text
+    assert "shop" not in text.lower()
+    assert "Fields of the other programs" in text
+    with pytest.warns(UserWarning, match="does not read"):
+        assert parse("--shop.trays", "4", reads=("oven",)).shop.trays == 4
+
+
 def test_field_comments() -> None:
     """Lines of a comment are joined; a field takes only what is right above it."""
     assert field_comments(Oven)["heat"] == "Degrees, 0 % to 100 % of what it can do."
@@ -399,8 +413,9 @@ def test_json_round_trip() -> None:
     assert build(Bakery, flatten(baked)) == baked
 
 
-def test_describe_shows_the_sections_asked_for() -> None:
-    """A line a setting, empty values visible."""
+def test_describe_shows_the_settings_asked_for() -> None:
+    """Sections, or single ones; a line each, empty values visible."""
+    assert describe(Bakery(), ("shop.trays", "oven.name")).split() == ["oven.name", "''", "shop.trays", "3"]
     assert describe(Bakery(), ("shop",)).split() == ["shop.rolls", "''", "shop.trays", "3"]
     assert describe(Bakery(Oven(rings=(8, 14))), ("oven",)).split()[-2:] == ["oven.rings", "8,14"]
 

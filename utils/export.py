@@ -206,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ExportError(
                 f"test.model is what all_pair_test.py tests: to export it, --model {quote(config.test.model[0])}"
             )
-        print(describe(config, ("export",)))
+        print(describe(config, READS["export"]))
         path = Path(options.model[0]) if options.model else newest_run(Path(config.common.runs))
         source = load_source(
             path,

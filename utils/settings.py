@@ -98,10 +98,10 @@ def parse_settings(
 
     `own_sections` are those whose fields need no prefix. `saved`, given all settings so far, may return some
     that take the place of the defaults (those of a run that is resumed). `reads`: the sections and single fields that
-    the script looks at; None: all. Of what was given, and has no effect, a warning tells.
+    the script looks at; None: all. Help shows those alone; of what was given, and has no effect, a warning tells.
     Prints help, or an error that names the field, and exits as argparse does.
     """
-    parser = _parser(config_class, presets, own_sections, description)
+    parser = _parser(config_class, presets, own_sections, description, reads)
     arguments = _with_dashes(argv)
     found, unknown = parser.parse_known_intermixed_args(arguments)
     flags = vars(found)
@@ -235,9 +235,9 @@ def from_json(text: str) -> dict[str, Any]:
         raise ConfigError(f"these are no saved settings: {error}") from None
 
 
-def describe(config: Any, sections: Sequence[str]) -> str:
-    """The settings of `sections`, a line each, for the screen."""
-    chosen = {name: value for name, value in flatten(config).items() if name.partition(".")[0] in sections}
+def describe(config: Any, names: Collection[str]) -> str:
+    """The settings called `names`, or all of a section with one of them, a line each, for the screen."""
+    chosen = {name: value for name, value in flatten(config).items() if is_read(name, names)}
     width = max(map(len, chosen))
     return "\n".join(f"  {name:<{width}}  {printable(_as_text(value))}" for name, value in chosen.items())
 
@@ -316,7 +316,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(
-    config_class: type, presets: Mapping[str, Settings], own_sections: Sequence[str], description: str
+    config_class: type,
+    presets: Mapping[str, Settings],
+    own_sections: Sequence[str],
+    description: str,
+    reads: Collection[str] | None,
 ) -> argparse.ArgumentParser:
     sections = _sections(config_class)
     own = [field for name in own_sections for field in fields(sections[name])]
@@ -324,7 +328,8 @@ def _parser(
     parser = _Parser(
         description=description,
         # argparse's own usage would list every field before each error.
-        usage=f"%(prog)s{plain} [--preset NAME] [--FIELD VALUE ...]   (--help lists every field)",
+        usage=f"%(prog)s{plain} [--preset NAME] [--FIELD VALUE ...]   (--help lists the fields)",
+        epilog=None if reads is None else "Fields of the other programs are taken as well, and change nothing here.",
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -334,11 +339,13 @@ def _parser(
         group = parser.add_argument_group(f"{name} ({(section.__doc__ or '').splitlines()[0]})")
         comments, hints = field_comments(section), get_type_hints(section)
         for field in fields(section):
-            _add_flag(group, name, field, hints[field.name], comments[field.name], name in own_sections)
+            text = f"{comments[field.name]} [{_as_text(field.default)}]".replace("%", "%%")
+            text = text if is_read(f"{name}.{field.name}", reads) else argparse.SUPPRESS
+            _add_flag(group, name, field, hints[field.name], text, name in own_sections)
     return parser
 
 
-def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: Any, comment: str, own: bool) -> None:
+def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: Any, text: str, own: bool) -> None:
     dest = f"{section}.{field.name}"
     flag = field.name.replace("_", "-")
     full_name = f"--{dest.replace('_', '-')}"
@@ -347,7 +354,6 @@ def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: 
     if own:
         names += field.metadata.get("aliases", ())
     assert field.default is not MISSING
-    text = f"{comment} [{_as_text(field.default)}]".replace("%", "%%")
     if own and field.metadata.get("positional"):
         group.add_argument(
             dest, nargs="*", action=_Plain, type=_converter(hint), metavar=flag.upper(), help=text,
