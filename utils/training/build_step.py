@@ -21,6 +21,7 @@ from utils.training.build_parts import compiles
 from utils.training.cuda_graph import with_graph
 from utils.training.micro_batch import LIMIT, bytes_beside, largest_that_fits, trial_pass
 from utils.training.optimizers import train_mode
+from utils.training.quick_prelu import quicken_prelus
 from utils.training.run_folders import TrainingError
 from utils.training.step import TrainingStep
 
@@ -67,6 +68,8 @@ def build_step(
 
         trained = compile_network(network, ranks, device, attempt, say)
     else:
+        if not on_card:
+            quicken_prelus(network)
         trained = spread(network, ranks, device)
     if settings.cuda_graph and on_card:
         reason = why_no_graph(network, faces, micro_batch, ranks)
