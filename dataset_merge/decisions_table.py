@@ -28,11 +28,10 @@ class _Row(NamedTuple):
     left_label: str
 
 
-class _Names:
+class Names:
     """Finds identities by set and name."""
 
     def __init__(self, people: Identities, sets: Sequence[FaceSet]) -> None:
-        self._people = people
         self._numbers = [
             {name: number for number, name in enumerate(faces.identities, int(first))}
             for faces, first in zip(sets, people.firsts, strict=False)
@@ -51,8 +50,9 @@ class _Names:
     def of_match(self, decision: Decision) -> int | None:
         """The number of the identity that the match columns name, None where they name none, or several."""
         source, label = decision.match_source, decision.match_label
-        known = isinstance(source, int) and source < len(self._numbers) and label is not None
-        same = self.find(int(source or 0), str(label)) if known else []
+        if not isinstance(source, int) or source >= len(self._numbers) or label is None:
+            return None
+        same = self.find(source, label)
         return same[0] if len(same) == 1 else None
 
     def _of_value(self, source: int) -> dict[int, list[int]]:
@@ -73,7 +73,7 @@ def read_decisions(path: Path, sets: Sequence[FaceSet]) -> list[Decision]:
     their order; kept rows without one come last. Raises DecisionsError with the line.
     """
     people = Identities(sets)
-    names = _Names(people, sets)
+    names = Names(people, sets)
     read = progress_bar(len(people), "row", f"read {path}", iterable=_read_rows(path, people, names, sets))
     rows = sorted(read, key=lambda row: row.identity)
     if len(rows) < len(people):
@@ -88,7 +88,7 @@ def read_decisions(path: Path, sets: Sequence[FaceSet]) -> list[Decision]:
     return _relabelled(path, rows, names)
 
 
-def _read_rows(path: Path, people: Identities, names: _Names, sets: Sequence[FaceSet]) -> Iterator[_Row]:
+def _read_rows(path: Path, people: Identities, names: Names, sets: Sequence[FaceSet]) -> Iterator[_Row]:
     lines: dict[int, int] = {}
     wheres = [f"set {source} ({faces.path})" for source, faces in enumerate(sets)]
     with open_text(path) as file:
@@ -201,9 +201,44 @@ def _whole(text: str, name: str) -> int:
     return int(text)
 
 
-def _relabelled(path: Path, rows: Sequence[_Row], names: _Names) -> list[Decision]:
+def _relabelled(path: Path, rows: Sequence[_Row], names: Names) -> list[Decision]:
     """The decisions with labels that go together and have no holes; `rows` are all identities in order."""
     kept = [row.decision.decision in KEPT for row in rows]
+    roots = _roots(path, rows, names, kept)
+    added: dict[int, _Row] = {}
+    orders: dict[int, tuple[float, int]] = {}
+    for row, root in zip(rows, roots, strict=True):
+        own = row.decision.new_label
+        place = (float("inf") if own is None else own, row.identity)
+        if row.decision.decision == "added":
+            if root in added:
+                lines = sorted((added[root].line, row.line))
+                raise DecisionsError(
+                    f"{path}, lines {lines[0]} and {lines[1]}: both are added under one new_label ({own}): say joined "
+                    "in one of them to join them, or leave its new_label empty to keep them apart"
+                )
+            added[root], orders[root] = row, place
+        elif kept[row.identity] and root not in added:
+            orders[root] = min(orders.get(root, place), place)
+    new_labels = {root: label for label, root in enumerate(sorted(orders, key=orders.__getitem__))}
+    if not new_labels:
+        raise DecisionsError(f"{path}: every identity is dropped or excluded: nothing is left to write")
+    decisions = []
+    led = set(added)  # of a group without an added identity the first one becomes that
+    for row, root in zip(rows, roots, strict=True):
+        decision = row.decision
+        if kept[row.identity]:
+            name = decision.decision if root in led else "added"
+            led.add(root)
+            decision = decision._replace(new_label=new_labels[root], decision=name)
+        decisions.append(decision)
+    return decisions
+
+
+def _roots(path: Path, rows: Sequence[_Row], names: Names, kept: Sequence[bool]) -> list[int]:
+    """Of each identity the number of one that stands for all it becomes one person with: those of its new_label, and
+    of a `joined` one without a new_label those of its match.
+    """
     parent = list(range(len(rows)))
 
     def find(identity: int) -> int:
@@ -231,41 +266,10 @@ def _relabelled(path: Path, rows: Sequence[_Row], names: _Names) -> list[Decisio
                 f"{path}, line {row.line}: it is joined, but no other row has its new_label ({label}): leave that "
                 "empty to join its match, give the new_label of another identity, or say added to keep it apart"
             )
-    added: dict[int, _Row] = {}
-    orders: dict[int, tuple[float, int]] = {}
-    for row in rows:
-        root = find(row.identity)
-        own = row.decision.new_label
-        place = (float("inf") if own is None else own, row.identity)
-        if row.decision.decision == "added":
-            if root in added:
-                lines = sorted((added[root].line, row.line))
-                raise DecisionsError(
-                    f"{path}, lines {lines[0]} and {lines[1]}: both are added under one new_label ({own}): say joined "
-                    "in one of them to join them, or leave its new_label empty to keep them apart"
-                )
-            added[root], orders[root] = row, place
-        elif kept[row.identity] and root not in added:
-            orders[root] = min(orders.get(root, place), place)
-    new_labels = {root: label for label, root in enumerate(sorted(orders, key=orders.__getitem__))}
-    if not new_labels:
-        raise DecisionsError(f"{path}: every identity is dropped or excluded: nothing is left to write")
-    seen: set[int] = set()
-    decisions = []
-    for row in rows:
-        root, decision = find(row.identity), row.decision
-        if kept[row.identity]:
-            name = "joined" if root in added and decision.decision == "joined" else "added"
-            if root not in added:
-                name = "joined" if root in seen else "added"
-            seen.add(root)
-            if (new_labels[root], name) != (decision.new_label, decision.decision):
-                decision = decision._replace(new_label=new_labels[root], decision=name)
-        decisions.append(decision)
-    return decisions
+    return [find(identity) for identity in range(len(rows))]
 
 
-def _match_of(path: Path, row: _Row, names: _Names, kept: Sequence[bool]) -> int:
+def _match_of(path: Path, row: _Row, names: Names, kept: Sequence[bool]) -> int:
     """The number of the identity that a row's match columns name."""
     match = names.of_match(row.decision)
     if match is None or match == row.identity:
