@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from data.joined_sets import JoinedFaceSet
 from dataset_merge.calibration import Calibration
 from dataset_merge.cleaning import Findings
 from dataset_merge.decisions import Decision, Identities, decision_counts
+from dataset_merge.decisions_table import Names
 from dataset_merge.duplicates import Duplicate
 from dataset_merge.exclude import HeldOutSet, Leaks
 from dataset_merge.grouping import Grouping
@@ -54,12 +56,10 @@ class Merge:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _Pair:
+class _Pair(NamedTuple):
     first: int
     second: int
     score: float
-    decision: str
 
 
 class _Faces:
@@ -69,13 +69,6 @@ class _Faces:
         self.people = Identities(sets)
         self._sets, self._size = sets, size
         self._images = [images_by_identity(faces) for faces in sets]
-        self._numbers = [{name: number for number, name in enumerate(faces.identities)} for faces in sets]
-
-    def number(self, source: object, label: str | None) -> int | None:
-        """The number of an identity among all; None for what is none."""
-        if not isinstance(source, int) or source >= len(self._numbers) or label not in self._numbers[source]:
-            return None
-        return int(self.people.firsts[source]) + self._numbers[source][str(label)]
 
     def of(self, identity: int) -> list[np.ndarray]:
         """Four images, spread over those that an identity has; the same one again if it has fewer."""
@@ -165,36 +158,42 @@ def _draw_best_scores(path: Path, scores: np.ndarray, t: float) -> None:
     draw_marked_scores(path, scores, t, "identities", "cosine with the most similar identity")
 
 
-def _pairs(merge: Merge, faces: _Faces) -> tuple[list[_Pair], list[_Pair]]:
+def _compared_pairs(grouping: Grouping) -> tuple[list[_Pair], list[_Pair]]:
     """Pairs that are one person, the least similar first, and pairs that are two, the most similar first."""
-    if merge.grouping is not None:
-        pairs = merge.grouping.pairs
-        decision = np.asarray(merge.grouping.decision)
-        joined = decision == "joined"
-        below = (decision == "below") & ~_in_one_group(merge.grouping)  # others joined them, if they are in one
-        order = np.argsort(pairs.score, kind="stable")
-        chosen = (
-            [int(i) for i in order[joined[order]][:ROWS_DRAWN]],
-            [int(i) for i in order[::-1][below[order[::-1]]][:ROWS_DRAWN]],
-        )
-        above, under = (
-            [_Pair(int(pairs.first[i]), int(pairs.second[i]), float(pairs.score[i]), str(decision[i])) for i in rows]
-            for rows in chosen
-        )
-        return above, under
-    found: dict[tuple[int, int], _Pair] = {}
-    for identity, row in enumerate(merge.decisions):
-        match = faces.number(row.match_source, row.match_label)
-        if match is not None and row.score is not None:
-            same = row.new_label is not None and row.new_label == merge.decisions[match].new_label
-            kind = "joined" if same else row.decision
-            key = min(identity, match), max(identity, match)
-            found.setdefault(key, _Pair(*key, row.score, kind))
-    ordered = sorted(found.values(), key=lambda pair: pair.score)
-    joined_pairs = [pair for pair in ordered if pair.decision == "joined"]
-    kept = [row.new_label is not None for row in merge.decisions]
-    others = [pair for pair in reversed(ordered) if pair.decision == "added" and kept[pair.first] and kept[pair.second]]
-    return joined_pairs[:ROWS_DRAWN], others[:ROWS_DRAWN]
+    pairs, decision = grouping.pairs, np.asarray(grouping.decision)
+    below = (decision == "below") & ~_in_one_group(grouping)  # others joined them, if they are in one
+    rising = np.argsort(pairs.score, kind="stable")
+    joined, others = (
+        [
+            _Pair(int(pairs.first[i]), int(pairs.second[i]), float(pairs.score[i]))
+            for i in order[chosen[order]][:ROWS_DRAWN]
+        ]
+        for order, chosen in ((rising, decision == "joined"), (rising[::-1], below))
+    )
+    return joined, others
+
+
+def _listed_pairs(decisions: Sequence[Decision], names: Names) -> tuple[list[_Pair], list[_Pair]]:
+    """The same of decisions that were given in a table: the pairs are identities with their matches."""
+    kept = [row.new_label is not None for row in decisions]
+    seen: set[tuple[int, int]] = set()
+    joined: list[_Pair] = []
+    others: list[_Pair] = []
+    for identity, row in enumerate(decisions):
+        match = names.of_match(row)
+        if match is None or row.score is None:
+            continue
+        pair = _Pair(min(identity, match), max(identity, match), row.score)
+        if pair[:2] in seen:
+            continue
+        seen.add(pair[:2])
+        if kept[identity] and row.new_label == decisions[match].new_label:
+            joined.append(pair)
+        elif row.decision == "added" and kept[match]:
+            others.append(pair)
+    joined.sort(key=lambda pair: pair.score)
+    others.sort(key=lambda pair: pair.score)
+    return joined[:ROWS_DRAWN], others[::-1][:ROWS_DRAWN]
 
 
 def _in_one_group(grouping: Grouping) -> np.ndarray:
@@ -204,7 +203,10 @@ def _in_one_group(grouping: Grouping) -> np.ndarray:
 
 def _pairs_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces) -> None:
     report.section("Judge by eye")
-    above, below = _pairs(merge, faces)
+    if merge.grouping is not None:
+        joined, others = _compared_pairs(merge.grouping)
+    else:
+        joined, others = _listed_pairs(merge.decisions, Names(faces.people, merge.sets))
     report.text(
         "Four images of one identity on the left, of the other on the right; fewer are repeated. Wrong joins in the "
         "first picture: raise t. The same person on both sides in the second one: lower it. Single mistakes: edit "
@@ -213,8 +215,8 @@ def _pairs_section(report: HtmlReport, folder: Path, merge: Merge, faces: _Faces
     if merge.grouping is None and any(row.decision == "dropped" for row in merge.decisions):
         report.text("Identities that the table drops are in neither: it does not say whom they were dropped for.")
     for name, pairs, caption in (
-        (ABOVE, above, "Joined, the least similar pairs first."),
-        (BELOW, below, "Not joined, as too different, the most similar pairs first."),
+        (ABOVE, joined, "Joined, the least similar pairs first."),
+        (BELOW, others, "Not joined, as too different, the most similar pairs first."),
     ):
         if not pairs:
             report.text(f"{caption} There are none.")
@@ -329,8 +331,8 @@ def _cleaning_section(report: HtmlReport, folder: Path, merge: Merge) -> None:
     for source, findings in enumerate(merge.findings):
         faces = merge.original[source]
         images = images_by_identity(faces)
+        wrong = {found.image for found in findings.found}
         for finding in sorted(findings.found, key=lambda found: found.cosine)[:ROWS_DRAWN]:
-            wrong = {found.image for found in findings.found}
             own = [i for i in images[int(faces.labels[finding.image])].tolist() if i not in wrong][:IMAGES_DRAWN]
             if own:
                 own = [own[i % len(own)] for i in range(IMAGES_DRAWN)]

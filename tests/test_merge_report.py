@@ -110,3 +110,17 @@ def test_who_matched_an_identity_left_out_is_not_shown_as_too_different(
     rows[1] = rows[1]._replace(decision="dropped", new_label=None)
     write_report(tmp_path, replace(merge, grouping=None, decisions=rows))
     assert drawn == {"below_t": ["0:0 1:1"]}
+
+
+def test_who_joined_someone_else_is_not_shown_as_joined_with_the_match(
+    tmp_path: Path, drawn: dict[str, list[str]]
+) -> None:
+    """A table may join an identity with another one than its match, as a person says or because that one has a better
+    match: the two are no wrong join."""
+    merge = merge_of(tmp_path, [2, 1], [(0, 2, 0.8), (1, 2, 0.3)], {})
+    rows = [*merge.decisions]
+    rows[2] = rows[2]._replace(match_label="1", score=0.3)  # joined with 0
+    rows[1] = rows[1]._replace(match_source=None, match_label=None, score=None)
+    assert [(row.new_label, row.decision) for row in rows] == [(0, "added"), (1, "added"), (0, "joined")]
+    write_report(tmp_path, replace(merge, grouping=None, decisions=rows))
+    assert drawn == {"above_t": ["0:0 1:0"]}
