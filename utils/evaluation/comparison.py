@@ -7,7 +7,6 @@ permutation test over groups: were the models equal, either could have been call
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
 from typing import Literal
 
 import numpy as np
@@ -68,34 +67,11 @@ class Comparison:
         )
 
 
-@dataclass(frozen=True)
-class McNemar:
-    """Pairs that only model A, and that only model B, judges rightly, and the exact two-sided p of McNemar's test."""
-
-    only_a: int
-    only_b: int
-    p_value: float
-
-
-def mcnemar(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> McNemar:
-    """McNemar's exact test: of the pairs that one model alone judges rightly, equal models have half each.
-
-    correct_a, correct_b: bool [P]. It takes pairs as independent, and is too sure where they share images.
-    """
-    correct_a, correct_b = np.asarray(correct_a, bool), np.asarray(correct_b, bool)
-    if correct_a.shape != correct_b.shape:
-        raise ValueError(f"the models were tested on {correct_a.shape} and {correct_b.shape} pairs")
-    only_a, only_b = int((correct_a & ~correct_b).sum()), int((correct_b & ~correct_a).sum())
-    trials, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(comb(trials, k) for k in range(fewer + 1))
-    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**trials))
-
-
 def permutation_p_value(differences: NDArray[np.integer]) -> float:
     """How often random signs make the sum of whole numbers as large as it is, either way: exact, over all signs.
 
     differences: integers [G], for each group how many more pairs B judges rightly than A. With groups of one pair this
-    is McNemar's test.
+    is McNemar's exact test, which takes pairs as independent, and is too sure where they share images.
     """
     sizes = np.abs(np.asarray(differences, np.int64))
     sizes = sizes[sizes > 0]
@@ -130,10 +106,10 @@ def compare_pairs(
     draws = pair_draws(measures, numbers, replicates, seed)
     names = ["accuracy", "AUC", "EER", *(_tar_name(rate) for rate in far)]
     found = _compared(names, measures[0](once), measures[1](once), draws, level, f"bootstrap over {unit}")
-    gains = np.bincount(numbers, b.correct.astype(np.int64) - a.correct.astype(np.int64))
+    gains = b.correct.astype(np.int64) - a.correct.astype(np.int64)
     accuracy = found[0]
-    exact = permutation_p_value(np.rint(gains).astype(np.int64))
-    test = f"exact permutation over {unit}; McNemar over pairs: p = {mcnemar(a.correct, b.correct).p_value:.2g}"
+    exact = permutation_p_value(np.rint(np.bincount(numbers, gains)).astype(np.int64))
+    test = f"exact permutation over {unit}; McNemar over pairs: p = {permutation_p_value(gains):.2g}"
     return (Comparison("accuracy", accuracy.a, accuracy.b, accuracy.difference, exact, test), *found[1:])
 
 
