@@ -166,14 +166,14 @@ def test_perfect_separation() -> None:
     assert result.threshold == (0.0, 0.0)
     assert result.auc == 1.0
     assert result.eer == pytest.approx(0.0, abs=1e-12)
-    assert result.supported == (True, False)
+    assert [point.supported for point in result.points] == [True, False]
 
 
 def test_supported_needs_one_over_far_impostors() -> None:
     """Protects against quoting rates that a set is too small for; exactly 1 / FAR impostor pairs are enough."""
     labels = torch.cat([torch.zeros(10), torch.ones(10)]).long()  # 100 impostor pairs
     result = all_pairs(clustered(20, 2)[0], labels, (0.02, 0.01, 0.0099))
-    assert result.supported == (True, True, False)
+    assert [point.supported for point in result.points] == [True, True, False]
 
 
 def test_rank_is_that_of_the_decimal_far() -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from utils.devices import full_precision
-from utils.evaluation.curves import FAR_POINTS, TarAtFar, check_rates, exact_rate
+from utils.evaluation.curves import FAR_POINTS, TarAtFar, check_rates, crossing, exact_rate
 from utils.evaluation.pair_blocks import PairBlocks, check_embeddings
 from utils.evaluation.threshold_search import (
     BINS,
@@ -42,9 +42,8 @@ class AllPairsResult:
     far: the false accept rates asked for, in the order given.
     tar: for each, the share of genuine scores strictly above the threshold, 0..1.
     threshold: for each, the cosine similarity of the impostor pair at rank floor(FAR x impostor), counted from 0 from
-        the top.
-    supported: for each, whether there are at least 1 / FAR impostor pairs. Where there are fewer, the threshold is
-        the highest impostor score and tar is no estimate for so low a FAR.
+        the top. Where there are fewer than 1 / FAR of them it is the highest, and tar is no estimate for so low a FAR
+        (`supported` of the point says so).
     eer: equal error rate, 0..1, the ROC taken as straight between bin edges, 3e-5 apart.
     eer_bound: it is off by no more than this, the share of the pairs in the one bin where the error rates meet.
     auc: area under the ROC, 0..1. Pairs that share a bin 3e-5 wide are counted as ties.
@@ -60,7 +59,6 @@ class AllPairsResult:
     far: tuple[float, ...]
     tar: tuple[float, ...]
     threshold: tuple[float, ...]
-    supported: tuple[bool, ...]
     eer: float
     eer_bound: float
     auc: float
@@ -130,7 +128,6 @@ def all_pairs(
         far=tuple(float(rate) for rate in far),
         tar=tuple(search.genuine_above / genuine for search in searches),
         threshold=tuple(value_of(search.low) for search in searches),
-        supported=tuple(exact_rate(rate) * impostor >= 1 for rate in far),
         eer=eer,
         eer_bound=eer_bound,
         auc=auc,
@@ -175,11 +172,9 @@ def _equal_error_rate(genuine: NDArray[np.int64], impostor: NDArray[np.int64]) -
     """
     rejected = np.append(0, genuine.cumsum()) / genuine.sum()
     accepted = 1 - np.append(0, impostor.cumsum()) / impostor.sum()
-    excess = accepted - rejected  # falls from 1 to -1
-    after = int((excess <= 0).argmax())
-    share = excess[after - 1] / (excess[after - 1] - excess[after])
-    rate = float(rejected[after - 1] + share * (rejected[after] - rejected[after - 1]))
-    return rate, float(min(rejected[after] - rejected[after - 1], accepted[after - 1] - accepted[after]))
+    after = int((rejected >= accepted).argmax())
+    bound = min(rejected[after] - rejected[after - 1], accepted[after - 1] - accepted[after])
+    return crossing(rejected, accepted), float(bound)
 
 
 def _area_under_roc(genuine: NDArray[np.int64], impostor: NDArray[np.int64]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Genuine and impostor scores to the measures of verification: TAR at FAR, ROC, DET, AUC, EER.
+"""Genuine and impostor scores to the measures of verification: TAR at FAR, ROC, AUC, EER.
 
 Definitions are those of ISO/IEC 19795-1. The false accept rate (FAR) is the share of impostor pairs (two persons) that
 are accepted, the true accept rate (TAR) the share of genuine pairs (one person). Higher scores mean more alike.
@@ -136,24 +136,14 @@ class Roc:
     impostor: int
 
     @property
-    def frr(self) -> NDArray[np.float64]:
-        """The false reject rate, 1 - TAR."""
-        return 1.0 - self.tar
-
-    @property
     def auc(self) -> float:
         """The area under the ROC, 0..1: the chance that a genuine pair scores above an impostor, ties counting half."""
         return float(np.trapezoid(self.tar, self.far))
 
     @property
     def eer(self) -> float:
-        """The equal error rate, 0..1: where FAR and FRR meet, the ROC taken as straight between its points."""
-        return crossing(self.far, self.frr)
-
-    def det(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """FAR and FRR of the points where neither is 0: the DET curve, for axes that have no zero."""
-        shown = (self.far > 0) & (self.tar < 1)
-        return self.far[shown], self.frr[shown]
+        """The equal error rate, 0..1: where FAR and FRR, 1 - TAR, meet, the ROC being straight between its points."""
+        return crossing(self.far, 1 - self.tar)
 
     def corners(self) -> "Roc":
         """Without the points that lie within a straight run of equal steps, as scikit-learn leaves them out."""
@@ -166,19 +156,16 @@ class Roc:
         return Roc(self.far[kept], self.tar[kept], self.thresholds[kept], self.genuine, self.impostor)
 
 
-def crossing(falls: NDArray[np.float64], rises: NDArray[np.float64]) -> float:
-    """The value where two sequences meet, straight between their points.
-
-    One rises and the other falls along both; `falls` may as well be the one that rises.
-    """
-    excess = falls - rises
+def crossing(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
+    """The value where two sequences meet, straight between their points: one of them rises, the other falls."""
+    excess = one - other
     if excess[0] > 0:
         excess = -excess
     after = int((excess >= 0).argmax())
     if after == 0:
-        return float(falls[0])
+        return float(one[0])
     share = excess[after - 1] / (excess[after - 1] - excess[after])
-    return float(falls[after - 1] + share * (falls[after] - falls[after - 1]))
+    return float(one[after - 1] + share * (one[after] - one[after - 1]))
 
 
 def roc(genuine: NDArray[np.floating], impostor: NDArray[np.floating]) -> Roc:
