@@ -166,11 +166,7 @@ def _measure_pairs(
         histogram=_histogram(scores, same),
         intervals=intervals,
         hardest=hardest_of_pairs(scores, same, pairs.index, options.hardest),
-        rejects={
-            quality: rejects
-            for quality, values in _qualities(features, tables).items()
-            if (rejects := _reject_curve(scores, same, pair_quality(values, pairs.index), point)) is not None
-        },
+        rejects=_reject_curves(scores, same, pairs.index, _qualities(features, tables), point),
         breakdowns={
             title: breakdown_pairs(scores, same, pairs.index, groups, [point])
             for title, groups in tables.groups.items()
@@ -233,21 +229,25 @@ def _rejects_of_all(
     first, second = torch.from_numpy(index).to(unit.device).T
     parts = [(unit[a] * unit[b]).sum(1) for a, b in zip(first.split(1 << 16), second.split(1 << 16), strict=True)]
     scores = torch.cat(parts).double().cpu().numpy()
-    curves = {
-        name: _reject_curve(scores, same, pair_quality(values, index), point) for name, values in qualities.items()
-    }
-    return {name: curve for name, curve in curves.items() if curve is not None}
+    return _reject_curves(scores, same, index, qualities, point)
 
 
-def _reject_curve(
-    scores: NDArray[np.float64], same: NDArray[np.bool_], quality: NDArray[np.floating], point: TarAtFar
-) -> RejectCurve | None:
-    """The curve of the pairs whose quality is known; None where it has no pairs of both kinds, or is one value."""
-    known = np.isfinite(quality)
-    scores, same, quality = scores[known], same[known], quality[known]
-    if not same.any() or same.all() or np.ptp(quality) <= 1e-6 * np.abs(quality).max():
-        return None
-    return error_versus_reject(scores, same, quality, point)
+def _reject_curves(
+    scores: NDArray[np.float64],
+    same: NDArray[np.bool_],
+    index: NDArray[np.int64],
+    qualities: Mapping[str, NDArray[np.float64]],
+    point: TarAtFar,
+) -> dict[str, RejectCurve]:
+    """For each quality the curve of the pairs where it is known; none where these are of one kind, or of one value."""
+    curves = {}
+    for name, values in qualities.items():
+        quality = pair_quality(values, index)
+        known = np.isfinite(quality)
+        genuine, quality = same[known], quality[known]
+        if genuine.any() and not genuine.all() and np.ptp(quality) > 1e-6 * np.abs(quality).max():
+            curves[name] = error_versus_reject(scores[known], genuine, quality, point)
+    return curves
 
 
 def _sampled_pairs(labels: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
