@@ -45,15 +45,14 @@ class Impostors:
 
 @dataclass(frozen=True)
 class Halves:
-    """Of identities cut in halves: `cosine` of their centres, `rival` that is held against it, `sizes` int64 [H, 2],
-    images in each half, `whole` int64 [H], in both; and `alike`, the mean cosine of two images of one identity.
+    """Of identities cut in halves: `cosine` of their centres, float64 [H]; `sizes` int64 [H, 2], images in each half;
+    `alike`, the mean cosine of two images of one identity; and `usual_rival`, as of Impostors.
     """
 
     cosine: NDArray[np.float64]
-    rival: NDArray[np.float64]
     sizes: NDArray[np.int64]
-    whole: NDArray[np.int64]
     alike: float
+    usual_rival: float
 
 
 def impostor_scores(
@@ -106,8 +105,7 @@ def half_scores(embeddings: Rows, labels: Tensor, centres: Centres, impostors: I
     alone = sure & (sizes.max(1, initial=0) == 1)
     # Halves of h and g images: cos^2 = r^2 / ((r + (1 - r) / h) (r + (1 - r) / g)), so single images tell r directly.
     alike = float(np.median(cosine[alone])) if alone.sum() >= 20 else _solve_alike(cosine[sure], sizes[sure])
-    rival = np.full(len(cosine), impostors.usual_rival)
-    return Halves(cosine, rival, sizes, sizes.sum(1), alike)
+    return Halves(cosine, sizes, alike, impostors.usual_rival)
 
 
 def genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres]) -> NDArray[np.float64]:
@@ -121,8 +119,9 @@ def genuine_scores(halves: Sequence[Halves], centres: Sequence[Centres]) -> NDAr
     for part in halves:
         if len(part.cosine):
             other = np.random.default_rng(SEED).choice(images[images > 0], len(part.cosine))
-            factor = expected_cosine(part.alike, part.whole, other) / expected_cosine(part.alike, *part.sizes.T)
-            parts.append(np.minimum(part.cosine * factor, 1) - part.rival)
+            whole = expected_cosine(part.alike, part.sizes.sum(1), other)
+            factor = whole / expected_cosine(part.alike, *part.sizes.T)
+            parts.append(np.minimum(part.cosine * factor, 1) - part.usual_rival)
     return np.concatenate(parts) if parts else np.empty(0)
 
 
