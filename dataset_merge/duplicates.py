@@ -9,7 +9,7 @@ docs/merging.md has the figures on real faces.
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -42,12 +42,6 @@ class Duplicate(NamedTuple):
     original: int
     kind: str
     correlation: float
-
-
-class Rows(Protocol):
-    """Unit embeddings of all images, given out by positions: float32 [positions, D]."""
-
-    def __getitem__(self, positions: np.ndarray, /) -> np.ndarray: ...
 
 
 def thumbnail(face: np.ndarray) -> np.ndarray:
@@ -85,7 +79,9 @@ def _best_place(one: np.ndarray, other: np.ndarray, scales: Sequence[float] = _S
     return best
 
 
-def find_duplicates(images: EncodedImages, parts: Sequence[np.ndarray], embeddings: Rows | None) -> Iterator[Duplicate]:
+def find_duplicates(
+    images: EncodedImages, parts: Sequence[np.ndarray], embeddings: np.ndarray | None
+) -> Iterator[Duplicate]:
     """The images of one merged identity that are there already.
 
     `parts`: positions of the images of each of the identities that were joined, in the order they are taken. Only

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rule = Literal["mutual", "clusters"]
-Decision = Literal["joined", "below", "not mutual", "split"]
+PairDecision = Literal["joined", "below", "not mutual", "split"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Grouping:
     score: NDArray[np.float32]
     threshold: float
     pairs: Pairs
-    decision: list[Decision]
+    decision: list[PairDecision]
     splits: list[Split]
 
 
@@ -83,7 +83,7 @@ def group_identities(
     order = np.lexsort((pairs.second, pairs.first, -pairs.cosine, -pairs.score))
     enough = pairs.score >= threshold
     best = mutual_best(source, pairs, order)
-    decision: list[Decision] = ["below"] * len(pairs)
+    decision: list[PairDecision] = ["below"] * len(pairs)
     near = set(zip(pairs.first[enough].tolist(), pairs.second[enough].tolist(), strict=True)) if within else set()
 
     def allowed(one: int, other: int) -> bool:

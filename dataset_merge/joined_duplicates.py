@@ -15,7 +15,7 @@ import numpy as np
 from data.face_sets import EncodedImages, FaceSet, images_by_identity
 from data.joined_sets import JoinedFaceSet
 from dataset_merge.decisions import Decision, members
-from dataset_merge.duplicates import CANDIDATE_COSINE, SAME_CORRELATION, Duplicate, Rows, find_duplicates
+from dataset_merge.duplicates import CANDIDATE_COSINE, SAME_CORRELATION, Duplicate, find_duplicates
 from dataset_merge.unit_rows import UnitRows
 from dataset_merge.writing import describe_choice, made_from
 from utils.files import csv_line
@@ -73,7 +73,7 @@ def search(
     sets: Sequence[FaceSet],
     everything: JoinedFaceSet,
     parts: Parts,
-    embeddings: Rows | None,
+    embeddings: JoinedRows | None,
     model: str,
     workers: int,
 ) -> list[Duplicate]:
@@ -112,7 +112,7 @@ def _search(
     work: ResumableFolder,
     everything: JoinedFaceSet,
     joined: Sequence[Sequence[np.ndarray]],
-    embeddings: Rows | None,
+    embeddings: JoinedRows | None,
     workers: int,
 ) -> None:
     table: GrowingFile = work.open(_TABLE)
@@ -141,7 +141,7 @@ class _Task(NamedTuple):
 
 
 def _blocks(
-    everything: JoinedFaceSet, joined: Sequence[Sequence[np.ndarray]], embeddings: Rows | None
+    everything: JoinedFaceSet, joined: Sequence[Sequence[np.ndarray]], embeddings: JoinedRows | None
 ) -> Iterator[list[_Task]]:
     """What a process gets at a time. The embeddings are read when it does, as those of all may lie in files."""
     for start in range(0, len(joined), _IDENTITIES_AT_ONCE):
