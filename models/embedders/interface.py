@@ -53,7 +53,7 @@ class FaceEmbedder(Embedder):
     def _forward(self, faces: Tensor, mirror: bool) -> Tensor:
         """uint8 [B, image_size, image_size, 3] RGB, mirrored or not, to float32 [B, D] on `device`."""
 
-    @torch.no_grad()
+    @torch.no_grad()  # not inference_mode, whose tensors can be neither changed in place nor learned from
     def features(self, faces: Tensor, mirror: bool) -> Tensor:
         """Embeddings as they leave the model; see Embedder. Raises ValueError for faces of another shape or dtype."""
         self._check(faces)

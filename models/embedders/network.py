@@ -43,9 +43,8 @@ class NetworkEmbedder(FaceEmbedder):
         names = [*state, repr(self.network), self.image_size, self.inputs.as_json(), str(self._precision)]
         return digest(names, *(value for value in state.values() if isinstance(value, Tensor)))
 
-    @torch.no_grad()  # not inference_mode, whose tensors can be neither changed in place nor learned from
     def features(self, faces: Tensor, mirror: bool) -> Tensor:
-        """Embeddings as they leave the network; see Embedder."""
+        """As FaceEmbedder; the faces go to the device once, also with `mirror`."""
         return super().features(faces.to(self.device, non_blocking=True), mirror)
 
     def _forward(self, faces: Tensor, mirror: bool) -> Tensor:

@@ -16,7 +16,14 @@ from models.weights.cvlface import cvlface
 from models.weights.evolve import evolve
 from models.weights.mxnet_mobilefacenet import mxnet_mobilefacenet
 from models.weights.origin import Origin
-from models.weights.reading import Checkpoint, model_file, parts_under_prefixes, read_checkpoint, strip_prefixes
+from models.weights.reading import (
+    COUNTER,
+    Checkpoint,
+    model_file,
+    parts_under_prefixes,
+    read_checkpoint,
+    strip_prefixes,
+)
 from models.weights.recognition import (
     Recognised,
     Shapes,
@@ -31,10 +38,6 @@ from utils.checkpoints import CheckpointError, load_backbone, read_safetensors, 
 
 #: What is asked, in this order, whether a checkpoint is of its kind; a new kind is a file and its line here.
 ORIGINS: tuple[Callable[[Checkpoint], Origin | None], ...] = (adaface, cvlface, evolve, tface, mxnet_mobilefacenet)
-
-
-# Old files lack the counters of norms, which only training without momentum reads.
-_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -187,7 +190,7 @@ def _recognised(found: Shapes, file: Path, network: str, embedding_size: int, im
 def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, network: str) -> None:
     own = module.state_dict()
     stripped = strip_prefixes({name: name for name in own})
-    counters = {name: value for name, value in own.items() if name.endswith(_COUNTER)}
+    counters = {name: value for name, value in own.items() if name.endswith(COUNTER)}
     state = {**counters, **{stripped.get(name, name): value for name, value in strip_prefixes(state).items()}}
     _require_fit(shapes_of(own), shapes_of(state), file, network)
     for name, value in state.items():
@@ -201,7 +204,7 @@ def _fill(module: nn.Module, state: Mapping[str, Tensor], file: Path, network: s
 
 def _require_fit(expected: Shapes, found: Shapes, file: Path, network: str) -> None:
     """Raise CheckpointError unless weights with the shapes `found` are those of `network`, which has `expected`."""
-    found = {name: shape for name, shape in expected.items() if name.endswith(_COUNTER)} | found
+    found = {name: shape for name, shape in expected.items() if name.endswith(COUNTER)} | found
     if expected != found:
         known, wanted = recognise(found, NETWORKS, 112), recognise(expected, (network,), 112)
         looks = f"; it looks like {known}: say {_flags(known, wanted)}" if known else ""

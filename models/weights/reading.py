@@ -35,6 +35,9 @@ _PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "net.", "network.",
 # What a training module has beside its network: its head, losses and statistics.
 _OTHERS = ("head.", "loss.", "criterion.", "classifier.", "arcface.", "margin.", "teacher.")
 
+#: How the counters of norms end, which old files lack, and which only training without momentum reads.
+COUNTER = "num_batches_tracked"
+
 # What else checkpoints have in their notes: Lightning's callback, options, paths (of Python 3.13 too, which calls them
 # otherwise), accuracies as numbers and arrays of numpy.
 # Nothing is imported: a class without content stands in.
@@ -216,7 +219,7 @@ def unwrap(content: Any, file: Path, known: dict[int, dict[str, Tensor]] | None 
 
 def _essential(state: Mapping[str, Tensor]) -> set[str]:
     """The names of a network's weights, without the counters of norms and what is beside it."""
-    return {name for name in strip_prefixes(state) if not (name.endswith("num_batches_tracked") or _is_beside(name))}
+    return {name for name in strip_prefixes(state) if not (name.endswith(COUNTER) or _is_beside(name))}
 
 
 def _unwrapped(content: Mapping[Any, Any], file: Path, known: dict[int, dict[str, Tensor]]) -> dict[str, Tensor]:

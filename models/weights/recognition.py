@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.backbones import create_network
-from models.weights.reading import strip_prefixes
+from models.weights.reading import COUNTER, strip_prefixes
 from utils.checkpoints import TOO_LARGE
 
 Shapes = dict[str, tuple[int, ...]]
@@ -136,8 +136,8 @@ def _embedding_size(found: Shapes, likely: Shapes) -> int:
 
 
 def _named(shapes: Shapes) -> frozenset[str]:
-    """The names without the counters of norms, which old files lack."""
-    return frozenset(name for name in shapes if not name.endswith("num_batches_tracked"))
+    """The names without the counters of norms."""
+    return frozenset(name for name in shapes if not name.endswith(COUNTER))
 
 
 def _same(expected: Shapes, found: Shapes) -> bool:
