@@ -124,7 +124,8 @@ def _tested(folder: Path, model: NetworkEmbedder) -> dict[str, Any]:
         found = json.loads(results.read_text())
         precision = PRECISIONS[found.get("precision", "fp32")]
         require_results(found)
-        tested = [one["fingerprint"] for one in _models_of(report)] if report.is_file() else []
+        models = json.loads(report.read_text())["models"] if report.is_file() else {}
+        tested = [one["fingerprint"] for one in models.values()]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         warnings.warn(f"{results}, or {report.name} beside it, is damaged ({error!r}): left out", stacklevel=3)
         return {}
@@ -136,10 +137,6 @@ def _tested(folder: Path, model: NetworkEmbedder) -> dict[str, Any]:
         )
         return {}
     return found
-
-
-def _models_of(report: Path) -> list[dict[str, Any]]:
-    return list(json.loads(report.read_text())["models"].values())
 
 
 def _stated(file: Path, saved: Mapping[str, str], name: str, kind: Callable[[str], T]) -> T | None:
