@@ -129,8 +129,6 @@ class Test:
             hardest=chosen.hardest,
         )
         self.notes: list[Finding] = []
-        #: Whether there is but one set, whose ROC is that of the overview.
-        self.alone = len(chosen_sets(config)) == 1
         self.training: TrainingSample | None = None
 
     def _load(self, path: Path, precision: Precision) -> Embedder:
@@ -181,8 +179,9 @@ class Test:
             decode_face(test_set.images.encoded(0), size, False, test_set.images.describe(0))
         return test_set, read_tables(test_set, self.config.test.breakdown, self.config.test.quality)
 
-    def run(self, test_set: TestSet, tables: Tables) -> TestedSet | None:
-        """All models on one set, with its checks and pictures. Only the first rank has the result."""
+    def run(self, test_set: TestSet, tables: Tables, alone: bool) -> TestedSet | None:
+        """All models on one set, with its checks and pictures; of the only one, `alone`, the overview has the ROC. Only
+        the first rank has the result."""
         chosen = self.config.test
         title = f"{test_set.name}, {', '.join(self.names)}"
         features = embed_by_all(self.embedders, test_set.images, title, self.options, self.ranks)
@@ -200,7 +199,7 @@ class Test:
         ]
         findings = self._check(test_set, done) if chosen.checks else []
         size = self.embedders[0].image_size
-        pictures = draw_set(self.output, test_set, done, size, alone=self.alone)
+        pictures = draw_set(self.output, test_set, done, size, alone)
         if self.training is not None:
             drawn = [draw_finding(self.output, test_set, self.training, finding, size) for finding in findings]
             pictures += [picture for picture in drawn if picture is not None]
@@ -276,7 +275,7 @@ def run_test(config: Config, ranks: Ranks) -> None:
     tested: list[TestedSet] = []
     overview: list[Picture] = []
     for test_set, tables in opened:
-        one = test.run(test_set, tables)
+        one = test.run(test_set, tables, alone=len(opened) == 1)
         if one is not None:
             tested.append(one)
             overview = write_reports(test, tested)
