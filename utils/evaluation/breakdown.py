@@ -187,28 +187,35 @@ def breakdown_all_pairs(
         lowest = min(thresholds)
         lock = Lock()
 
+        def add(kind: int, pairs: Block, passed: Tensor) -> None:
+            """Count pairs of a block, `passed` bool [rows, columns], for the people on them; kind 0 genuine, 1
+            impostor."""
+            row, column = passed.nonzero(as_tuple=True)
+            grouped = (of[pairs.rows][row] >= 0) & (of[pairs.columns][column] >= 0)
+            row, column = row[grouped], column[grouped]
+            if not len(row):
+                return
+            scores = pairs.scores[row, column]
+            row, column = row + pairs.rows.start, column + pairs.columns.start
+            code = table[of[row], of[column]]
+            sides = [(row, pairs.rows), (column, pairs.columns)]
+            for own, images in sides if kind else sides[:1]:  # a genuine pair is of one person, and counts once
+                # Labels ascend: a block has few people, and only theirs are counted, not all of the set.
+                first, last = int(blocks.labels[images.start]), int(blocks.labels[images.stop - 1]) + 1
+                cells = (blocks.labels[own] - first) * len(couples) + code
+                for place, threshold in enumerate(thresholds):
+                    found = torch.bincount(cells[scores > threshold], minlength=(last - first) * len(couples))
+                    with lock:
+                        hits[place, kind, first:last] += found.view(last - first, len(couples))
+
         def count(pairs: Block, thread: int) -> None:
             above = pairs.scores > lowest
-            kinds = blocks.masks(pairs) if pairs.mixed else (None, None)
-            for kind, mask in enumerate(kinds):
-                if mask is None and kind == 0:
-                    continue
-                row, column = (above if mask is None else above & mask).nonzero(as_tuple=True)
-                grouped = (of[pairs.rows][row] >= 0) & (of[pairs.columns][column] >= 0)
-                row, column = row[grouped], column[grouped]
-                if not len(row):
-                    continue
-                scores = pairs.scores[row, column]
-                row, column = row + pairs.rows.start, column + pairs.columns.start
-                code = table[of[row], of[column]]
-                for own, images in ((row, pairs.rows), (column, pairs.columns))[: kind + 1]:
-                    # Labels ascend: a block has few people, and only theirs are counted, not all of the set.
-                    first, last = int(blocks.labels[images.start]), int(blocks.labels[images.stop - 1]) + 1
-                    cells = (blocks.labels[own] - first) * len(couples) + code
-                    for place, threshold in enumerate(thresholds):
-                        found = torch.bincount(cells[scores > threshold], minlength=(last - first) * len(couples))
-                        with lock:
-                            hits[place, kind, first:last] += found.view(last - first, len(couples))
+            if pairs.mixed:
+                genuine, impostor = blocks.masks(pairs)
+                add(0, pairs, above & genuine)
+                add(1, pairs, above & impostor)
+            else:
+                add(1, pairs, above)
 
         blocks.each(count, "all pairs, by group")
         accepted = ranks.sum(hits).cpu().numpy()
