@@ -70,7 +70,7 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
     vector before is at least 0.6 of the identity's median cosine with it.
 
     `embeddings` may lie elsewhere (see unit_rows.py) and go to the device in chunks. Memory there: 4 x D bytes an
-    identity (medoid: three times, trimmed: four times as much), and 30 bytes an image. Raises ValueError for labels
+    identity (medoid, trimmed: three times as much), and 30 bytes an image. Raises ValueError for labels
     that do not fit and another method.
     """
     if method not in get_args(Method):
@@ -85,12 +85,10 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
     if method != "mean":
         # The sum of an image's cosines with the others of its identity is x . (sum - x), and x . x = 1.
         best = _first_best(cosines_with(embeddings, labels, vectors), labels, identities)
-        filled = best >= 0
-        chosen = best[filled].to(embeddings.device)
-        pairs = images == 2 if method == "trimmed" else torch.zeros_like(filled)
-        medoids = vectors.clone()
-        medoids[filled] = embeddings[chosen].to(vectors)
-        vectors = torch.where(pairs[:, None], vectors, medoids)
+        chosen = best >= 0
+        if method == "trimmed":  # of two images both count
+            chosen &= images != 2
+        vectors[chosen] = embeddings[best[chosen].to(embeddings.device)].to(vectors)
         used = images.clamp(max=1) if method == "medoid" else images
     if method == "trimmed":
         for _ in range(_TRIM_ROUNDS):
