@@ -100,18 +100,7 @@ def _read_rows(path: Path, people: Identities, names: Names, sets: Sequence[Face
                 cells = row[: len(COLUMNS)] + _without_empty_end(row[len(COLUMNS) :])
                 decision = _parse(cells, sets)
                 where = wheres[decision.source]
-                same = names.find(decision.source, decision.label)
-                if len(same) > 1:
-                    raise ValueError(
-                        f"the zeros in front of the name {decision.label!r} are lost, and {where} has "
-                        f"{' and '.join(map(people.name, same))}: let the table program read names as text"
-                    )
-                if not same:
-                    raise ValueError(
-                        f"{where} has no identity {decision.label!r}: give the sets, and the flags of cleaning, "
-                        "with which the table was made"
-                    )
-                number, match = same[0], names.of_match(decision)
+                number, match = _identity_of(decision, people, names, where), names.of_match(decision)
                 labels = people.name(number), decision.match_label if match is None else people.name(match)
                 if labels != (decision.label, decision.match_label):
                     decision = decision._replace(label=labels[0], match_label=labels[1])
@@ -131,6 +120,22 @@ def _read_rows(path: Path, people: Identities, names: Names, sets: Sequence[Face
             if isinstance(error, RowError):
                 line = 1 + error.line
             raise DecisionsError(f"{path}, line {line}: {error}") from None
+
+
+def _identity_of(decision: Decision, people: Identities, names: Names, where: str) -> int:
+    """The number of the identity that a row is of; `where`: its set, in words."""
+    same = names.find(decision.source, decision.label)
+    if len(same) > 1:
+        raise ValueError(
+            f"the zeros in front of the name {decision.label!r} are lost, and {where} has "
+            f"{' and '.join(map(people.name, same))}: let the table program read names as text"
+        )
+    if not same:
+        raise ValueError(
+            f"{where} has no identity {decision.label!r}: give the sets, and the flags of cleaning, with which the "
+            "table was made"
+        )
+    return same[0]
 
 
 def _open_table(file: TextIO) -> Iterator[tuple[int, list[str]]]:
