@@ -50,7 +50,7 @@ class Match(NamedTuple):
 
 class Identities:
     """The identities of several sets, numbered one set after another: `source` and `own` (class in its set), int64
-    [identities]; `images`, how many each has.
+    [identities]; `images`, how many each has; `firsts`, int64 [sets + 1], where each set begins, and their number.
     """
 
     def __init__(self, sets: Sequence[FaceSet]) -> None:

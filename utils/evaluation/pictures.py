@@ -50,15 +50,14 @@ def _rate_curves(
 
 def draw_set(folder: Path, test_set: TestSet, measured: Sequence[Measured], size: int, alone: bool) -> list[Picture]:
     """The pictures of one set; with `alone`, the only one, without ROC and DET, which the overview has."""
-    name = test_set.name
+    name, several = test_set.name, len(measured) > 1
     pictures = [] if alone else _rate_curves(folder, f"{name}_", {one.model: one.curve for one in measured}, name)
-    for one in measured:
-        pictures.append(_draw_histogram(folder, name, one, len(measured) > 1))
+    pictures += [_draw_histogram(folder, name, one, several) for one in measured]
     pictures += _draw_rejects(folder, name, measured)
     pictures += _draw_breakdowns(folder, name, measured)
     for one in measured:
         if one.hardest is not None:
-            pictures += _draw_hardest(folder, test_set, one, size, len(measured) > 1)
+            pictures += _draw_hardest(folder, test_set, one, size, several)
     return pictures
 
 
@@ -99,19 +98,17 @@ def _draw_rejects(folder: Path, name: str, measured: Sequence[Measured]) -> list
 
 def _draw_breakdowns(folder: Path, name: str, measured: Sequence[Measured]) -> list[Picture]:
     pictures = []
-    for title in measured[0].breakdowns:
+    for title, first in measured[0].breakdowns.items():
         path = folder / f"{name}_by_{_plain(title)}.png"
-        tables = {one.model: one.breakdowns[title] for one in measured}
-        shown = [number for number, row in enumerate(tables[measured[0].model].rates) if row.tar is not None]
+        shown = [number for number, row in enumerate(first.rates) if row.tar is not None]
         if not shown:
             continue
-        first = tables[measured[0].model]
         rows = [f"{first.rates[i].name} ({first.rates[i].genuine:,} genuine pairs)" for i in shown]
         values, intervals = {}, {}
-        for model, table in tables.items():
-            rates = [rate for i in shown if (rate := table.rates[i].tar) is not None]
-            values[model] = [100 * rate.estimate for rate in rates]
-            intervals[model] = [(100 * rate.low, 100 * rate.high) for rate in rates]
+        for one in measured:
+            rates = [rate for i in shown if (rate := one.breakdowns[title].rates[i].tar) is not None]
+            values[one.model] = [100 * rate.estimate for rate in rates]
+            intervals[one.model] = [(100 * rate.low, 100 * rate.high) for rate in rates]
         at = _at(first.rates[0].far_of_all, support_note(first.rates[0].support))
         label = f"TAR at the whole set's threshold for {at}, %"
         draw_bars(path, rows, values, intervals, f"{name} by {title}", label)
