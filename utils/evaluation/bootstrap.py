@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from utils.evaluation.all_pairs import AllPairsResult
 from utils.evaluation.curves import FAR_POINTS, check_rates, crossing, exact_rate
-from utils.evaluation.folds import THRESHOLDS, FoldResult
+from utils.evaluation.folds import FoldResult, correct_counts, first_accepting
 from utils.evaluation.identity_counts import IdentityCounts
 
 # With one group of more than this share of the pairs, drawing groups would be drawing that one or not.
@@ -95,7 +95,8 @@ def drawn_groups(pairs: int, groups: NDArray[np.integer] | None) -> tuple[NDArra
 class PairMeasures:
     """Accuracy, AUC, EER and TAR at FAR of the pairs of a verification set, each pair with a weight.
 
-    What does not depend on the weights, the order of the scores and the cells of the folds, is worked out once.
+    What does not depend on the weights, the order of the scores and the first threshold that accepts each, is worked
+    out once.
     """
 
     def __init__(self, result: FoldResult, far: Sequence[float]) -> None:
@@ -109,10 +110,9 @@ class PairMeasures:
         new = np.append(True, distances[1:] != distances[:-1])
         self._last = np.append(new[1:], True)
         self._first = np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))  # of the equal ones
-        self._shape = (len(result.thresholds), len(THRESHOLDS) + 1)
-        self._fold = result.fold
-        self._cells = self._fold * self._shape[1] + np.searchsorted(THRESHOLDS, result.distances, side="right")
-        self._sign = np.where(result.same, 1.0, -1.0)
+        self._fold, self._folds = result.fold, len(result.thresholds)
+        self._first_accepting = first_accepting(result.distances)
+        self._sign = np.where(result.same, 1, -1)
 
     def __call__(self, weights: NDArray[np.integer]) -> NDArray[np.float64]:
         """Accuracy, AUC, EER and the TARs, float64 [3 + rates]; NaN without weight on either kind of pair.
@@ -134,14 +134,11 @@ class PairMeasures:
         return np.array([*measures, *(above[places] / genuine[-1])])
 
     def _accuracy(self, weights: NDArray[np.integer]) -> float:
-        folds = self._shape[0]
-        gains = np.bincount(self._cells, weights * self._sign, self._shape[0] * self._shape[1]).reshape(self._shape)
-        different = np.bincount(self._fold, weights * (self._sign < 0), folds)
-        correct = gains.cumsum(axis=1)[:, :-1] + different[:, None]
+        correct = correct_counts(self._first_accepting, self._fold, self._folds, weights * self._sign)
         best = (correct.sum(axis=0) - correct).argmax(axis=1)
-        sizes = np.bincount(self._fold, weights, folds)
+        sizes = np.bincount(self._fold, weights, self._folds)
         drawn = sizes > 0
-        return float((correct[np.arange(folds), best][drawn] / sizes[drawn]).mean())
+        return float((correct[np.arange(self._folds), best][drawn] / sizes[drawn]).mean())
 
 
 def pair_draws(

@@ -93,7 +93,7 @@ def ten_fold_of_distances(distances: NDArray[np.float64], same: NDArray[np.bool_
         raise ValueError(f"{len(same)} pairs need as many distances, not shape {list(distances.shape)}")
     _check_folds(len(same), folds)
     fold = fold_numbers(len(same), folds)
-    correct = correct_counts(distances, same, fold, folds)
+    correct = correct_counts(first_accepting(distances), fold, folds, np.where(same, 1, -1))
     best = (correct.sum(axis=0) - correct).argmax(axis=1)  # argmax takes the first of equals
     accuracies = correct[np.arange(folds), best] / np.bincount(fold)
     return FoldResult(
@@ -180,18 +180,23 @@ def _refuse_rows(bad: NDArray[np.bool_], complaint: str) -> None:
         raise ValueError(f"embedding row {int(bad.argmax())} {complaint} ({int(bad.sum())} such rows)")
 
 
-def correct_counts(
-    distances: NDArray[np.float64], same: NDArray[np.bool_], fold: NDArray[np.integer], folds: int
-) -> NDArray[np.int64]:
-    """How many pairs of each fold each threshold judges rightly: int64 [folds, thresholds].
+def first_accepting(distances: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The number of the first threshold above each distance, int64 [P]: it and all that follow accept the pair."""
+    return np.searchsorted(THRESHOLDS, distances, side="right")
 
-    A pair is accepted by all thresholds from the first one above its distance on. So counting the pairs by that first
-    threshold, and summing the counts up along the thresholds, gives every threshold's acceptances at once.
+
+def correct_counts(
+    first: NDArray[np.integer], fold: NDArray[np.integer], folds: int, times: NDArray[np.integer]
+) -> NDArray[np.float64]:
+    """How many pairs of each fold each threshold judges rightly: whole numbers, float64 [folds, thresholds].
+
+    first [P]: see `first_accepting`; fold [P]; times: integers [P], how often each pair counts, below 0 for impostors.
+    Counting the pairs by their first threshold, and summing the counts up along the thresholds, gives every threshold's
+    acceptances at once.
     """
     shape = (folds, len(THRESHOLDS) + 1)  # the last column is for pairs that no threshold accepts
-    cells = np.searchsorted(THRESHOLDS, distances, side="right")
-    gains = _counts(fold[same], cells[same], shape) - _counts(fold[~same], cells[~same], shape)
-    return gains.cumsum(axis=1)[:, :-1] + np.bincount(fold[~same], minlength=folds)[:, None]
+    gains = np.bincount(fold * shape[1] + first, times, shape[0] * shape[1]).reshape(shape)
+    return gains.cumsum(axis=1)[:, :-1] + np.bincount(fold, np.maximum(-times, 0), folds)[:, None]
 
 
 def _counts(rows: NDArray[np.integer], columns: NDArray[np.integer], shape: tuple[int, int]) -> NDArray[np.int64]:
