@@ -8,6 +8,7 @@ that of his or her most similar gallery entry. An entry that is as similar as th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -100,7 +101,7 @@ def identify(
     own = np.full(len(queries), -np.inf, np.float32)
     best_other = np.full(len(queries), -np.inf, np.float32)
     ahead = np.zeros(len(queries), np.int64)
-    places = [-(-exact_rate(rate) * len(queries) // 1) for rate in fpir] if over_scores else []
+    places = [ceil(exact_rate(rate) * len(queries)) for rate in fpir] if over_scores else []
     highest = np.empty(0, np.float32)  # of the scores with entries of others
     with progress_bar(len(queries), "probe", "identification", disable=not progress) as bar:
         for start in range(0, len(queries), _BLOCK):
@@ -115,24 +116,23 @@ def identify(
             ahead[part] = (scores >= own[part, None]).sum(axis=1)
             best_other[part] = scores.max(axis=1)
             if places:
-                highest = _highest(np.concatenate([highest, scores[np.isfinite(scores)]]), int(max(places)))
+                highest = _highest(np.concatenate([highest, scores[np.isfinite(scores)]]), max(places))
             bar.update(len(scores))
-    found = np.bincount(ahead[mated].clip(max=ranks), minlength=ranks + 1)[:ranks]
     others = np.sort(best_other[~mated])[::-1]
-    hits = own[mated & (ahead == 0)]
-    points = []
-    for rate in fpir if len(others) else ():
-        threshold = others[int(exact_rate(rate) * len(others))]
-        share = float((hits > threshold).sum() / mated.sum())
-        points.append(OpenSetPoint(float(rate), share, float(threshold), len(others)))
-    cmc = found.cumsum() / mated.sum()
-    published = []
-    for rate, place in zip(fpir, places, strict=False) if len(highest) else ():
-        threshold = highest[min(int(place), len(highest)) - 1]
-        share = float((own[mated] > threshold).sum() / mated.sum())
-        published.append(OpenSetPoint(float(rate), share, float(threshold), len(queries)))
-    counts = len(people), int(mated.sum()), int((~mated).sum())
-    return Identification(*counts, cmc, tuple(points), tuple(published))
+    own, ahead = own[mated], ahead[mated]
+
+    def point(rate: float, threshold: np.float32, found: NDArray[np.float32], trials: int) -> OpenSetPoint:
+        return OpenSetPoint(float(rate), float((found > threshold).sum() / len(own)), float(threshold), trials)
+
+    first, count = own[ahead == 0], len(others)
+    open_set = [point(rate, others[int(exact_rate(rate) * count)], first, count) for rate in fpir if count]
+    published = [
+        point(rate, highest[min(place, len(highest)) - 1], own, len(queries))
+        for rate, place in zip(fpir, places, strict=False)
+        if len(highest)
+    ]
+    cmc = np.bincount(ahead.clip(max=ranks), minlength=ranks + 1)[:ranks].cumsum() / len(own)
+    return Identification(len(people), len(own), count, cmc, tuple(open_set), tuple(published))
 
 
 def _highest(scores: NDArray[np.float32], count: int) -> NDArray[np.float32]:
