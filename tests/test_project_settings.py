@@ -234,6 +234,6 @@ def test_settings_of_insightface_lead_to_some_that_there_are() -> None:
     text = (Path(__file__).resolve().parents[1] / "docs" / "training.md").read_text()
     table = text.partition("## Settings of insightface's trainer")[2].partition("\n## ")[0]
     named = set(re.findall(r"--[a-z][a-z0-9.-]*", table))
-    parser = settings._parser(config.Config, config.PRESETS, ("train", "common"), "")
+    parser = settings._parser(config.Config, config.PRESETS, ("train", "common"), "", config.READS["train"])
     assert len(named) > 15
     assert named <= {flag for action in parser._actions for flag in action.option_strings}
