@@ -10,7 +10,6 @@ exit status is 1 when --check finds broken records. RecFaceSet refuses a damaged
 so it reads records itself. docs/data.md shows an example.
 """
 
-import csv
 import json
 import sys
 from collections import Counter
@@ -244,20 +243,20 @@ def repair(records: Records, survey: Survey, output: Path) -> None:
     if not kept.size:
         raise FaceSetError(f"{output} is not written: {records.place(0).file} has not one good image")
     image_size = survey.shapes.most_common(1)[0][0][1] if survey.shapes else 0
-    with (
-        write_face_set(output, image_size) as out,
-        (out.folder / "repair.csv").open("w", encoding="utf-8", newline="", errors="surrogateescape") as file,
-        progress_bar(kept.size, "image", "repair") as bar,
-    ):
-        lines = csv.writer(file)
-        lines.writerow(["identity", "label", "images", "broken"])
-        start = 0
-        for label, count, stop in zip(labels.tolist(), counts.tolist(), stops.tolist(), strict=True):
-            images = kept[start:stop].tolist()
-            new_label = out.add_identity(records.encoded(i) for i in images) if images else ""
-            lines.writerow([records.identity(label), new_label, len(images), count - len(images)])
-            bar.update(len(images))
-            start = stop
+    images = np.diff(stops, prepend=0)
+    new_labels: list[int | str] = []
+    with write_face_set(output, image_size) as out:
+        with progress_bar(kept.size, "image", "repair") as bar:
+            for positions in np.split(kept, stops[:-1]):
+                encoded = (records.encoded(i) for i in positions.tolist())
+                new_labels.append(out.add_identity(encoded) if positions.size else "")
+                bar.update(positions.size)
+        names = map(records.identity, labels.tolist())
+        write_csv_atomic(
+            out.folder / "repair.csv",
+            ("identity", "label", "images", "broken"),
+            zip(names, new_labels, images.tolist(), (counts - images).tolist(), strict=True),
+        )
 
 
 def as_text(report: Report) -> str:

@@ -106,6 +106,7 @@ def test_repair_keeps_every_good_byte(damaged: Path, tmp_path: Path, capsys: pyt
         ["2", "", "0", "1"],
         ["3", "2", "1", "2"],
     ]
+    assert b"\r" not in (out / "repair.csv").read_bytes()  # as in all other tables
     assert "every image of identity 2 is broken" in capsys.readouterr().out
     assert report_on(out, tmp_path / "again", check=True).broken == 0
     assert {path: path.read_bytes() for path in damaged.iterdir()} == before
