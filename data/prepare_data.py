@@ -43,16 +43,13 @@ from data.unpacked_names import UnpackedNames
 from utils.files import lock_file, naming, write_csv_atomic
 from utils.processes import map_unordered, worker_count
 from utils.progress import progress_bar
+from utils.resumable import JournalError
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
 
 JOURNAL = ".prepare_journal.jsonl"
 TABLE = "prepared.csv"
 IMAGES_PER_BLOCK = 1000
-
-
-class JournalError(ValueError):
-    """The output folder holds something else."""
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from data import prepare_data
 from data.face_sets import FaceSetError, RecFaceSet, open_face_set
 from data.fitting import Fit
 from data.pack_set import pack, select
-from data.prepare_data import JOURNAL, TABLE, JournalError, main, prepare
+from data.prepare_data import JOURNAL, TABLE, main, prepare
 from data.recordio import MAGIC_BYTES, RecordError, pack_image, write_records
 from data.set_sources import open_source
 from tiny_faces import tiny_face
 from unpacked_trees import drop_lines, table, tree
 from utils import processes
 from utils.files import BusyError
+from utils.resumable import JournalError
 
 SCRIPT = ROOT / "data" / "prepare_data.py"
 BLOCK = 4

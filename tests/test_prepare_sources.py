@@ -18,11 +18,12 @@ from data.face_sets import FaceSetError, identity_order, open_face_set
 from data.fitting import Fit
 from data.identity_choice import choose_identities
 from data.pack_set import pack, select
-from data.prepare_data import JOURNAL, TABLE, JournalError, main, prepare
+from data.prepare_data import JOURNAL, TABLE, main, prepare
 from data.set_sources import LANDMARK_COLUMNS, open_source
 from data.unpacked_names import FORBIDDEN, portable_names
 from tiny_faces import tiny_face
 from unpacked_trees import drop_lines, table, tree
+from utils.resumable import JournalError
 
 
 @pytest.fixture(autouse=True)
