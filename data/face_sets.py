@@ -23,6 +23,8 @@ from utils.progress import progress_bar
 from utils.regular_files import read_regular_file
 from utils.texts import Texts
 
+#: How many numbers an identity may have: they fit into 32 bits.
+IDENTITY_NUMBERS = 2**31
 IMAGE_ENDINGS = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp"}
 _HEADERS_AT_ONCE = 1 << 16
 _FOLDERS_SHOWN = 10_000  # from which on reading them shows its progress
@@ -125,7 +127,7 @@ class RecFaceSet:
         del reader, has_image, extents  # as long as the set, and so are the arrays that sorting takes
         if not labels.size:
             raise FaceSetError(f"{self.path} has {records} records and not one image")
-        wrong = np.flatnonzero(~((labels >= 0) & (labels < 2**31) & (labels == np.floor(labels))))
+        wrong = np.flatnonzero(~are_identity_numbers(labels))
         if wrong.size:
             first = wrong[0]
             raise RecordError(
@@ -192,6 +194,12 @@ def property_line(rec_path: Path) -> str | None:
         return file.readline(_LONGEST_PROPERTY).strip()
 
 
+def are_identity_numbers(labels: np.ndarray) -> np.ndarray:
+    """Which labels of records, float of any shape, can be numbers of identities: bool of that shape."""
+    with np.errstate(invalid="ignore"):  # where no record begins, the bytes may be anything
+        return (labels >= 0) & (labels < IDENTITY_NUMBERS) & (labels == np.floor(labels))
+
+
 def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
     """(label float64 [records], has an image bool [records]) of every record, from one pass over the headers."""
     file, labels, has_image = reader.file, np.zeros(len(reader)), np.zeros(len(reader), bool)
@@ -200,13 +208,11 @@ def _read_labels(reader: IndexedRecordReader) -> tuple[np.ndarray, np.ndarray]:
         for start in range(0, len(reader), _HEADERS_AT_ONCE):
             offsets = reader.offsets[start : start + _HEADERS_AT_ONCE]
             heads = file.heads(offsets)
-            scalar, first_of_several = (words.view("<f4") for words in file.words_at(offsets, 3, 8))
-            image_size = heads.length - IMAGE_HEADER_SIZE - 4 * heads.labels
             part = slice(start, start + len(offsets))
             with np.errstate(invalid="ignore"):  # where no record begins, the bytes may be anything
-                labels[part] = np.where(heads.labels > 0, first_of_several, scalar)
-            has_image[part] = image_size > 0
-            for i in np.flatnonzero(~heads.whole | (image_size < 0)):  # cut at an embedded magic, or damaged
+                labels[part] = file.labels(offsets)
+            has_image[part] = heads.image_bytes > 0
+            for i in np.flatnonzero(~heads.whole | (heads.image_bytes < 0)):  # cut at an embedded magic, or damaged
                 where = f"{file.path}, record {reader.keys[start + i]} at byte {offsets[i]}"
                 record = unpack_image(file.read(int(offsets[i])), where)
                 labels[start + i], has_image[start + i] = record.labels[0], bool(record.image)

@@ -9,7 +9,7 @@ from shlex import quote
 
 import numpy as np
 
-from data.recordio import FIRST, LENGTH_BITS, MAGIC, RECORD_HEAD, WHOLE, IndexedRecordReader, RecordError, RecordFile
+from data.recordio import RECORD_HEAD, IndexedRecordReader, RecordError, RecordFile
 
 
 def unlisted_bytes(file: RecordFile, offsets: np.ndarray, extents: np.ndarray) -> int:
@@ -40,10 +40,7 @@ def overlong(file: RecordFile, offsets: np.ndarray, extents: np.ndarray) -> np.n
     reaching = np.flatnonzero(extents[:-1] > np.diff(offsets))
     if not reaching.size:
         return reaching
-    magic, lrec = file.words_at(offsets, 0, 1)
-    begins = (magic == MAGIC) & np.isin(lrec >> LENGTH_BITS, (WHOLE, FIRST))
-    begins &= (offsets >= 0) & (offsets < file.size) & (offsets % 4 == 0)
-    starts = offsets[begins]
+    starts = offsets[file.heads(offsets).begins]
     following = np.append(starts, file.size)[np.searchsorted(starts, offsets[reaching], side="right")]
     return reaching[offsets[reaching] + extents[reaching] > following]
 

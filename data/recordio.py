@@ -114,14 +114,19 @@ def unpack_image(payload: bytes, where: str) -> ImageRecord:
 
 class RecordHeads(NamedTuple):
     """What some records begin with, arrays of one length: whether a record `begins` there, and is `whole`, neither cut
-    at an embedded magic nor at the end of the file; the `length` of its payload, and how many `labels` follow its image
-    header, both int64, 0 labels where the only one is in the header. Where no record begins, they are arbitrary.
+    at an embedded magic nor at the end of the file; the `length` of its payload, and the `label_count` that follow its
+    image header, both int64, 0 where the only label is in the header. Where no record begins, they are arbitrary.
     """
 
     begins: np.ndarray
     whole: np.ndarray
     length: np.ndarray
-    labels: np.ndarray
+    label_count: np.ndarray
+
+    @property
+    def image_bytes(self) -> np.ndarray:
+        """Bytes of the image, int64 [records]; negative where more labels are announced than the payload holds."""
+        return self.length - IMAGE_HEADER_SIZE - 4 * self.label_count
 
 
 class RecordFile:
@@ -197,11 +202,17 @@ class RecordFile:
 
     def heads(self, offsets: np.ndarray) -> RecordHeads:
         """What the records at `offsets`, int64, begin with."""
-        magic, lrec, labels = self.words_at(offsets, 0, 1, 2)
-        length = (lrec & LENGTH_MASK).astype(np.int64)
-        begins = (magic == MAGIC) & (offsets >= 0) & (offsets % 4 == 0)
-        whole = begins & (lrec >> LENGTH_BITS == WHOLE) & (offsets + RECORD_HEAD.size + length <= self.size)
-        return RecordHeads(begins, whole, length, labels.astype(np.int64))
+        magic, lrec, label_count = self.words_at(offsets, 0, 1, 2)
+        flag, length = lrec >> LENGTH_BITS, (lrec & LENGTH_MASK).astype(np.int64)
+        begins = (magic == MAGIC) & ((flag == WHOLE) | (flag == FIRST))
+        begins &= (offsets >= 0) & (offsets <= self.size - RECORD_HEAD.size) & (offsets % 4 == 0)
+        whole = begins & (flag == WHOLE) & (offsets + RECORD_HEAD.size + length <= self.size)
+        return RecordHeads(begins, whole, length, label_count.astype(np.int64))
+
+    def labels(self, offsets: np.ndarray) -> np.ndarray:
+        """The first label of the records at `offsets`, float32 [records]; arbitrary where no record is `whole`."""
+        count, in_header, first_behind = self.words_at(offsets, 2, 3, 8)
+        return np.where(count > 0, first_behind.view("<f4"), in_header.view("<f4"))
 
     def image_spans(self, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first, end) bytes of the images in the records at `offsets`, all int64 [records].
@@ -210,9 +221,8 @@ class RecordFile:
         or is damaged. `read` and `unpack_image` tell which.
         """
         heads = self.heads(offsets)
-        start = offsets + RECORD_HEAD.size
-        first, end = start + IMAGE_HEADER_SIZE + 4 * heads.labels, start + heads.length
-        return first, np.where(heads.whole & (first < end), end, 0)
+        size, end = heads.image_bytes, offsets + RECORD_HEAD.size + heads.length
+        return end - size, np.where(heads.whole & (size > 0), end, 0)
 
     def extents(self, offsets: np.ndarray) -> np.ndarray:
         """Bytes of each record at `offsets`, int64 [records], from its beginning to the next one's; 0 where no whole

@@ -20,7 +20,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.face_sets import FaceSet, FaceSetError, identity_order, open_face_set
+from data.face_sets import IDENTITY_NUMBERS, FaceSet, FaceSetError, identity_order, open_face_set
 from data.images import ImageError
 from data.images_fingerprint import files_digest
 from utils.progress import progress_bar
@@ -30,7 +30,6 @@ from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
 FACE2REC_COLUMNS = (3, 7, 17)
-LARGEST_LABEL = 2**31 - 1
 _SHOWN = 10 << 20  # bytes of a list from which on reading it shows its progress
 _LINES_AT_ONCE = 1 << 14
 _NO_LANDMARKS = [float("nan")] * 10
@@ -276,7 +275,7 @@ def _path(text: str, where: str) -> str:
 def _label(text: str, where: str) -> str:
     """The identity number of a list as text; im2rec writes `7.000000` for 7."""
     value = float(text) if _is_number(text) else float("nan")
-    if not (0 <= value <= LARGEST_LABEL and value.is_integer()):
+    if not (0 <= value < IDENTITY_NUMBERS and value.is_integer()):
         raise FaceSetError(f"{where}: label {text!r} is no identity number: expected a whole number from 0")
     return str(int(value))
 

@@ -8,19 +8,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from data.face_sets import FolderFaceSet, rec_of
+from data.face_sets import FolderFaceSet, are_identity_numbers, rec_of
 from data.images import ImageError
 from data.record_extents import overlong, overlong_remark, unlisted_bytes, unlisted_remark
-from data.recordio import (
-    IMAGE_HEADER_SIZE,
-    LENGTH_BITS,
-    MAGIC,
-    RecordError,
-    RecordFile,
-    keys_from_ids,
-    read_index,
-    unpack_image,
-)
+from data.recordio import MAGIC, RecordError, RecordFile, keys_from_ids, read_index, unpack_image
 from utils.arrays import distinct
 from utils.progress import progress_bar
 from utils.regular_files import open_regular_file
@@ -104,7 +95,7 @@ class RecRecords:
         record = unpack_image(self._file.read(int(self._offsets[i])), where)
         if not record.image:
             raise RecordError(f"{where}: its image is empty")
-        if not _is_label(record.labels[0]):
+        if not are_identity_numbers(record.labels[0]):
             raise RecordError(f"{where}: label {record.labels[0]} is no identity number: it must be whole, from 0")
         return record.image
 
@@ -117,10 +108,8 @@ class RecRecords:
     def heads(self, start: int, stop: int) -> Heads:
         keys, offsets = self._keys[start:stop], self._offsets[start:stop]
         records = self._file.heads(offsets)
-        scalar, first_of_several = (words.view("<f4") for words in self._file.words_at(offsets, 3, 8))
-        labels = np.where(records.labels > 0, first_of_several, scalar)
-        label_counts = np.maximum(records.labels, 1)
-        sizes = records.length - IMAGE_HEADER_SIZE - 4 * records.labels
+        labels, sizes = self._file.labels(offsets), records.image_bytes
+        label_counts = np.maximum(records.label_count, 1)
         first, _ = self._file.image_spans(offsets)
         (starts,) = self._file.words_at(first, 0)
 
@@ -137,14 +126,9 @@ class RecRecords:
 
         # Header and identity records are empty too: a scalar label, or a key before theirs, tells a lost image.
         broken |= (sizes == 0) & (keys != 0) & ((keys < self._id_start) | (label_counts == 1))
-        broken |= (sizes > 0) & ~_is_label(labels)
+        broken |= (sizes > 0) & ~are_identity_numbers(labels)
         good = ~broken & (sizes > 0)
         return Heads(np.where(good, labels, NO_LABEL).astype(np.int32), sizes, _kinds(starts), broken)
-
-
-def _is_label(label: np.ndarray) -> np.ndarray:
-    with np.errstate(invalid="ignore"):  # where no record begins, the bytes may be anything
-        return (label >= 0) & (label < 2**31) & (label == np.floor(label))
 
 
 def _kinds(starts: np.ndarray) -> np.ndarray:
@@ -241,10 +225,12 @@ def _require_index_of(file: RecordFile, index: Path, offsets: np.ndarray) -> Non
 def _id_start(file: RecordFile, zero: np.ndarray) -> float:
     """The first key of the identity records, less what float32 may have rounded it up, as record 0 states it.
 
-    `zero`: its offset, [0] or [1]. 0 when the record is missing, damaged or an image.
+    `zero`: its offset, int64 [1], or [0] when it is missing. 0 then, and when the record is damaged or an image.
     """
+    if not zero.size:
+        return 0.0
     try:
-        record = unpack_image(b"".join(file.read(int(offset)) for offset in zero[:1]), "record 0")
+        record = unpack_image(file.read(int(zero[0])), "record 0")
     except RecordError:
         return 0.0
     if record.image or record.labels.size < 2:
@@ -263,12 +249,11 @@ def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     with progress_bar(file.size, "B", "search") as bar:
         for start in range(0, len(words), SCAN_BYTES // 4):
             part = words[start : start + SCAN_BYTES // 4]
-            found.append(start + np.flatnonzero(part == MAGIC))
+            offsets = 4 * (start + np.flatnonzero(part == MAGIC))
+            found.append(offsets[file.heads(offsets).begins])
             bar.update(part.nbytes)
-    heads = np.concatenate(found)
-    heads = heads[heads + 1 < len(words)]
-    heads = heads[words[heads + 1] >> LENGTH_BITS < 2]  # cflag: a whole record, or the first part of one
-    if not heads.size:
+    offsets = np.concatenate(found)
+    if not offsets.size:
         raise RecordError(f"{file.path} holds no record: it is no .rec file, copy it again")
-    low, high = (word.astype(np.uint64) for word in file.words_at(4 * heads, 4, 5))
-    return keys_from_ids(low | high << np.uint64(32)), 4 * heads
+    low, high = (word.astype(np.uint64) for word in file.words_at(offsets, 4, 5))
+    return keys_from_ids(low | high << np.uint64(32)), offsets
