@@ -44,7 +44,7 @@ from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.scripts import printable, readable_errors
 from utils.settings import build, describe, from_json, parse_settings
-from utils.text_files import RowError, open_text, read_rows
+from utils.text_files import open_text, read_rows
 from utils.training.run_folders import CHECKPOINTS
 from utils.training.run_notes import require_run_notes
 from utils.training.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
@@ -134,18 +134,15 @@ def open_set_of(run: Path, trained: Config, source: Sequence[str]) -> FaceSet:
 def _read_classes(file: Path) -> list[str]:
     """The identities of a run's classes. Raises FaceSetError for what train.py did not write."""
     with open_text(file) as table:
-        rows = read_rows(table)
-        try:
-            header = next(rows, (1, []))[1]
-            if "identity" not in header:
-                raise FaceSetError(f"{file}: its header {','.join(header)[:100]!r} lacks identity: is it a run's?")
-            classes = []
-            for line, row in rows:
-                if len(row) != len(header):
-                    raise FaceSetError(f"{file}, line {line}: {len(row)} columns, expected {len(header)}")
-                classes.append(row[header.index("identity")])
-        except RowError as error:
-            raise FaceSetError(f"{file}, line {error.line}: {error}") from None
+        rows = read_rows(table, file, FaceSetError)
+        header = next(rows, (1, []))[1]
+        if "identity" not in header:
+            raise FaceSetError(f"{file}: its header {','.join(header)[:100]!r} lacks identity: is it a run's?")
+        classes = []
+        for line, row in rows:
+            if len(row) != len(header):
+                raise FaceSetError(f"{file}, line {line}: {len(row)} columns, expected {len(header)}")
+            classes.append(row[header.index("identity")])
     return classes
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from data.face_sets import IMAGE_ENDINGS
 from data.set_sources import csv_separator
 from utils.regular_files import read_regular_file
-from utils.text_files import LONGEST_NUMBER, RowError, is_empty_row, open_text, read_rows
+from utils.text_files import LONGEST_NUMBER, is_empty_row, open_text, read_rows
 
 #: The header of a list that is a CSV.
 COLUMNS = ("path1", "path2", "same")
@@ -145,19 +145,16 @@ _FLAGS: dict[str, bool] = {"1": True, "true": True, "0": False, "false": False}
 
 
 def _csv_pairs(lines: Sequence[str], path: Path, images: Path, separator: str) -> Iterator[Pair]:
-    rows = read_rows(lines, separator)
-    try:
-        header = [name.strip().lower() for name in next(rows)[1]]
-        if header != list(COLUMNS):
-            raise PairsError(f"{path}: its header is {','.join(header)!r}, expected {','.join(COLUMNS)}")
-        for line, row in rows:
-            if is_empty_row(row):
-                continue
-            where = f"{path}, line {line}"
-            if len(row) != 3:
-                raise PairsError(f"{where}: {len(row)} columns, expected 3 (path1,path2,same)")
-            if row[2].strip().lower() not in _FLAGS:
-                raise PairsError(f"{where}: {row[2]!r} does not say whether it is one person, 1 or 0")
-            yield Pair((_listed(images, row[0]), _listed(images, row[1])), _FLAGS[row[2].strip().lower()], line)
-    except RowError as error:
-        raise PairsError(f"{path}, line {error.line}: {error}") from None
+    rows = read_rows(lines, path, PairsError, separator)
+    header = [name.strip().lower() for name in next(rows)[1]]
+    if header != list(COLUMNS):
+        raise PairsError(f"{path}: its header is {','.join(header)!r}, expected {','.join(COLUMNS)}")
+    for line, row in rows:
+        if is_empty_row(row):
+            continue
+        where = f"{path}, line {line}"
+        if len(row) != 3:
+            raise PairsError(f"{where}: {len(row)} columns, expected 3 (path1,path2,same)")
+        if row[2].strip().lower() not in _FLAGS:
+            raise PairsError(f"{where}: {row[2]!r} does not say whether it is one person, 1 or 0")
+        yield Pair((_listed(images, row[0]), _listed(images, row[1])), _FLAGS[row[2].strip().lower()], line)

@@ -25,7 +25,7 @@ from data.images import ImageError
 from data.images_fingerprint import files_digest
 from utils.progress import progress_bar
 from utils.regular_files import UNREADABLE, read_regular_file
-from utils.text_files import RowError, is_empty_row, looks_binary, open_text, read_rows
+from utils.text_files import is_empty_row, looks_binary, open_text, read_rows
 from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
@@ -228,28 +228,25 @@ def _parse_im2rec(number: int, fields: list[str], path: Path) -> ListLine:
 
 
 def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
-    rows = read_rows(file, separator)
-    try:
-        header = [name.strip().lower() for name in next(rows, (1, []))[1]]
-        columns = _csv_columns(header, path)
-        for line, row in rows:
-            if is_empty_row(row):
-                continue
-            where = f"{path}, line {line}"
-            if len(row) != len(header):
-                raise FaceSetError(f"{where}: {len(row)} columns, expected {len(header)} as in the header")
-            image, identity, *landmarks = (row[column] for column in columns)
-            if not identity.strip():
-                raise FaceSetError(f"{where}: its label is empty")
-            given = any(text.strip() for text in landmarks)
-            yield ListLine(
-                line,
-                _path(image, where),
-                _whole(identity.strip()),
-                _numbers(landmarks, where) if given else (),
-            )
-    except RowError as error:
-        raise FaceSetError(f"{path}, line {error.line}: {error}") from None
+    rows = read_rows(file, path, FaceSetError, separator)
+    header = [name.strip().lower() for name in next(rows, (1, []))[1]]
+    columns = _csv_columns(header, path)
+    for line, row in rows:
+        if is_empty_row(row):
+            continue
+        where = f"{path}, line {line}"
+        if len(row) != len(header):
+            raise FaceSetError(f"{where}: {len(row)} columns, expected {len(header)} as in the header")
+        image, identity, *landmarks = (row[column] for column in columns)
+        if not identity.strip():
+            raise FaceSetError(f"{where}: its label is empty")
+        given = any(text.strip() for text in landmarks)
+        yield ListLine(
+            line,
+            _path(image, where),
+            _whole(identity.strip()),
+            _numbers(landmarks, where) if given else (),
+        )
 
 
 def _csv_columns(header: list[str], path: Path) -> list[int]:

@@ -11,7 +11,7 @@ from data.face_sets import FaceSet
 from dataset_merge.decisions import COLUMNS, KEPT, LEFT, Decision, DecisionsError, Identities
 from utils.files import write_csv_atomic
 from utils.progress import progress_bar
-from utils.text_files import RowError, is_empty_row, open_text, read_rows
+from utils.text_files import is_empty_row, open_text, read_rows
 
 
 def write_decisions(path: Path, decisions: Iterable[Decision]) -> None:
@@ -94,7 +94,7 @@ def _read_rows(path: Path, people: Identities, names: Names, sets: Sequence[Face
     with open_text(path) as file:
         line = 1
         try:
-            for line, row in _open_table(file):
+            for line, row in _open_table(file, path):
                 if is_empty_row(row):
                     continue
                 cells = row[: len(COLUMNS)] + _without_empty_end(row[len(COLUMNS) :])
@@ -116,9 +116,9 @@ def _read_rows(path: Path, people: Identities, names: Names, sets: Sequence[Face
                 lines[number] = line
                 left_label = "" if decision.decision in KEPT else cells[COLUMNS.index("new_label")]
                 yield _Row(line, number, decision, _without_point(left_label))
+        except DecisionsError:
+            raise
         except (ValueError, csv.Error) as error:
-            if isinstance(error, RowError):
-                line = 1 + error.line
             raise DecisionsError(f"{path}, line {line}: {error}") from None
 
 
@@ -138,14 +138,14 @@ def _identity_of(decision: Decision, people: Identities, names: Names, where: st
     return same[0]
 
 
-def _open_table(file: TextIO) -> Iterator[tuple[int, list[str]]]:
+def _open_table(file: TextIO, path: Path) -> Iterator[tuple[int, list[str]]]:
     """The line and the cells of each row behind the header, which tells by what the cells are parted."""
     header = file.readline()
     delimiter = max(",;\t", key=header.count)
     columns = _without_empty_end(next(csv.reader([header], delimiter=delimiter), []))
     if tuple(columns) != COLUMNS:
         raise ValueError(f"the first line must be {','.join(COLUMNS)}, it is {','.join(columns)!r}")
-    return ((1 + line, cells) for line, cells in read_rows(file, delimiter))
+    return read_rows(file, path, DecisionsError, delimiter, first_line=2)
 
 
 def _without_empty_end(cells: list[str]) -> list[str]:

@@ -45,29 +45,25 @@ def read_whole_numbers(path: Path) -> NDArray[np.int64]:
         return np.loadtxt(path, dtype=np.int64, ndmin=2, comments=None)
 
 
-class RowError(ValueError):
-    """A row of a CSV that cannot be parsed; `line`, from 1, is that in which it begins."""
+def read_rows(
+    lines: Iterable[str], path: Path, error: type[ValueError], delimiter: str = ",", first_line: int = 1
+) -> Iterator[tuple[int, list[str]]]:
+    """The rows of the CSV `path`, each with the line in which it begins: a cell may have line ends in it.
 
-    def __init__(self, line: int, message: str) -> None:
-        super().__init__(message)
-        self.line = line
-
-
-def read_rows(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV, each with the line in which it begins, from 1: a cell may have line ends in it.
-
-    Raises RowError for quotes that are not closed, which would swallow the rows behind them, or have something behind.
+    `first_line`: the number of the first of `lines`. Raises `error`, with path and line, for quotes that are not
+    closed, which would swallow the rows behind them, or have something behind.
     """
-    rows, begun = csv.reader(lines, delimiter=delimiter, strict=True), 1
+    rows, begun = csv.reader(lines, delimiter=delimiter, strict=True), first_line
     while True:
         try:
             row = next(rows)
         except StopIteration:
             return
-        except csv.Error as error:
-            raise RowError(begun, f'{error}: is a quote (") not closed, or does something follow it?') from None
+        except csv.Error as wrong:
+            remark = 'is a quote (") not closed, or does something follow it?'
+            raise error(f"{path}, line {begun}: {wrong}: {remark}") from None
         yield begun, row
-        begun = rows.line_num + 1
+        begun = first_line + rows.line_num
 
 
 def is_empty_row(cells: Sequence[str]) -> bool:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data.face_sets import FaceSetError
 from data.set_sources import csv_separator
 from utils.evaluation.test_sets import TestSet, keys_of
-from utils.text_files import RowError, is_empty_row, open_text, read_rows
+from utils.text_files import is_empty_row, open_text, read_rows
 
 MOST_GROUPS = 12
 
@@ -69,26 +69,23 @@ def read_columns(path: Path | str) -> Columns:
         first = file.readline()
         file.seek(0)
         separator = csv_separator(first, "image") or csv_separator(first, "identity") or ","
-        rows = read_rows(file, separator)
-        try:
-            header = [name.strip() for name in next(rows, (1, []))[1]]
-            if len(header) < 2 or header[0] not in ("image", "identity") or len(set(header)) < len(header):
-                raise ColumnsError(
-                    f"{path}, line 1: {','.join(header)!r}: expected 'image' or 'identity', then one column or more"
-                )
-            values: dict[str, dict[str, str]] = {name: {} for name in header[1:]}
-            for line, row in rows:
-                if is_empty_row(row):
-                    continue
-                where = f"{path}, line {line}"
-                if len(row) != len(header):
-                    raise ColumnsError(f"{where}: {len(row)} columns, the header has {len(header)}")
-                if row[0].strip() in values[header[1]]:
-                    raise ColumnsError(f"{where}: {row[0].strip()!r} comes twice")
-                for name, value in zip(header[1:], row[1:], strict=True):
-                    values[name][row[0].strip()] = value.strip()
-        except RowError as error:
-            raise ColumnsError(f"{path}, line {error.line}: {error}") from None
+        rows = read_rows(file, path, ColumnsError, separator)
+        header = [name.strip() for name in next(rows, (1, []))[1]]
+        if len(header) < 2 or header[0] not in ("image", "identity") or len(set(header)) < len(header):
+            raise ColumnsError(
+                f"{path}, line 1: {','.join(header)!r}: expected 'image' or 'identity', then one column or more"
+            )
+        values: dict[str, dict[str, str]] = {name: {} for name in header[1:]}
+        for line, row in rows:
+            if is_empty_row(row):
+                continue
+            where = f"{path}, line {line}"
+            if len(row) != len(header):
+                raise ColumnsError(f"{where}: {len(row)} columns, the header has {len(header)}")
+            if row[0].strip() in values[header[1]]:
+                raise ColumnsError(f"{where}: {row[0].strip()!r} comes twice")
+            for name, value in zip(header[1:], row[1:], strict=True):
+                values[name][row[0].strip()] = value.strip()
     return Columns(path, header[0], values)
 
 

@@ -26,7 +26,7 @@ from utils.evaluation.curves import FAR_POINTS, Roc, TarAtFar, roc, split_scores
 from utils.evaluation.identification import Identification, identify
 from utils.evaluation.templates import Templates
 from utils.regular_files import read_regular_file
-from utils.text_files import RowError, read_rows, read_whole_numbers
+from utils.text_files import read_rows, read_whole_numbers
 
 _PAIRS_AT_ONCE = 1 << 16
 _WHOLE = 2.0**53  # float64 has all whole numbers below
@@ -209,13 +209,10 @@ def _read_enrolment(path: Path, name: str, known: NDArray[np.int64]) -> Enrolmen
     subject_of: dict[int, int] = {}
     has_images = set(known.tolist())
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        rows = read_rows(file)
-        try:
-            next(rows, None)
-            for line, row in rows:
-                _enrol(row, subject_of, has_images, f"{path}, line {line}")
-        except RowError as error:
-            raise IjbError(f"{path}, line {error.line}: {error}") from None
+        rows = read_rows(file, path, IjbError)
+        next(rows, None)
+        for line, row in rows:
+            _enrol(row, subject_of, has_images, f"{path}, line {line}")
     if not subject_of:
         raise IjbError(f"{path} has no templates")
     templates = np.array(list(subject_of), np.int64)
