@@ -23,6 +23,7 @@ BAD_LISTS = {
     "face2rec aligned": ("1\ta.png\t0\n2\tb.png\t0\n", "list, line 2: the first column .* 0 or 1, found '2'"),
     "face2rec without landmarks": ("0\ta.png\t0\n", "list, line 1: the face is not aligned .* no landmarks"),
     "face2rec landmark": ("0\ta.png\t0" + "\t1" * 13 + "\tx\n", "list, line 1: 'x' is no coordinate"),
+    "infinite landmark": ("0\ta.png\t0" + "\t1" * 13 + "\tinf\n", "list, line 1: 'inf' is no coordinate"),
     "zero bytes": ("1\t0\ta.png\n2\t0\tb\0.png\n", r"list, line 2: 'b\\x00\.png' is no path"),
     "no path": ("1\t0\ta.png\n2\t0\t \n", "list, line 2: its path is empty"),
     "unknown kind": ("a\tb\tc\n", "list: its first line .* neither face2rec's .* nor im2rec's"),
@@ -74,6 +75,13 @@ def test_encodings_and_empty_rows(tmp_path: Path, text: str, encoding: str) -> N
     assert [faces.relative_file(i) for i in range(len(faces))] == ["a/1.png", "b/1.png"]
     assert faces.identities == (["a", "\u00f6"] if "\u00f6" in text else ["0", "1"])
     assert faces.labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("text", ["0\t7\tnan\n", "1\tnan\t7\n"], ids=["im2rec", "face2rec"])
+def test_a_file_called_nan_is_no_number(tmp_path: Path, text: str) -> None:
+    """What tells the two kinds of lists apart is which field is the path."""
+    faces = ListedFaceSet(written(tmp_path / "list", text))
+    assert (faces.relative_file(0), faces.identities) == ("nan", ["7"])
 
 
 def test_cut_utf16_is_named(tmp_path: Path) -> None:
