@@ -45,6 +45,7 @@ from utils.progress import progress_bar, say
 from utils.scripts import printable, readable_errors
 from utils.settings import build, describe, from_json, parse_settings
 from utils.text_files import open_text, read_rows
+from utils.texts import listed
 from utils.training.run_folders import CHECKPOINTS
 from utils.training.run_notes import require_run_notes
 from utils.training.saved_checkpoints import BACKBONE, DamagedError, Saved, checkpoint_folders
@@ -259,8 +260,7 @@ def summary(cleaned: Cleaned, limit: float, output: str) -> str:
         text += f", {cleaned.broken:,} of them broken"
     text += "; see its noisy.csv"
     if cleaned.lost:
-        more = f" and {len(cleaned.lost) - SHOWN:,} more" if len(cleaned.lost) > SHOWN else ""
-        names = ", ".join(cleaned.lost[:SHOWN]) + more
+        names = listed(cleaned.lost, SHOWN)
         text += f"\nidentities that lost all their faces and so drop out ({len(cleaned.lost):,}): {names}"
     return text
 

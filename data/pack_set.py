@@ -40,6 +40,7 @@ from utils.progress import progress_bar
 from utils.resumable import JournalError, resumable_folder
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
+from utils.texts import listed
 
 
 @dataclass(frozen=True)
@@ -70,18 +71,15 @@ def select(faces: FaceSet, pick: PackConfig) -> list[Identity]:
 def warn_of_like_names(identities: Sequence[Identity]) -> None:
     """Warn of names that differ in case or in Unicode's form alone: most likely one person, spelled in two ways."""
     first: dict[str, str] = {}
-    alike = [
-        (earlier, identity.name)
-        for identity in identities
-        if (earlier := first.setdefault(unicodedata.normalize("NFC", identity.name).casefold(), identity.name))
-        != identity.name
-    ]
+    alike = []
+    for name in (identity.name for identity in identities):
+        earlier = first.setdefault(unicodedata.normalize("NFC", name).casefold(), name)
+        if earlier != name:
+            alike.append(f"{earlier} and {name}")
     if alike:
-        named = ", ".join(f"{earlier} and {name}" for earlier, name in alike[:3])
-        more = f" and {len(alike) - 3:,} more" if len(alike) > 3 else ""
         warnings.warn(
-            f"{named}{more} are names that differ in case or in the form of their letters alone: they are packed as "
-            "two people each",
+            f"{listed(alike, 3)} are names that differ in case or in the form of their letters alone: they are packed "
+            "as two people each",
             stacklevel=2,
         )
 
@@ -127,13 +125,10 @@ def _pack(out: ResumableSet, faces: FaceSet, fit: Fit, workers: int) -> Packed:
 def summary(packed: Packed, source: str, output: str) -> str:
     """What became of the set, for the screen."""
     kept = f"byte for byte as in {source}"
-    if packed.changed:
-        all_changed = packed.changed == packed.images
-        kept = (
-            "all aligned or resized"
-            if all_changed
-            else f"{packed.changed:,} of them aligned or resized, the rest {kept}"
-        )
+    if packed.changed == packed.images:
+        kept = "all aligned or resized"
+    elif packed.changed:
+        kept = f"{packed.changed:,} of them aligned or resized, the rest {kept}"
     text = f"{output}: {packed.images:,} images of {packed.identities:,} identities, {kept}"
     if packed.taken_over:
         text += f"; {packed.taken_over:,} of them taken over from an interrupted run"

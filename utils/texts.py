@@ -1,8 +1,8 @@
-"""Many short texts, such as the names of millions of files, without an object each; and how wide a text is."""
+"""Texts for people; and many short ones, such as the names of millions of files, without an object each."""
 
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from unicodedata import combining, east_asian_width
 
 import numpy as np
@@ -12,6 +12,12 @@ def columns_of(text: str) -> int:
     """How many columns of a screen the text takes: Chinese, Japanese and Korean letters two, accents none."""
     wide = (2 if east_asian_width(letter) in "WF" else 1 for letter in text if not combining(letter))
     return sum(wide)
+
+
+def listed(texts: Sequence[str], most: int) -> str:
+    """The first `most` of the texts, with commas, and how many more there are."""
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return ", ".join(texts[:most]) + more
 
 
 class Texts:

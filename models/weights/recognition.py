@@ -11,6 +11,7 @@ from torch import Tensor
 from models.backbones import create_network
 from models.weights.reading import COUNTER, strip_prefixes
 from utils.checkpoints import TOO_LARGE
+from utils.texts import listed
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -120,12 +121,7 @@ def differences(found: Shapes, expected: Shapes) -> str:
         if name in found and found[name] != shape
     ]
     kinds = (("missing", missing), ("not the network's", extra), ("of another shape", other))
-    return "; ".join(f"{kind}: {_listed(names)}" for kind, names in kinds if names) or "nothing"
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return "; ".join(f"{kind}: {listed(names, SHOWN)}" for kind, names in kinds if names) or "nothing"
 
 
 def _embedding_size(found: Shapes, likely: Shapes) -> int:
