@@ -6,7 +6,6 @@ Otherwise it is made anew.
 """
 
 import json
-import struct
 import warnings
 import zipfile
 import zlib
@@ -15,13 +14,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.images_fingerprint import sample_positions
 from data.recordio import IMAGE_HEADER_SIZE, RECORD_HEAD, RecordError, RecordFile, unpack_image
 from utils.files import atomic_write
 
 # Records from which on the file is worth its place: smaller sets open in well under a second anyway.
 CACHED_FROM = 200_000
 VERSION = 2
-SAMPLE = 64
 
 
 class ImageIndex(NamedTuple):
@@ -117,15 +116,15 @@ def _sample_agrees(file: RecordFile, images: ImageIndex) -> bool:
     no other image within them.
     """
     last = len(images.keys) - 1
-    chosen = np.linspace(0, last, SAMPLE).astype(np.int64)
+    chosen = np.array(sample_positions(len(images.keys)))
     ends = images.offsets[chosen] + file.extents(images.offsets[chosen])
     if ((chosen < last) & (ends > images.offsets[np.minimum(chosen + 1, last)])).any():
         return False
     try:
         for i in chosen:
             record = unpack_image(file.read(int(images.offsets[i])), "")
-            if not record.image or int(record.labels[0]) != images.identities[images.labels[i]]:
+            if not record.image or record.labels[0] != images.identities[images.labels[i]]:
                 return False
-    except (RecordError, IndexError, struct.error):
+    except RecordError:
         return False
     return True

@@ -4,6 +4,7 @@ import os
 import tracemalloc
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ def small_sets_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "CACHED_FROM", 1)
 
 
-def write_set(folder: Path, labels: list[int]) -> Path:
+def write_set(folder: Path, labels: Sequence[float]) -> Path:
     with write_records(folder / "train.rec") as writer:
         for key, label in enumerate(labels, 1):
             writer.write(key, pack_image(float(label), key, b"image"))
@@ -56,15 +57,29 @@ def test_a_changed_set_is_read_anew(tmp_path: Path) -> None:
     assert RecFaceSet(rec).identities == ["1", "2"]
 
 
+def write_with_old_times(rec: Path, labels: Sequence[float]) -> None:
+    times = [(path, path.stat()) for path in (rec, rec.with_suffix(".idx"))]
+    write_set(rec.parent, labels)
+    for path, stat in times:
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
 def test_a_set_with_the_old_times_is_checked_too(tmp_path: Path) -> None:
     """Sizes and times can lie (a copy that keeps them): the sample of records notices other labels."""
     rec = write_set(tmp_path, [1, 2, 3])
     RecFaceSet(rec)
-    times = [(path, path.stat()) for path in (rec, rec.with_suffix(".idx"))]
-    write_set(tmp_path, [1, 4, 3])
-    for path, stat in times:
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    write_with_old_times(rec, [1, 4, 3])
     assert RecFaceSet(rec).identities == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize("label", [np.nan, np.inf, 2.5])
+def test_labels_that_are_no_numbers_any_more(tmp_path: Path, label: float) -> None:
+    """What a changed bit on the disk makes of a label is told with its record, as without a kept index."""
+    rec = write_set(tmp_path, [1, 2, 3])
+    RecFaceSet(rec)
+    write_with_old_times(rec, [1, label, 3])
+    with pytest.raises(RecordError, match=rf"train\.rec, record 2 .* label {label} is no identity number"):
+        RecFaceSet(rec)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no archive", None])
