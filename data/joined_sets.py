@@ -121,7 +121,7 @@ def open_training_set(paths: Sequence[Path | str], min_images: int) -> FaceSet:
     Raises FaceSetError for a set that comes twice, whose people would be two of each.
     """
     sets = [open_face_set(path) for path in paths]
-    places = [Path(faces.path).resolve() for faces in sets]
+    places = [faces.path.resolve() for faces in sets]
     twice = next((faces.path for faces, place in zip(sets, places, strict=True) if places.count(place) > 1), None)
     if twice is not None:
         raise FaceSetError(f"{twice} is named twice")

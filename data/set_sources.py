@@ -26,7 +26,7 @@ from data.images import ImageError
 from data.images_fingerprint import files_digest
 from utils.progress import progress_bar
 from utils.regular_files import UNREADABLE, read_regular_file
-from utils.text_files import is_empty_row, looks_binary, open_text, read_rows
+from utils.text_files import is_empty_row, open_text, read_rows
 from utils.texts import Texts
 
 LANDMARK_COLUMNS = [f"{axis}{point}" for point in range(1, 6) for axis in "xy"]
@@ -173,7 +173,7 @@ def stamp(path: Path) -> str:
 def _read_lines(file: TextIO, path: Path) -> Iterator[ListLine]:
     first = next((line for line in file if line.strip()), "")
     file.seek(0)
-    if looks_binary(first):
+    if "\0" in first:
         pairs = ": pairs of images are tested by all_pair_test.py, not packed" if path.suffix == ".bin" else ""
         raise FaceSetError(f"{path} is no list, for it is no text{pairs}")
     separator = csv_separator(first, "path")
@@ -241,13 +241,8 @@ def _read_csv(file: TextIO, path: Path, separator: str) -> Iterator[ListLine]:
         image, identity, *landmarks = (row[column] for column in columns)
         if not identity.strip():
             raise FaceSetError(f"{where}: its label is empty")
-        given = any(text.strip() for text in landmarks)
-        yield ListLine(
-            line,
-            _path(image, where),
-            _whole(identity.strip()),
-            _numbers(landmarks, where) if given else (),
-        )
+        points = _numbers(landmarks, where) if any(text.strip() for text in landmarks) else ()
+        yield ListLine(line, _path(image, where), _whole(identity.strip()), points)
 
 
 def _csv_columns(header: list[str], path: Path) -> list[int]:
@@ -265,8 +260,10 @@ def _csv_columns(header: list[str], path: Path) -> list[int]:
 
 
 def _path(text: str, where: str) -> str:
-    if not text.strip() or "\0" in text:
-        raise FaceSetError(f"{where}: its path is empty" if not text.strip() else f"{where}: {text!r} is no path")
+    if not text.strip():
+        raise FaceSetError(f"{where}: its path is empty")
+    if "\0" in text:
+        raise FaceSetError(f"{where}: {text!r} is no path")
     return text.strip()
 
 

@@ -69,8 +69,3 @@ def read_rows(
 def is_empty_row(cells: Sequence[str]) -> bool:
     """Whether a row of a table has nothing in it, as the `;;` that Excel saves behind the last row of a table."""
     return not "".join(cells).strip()
-
-
-def looks_binary(line: str) -> bool:
-    """Whether the first line of a file has zero bytes, which no list or table has."""
-    return "\0" in line
