@@ -44,7 +44,10 @@ class FaceSetWriter:
         return self.ranges[-1][1] if self.ranges else 1
 
     def add_image(self, image: bytes) -> None:
-        """Append an encoded image, bytes as they are, to the identity that is not finished."""
+        """Append an encoded image, bytes as they are, to the identity that is not finished.
+
+        Raises ValueError for an empty one, and for an identity whose label would be above LARGEST_LABEL.
+        """
         if not image:
             raise ValueError(f"image {self.images_of_identity} of identity {len(self.ranges)} is empty")
         if len(self.ranges) > LARGEST_LABEL:
@@ -53,20 +56,20 @@ class FaceSetWriter:
         self._next_key += 1
 
     def end_identity(self) -> int:
-        """Finish the identity; the next image is another's. Returns its label."""
+        """Finish the identity; the next image is another's. Returns its label; ValueError if it has no images."""
         if not self.images_of_identity:
             raise ValueError(f"identity {len(self.ranges)} has no images")
         self.ranges.append((self._first_key, self._next_key))
         return len(self.ranges) - 1
 
     def add_identity(self, images: Iterable[bytes]) -> int:
-        """Append an identity with its encoded images, bytes as they are; returns its label."""
+        """Append an identity with its encoded images, bytes as they are; returns its label, or raises as those two."""
         for image in images:
             self.add_image(image)
         return self.end_identity()
 
     def finish(self, image_size: int) -> None:
-        """Write what describes the images: identity records, record 0 and `property`."""
+        """Write what describes the images: identity records, record 0 and `property`. Raises ValueError without any."""
         if not self.ranges:
             raise ValueError("a face set needs at least one identity")
         identities = (self._next_key, self._next_key + len(self.ranges))

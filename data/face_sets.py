@@ -103,6 +103,7 @@ class RecFaceSet:
     Memory: 24 bytes an image, and more for a moment while it is opened.
     The image records' own labels decide who is who. The ranges in the header and identity records are float32, which
     cannot hold keys above 2**24 exactly, so they are not used; those records are known by their empty image.
+    Raises FaceSetError for a file without images, RecordError when it or its `.idx` is damaged.
     """
 
     def __init__(self, rec_path: Path | str) -> None:
@@ -425,7 +426,10 @@ def identity_order(names: list[str]) -> list[int]:
 
 
 def find_rec(folder: Path) -> Path | None:
-    """The `.rec` of a set's folder: `train.rec`, or the only one there is; None without any."""
+    """The `.rec` of a set's folder: `train.rec`, or the only one there is; None without any.
+
+    Raises FaceSetError for several others.
+    """
     found = sorted(path for path in folder.glob("*.rec") if path.name[0] != "." and path.is_file())
     if folder / "train.rec" in found:
         return folder / "train.rec"

@@ -141,7 +141,9 @@ class EpochBatches(Sampler[list[int]]):
 
 
 def part_of_batch(batch_size: int, rank: int, ranks: int) -> slice:
-    """The rows of a batch that are those of `rank`; ConfigError unless all `ranks` get equally many."""
+    """The rows of a batch that are those of `rank`, from 0. Raises ConfigError unless all `ranks` get equally many,
+    ValueError for a rank that there is not.
+    """
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} is none of {ranks} ranks")
     require(batch_size % ranks == 0, "train.batch_size", f"must be a multiple of the {ranks} ranks, got {batch_size}")

@@ -133,7 +133,7 @@ class RecordFile:
     """Random access to the payloads of a `.rec` file by byte offset.
 
     The file is memory-mapped, so reading needs no lock and no shared file position: one object may be used in forked
-    processes, and a pickled one maps the file anew.
+    processes, and a pickled one maps the file anew. Raises RecordError for a file too small for a record.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -242,7 +242,7 @@ class RecordFile:
         return extents
 
     def read(self, offset: int) -> bytes:
-        """The payload of the record that begins at byte `offset`, its parts joined."""
+        """The payload of the record that begins at byte `offset`, its parts joined; RecordError if none can be read."""
         # Nearly all records are whole, and this runs for every image of every epoch: with cflag 0, lrec is the length.
         if 0 <= offset <= self.size - RECORD_HEAD.size:
             magic, length = RECORD_HEAD.unpack_from(self._bytes, offset)
@@ -292,7 +292,10 @@ class RecordFile:
         return f"the .idx was cut off or is another file's (move it away, and it is rebuilt), or {mend}"
 
     def scan(self) -> tuple[np.ndarray, np.ndarray]:
-        """Walk the whole file: (keys, offsets), int64, where the keys are as in `keys_from_ids`."""
+        """Walk the whole file: (keys, offsets), int64, where the keys are as in `keys_from_ids`.
+
+        Raises RecordError at the first damage.
+        """
         ids, offsets = array("Q"), array("q")
         offset = 0
         shown = self.size >= _SCAN_SHOWN
@@ -324,7 +327,10 @@ def keys_from_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def read_index(path: Path | str) -> tuple[np.ndarray, np.ndarray]:
-    """Read an `.idx` file: (keys, byte offsets), int64, in the order of its lines."""
+    """Read an `.idx` file: (keys, byte offsets), int64, in the order of its lines.
+
+    Raises RecordError for an empty file, and for lines that are not two whole numbers.
+    """
     path = Path(path)
     if path.stat().st_size == 0:
         raise RecordError(f"{path} is empty: remove it and the index is rebuilt from the .rec")
@@ -344,7 +350,8 @@ class IndexedRecordReader:
     """Records of a `.rec` file by key.
 
     Attributes: `keys` and `offsets`, int64 arrays of equal length in the order of the file; `file`, the RecordFile.
-    Without an `.idx` file the index is rebuilt by walking the `.rec` (see `keys_from_ids`).
+    Without an `.idx` file the index is rebuilt by walking the `.rec` (see `keys_from_ids`). Raises RecordError for
+    damage, and for an index in which a key or an offset occurs twice.
     """
 
     def __init__(self, rec_path: Path | str) -> None:

@@ -78,7 +78,10 @@ class Report:
 
 
 def make_report(path: Path, output: Path, options: ReportConfig, workers: int) -> tuple[Report, Records, Survey]:
-    """Look through the set at `path` and write the files of the report into the folder `output`."""
+    """Look through the set at `path` and write the files of the report into the folder `output`.
+
+    Raises as `open_records` does, and FaceSetError for an `output` within a tree of images.
+    """
     checked = options.check or bool(options.repair)
     records, remarks = open_records(path)
     if isinstance(records, FolderRecords) and output.resolve().is_relative_to(path.resolve()):

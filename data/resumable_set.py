@@ -197,7 +197,10 @@ class ResumableSet:
         self._next_save = time.monotonic() + SECONDS_BETWEEN_SAVES
 
     def finish(self, image_size: int) -> int:
-        """Write what describes the images; returns the number of identities. All images must have been added."""
+        """Write what describes the images; returns the number of identities. All images must have been added.
+
+        Raises FaceSetError when each of them was left out.
+        """
         if not self._writer.ranges:
             raise FaceSetError(
                 f"{self._faces.path}: not one of {self.standing.taken:,} images can be packed; the first: "

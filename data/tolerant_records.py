@@ -242,7 +242,8 @@ def _id_start(file: RecordFile, zero: np.ndarray) -> float:
 def find_records(file: RecordFile) -> tuple[np.ndarray, np.ndarray]:
     """(keys, offsets) of all records of a file that may be damaged, keys as in `keys_from_ids`.
 
-    Every magic at a multiple of 4 begins a part of a record, because the writer cuts payloads there.
+    Every magic at a multiple of 4 begins a part of a record, because the writer cuts payloads there. Raises RecordError
+    when there is none.
     """
     words = file.words()
     found = [np.zeros(0, np.int64)]

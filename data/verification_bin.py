@@ -225,7 +225,10 @@ def _flag(value: object) -> bool:
 
 
 def write_bin(path: Path | str, images: Sequence[bytes], same: Sequence[bool]) -> None:
-    """Write a verification set: `images` has the two encoded images of each pair in order, `same` a flag a pair."""
+    """Write a verification set: `images` has the two encoded images of each pair in order, `same` a flag a pair.
+
+    Raises ValueError for another number of images.
+    """
     if len(images) != 2 * len(same):
         raise ValueError(f"{len(images)} images for {len(same)} pairs, expected two a pair")
     with atomic_write(path) as file:
