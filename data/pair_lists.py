@@ -9,7 +9,7 @@ import numpy as np
 from data.face_sets import IMAGE_ENDINGS
 from data.set_sources import csv_separator
 from utils.regular_files import read_regular_file
-from utils.text_files import LONGEST_NUMBER, is_empty_row, open_text, read_rows
+from utils.text_files import is_empty_row, is_whole_number, open_text, read_rows
 
 #: The header of a list that is a CSV.
 COLUMNS = ("path1", "path2", "same")
@@ -91,7 +91,7 @@ def _lfw_pairs(lines: Sequence[str], path: Path, images: Path) -> list[Pair]:
         if line.strip()
     ]
     announced = None
-    if rows and len(rows[0][1]) <= 2 and all(map(_is_count, rows[0][1])):
+    if rows and len(rows[0][1]) <= 2 and all(map(is_whole_number, rows[0][1])):
         announced = _announced([int(field) for field in rows.pop(0)[1]])
     pairs = [_lfw_pair(number, fields, path, images) for number, fields in rows]
     if announced not in (None, len(pairs)):
@@ -113,16 +113,12 @@ def _lfw_pair(number: int, fields: Sequence[str], path: Path, images: Path) -> P
 
 
 def _number(text: str, path: Path, line: int) -> int:
-    if not _is_count(text):
+    if not is_whole_number(text):
         raise PairsError(
             f"{path}, line {line}: {text[:100]!r} is no number of an image, as in 'name i j' or 'name1 i name2 j': "
             f"paths go into a CSV with the header {','.join(COLUMNS)}"
         )
     return int(text)
-
-
-def _is_count(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER
 
 
 def _image_file(images: Path, name: str, number: int) -> Path:

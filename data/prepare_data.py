@@ -46,6 +46,7 @@ from utils.progress import progress_bar
 from utils.resumable import JournalError
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
+from utils.text_files import is_whole_number
 
 JOURNAL = ".prepare_journal.jsonl"
 TABLE = "prepared.csv"
@@ -248,7 +249,7 @@ class _Journal:
         elif journal.startswith(header):
             # What follows the last line break is a line that was cut off: its block is not done.
             lines, _, torn = journal.removeprefix(header).rpartition("\n")
-            self.done = {int(line) for line in lines.split("\n") if line.isdigit()}
+            self.done = {int(line) for line in lines.split("\n") if is_whole_number(line)}
             self._file.write("?\n" if torn else "")
         else:
             raise JournalError(

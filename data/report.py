@@ -35,7 +35,7 @@ from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import printable, readable_errors
 from utils.settings import describe, parse_settings
-from utils.text_files import LONGEST_NUMBER
+from utils.text_files import is_whole_number
 
 # The contact sheet: pixels of a face, faces of an identity.
 TILE = 112
@@ -157,7 +157,7 @@ def _compare_with_property(line: str | None, identities: int, shapes: Counter[tu
     if line is None:
         return []
     stated = [text.strip() for text in line.split(",")]
-    if len(stated) != 3 or not all(text.isdecimal() and len(text) <= LONGEST_NUMBER for text in stated):
+    if len(stated) != 3 or not all(map(is_whole_number, stated)):
         return [f"property says {line!r} in place of identities,height,width"]
     stated_identities, height, width = map(int, stated)
     others = shapes.total() - shapes[width, height]

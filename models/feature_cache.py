@@ -21,6 +21,7 @@ import numpy as np
 
 from utils.files import JOURNAL, clear_partial, naming, partial_folder, seen, sync_folder, unfinished
 from utils.ranks import Ranks, share_of
+from utils.text_files import is_whole_number
 
 BLOCK = 256
 HEADER = 4096
@@ -159,7 +160,7 @@ def _line(block: _Block) -> str:
 def _read_log(path: Path) -> Iterator[_Block]:
     for line in path.read_text(errors="replace").splitlines():
         fields = line.split()
-        if len(fields) == 3 and all(field.isascii() and field.isdigit() and len(field) < 20 for field in fields):
+        if len(fields) == 3 and all(map(is_whole_number, fields)):
             yield _Block(*map(int, fields))
 
 

@@ -280,6 +280,16 @@ def test_filters_on_the_command_line(tmp_path: Path, rec: Path) -> None:
         prepare(rec, tmp_path / "other", 0, ("11",))
 
 
+@pytest.mark.parametrize("line", ["\u00b2", "7" * 5000])
+def test_a_damaged_line_of_the_journal_is_passed_over(tmp_path: Path, rec: Path, line: str) -> None:
+    """Digits that int() does not take name no block: what is there is read, and nothing is written again."""
+    out = tmp_path / "out"
+    prepare(rec, out, workers=0)
+    with (out / JOURNAL).open("a", encoding="utf-8") as journal:
+        journal.write(f"{line}\n")
+    assert prepare(rec, out, workers=0).written == 0
+
+
 @pytest.mark.parametrize("other", ["images", "bytes", "block", "no journal of ours"])
 def test_output_of_another_set_is_refused(
     tmp_path: Path, rec: Path, other: str, monkeypatch: pytest.MonkeyPatch

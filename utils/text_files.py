@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from utils.regular_files import open_file_or_pipe
 
-#: Digits of a whole number at most: more do not fit into 64 bits, and Python refuses thousands of them.
-LONGEST_NUMBER = 18
+# Digits: more do not fit into 64 bits, and Python refuses thousands of them.
+_LONGEST_NUMBER = 18
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -33,6 +33,11 @@ def open_text(path: Path) -> Iterator[TextIO]:
             yield text
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} cannot be read as UTF-16, which its first bytes say it is: {error}") from None
+
+
+def is_whole_number(text: str) -> bool:
+    """Whether `int` takes the text for a number from 0 that fits into 64 bits, blanks not allowed."""
+    return text.isascii() and text.isdigit() and len(text) <= _LONGEST_NUMBER
 
 
 def read_whole_numbers(path: Path) -> NDArray[np.int64]:

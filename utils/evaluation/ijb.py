@@ -26,7 +26,7 @@ from utils.evaluation.curves import FAR_POINTS, Roc, TarAtFar, roc, split_scores
 from utils.evaluation.identification import Identification, identify
 from utils.evaluation.templates import Templates
 from utils.regular_files import read_regular_file
-from utils.text_files import read_rows, read_whole_numbers
+from utils.text_files import is_whole_number, read_rows, read_whole_numbers
 
 _PAIRS_AT_ONCE = 1 << 16
 _WHOLE = 2.0**53  # float64 has all whole numbers below
@@ -222,7 +222,7 @@ def _read_enrolment(path: Path, name: str, known: NDArray[np.int64]) -> Enrolmen
 def _enrol(row: list[str], subject_of: dict[int, int], has_images: set[int], where: str) -> None:
     """Add the template and subject of a row."""
     numbers = [cell.strip() for cell in row[:2]]
-    if len(numbers) < 2 or not all(text.isdecimal() and len(text) < 19 for text in numbers):
+    if len(numbers) < 2 or not all(map(is_whole_number, numbers)):
         raise IjbError(f"{where}: expected the numbers of a template and a subject, found {','.join(row)[:200]!r}")
     template, subject = map(int, numbers)
     if subject_of.setdefault(template, subject) != subject:
