@@ -5,7 +5,7 @@ files' names. So names are kept where they are in that order and fit any file sy
 """
 
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -30,7 +30,7 @@ class UnpackedNames:
         if not isinstance(faces, FolderFaceSet) and all(map(_is_plain_number, names)):
             folders = [name.zfill(6) for name in names]
         else:
-            folders = portable_names(names, identity_order)
+            folders = portable_names(names, in_order=identity_order(names) == list(range(len(names))))
         #: The folder of each identity.
         self.folders = folders
         #: Whether `file` adds the extension that it gets.
@@ -39,8 +39,7 @@ class UnpackedNames:
         classes = faces.labels[[identity.images[0] for identity in identities]].tolist()
         self._folder_of_class = dict(zip(classes, folders, strict=True))
         self._files = _renamed_files(faces, identities) if isinstance(faces, FolderFaceSet) else {}
-        numbers = self._numbers()
-        self._digits = max(9, len(str(numbers.max()))) if numbers.size else 9
+        self._digits = max(9, len(str(self._numbers().max(initial=0))))
 
     def _numbers(self) -> np.ndarray:
         if isinstance(self._faces, RecFaceSet):
@@ -62,13 +61,13 @@ class UnpackedNames:
         return f"{self.folder(i)}/{self._numbers()[i]:0{self._digits}d}{extension}"
 
 
-def portable_names(names: Sequence[str], order: Callable[[list[str]], list[int]]) -> list[str]:
-    """`names` as they are, if each can be the name of a file anywhere, no two differ in case alone, and `order` leaves
-    them as they stand; otherwise all of them numbered, with what cannot be in a name replaced.
+def portable_names(names: Sequence[str], in_order: bool) -> list[str]:
+    """`names` as they are, if each can be the name of a file anywhere, no two differ in case alone, and they stand in
+    the order that they are read in (`in_order`); otherwise all numbered, with what cannot be in a name replaced.
     """
     alike = {unicodedata.normalize("NFC", name).casefold() for name in names}
     portable = all(name == _portable(name) for name in names) and len(alike) == len(names)
-    if portable and order(list(names)) == list(range(len(names))):
+    if portable and in_order:
         return list(names)
     digits = max(6, len(str(len(names))))
     return [f"{number:0{digits}d}_{_portable(name, LONGEST - digits - 1)}" for number, name in enumerate(names)]
@@ -91,16 +90,12 @@ def _is_plain_number(name: str) -> bool:
     return name.isascii() and name.isdigit() and len(name) <= LONGEST and name == (name.lstrip("0") or "0")
 
 
-def _alphabetical(names: list[str]) -> list[int]:
-    return sorted(range(len(names)), key=names.__getitem__)
-
-
 def _renamed_files(faces: FolderFaceSet, identities: Sequence[Identity]) -> dict[int, str]:
     """The new names of those files of a folder that cannot keep theirs, by position."""
     renamed: dict[int, str] = {}
     for identity in identities:
         positions = identity.images.tolist()
         names = [faces.file(i).name for i in positions]
-        new = portable_names(names, _alphabetical)
+        new = portable_names(names, in_order=True)  # as FolderFaceSet has them
         renamed |= {i: name for i, name, old in zip(positions, new, names, strict=True) if name != old}
     return renamed
