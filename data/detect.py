@@ -90,10 +90,12 @@ class FaceDetector:
             )
         self._strides, self._anchors = LAYOUTS[outputs]
         shape = inputs[0].shape
+        sides = range(1, LARGEST_INPUT + 1)
         fits = len(shape) == 4 and all(
-            not isinstance(found, int) or found == wanted for found, wanted in zip(shape, (1, 3), strict=False)
+            extent in allowed
+            for extent, allowed in zip(shape, ((1,), (3,), sides, sides), strict=True)
+            if isinstance(extent, int)  # else the file leaves it open
         )
-        fits = fits and all(not isinstance(side, int) or 0 < side <= LARGEST_INPUT for side in shape[2:])
         if not fits or inputs[0].type != "tensor(float)":
             raise DetectorError(
                 f"{path} takes {inputs[0].type} of shape {shape}: expected float [1, 3, height, width], of 1 to "
