@@ -39,7 +39,7 @@ from models.heads.sub_centers import angles, dominant, nearest, own_cosines
 from utils.checkpoints import CheckpointError
 from utils.devices import pick_device
 from utils.files import require_free, write_csv_atomic
-from utils.plots import draw_curves
+from utils.plots import draw_curves, histogram_outline
 from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.scripts import printable, readable_errors
@@ -239,11 +239,10 @@ def _noisy_row(faces: FaceSet, measured: Measured, i: int) -> tuple[object, ...]
 def draw_angles(path: Path, angle: np.ndarray, limit: float, name: str) -> None:
     """Histogram of the angles (degrees, NaN for none) of a set's faces, bars a degree wide, with the cut at `limit`."""
     angle = angle[np.isfinite(angle)]
-    # More than 20 bars: the outline of fewer would be drawn with dots.
+    # 20 bars or more: see histogram_outline.
     edges = np.arange(0.0, max(24, math.ceil(max(limit, float(angle.max())))) + 1)
-    bars, _ = np.histogram(angle, edges)
-    outline = (edges.repeat(2), np.concatenate(([0], bars.repeat(2), [0])))
-    cut = (np.full(50, limit), np.linspace(0, bars.max(), 50))
+    outline = histogram_outline(angle, edges)
+    cut = (np.full(50, limit), np.linspace(0, outline[1].max(), 50))  # 50 points: without dots
     title = f"{name}: {angle.size:,} faces, {np.sum(angle > limit):,} beyond the cut"
     xlabel = "angle with the dominant sub-center of the identity, degrees"
     draw_curves(path, {"faces": outline, f"cut at {limit:g} degrees": cut}, xlabel, "faces", title)

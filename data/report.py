@@ -30,7 +30,7 @@ from data.tolerant_records import KINDS, NO_LABEL, FolderRecords, Place, Records
 from utils.arrays import distinct
 from utils.face_sheets import draw_contact_sheet, in_square
 from utils.files import require_free, write_csv_atomic, write_text_atomic
-from utils.plots import draw_curves
+from utils.plots import draw_curves, histogram_outline
 from utils.processes import worker_count
 from utils.progress import progress_bar
 from utils.scripts import printable, readable_errors
@@ -195,19 +195,17 @@ def write_copies(path: Path, records: Records, survey: Survey, copies: np.ndarra
 
 def _draw_images_per_identity(path: Path, counts: np.ndarray, name: str) -> None:
     """A histogram. A few large identities would flatten it, so its last bar holds all beyond the 99th percentile."""
-    # At least 20 bars: the outline of fewer would be drawn with dots.
-    top = max(20, int(np.percentile(counts, 99)))
+    top = max(20, int(np.percentile(counts, 99)))  # 20 bars or more: see histogram_outline
     width = -(-top // 50)
     edges = np.arange(0.5, top + width, width)
     xlabel = "images of an identity"
     if counts.max() > edges[-1]:
         xlabel += f" (last bar: {edges[-1] + 0.5:,.0f} to {counts.max():,})"
         edges = np.append(edges, edges[-1] + width)
-    bars, _ = np.histogram(np.minimum(counts, edges[-1]), edges)
+    outline = histogram_outline(np.minimum(counts, edges[-1]), edges)
     legend = "identities" if width == 1 else f"identities (bars {width} wide)"
-    outline = {legend: (edges.repeat(2), np.concatenate(([0], bars.repeat(2), [0])))}
     title = f"{name}: {counts.size:,} identities, {counts.sum():,} images"
-    draw_curves(path, outline, xlabel, "identities", title)
+    draw_curves(path, {legend: outline}, xlabel, "identities", title)
 
 
 def _draw_faces(path: Path, records: Records, survey: Survey, options: ReportConfig) -> None:

@@ -107,9 +107,9 @@ def draw_curves(
     title: str,
     highest: float = np.inf,
 ) -> None:
-    """Lines over the steps of a training: loss, accuracy, learning rate.
+    """Lines over whole numbers, such as the steps of a training: loss, accuracy, learning rate.
 
-    curves: for each name the steps and the values, of equal length. A curve of one point is drawn as a dot.
+    curves: for each name the steps and the values, of equal length. Short ones have their points marked by dots.
     highest: what values can be at most; the axis does not go on beyond.
 
     Raises ValueError if there is no curve.
@@ -128,6 +128,17 @@ def draw_curves(
     axes.set_ylim(top=min(upper, highest + 0.02 * (upper - lower)))  # room for the line
     _legend(axes, loc="best")
     save(figure, path)
+
+
+def histogram_outline(
+    values: NDArray[np.number], edges: NDArray[np.floating]
+) -> tuple[NDArray[np.floating], NDArray[np.integer]]:
+    """The outline of the bars that count `values` between `edges`, as a curve for `draw_curves`.
+
+    With fewer than 20 bars it would have dots at their corners.
+    """
+    bars, _ = np.histogram(values, edges)
+    return edges.repeat(2), np.concatenate(([0], bars.repeat(2), [0]))
 
 
 @with_any_names
