@@ -13,6 +13,7 @@ from utils.text_files import is_empty_row, is_whole_number, open_text, read_rows
 
 #: The header of a list that is a CSV.
 COLUMNS = ("path1", "path2", "same")
+_FLAGS = {"1": True, "true": True, "0": False, "false": False}
 
 
 class PairsError(ValueError):
@@ -137,9 +138,6 @@ def _listed(images: Path, text: str) -> Path:
     return exact if text != text.strip() and exact.is_file() else images / text.strip()
 
 
-_FLAGS: dict[str, bool] = {"1": True, "true": True, "0": False, "false": False}
-
-
 def _csv_pairs(lines: Sequence[str], path: Path, images: Path, separator: str) -> Iterator[Pair]:
     rows = read_rows(lines, path, PairsError, separator)
     header = [name.strip().lower() for name in next(rows)[1]]
@@ -151,6 +149,8 @@ def _csv_pairs(lines: Sequence[str], path: Path, images: Path, separator: str) -
         where = f"{path}, line {line}"
         if len(row) != 3:
             raise PairsError(f"{where}: {len(row)} columns, expected 3 (path1,path2,same)")
-        if row[2].strip().lower() not in _FLAGS:
-            raise PairsError(f"{where}: {row[2]!r} does not say whether it is one person, 1 or 0")
-        yield Pair((_listed(images, row[0]), _listed(images, row[1])), _FLAGS[row[2].strip().lower()], line)
+        first, second, flag = row
+        same = _FLAGS.get(flag.strip().lower())
+        if same is None:
+            raise PairsError(f"{where}: {flag!r} does not say whether it is one person, 1 or 0")
+        yield Pair((_listed(images, first), _listed(images, second)), same, line)
