@@ -20,8 +20,8 @@ from utils.compiling import Compiled, CompiledNetwork
 from utils.devices import autocast
 from utils.ranks import Ranks
 from utils.training import build_step as step_building
-from utils.training.build_step import compile_network, part_sizes, spread
-from utils.training.micro_batch import trial_pass
+from utils.training.build_step import compile_network, spread
+from utils.training.micro_batch import part_sizes, trial_pass
 from utils.training.optimizers import train_mode
 
 CPU = torch.device("cpu")
@@ -59,7 +59,7 @@ def test_a_compiled_network_trains_the_same(recompute: bool) -> None:
 
 
 def attempt(module: nn.Module) -> None:
-    trial_pass(module, 8, torch.float32, 0)(6)
+    trial_pass(module, 6, 8, torch.float32)
 
 
 def failing_backend(graph: object, inputs: object) -> Callable[..., object]:
@@ -202,7 +202,7 @@ def test_what_is_compiled_is_what_trains() -> None:
 
     def try_sizes(module: nn.Module) -> None:
         for faces in part_sizes(7, 3):
-            trial_pass(module, 8, torch.float32, 0)(faces)
+            trial_pass(module, faces, 8, torch.float32)
 
     compiled = compile_network(network, Ranks(), CPU, try_sizes, print, backend)
     assert backend.faces == [3, 2]

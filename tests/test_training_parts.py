@@ -281,27 +281,28 @@ def test_every_size_of_pass_is_tried_before_it_trains(
     tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stepped: bool, states: int
 ) -> None:
     """A compiler sees all shapes of a step, in the mode of training, frozen parts aside, and beside the memory that the
-    first step takes for the optimizer, where it has not been made yet."""
-    tried: list[tuple[int, int]] = []
+    first step takes for the optimizer, where it has not been made yet, and what a step keeps beside a pass."""
+    tried: list[tuple[int, int, int]] = []
     network = create_network("demo", 16, 32).eval()
     optimizer = torch.optim.AdamW(network.parameters())
     if stepped:
         network(torch.zeros(2, 3, 32, 32)).sum().backward()
         optimizer.step()
 
-    def trial(module: nn.Module, states: int, **_: object) -> Callable[[int], None]:
+    def trial(module: nn.Module, faces: int, image_size: int, precision: torch.dtype, states: int, beside: int) -> None:
         assert [part.training for part in module.get_submodule("body")][:2] == [False, True]
-        return lambda faces: tried.append((faces, states))
+        tried.append((faces, states, beside))
 
     def compile_it(module: nn.Module, ranks: Ranks, device: torch.device, attempt: Any, say: Any) -> nn.Module:
         attempt(module)
         return module
 
     monkeypatch.setattr(step_building, "trial_pass", trial)
+    monkeypatch.setattr(step_building, "bytes_beside", lambda faces, *_: 100 * faces)
     monkeypatch.setattr(step_building, "compile_network", compile_it)
     config = configure(tiny_set, tmp_path, train__compile="on", train__micro_batch="3", train__frozen=("body.0",))
     step_of(config, network, optimizer=optimizer)
-    assert tried == [(3, states), (2, states)]
+    assert tried == [(3, states, 300), (2, states, 200)]
 
 
 def test_sync_bn_alone_is_batch_norm(tiny_set: Path, tmp_path: Path, plain: Path) -> None:

@@ -4,7 +4,6 @@ ranks, replayed as CUDA graphs."""
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from utils.compiling import Compiled, CompiledNetwork
 from utils.ranks import Ranks
 from utils.training.build_parts import compiles
 from utils.training.cuda_graph import with_graph
-from utils.training.micro_batch import LIMIT, bytes_beside, largest_that_fits, trial_pass
+from utils.training.micro_batch import LIMIT, bytes_beside, can_train, largest_that_fits, part_sizes, trial_pass
 from utils.training.optimizers import train_mode
 from utils.training.quick_prelu import quicken_prelus
 from utils.training.run_folders import TrainingError
@@ -52,9 +51,12 @@ def build_step(
     faces, on_card = settings.batch_size // ranks.size, device.type == "cuda"
     torch.backends.cudnn.benchmark = True  # shapes stay the same: it finds the fastest convolution for each once
     states = 0 if optimizer.state else 2  # what the first step of AdamW and its like makes
-    beside = partial(bytes_beside, whole=faces, image_size=size, network=network, head=head, ranks=ranks.size)
-    trial = partial(trial_pass, image_size=size, precision=precision, states=states, beside=beside)
-    micro_batch = _choose_micro_batch(settings, faces, on_card, ranks, lambda n: trial(network)(n), limit, say)
+
+    def trial(number: int, tried: nn.Module = network) -> None:
+        beside = bytes_beside(number, faces, size, network, head, ranks.size)
+        trial_pass(tried, number, size, precision, states, beside)
+
+    micro_batch = _choose_micro_batch(settings, faces, on_card, ranks, trial, limit, say)
     if settings.sync_bn and ranks.size > 1:
         if not on_card:
             raise TrainingError("train.sync_bn: torch has it for CUDA only")
@@ -64,7 +66,7 @@ def build_step(
 
         def attempt(compiled: nn.Module) -> None:
             for number in part_sizes(faces, micro_batch):
-                trial(compiled)(number)
+                trial(number, compiled)
 
         trained = compile_network(network, ranks, device, attempt, say)
     else:
@@ -105,7 +107,7 @@ def _choose_micro_batch(
         if limit is not None and limit < micro_batch:
             say(f"{limit} faces in a pass at most: more ran out of memory before ({LIMIT} in the run's folder)")
             micro_batch = limit
-    if faces // -(-faces // micro_batch) < 2:
+    if not can_train(faces, micro_batch):
         raise TrainingError(
             f"train.micro_batch: with {micro_batch} of the {faces} images of a process some pass has a single one, on "
             "which batch norm cannot train; take more, or another train.batch_size"
@@ -158,12 +160,6 @@ def compile_network(
     if worst:
         compiled.give_up(failure)
     return wrapped
-
-
-def part_sizes(faces: int, micro_batch: int) -> list[int]:
-    """The different sizes of the micro-batches that a batch of `faces` is split into, the largest first."""
-    passes = -(-faces // micro_batch)
-    return [faces // passes + 1, faces // passes] if faces % passes else [faces // passes]
 
 
 def spread(network: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:

@@ -1,4 +1,4 @@
-"""How many faces fit into memory in a forward and backward pass."""
+"""In how many passes a batch goes, and how many faces fit into memory in a forward and backward pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +13,22 @@ from utils.files import write_text_atomic
 
 #: In a run's folder: faces in a pass at most, because more of them ran out of memory.
 LIMIT = "micro_batch.txt"
+
+
+def passes_of(faces: int, micro_batch: int) -> int:
+    """How many passes `faces` take, of `micro_batch` at most."""
+    return -(-faces // micro_batch)
+
+
+def part_sizes(faces: int, micro_batch: int) -> list[int]:
+    """The different sizes of these passes, the largest first; they differ by one, as those of torch.tensor_split."""
+    passes = passes_of(faces, micro_batch)
+    return [faces // passes + 1, faces // passes] if faces % passes else [faces // passes]
+
+
+def can_train(faces: int, micro_batch: int) -> bool:
+    """Whether each of these passes has the two faces that batch norm needs."""
+    return part_sizes(faces, micro_batch)[-1] >= 2
 
 
 def keep_limit(run: Path, faces: int) -> None:
@@ -69,31 +85,27 @@ def bytes_beside(faces: int, whole: int, image_size: int, network: nn.Module, he
 
 
 def trial_pass(
-    network: nn.Module, image_size: int, precision: torch.dtype, states: int, beside: Callable[[int], int] = lambda _: 0
-) -> Callable[[int], None]:
-    """A function that makes a forward and backward pass of a number of grey faces, while memory is reserved for what a
-    step needs besides: `states` tensors for every weight, and `beside(faces)` bytes.
+    network: nn.Module, faces: int, image_size: int, precision: torch.dtype, states: int = 0, beside: int = 0
+) -> None:
+    """Make a forward and backward pass of so many grey faces, while memory is reserved for what a step needs besides:
+    `states` tensors for every weight, and `beside` bytes.
 
-    It leaves gradients and the statistics of norms as they were.
+    The statistics of norms are as before then, and no weight has a gradient. Raises torch.OutOfMemoryError.
     """
     parameters = list(network.parameters())
     device = parameters[0].device
-
-    def attempt(faces: int) -> None:
-        reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(states)]
-        reserved.append(torch.empty(beside(faces), dtype=torch.uint8, device=device))
-        try:
-            inputs = torch.zeros(faces, 3, image_size, image_size, device=device)
-            inputs = inputs.contiguous(memory_format=torch.channels_last)
-            with statistics_kept(network):
-                with autocast(device, precision):
-                    embeddings = network(inputs)
-                embeddings.float().sum().backward()
-        finally:
-            del reserved
-            network.zero_grad(set_to_none=True)
-
-    return attempt
+    reserved = [torch.empty_like(parameter) for parameter in parameters for _ in range(states)]
+    reserved.append(torch.empty(beside, dtype=torch.uint8, device=device))
+    try:
+        inputs = torch.zeros(faces, 3, image_size, image_size, device=device)
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+        with statistics_kept(network):
+            with autocast(device, precision):
+                embeddings = network(inputs)
+            embeddings.float().sum().backward()
+    finally:
+        del reserved
+        network.zero_grad(set_to_none=True)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from torch.nn.utils import clip_grad_norm_
 from models.heads import Head, HeadOutput
 from utils.devices import autocast
 from utils.ranks import Ranks
+from utils.training.micro_batch import can_train, part_sizes, passes_of
 from utils.training.optimizers import set_learning_rate
 
 #: What to do when memory runs out in the head. Smaller passes would not help.
@@ -129,7 +130,7 @@ class TrainingStep:
 
     def _split(self, inputs: Tensor, labels: Tensor) -> list[_MicroBatch]:
         """The batch in as few micro-batches as `micro_batch` allows, the largest first."""
-        passes = -(-len(labels) // self.micro_batch)
+        passes = passes_of(len(labels), self.micro_batch)
         split_labels = labels.tensor_split(passes)
         counts = torch.stack([(part >= 0).sum() for part in split_labels]).float()
         shares = self.ranks.sum(counts)
@@ -184,7 +185,7 @@ class TrainingStep:
         largest = len(inputs)
         while True:
             self._shrink(largest)
-            passes = -(-len(inputs) // self.micro_batch)
+            passes = passes_of(len(inputs), self.micro_batch)
             parts = list(zip(inputs.tensor_split(passes), gradient.tensor_split(passes), strict=True))
             self.optimizer.zero_grad(set_to_none=True)
             try:
@@ -198,12 +199,12 @@ class TrainingStep:
 
     def half_a_pass(self, faces: int) -> int:
         """Half of the micro-batch of a batch of `faces`, this rank's; 0 if that is too little for batch norm."""
-        half = _half(-(-faces // -(-faces // self.micro_batch)))
-        return half if _enough(faces, half) else 0
+        half = _half(part_sizes(faces, self.micro_batch)[0])
+        return half if can_train(faces, half) else 0
 
     def _can_shrink(self, faces: int, largest: int) -> bool:
         """Whether `faces`, in passes of `largest`, may go in passes half as large."""
-        return self.shrinking is not None and self.ranks.size == 1 and _enough(faces, _half(largest))
+        return self.shrinking is not None and self.ranks.size == 1 and can_train(faces, _half(largest))
 
     def _shrink(self, largest: int) -> None:
         """Halve the micro-batch, after passes of `largest` faces did not fit, and say so."""
@@ -221,8 +222,3 @@ class TrainingStep:
 
 def _half(faces: int) -> int:
     return -(-faces // 2)
-
-
-def _enough(faces: int, micro_batch: int) -> bool:
-    """Whether each pass of `faces`, split evenly, has the two faces that batch norm needs."""
-    return faces >= 2 * -(-faces // micro_batch)
