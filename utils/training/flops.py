@@ -1,6 +1,8 @@
 """Floating-point operations of a network, and how many a second a device reaches."""
 
+import math
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -46,32 +48,29 @@ def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, size: int = 409
     """What `device` reaches in products of square matrices of `size` rows, which MFU is measured by."""
     left = torch.randn(size, size, device=device).to(dtype)
     right = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(3):
-        _wait(device)
-        began = time.perf_counter()
-        for _ in range(repeats):
-            left @ right
-        _wait(device)
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 * repeats / best
+    return 2 * size**3 / _fastest(lambda: left @ right, repeats, 3, device)
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written a second when a large tensor is copied; the best of several."""
+    """Bytes read and written a second when a large tensor is copied."""
     on_card = device.type == "cuda"
     source = torch.zeros(2**28 if on_card else 2**26, dtype=torch.uint8, device=device)
     repeats = 20 if on_card else 1  # a card copies it in less than the host takes to ask for it and to wait
     target = source.clone()
-    best = float("inf")
-    for _ in range(5):
+    return 2 * len(source) / _fastest(lambda: target.copy_(source), repeats, 5, device)
+
+
+def _fastest(work: Callable[[], object], repeats: int, rounds: int, device: torch.device) -> float:
+    """Seconds that `work` takes on `device`, in the best of some rounds of `repeats`."""
+    best = math.inf
+    for _ in range(rounds):
         _wait(device)
         began = time.perf_counter()
         for _ in range(repeats):
-            target.copy_(source)
+            work()
         _wait(device)
         best = min(best, time.perf_counter() - began)
-    return 2 * len(source) * repeats / best
+    return best / repeats
 
 
 def _wait(device: torch.device) -> None:
