@@ -86,11 +86,17 @@ def _begun(run: Path) -> bool:
     return (run / CONFIG).exists() or (run / CHECKPOINTS).is_dir()
 
 
+def _to_resume(resume: str, runs: str, name: str) -> Path | None:
+    """The run that train.resume means, whether it is there or not; None: none is named."""
+    if resume == "auto":
+        return Path(runs, name) if name else None
+    return Path(resume) if resume else None
+
+
 def goes_on(config: Config) -> bool:
     """Whether the run to go on with, if one is asked for, is there."""
-    settings = config.train
-    run = Path(config.common.runs, settings.name) if settings.resume == "auto" else Path(settings.resume)
-    return bool(settings.resume) and has_checkpoints(run)
+    run = _to_resume(config.train.resume, config.common.runs, config.train.name)
+    return run is not None and has_checkpoints(run)
 
 
 def saved_settings(settings: Settings) -> Settings:
@@ -98,9 +104,8 @@ def saved_settings(settings: Settings) -> Settings:
     lost those of its newest checkpoint. Raises TrainingError when no checkpoint has them either.
     """
     resume = settings["train.resume"]
-    run = Path(settings["common.runs"], settings["train.name"]) if resume == "auto" else Path(resume)
-    named = resume and (resume != "auto" or settings["train.name"])
-    if not named:
+    run = _to_resume(resume, settings["common.runs"], settings["train.name"])
+    if run is None:
         return {}
     try:
         saved, lost = settings_beside(run), f"{run / CONFIG} has no settings of a run"
