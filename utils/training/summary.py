@@ -1,6 +1,7 @@
 """The table that a run ends with: first, last and best values, and what the time was spent on."""
 
 import math
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +59,11 @@ def _step_of_best(folder: Path) -> str | None:
 
 def _row(lines: list[dict[str, Any]], name: str, title: str, form: str, best: Any) -> list[tuple[str, str]]:
     """`title`, and `name`'s first, last and best value with the best's step; nothing when it was never noted."""
-    points = [(line[name], line["step"]) for line in lines if name in line]
+    points = [(line["step"], line[name]) for line in lines if name in line]
     if not points:
         return []
-    value = best(value for value, _ in points)
-    step = next(step for other, step in points if other == value)
-    first, last, top = (form.format(number) for number in (points[0][0], points[-1][0], value))
+    step, value = best(points, key=itemgetter(1))  # of equally good ones the first
+    first, last, top = (form.format(number) for number in (points[0][1], points[-1][1], value))
     return [(title, f"{first:>12} {last:>12} {top:>12} at step {step:,}")]
 
 
