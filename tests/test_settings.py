@@ -9,7 +9,6 @@ from typing import Any, Literal
 import pytest
 
 import config
-from utils import settings
 from utils.settings import (
     ConfigError,
     as_flags,
@@ -331,7 +330,6 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
         edited: Edited = Edited()
 
-    monkeypatch.setattr(settings, "_sections", lambda _: {"edited": Edited})
     assert build(Small, {}).edited.name == f"{tmp_path}/x"
 
 

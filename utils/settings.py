@@ -14,8 +14,8 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, Field, asdict, fields, is_dataclass
-from functools import cache
+from dataclasses import Field, asdict, fields
+from functools import cache, partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -173,17 +173,15 @@ def build(config_class: type[C], settings: Settings) -> C:
 
     Raises ConfigError for a name that is no setting and for values that the sections refuse.
     """
-    sections = _sections(config_class)
-    values: dict[str, dict[str, Any]] = {name: {} for name in sections}
+    sections = get_type_hints(config_class)
+    # Defaults, too, may begin with a `~`.
+    values = {name: {field.name: field.default for field in fields(section)} for name, section in sections.items()}
     for name, value in settings.items():
         section, _, field = name.partition(".")
-        if section not in sections or field not in get_type_hints(sections[section]):
+        if field not in values.get(section, ()):
             raise ConfigError(f"{name}: there is no such setting")
         values[section][field] = tuple(value) if isinstance(value, list) else value
-    defaults = {name: {field.name: field.default for field in fields(section)} for name, section in sections.items()}
-    return config_class(
-        **{name: section(**_at_home({**defaults[name], **values[name]})) for name, section in sections.items()}
-    )
+    return config_class(**{name: section(**_at_home(values[name])) for name, section in sections.items()})
 
 
 def _at_home(settings: Settings) -> dict[str, Any]:
@@ -281,10 +279,6 @@ def _kind(hint: type, many: bool = False) -> str:
     return {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}[hint]
 
 
-def _sections(config_class: type) -> dict[str, type]:
-    return {name: hint for name, hint in get_type_hints(config_class).items() if is_dataclass(hint)}  # type: ignore[misc]
-
-
 #: Where a namespace has the message of `_Plain`.
 _NAMED_TWICE = " named twice"
 
@@ -322,7 +316,7 @@ def _parser(
     description: str,
     reads: Collection[str] | None,
 ) -> argparse.ArgumentParser:
-    sections = _sections(config_class)
+    sections = get_type_hints(config_class)
     own = [field for name in own_sections for field in fields(sections[name])]
     plain = "".join(f" [{field.name.upper()} ...]" for field in own if field.metadata.get("positional"))
     parser = _Parser(
@@ -348,30 +342,21 @@ def _parser(
 def _add_flag(group: argparse._ArgumentGroup, section: str, field: Field, hint: Any, text: str, own: bool) -> None:
     dest = f"{section}.{field.name}"
     flag = field.name.replace("_", "-")
-    full_name = f"--{dest.replace('_', '-')}"
-    names = [f"--{flag}"] if own else []
-    names += [full_name]
+    names = [f"--{section.replace('_', '-')}.{flag}"]
+    add = partial(group.add_argument, help=text, default=argparse.SUPPRESS)
     if own:
         names += field.metadata.get("aliases", ())
-    assert field.default is not MISSING
-    if own and field.metadata.get("positional"):
-        group.add_argument(
-            dest, nargs="*", action=_Plain, type=_converter(hint), metavar=flag.upper(), help=text,
-            default=argparse.SUPPRESS,
-        )  # fmt: skip
-        names = [full_name, *field.metadata.get("aliases", ())]
+        if field.metadata.get("positional"):
+            add(dest, nargs="*", action=_Plain, type=_converter(hint), metavar=flag.upper())
+        else:
+            names.insert(0, f"--{flag}")
     if hint is bool:
-        group.add_argument(
-            *names, dest=dest, action=argparse.BooleanOptionalAction, help=text, default=argparse.SUPPRESS
-        )
+        add(*names, dest=dest, action=argparse.BooleanOptionalAction)
     else:
         choices = get_args(hint) if get_origin(hint) is Literal else None
         metavar = "{" + ",".join(choices) + "}" if choices else field.name.upper()
         action = Several if get_origin(hint) is tuple else "store"
-        group.add_argument(
-            *names, dest=dest, action=action, type=_converter(hint), help=text, metavar=metavar,
-            default=argparse.SUPPRESS,
-        )  # fmt: skip
+        add(*names, dest=dest, action=action, type=_converter(hint), metavar=metavar)
 
 
 def _converter(hint: Any) -> Callable[[str], Any]:
