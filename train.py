@@ -379,7 +379,9 @@ class Trainer:
         self.bar.update(self.step * self.config.train.batch_size)
         self.log.forget_after(self.step, self.verifies_again)
         without = f"steps {error.step - 1:,} and {error.step:,}"
-        if self.step == error.step:
+        if error.step == 0:
+            without = "step 0"
+        elif self.step == error.step:
             without = f"step {error.step:,}; there is no checkpoint without step {error.step - 1:,}"
         self.say(f"{error}\nback at step {self.step:,}, and on without {without}")
         self.save(wait=True)
@@ -430,7 +432,7 @@ class Trainer:
     def describe_position(self) -> None:
         """Print at which step the run begins or goes on."""
         where = f"run: {self.run}" + (f", from step {self.step:,}" if self.step else "")
-        if not self.step and (self.run / CONFIG).exists():
+        if (self.run / CONFIG).exists() and not has_checkpoints(self.run):
             where += ", which has no checkpoint yet: from the start"
         self.say(where)
         if self.step >= self.steps:

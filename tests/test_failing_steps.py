@@ -30,6 +30,7 @@ from utils.training.checkpoint_store import CheckpointStore
 from utils.training.log import Noted
 from utils.training.metrics import read_metrics
 from utils.training.micro_batch import kept_limit
+from utils.training.run_notes import require_run_notes
 from utils.training.saved_checkpoints import Saved, checkpoint_folders
 from utils.training.step import StepOutput, TrainingStep
 
@@ -214,6 +215,29 @@ def test_a_resumed_run_leaves_it_out_too(tiny_set: Path, tmp_path: Path, monkeyp
     assert same(newest(whole), newest(run))
     assert same(load_file(whole / BEST), load_file(run / BEST))
     assert noted(whole) == noted(run)
+
+
+def test_before_the_first_step_there_is_none_to_leave_out(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first step explodes in a run that was saved before it, as its first verification failed: that step alone is
+    left out, and what is saved then is a checkpoint to go on from."""
+
+    def fail(self: Trainer) -> None:
+        raise RuntimeError("out of memory, say")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "verify", fail)
+        with pytest.raises(RuntimeError, match="say"):
+            train(configure(tiny_set, tmp_path, train__verify_at_start=True))
+    made = explode(monkeypatch, {0})
+    run = train(configure(tiny_set, tmp_path, train__on_explosion="skip", train__resume=str(tmp_path / "a")))
+    assert made == [0, 1, *range(1, 12)]
+    printed = capsys.readouterr().out
+    assert "which has no checkpoint yet" not in printed
+    assert "back at step 0, and on without step 0\n" in printed
+    assert skipped(run) == [0]
+    require_run_notes(Saved(checkpoint_folders(run / CHECKPOINTS)[-1]))
 
 
 def test_a_verification_is_made_again_on_the_way_back(

@@ -55,9 +55,9 @@ class ExplosionWatch:
         return None
 
     def leave_out(self, error: ExplodedError) -> None:
-        """Skip the step of `error` and the one before. Raises TrainingError when there were too many lately."""
+        """Skip the step of `error` and the one before, if any. Raises TrainingError when there were too many lately."""
         # The loss of a step is that of the weights before it: the step before may be the one that broke them.
-        self.skipped |= {error.step - 1, error.step}
+        self.skipped |= {max(0, error.step - 1), error.step}
         self._bad_in_a_row = 0  # the run goes on from before them
         lately = sum(error.step - SKIPPED_AMONG < step <= error.step for step in self.skipped)
         if lately > MOST_SKIPPED:
