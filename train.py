@@ -11,11 +11,11 @@ resume from, on any number of processes), `classes.csv` (the identity behind eac
 TensorBoard record, and pictures of inputs, loss and accuracy.
 """
 
-import json
 import math
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import asdict
 from pathlib import Path
 from shlex import quote
 from typing import NoReturn
@@ -330,7 +330,7 @@ class Trainer:
     def save(self, wait: bool) -> None:
         """Save a checkpoint: all that the next step depends on."""
         notes = {
-            "settings": json.loads(to_json(self.config)),
+            "settings": asdict(self.config),
             **self.best.notes(),
             "verify_due": self.verify_due,
             **self.set_notes,

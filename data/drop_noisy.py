@@ -15,7 +15,6 @@ in degrees, its nearest sub-center), `identities.csv` (what became of each ident
 `angles.png`. Broken images are dropped, too, and have no angle. docs/losses.md shows an example.
 """
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -43,7 +42,7 @@ from utils.plots import draw_curves, histogram_outline
 from utils.processes import worker_count
 from utils.progress import progress_bar, say
 from utils.scripts import printable, readable_errors
-from utils.settings import build, describe, from_json, parse_settings
+from utils.settings import build, by_name, describe, parse_settings
 from utils.text_files import open_text, read_rows
 from utils.texts import listed
 from utils.training.run_folders import CHECKPOINTS
@@ -97,7 +96,7 @@ def newest_checkpoint(run: Path) -> Saved:
 
 def run_settings(saved: Saved) -> Config:
     """The settings that the checkpoint was trained with. Raises CheckpointError if they have one sub-center a class."""
-    config = build(Config, from_json(json.dumps(saved.notes["settings"])))
+    config = build(Config, by_name(saved.notes["settings"]))
     if config.loss.sub_centers == 1:
         raise CheckpointError(
             f"{saved.folder} has one centre a class, which says nothing about noise: "

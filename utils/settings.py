@@ -201,11 +201,12 @@ def _expanded(value: Any) -> Any:
 
 def flatten(config: Any, without: Collection[str] = ()) -> dict[str, Any]:
     """{`section.field`: value} of a configuration: what `build` takes; `without` those of these names."""
-    return {name: value for name, value in _flat(asdict(config)).items() if name not in without}
+    return {name: value for name, value in by_name(asdict(config)).items() if name not in without}
 
 
-def _flat(groups: Mapping[str, Settings]) -> dict[str, Any]:
-    return {f"{section}.{field}": value for section, group in groups.items() for field, value in group.items()}
+def by_name(sections: Mapping[str, Settings]) -> dict[str, Any]:
+    """{`section.field`: value} of a configuration's fields by section, as its JSON has them."""
+    return {f"{section}.{field}": value for section, group in sections.items() for field, value in group.items()}
 
 
 def as_flags(settings: Settings) -> list[str]:
@@ -228,7 +229,7 @@ def to_json(config: Any) -> str:
 def from_json(text: str) -> dict[str, Any]:
     """What `to_json` wrote, as settings for `build`. Raises ConfigError for anything else."""
     try:
-        return _flat(json.loads(text))
+        return by_name(json.loads(text))
     except (ValueError, AttributeError) as error:
         raise ConfigError(f"these are no saved settings: {error}") from None
 

@@ -1,6 +1,5 @@
 """The folder of a run, new or to be resumed, and its settings."""
 
-import json
 import os
 import warnings
 from datetime import datetime
@@ -9,7 +8,7 @@ from shlex import quote
 
 from config import Config
 from utils.checkpoints import CONFIG, settings_beside
-from utils.settings import ConfigError, Settings, from_json
+from utils.settings import ConfigError, Settings, by_name
 from utils.training.run_notes import require_run_notes
 from utils.training.saved_checkpoints import DamagedError, Saved, checkpoint_folders
 
@@ -127,5 +126,5 @@ def _noted_settings(run: Path, lost: str) -> Settings:
         except DamagedError:
             continue
         warnings.warn(f"{lost}: its settings are those of {checkpoint}", stacklevel=2)
-        return from_json(json.dumps(saved.notes["settings"]))
+        return by_name(saved.notes["settings"])
     raise TrainingError(f"train.resume: {lost}, and no whole checkpoint has them")

@@ -1,6 +1,5 @@
 """Whether a checkpoint, and the other processes, belong to the same run as this process."""
 
-import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from data.joined_sets import identity_keys
 from data.verification_bin import PairImages, VerificationPairs
 from utils.program import program_facts
 from utils.ranks import Ranks, UnlikeRanksError
-from utils.settings import flatten, from_json
+from utils.settings import by_name, flatten
 from utils.training.run_folders import TrainingError, goes_on
 
 #: Settings that cannot change in a run: they decide which faces a step sees, and what tensors a checkpoint has.
@@ -73,7 +72,7 @@ def set_notes(faces: FaceSet) -> dict[str, int]:
 def check_notes(notes: Mapping[str, Any], config: Config, faces: FaceSet, run: Path) -> None:
     """Raise TrainingError when the `run` cannot go on, with these settings and faces, from a checkpoint with `notes`:
     its `set_notes` and its `settings`."""
-    before, now = from_json(json.dumps(notes["settings"])), flatten(config)
+    before, now = by_name(notes["settings"]), flatten(config)
     for name in FIXED:
         if before.get(name) != now[name]:
             raise TrainingError(
@@ -103,7 +102,7 @@ def check_notes(notes: Mapping[str, Any], config: Config, faces: FaceSet, run: P
 
 def unused_again(notes: Mapping[str, Any], config: Config, run: Path) -> list[str]:
     """A line for each setting that was changed, but has no effect when the `run` goes on from a checkpoint."""
-    before, now = from_json(json.dumps(notes["settings"])), flatten(config)
+    before, now = by_name(notes["settings"]), flatten(config)
     why = f"{run} goes on from its checkpoint"
     return [f"{name} not used: {why}" for name in AT_FIRST if before.get(name, now[name]) != now[name]]
 
