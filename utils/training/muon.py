@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
+from utils.devices import is_ampere
+
 # The published quintic: steepest at 0, it lifts small singular values soonest and leaves all near 1, not at it.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
 _ITERATIONS = 5
@@ -103,7 +105,8 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
         for shape, members in same_shape.items():
             matrices = torch.stack([ahead[i].flatten(1) for i in members])
-            steps = orthogonalise(matrices, _fast_dtype(matrices.device))
+            # bfloat16 is published to be enough.
+            steps = orthogonalise(matrices, torch.bfloat16 if is_ampere(matrices.device) else torch.float32)
             length = group["lr"] * 0.2 * math.sqrt(max(shape))
             for i, step in zip(members, steps, strict=True):
                 parameters[i].add_(step.reshape(parameters[i].shape), alpha=-length)
@@ -144,9 +147,3 @@ class Muon(torch.optim.Optimizer):
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
-
-
-def _fast_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16, which is published to be enough, on CUDA cards that compute in it; float32 elsewhere."""
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return torch.bfloat16 if fast else torch.float32
