@@ -23,12 +23,14 @@ CLASSES, SIZE = 9, 6
 class Parts:
     """A tiny network with all that training needs around it."""
 
-    def __init__(self, optimizer: OptimizerName, seed: int, loss: str = "adaface", size: int = SIZE) -> None:
+    def __init__(
+        self, optimizer: OptimizerName, seed: int, loss: str = "adaface", size: int = SIZE, classes: int = CLASSES
+    ) -> None:
         torch.manual_seed(seed)
         layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.PReLU(4), nn.Flatten(), nn.Linear(4 * 9, size))
         self.network = nn.Sequential(*layers).to(memory_format=torch.channels_last)
         rows: RowOptimizer = RowSGD() if optimizer == "sgd" else RowAdamW()
-        self.head = BlockwiseHead(create_loss(loss), CLASSES, size, rows, 8, block=4, sub_centers=2, seed=seed)
+        self.head = BlockwiseHead(create_loss(loss), classes, size, rows, 8, block=4, sub_centers=2, seed=seed)
         self.optimizer = create_optimizer(optimizer, parameter_groups(self.network, 1e-3), 0.9)
         self.average = WeightAverage(self.network, 0.9)
         self.state = TrainingState(self.network, self.head, self.optimizer, self.average)
@@ -113,9 +115,10 @@ def test_another_loss_goes_on_with_statistics_of_its_own(tmp_path: Path, loss: s
         assert all(torch.equal(reached[name], expected[name]) for name in reached.keys() - statistics)
 
 
-def test_parts_of_another_kind_are_refused(tmp_path: Path) -> None:
-    """Resuming with another network names the part that does not fit."""
+@pytest.mark.parametrize(("part", "other"), [("network", {"size": 5}), ("head", {"classes": CLASSES + 1})])
+def test_parts_of_another_kind_are_refused(tmp_path: Path, part: str, other: dict[str, int]) -> None:
+    """Resuming with another network or other classes names the part that does not fit."""
     with CheckpointStore(tmp_path, Ranks()) as store:
         saved = Parts("sgd", seed=0).save(store, 1)
-        with pytest.raises(CheckpointError, match="step-000000001 does not fit the network of the settings"):
-            Parts("sgd", seed=0, size=5).state.restore(saved)
+        with pytest.raises(CheckpointError, match=f"step-000000001 does not fit the {part} of the settings"):
+            Parts("sgd", seed=0, loss="adaface", **other).state.restore(saved)

@@ -64,13 +64,13 @@ class TrainingState:
             _load(saved, module, name, tensors)
         with torch.no_grad():
             for name, part in rows.items():
-                try:
-                    wanted = (part.total, *part.tensor.shape[1:])
-                    if saved.shape(name) != wanted:
-                        raise ValueError(f"{name} has the shape {saved.shape(name)}, here it is {wanted}")
-                    part.tensor.copy_(saved.rows(name, part.first, part.first + len(part.tensor)))
-                except (KeyError, ValueError, RuntimeError) as error:
-                    raise CheckpointError(f"{saved.folder} does not fit the head of the settings: {error}") from None
+                found, wanted = saved.shape(name), (part.total, *part.tensor.shape[1:])
+                if found != wanted:
+                    raise CheckpointError(
+                        f"{saved.folder} does not fit the head of the settings: {name} has the shape {found}, here it "
+                        f"is {wanted}"
+                    )
+                part.tensor.copy_(saved.rows(name, part.first, part.first + len(part.tensor)))
         here = {name.removeprefix("head."): part.tensor for name, part in rows.items()}
         tensors = self._with_statistics(tensors)
         _load(saved, self.head, "head", tensors | {f"head.{name}": value for name, value in here.items()})
