@@ -122,23 +122,20 @@ def unused_here(config: Config, device: torch.device, ranks: Ranks, head: Head) 
     """A line for each setting that was given but has no effect on this `device`, with these `ranks` and this `head`.
     Those without effect beside other settings are found by the sections in config.py."""
     model, settings = config.model, config.train
-    no_init = "train.init names no weights"
-    growing, epochs = config.loss.margin_warmup_epochs, settings.epochs
-    lines = [f"loss.margin_warmup_epochs is {growing:g}: the margin is never whole, as train.epochs is {epochs}"]
-    grows = growing > epochs and "margin_warmup_epochs" not in config.loss.unused()
-    return (lines if grows else []) + [
+    off_cuda, for_cuda = device.type != "cuda", f"it is for CUDA, not {device.type}"
+    lines = [
         f"{name} not used: {why}"
         for name, unused, why in (
             ("loss.products", config.loss.products != "auto" and isinstance(head, DenseHead), "the head is dense"),
-            ("train.cuda_graph", settings.cuda_graph and device.type != "cuda", f"it is for CUDA, not {device.type}"),
-            (
-                "data.decode",
-                config.data.decode == "gpu" and device.type != "cuda",
-                f"it is for CUDA, not {device.type}",
-            ),
+            ("train.cuda_graph", settings.cuda_graph and off_cuda, for_cuda),
+            ("data.decode", config.data.decode == "gpu" and off_cuda, for_cuda),
             ("train.sync_bn", settings.sync_bn and ranks.size == 1, "there is one process"),
             ("model.pretrained", model.pretrained and bool(settings.init), "train.init names other weights"),
-            ("model.colour", model.colour != "auto" and not settings.init, no_init),
+            ("model.colour", model.colour != "auto" and not settings.init, "train.init names no weights"),
         )
         if unused
     ]
+    warmup, epochs = config.loss.margin_warmup_epochs, settings.epochs
+    if warmup > epochs and "margin_warmup_epochs" not in config.loss.unused():
+        lines.append(f"loss.margin_warmup_epochs is {warmup:g}: the margin is never whole, as train.epochs is {epochs}")
+    return lines

@@ -35,7 +35,7 @@ _DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 _PLAIN = re.compile(r"[\w-]+\.safetensors", re.ASCII)
 
 # The second number is there when a step is saved again.
-_NAME = re.compile(r"step-(\d{9,})(?:-(\d+))?")
+_NAME = re.compile(r"step-\d{9,}(?:-\d+)?")
 
 # Memory beyond the result that reading rows takes.
 _READ_BYTES = 1 << 26
