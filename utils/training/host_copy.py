@@ -71,17 +71,14 @@ class HostCopy:
         self._header = len(header).to_bytes(8, "little") + header
         self._reserve(end, pinned=any(tensor.is_cuda for tensor in tensors.values()))
         self._bytes = end
-        places = self._places()
-        room = next(places, None)
+        places, room = self._places(), torch.empty(0, dtype=torch.uint8)
         for _, tensor in ordered:
             data = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
             while len(data):
-                assert room is not None
+                room = room if len(room) else next(places)
                 count = min(len(data), len(room))
                 room[:count].copy_(data[:count], non_blocking=True)
                 data, room = data[count:], room[count:]
-                if not len(room):
-                    room = next(places, None)
 
     def write(self, path: Path) -> FileSum:
         """Write and sync the file. Raises OSError naming it."""

@@ -29,8 +29,8 @@ class StepOutput(NamedTuple):
     """The numbers of a step, on the device, without gradient.
 
     Scalars over all ranks' faces: `loss`, `correct` (the accuracy, 0..1: faces nearest to their own centre) and
-    `gradient_norm` (of the network, before clipping). Of this rank's faces, [B]: `norms`, the lengths of the
-    embeddings; `own`, the cosines with their own centres, NaN for faces that do not count.
+    `gradient_norm` (of the network, before clipping). `norms`: [B], the lengths of the embeddings of this rank's faces;
+    `own`: [faces of all ranks], the cosines with their own centres, NaN for faces that do not count.
     """
 
     loss: Tensor
