@@ -97,6 +97,7 @@ def test_what_has_an_effect_is_not_said(tmp_path: Path) -> None:
     assert warned("train", "--momentum", "0.5", saved=lambda _: {"train.optimizer": "adamw"}) != []
     saved = {"train.optimizer": "adamw", "train.momentum": 0.5, "train.name": "a", "train.resume": "runs/a"}
     assert warned("train", "--momentum", "0.5", "--resume", "runs/a", saved=lambda _: saved) == []
+    assert warned("train", "--milestones", "3,5", saved=lambda _: {"train.milestones": [3, 5]}) == []
     (tmp_path / "list").write_text("")
     listed = ("--source", str(tmp_path / "list"), "--image-root", "a", "--quality", "90")
     assert warned("pack", *listed, "--detector", "b", "--other-sizes", "resize") == []

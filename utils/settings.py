@@ -111,16 +111,17 @@ def parse_settings(
     if named_twice:
         parser.error(named_twice)
     preset = flags.pop("preset")
-    chosen = {**(presets[preset] if preset else {}), **flags}
+    of_preset = _at_home(presets[preset]) if preset else {}
+    chosen = of_preset | _at_home(flags)
     try:
-        start = flatten(config_class())
-        begun_with = saved(_at_home({**start, **chosen})) if saved else {}
+        start = _at_home(flatten(config_class()))
+        begun_with = _at_home(saved(start | chosen)) if saved else {}
         start |= begun_with
         config = build(config_class, {**start, **chosen})
     except ConfigError as error:
         parser.error(str(error))
     if is_first():
-        for line in _changed_by_preset(preset, presets, begun_with, flags):
+        for line in _changed_by_preset(preset, of_preset, begun_with, flags):
             warnings.warn(line, stacklevel=2)
         changed = {name for name, value in chosen.items() if start[name] != value}
         for line in (*_unread(changed & flags.keys(), reads, parser.prog), *_without_effect(config, changed, reads)):
@@ -129,14 +130,13 @@ def parse_settings(
 
 
 def _changed_by_preset(
-    preset: str | None, presets: Mapping[str, Settings], saved: Settings, flags: Collection[str]
+    preset: str | None, of_preset: Settings, saved: Settings, flags: Collection[str]
 ) -> Iterator[str]:
     """A line about the `saved` settings that a preset changes: whoever repeats it may not mean those."""
-    before = {name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()}
     changed = [
-        f"{name} {_as_text(value)} (it was {_as_text(before[name])})"
-        for name, value in (presets[preset] if preset else {}).items()
-        if name not in flags and before.get(name, value) != value
+        f"{name} {_as_text(value)} (it was {_as_text(saved[name])})"
+        for name, value in of_preset.items()
+        if name not in flags and saved.get(name, value) != value
     ]
     if changed:
         yield f"--preset {preset} changes what the run was begun with: {', '.join(changed)}"
@@ -180,12 +180,13 @@ def build(config_class: type[C], settings: Settings) -> C:
         section, _, field = name.partition(".")
         if field not in values.get(section, ()):
             raise ConfigError(f"{name}: there is no such setting")
-        values[section][field] = tuple(value) if isinstance(value, list) else value
+        values[section][field] = value
     return config_class(**{name: section(**_at_home(values[name])) for name, section in sections.items()})
 
 
 def _at_home(settings: Settings) -> dict[str, Any]:
-    """`settings` with the home folder for each `~` that begins a text, or follows the `@` that begins it."""
+    """`settings` with the home folder for each `~` that begins a text, or follows the `@` that begins it, and with
+    tuples for the lists of JSON."""
     return {name: _expanded(value) for name, value in settings.items()}
 
 
