@@ -69,7 +69,8 @@ class BlockwiseHead(Head):
         held = share_of(classes, ranks.rank, ranks.size)
         super().__init__(loss, classes, held, embedding_size, optimizer, sub_centers, seed, centres)
         self.batch_size, self.block, self.ranks, self.seed = batch_size, block, ranks, seed
-        self.sample_rate, self.fused, self.forward_block = sample_rate, fused, block
+        self.sample_rate, self.fused = sample_rate, fused
+        self.forward_block = block  # as `block`, in the forward pass, where kernels take more classes at a time
         self.maths = BlockMaths(loss, sub_centers, matmul, optimizer)
         self.block_forward: Callable[..., Any] = self.maths.forward
         self.block_backward: Callable[..., Any] = self.maths.backward

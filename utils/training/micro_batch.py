@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from models.heads import Head
+from models.heads import BlockwiseHead, Head
 from utils.devices import autocast
 from utils.files import write_text_atomic
 
@@ -66,15 +66,17 @@ def largest_that_fits(attempt: Callable[[int], None], most: int) -> int:
 
 
 def bytes_beside(faces: int, whole: int, image_size: int, network: nn.Module, head: Head, ranks: int) -> int:
-    """The memory that a step needs beside the network's pass of `faces`, of a batch of `whole` on each of `ranks`.
+    """Bytes that a step needs beside the network's pass of `faces`, of a batch of `whole` on each of `ranks`.
 
     That is the batch's inputs; about four matrices of the head, faces of all ranks x classes computed at a time; what
     is as large as the centres of these classes: their gradient and their normalised copy, or in the blockwise engine
     their gradient, twice, and while the update is compiled copies of what it changes; the gradient of all centres, if
     there are several passes; a copy of the network's gradient, if ranks exchange it.
     """
-    columns = getattr(head, "block", head.classes) * head.sub_centers
-    copies = 4 + len(head.optimizer_states()) if hasattr(head, "block") else 2
+    classes, copies = head.classes, 2
+    if isinstance(head, BlockwiseHead):
+        classes, copies = head.block, 4 + len(head.optimizer_states())
+    columns = classes * head.sub_centers
     floats = whole * 3 * image_size**2 + 4 * faces * ranks * columns
     floats += copies * min(columns, len(head.weight)) * head.weight.shape[1]
     if faces < whole:
