@@ -43,7 +43,7 @@ def pick_device(name: str) -> torch.device:
     return torch.device("cuda", number)
 
 
-def is_ampere(device: torch.device) -> bool:
+def is_ampere_or_newer(device: torch.device) -> bool:
     """Whether it is a CUDA card that computes in bfloat16 and in TF32: of the Ampere generation, or a later one."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
@@ -58,7 +58,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype:
         return {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if is_ampere(device) else torch.float16
+    return torch.bfloat16 if is_ampere_or_newer(device) else torch.float16
 
 
 def set_float32_products(name: str, device: torch.device) -> None:
@@ -67,7 +67,7 @@ def set_float32_products(name: str, device: torch.device) -> None:
 
     Raises ValueError for `tf32` where there is none: before Ampere, and on the CPU.
     """
-    if name == "tf32" and not is_ampere(device):
+    if name == "tf32" and not is_ampere_or_newer(device):
         raise ValueError(f"train.precision: {describe_device(device)} has no tf32; take fp32")
     if device.type != "cuda":
         return

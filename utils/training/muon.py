@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from utils.devices import is_ampere
+from utils.devices import is_ampere_or_newer
 
 # The published quintic: steepest at 0, it lifts small singular values soonest and leaves all near 1, not at it.
 _QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -106,7 +106,7 @@ class Muon(torch.optim.Optimizer):
         for shape, members in same_shape.items():
             matrices = torch.stack([ahead[i].flatten(1) for i in members])
             # bfloat16 is published to be enough.
-            steps = orthogonalise(matrices, torch.bfloat16 if is_ampere(matrices.device) else torch.float32)
+            steps = orthogonalise(matrices, torch.bfloat16 if is_ampere_or_newer(matrices.device) else torch.float32)
             length = group["lr"] * 0.2 * math.sqrt(max(shape))
             for i, step in zip(members, steps, strict=True):
                 parameters[i].add_(step.reshape(parameters[i].shape), alpha=-length)
