@@ -22,6 +22,7 @@ from utils.training import build_step as step_building
 from utils.training.build_parts import build_head, build_network, describe_rates
 from utils.training.build_step import build_step
 from utils.training.metrics import read_metrics
+from utils.training.quick_prelu import QuickPReLU
 from utils.training.run_folders import TrainingError
 from utils.training.step import TrainingStep
 
@@ -303,6 +304,17 @@ def test_every_size_of_pass_is_tried_before_it_trains(
     config = configure(tiny_set, tmp_path, train__compile="on", train__micro_batch="3", train__frozen=("body.0",))
     step_of(config, network, optimizer=optimizer)
     assert tried == [(3, states, 300), (2, states, 200)]
+
+
+@pytest.mark.parametrize(("compiled", "kind"), [("off", QuickPReLU), ("on", nn.PReLU)])
+def test_prelus_are_quick_where_a_cpu_trains(
+    tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compiled: str, kind: type
+) -> None:
+    """Uncompiled, that is: a compiler has kernels of its own."""
+    monkeypatch.setattr(step_building, "compile_network", lambda network, *_: network)
+    network = nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.PReLU(4), nn.Flatten(), nn.Linear(64, 16))
+    step_of(configure(tiny_set, tmp_path, train__compile=compiled), network)
+    assert type(network[1]) is kind
 
 
 def test_sync_bn_alone_is_batch_norm(tiny_set: Path, tmp_path: Path, plain: Path) -> None:
