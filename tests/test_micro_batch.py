@@ -99,20 +99,22 @@ def test_a_trial_leaves_nothing_behind(fails: bool, precision: torch.dtype) -> N
 
 
 @pytest.mark.parametrize(
-    ("faces", "ranks", "engine", "floats"),
+    ("faces", "ranks", "engine", "block", "floats"),
     [
-        (8, 1, "dense", 8 * 3 * 16 + 4 * 8 * 100 + 2 * 1000),
-        (8, 1, "blockwise", 8 * 3 * 16 + 4 * 8 * 40 + 5 * 400),
-        (4, 1, "dense", 8 * 3 * 16 + 4 * 4 * 100 + 2 * 1000 + 1000),
-        (8, 2, "dense", 8 * 3 * 16 + 4 * 16 * 100 + 2 * 1000 + 84),
+        (8, 1, "dense", 20, 8 * 3 * 16 + 4 * 8 * 100 + 2 * 1000),
+        (8, 1, "blockwise", 20, 8 * 3 * 16 + 4 * 8 * 40 + 5 * 400),
+        (8, 1, "blockwise", 10_000, 8 * 3 * 16 + 4 * 8 * 100 + 5 * 1000),
+        (4, 1, "dense", 20, 8 * 3 * 16 + 4 * 4 * 100 + 2 * 1000 + 1000),
+        (8, 2, "dense", 20, 8 * 3 * 16 + 4 * 16 * 100 + 2 * 1000 + 84),
     ],
 )
-def test_what_a_step_keeps_beside_a_pass(faces: int, ranks: int, engine: Engine, floats: int) -> None:
-    """A pass alone may fit where the step does not: the inputs, the head's work on all sub-centers of a block, what is
-    as large as their centres, all centres' gradient when there are several passes, and what ranks exchange."""
+def test_what_a_step_keeps_beside_a_pass(faces: int, ranks: int, engine: Engine, block: int, floats: int) -> None:
+    """A pass alone may fit where the step does not: the inputs, the head's work on all sub-centers of a block, which
+    are no more than there are, what is as large as their centres, all centres' gradient when there are several passes,
+    and what ranks exchange."""
     network = nn.Conv2d(3, 3, 3)
     head = create_head(
-        ArcFace(0.5, 16.0), 50, 10, RowSGD(), 8, device=torch.device("cpu"), engine=engine, block=20, sub_centers=2
+        ArcFace(0.5, 16.0), 50, 10, RowSGD(), 8, device=torch.device("cpu"), engine=engine, block=block, sub_centers=2
     )
     assert bytes_beside(faces, 8, 4, network, head, ranks) == 4 * floats
 

@@ -73,12 +73,10 @@ def bytes_beside(faces: int, whole: int, image_size: int, network: nn.Module, he
     their gradient, twice, and while the update is compiled copies of what it changes; the gradient of all centres, if
     there are several passes; a copy of the network's gradient, if ranks exchange it.
     """
-    classes, copies = head.classes, 2
+    columns, copies = len(head.weight), 2
     if isinstance(head, BlockwiseHead):
-        classes, copies = head.block, 4 + len(head.optimizer_states())
-    columns = classes * head.sub_centers
-    floats = whole * 3 * image_size**2 + 4 * faces * ranks * columns
-    floats += copies * min(columns, len(head.weight)) * head.weight.shape[1]
+        columns, copies = min(columns, head.block * head.sub_centers), 4 + len(head.optimizer_states())
+    floats = whole * 3 * image_size**2 + 4 * faces * ranks * columns + copies * columns * head.weight.shape[1]
     if faces < whole:
         floats += head.weight.numel()
     if ranks > 1:
