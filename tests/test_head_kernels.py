@@ -126,6 +126,9 @@ def test_blocks_are_what_a_card_can_launch() -> None:
     head = BlockwiseHead(create_loss("arcface"), 40, 512, RowSGD(), 8, block=10_000_000)
     head.fuse_blocks()
     assert 2**31 - 4 * 512 <= 4 * 512 * head.block < 2**31, "more bytes are no int, which Triton counts them in"
+    head = BlockwiseHead(create_loss("arcface"), 40, 32, RowSGD(), 4096, block=10_000_000)
+    head.fuse_blocks()
+    assert 2**31 - 2 * 4096 * 16 <= 2 * 4096 * head.block < 2**31, "so it is with the gradients of products"
 
 
 def test_forward_is_one_pass() -> None:
@@ -137,7 +140,7 @@ def test_forward_is_one_pass() -> None:
         )
         head.fuse_blocks()
         assert (head.block, head.forward_block) == (16, at_once)
-        assert head.maths.most_classes(32)[0] == 2**31 // 128 - 1  # type: ignore[attr-defined]
+        assert head.maths.most_classes(32, 8)[0] == 2**31 // 128 - 1  # type: ignore[attr-defined]
     assert len(head.held) == 0
     assert list(head.blocks(Chosen(None, 0, torch.zeros(8)), head.forward_block)) == []
 

@@ -99,7 +99,7 @@ class BlockwiseHead(Head):
     def fuse_blocks(self) -> None:
         """Have what is computed of a block go through kernels of our own (see `can_fuse`)."""
         self.maths = fused = FusedMaths.of(self.maths)
-        forward, backward = fused.most_classes(self.weight.shape[1])
+        forward, backward = fused.most_classes(self.weight.shape[1], self.batch_size * self.ranks.size)
         self.block = min(self.block, backward)
         self.block_forward, self.block_backward, self.block_update = fused.forward, fused.backward, fused.update
         if self.sample_rate == 1:

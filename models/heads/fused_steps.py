@@ -69,10 +69,11 @@ class FusedMaths(BlockMaths):
         return cls(maths.loss, maths.sub_centers, maths.matmul, maths.optimizer)
 
     @classmethod
-    def most_classes(cls, embedding_size: int) -> tuple[int, int]:
-        """Of a block, forward and backward."""
-        forward = _MOST_BYTES // (4 * embedding_size)
-        return forward, min(forward, _MOST_TILES * min(cls.tiles.backward.columns, cls.tiles.update.rows))
+    def most_classes(cls, embedding_size: int, faces: int) -> tuple[int, int]:
+        """Of a block, forward and backward, for `faces` faces."""
+        centres = _MOST_BYTES // (4 * embedding_size)
+        products = _MOST_BYTES // (2 * faces) // 16 * 16  # backward they are in memory, rows of a multiple of 16
+        return centres, min(centres, products, _MOST_TILES * min(cls.tiles.backward.columns, cls.tiles.update.rows))
 
     def attempt(self, faces: int, weight: Tensor) -> None:
         """Run all of it once, for `faces` faces and a few centres as those of `weight`; raises what a compiler does."""
