@@ -131,11 +131,10 @@ class BlockwiseHead(Head):
         for start in range(0, len(self.weight), rows_at_once):
             rows = slice(start, start + rows_at_once)
             parts = [self.weight[rows], *(state[rows] for state in self.optimizer_states())]
-            before = None if touched is None else [part.clone() for part in parts]
+            undo = [] if touched is None else [(part, part.clone(), ~touched[rows, None]) for part in parts]
             self.optimizer.step(parts[0], parts[1:], gradient[rows], factors)
-            if touched is not None and before is not None:
-                for part, old in zip(parts, before, strict=True):
-                    part.copy_(torch.where(touched[rows, None], part, old))
+            for part, before, rests in undo:
+                part.copy_(torch.where(rests, before, part))
 
     def forget_gradient(self) -> None:
         super().forget_gradient()
