@@ -257,6 +257,7 @@ class _MarginSoftmax(torch.autograd.Function):
                 unit, centres, place, start, scale, bar, log_others, d_own, d_others, d_unit, d_scale
             )
             head.take_gradient(rows, centres, raw, factors)
+            del raw, centres  # not to be in memory beside the next block's
         if d_scale is not None:
             (by_scale,) = torch.autograd.grad(ctx.scale, ctx.norm, head.ranks.sum(d_scale).reshape(ctx.scale.shape))
             d_norm = d_norm + by_scale
