@@ -29,7 +29,7 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in OpenCV, Pillow and torchvisi
 
 NEAREST, LINEAR, CUBIC, SHRINK_BY_AREA = range(4)
 _CROP_TRIES = 10  # torchvision's
-_STREAM = 2  # of random numbers; `loading.flips` has 1
+_STREAM = 2  # of random numbers; loading.py has 1, models/losses/elasticface.py 3
 
 
 class Chances(NamedTuple):

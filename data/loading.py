@@ -20,6 +20,8 @@ from data.recordio import RecordError
 from data.worker_loader import PREFETCH, Repeatable, WorkerLoader, forks
 from utils.settings import require
 
+_STREAM = 1  # of random numbers; augment.py has 2, models/losses/elasticface.py 3
+
 
 class Batch(NamedTuple):
     """`faces`: uint8 [B, size, size, 3], RGB; `labels`: int64 [B]; `broken`: what is wrong with faces labelled -1."""
@@ -307,7 +309,7 @@ def flips(seed: int, epoch: int, batch: int, batch_size: int, rank: int = 0, ran
 
     Of several ranks each gets its part, [batch_size / ranks], of what one process would draw.
     """
-    generator = np.random.default_rng([seed, epoch, batch, 1])
+    generator = np.random.default_rng([seed, epoch, batch, _STREAM])
     return torch.from_numpy(generator.random(batch_size)[part_of_batch(batch_size, rank, ranks)] < 0.5)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from models.losses.angles import add_to_angle
 from models.losses.interface import MarginLoss, Targets
 
-_STREAM = 3  # of random numbers; 1 and 2 are those of loading
+_STREAM = 3  # of random numbers; data/loading.py has 1, data/augment.py 2
 
 
 class ElasticFace(MarginLoss):
