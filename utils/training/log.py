@@ -213,16 +213,15 @@ class TrainingLog:
         if not self._write:
             return
         lines = read_metrics(self.folder)
-        for prefixes, file, label, highest in (
-            ({"train/loss": "loss"}, "loss.png", "loss", np.inf),
-            ({VERIFIED: "{}", VERIFIED_AVERAGE: "{} (average)"}, "accuracy.png", "accuracy, %", 100.0),
+        for prefixes, file, label, scale, highest in (
+            ({"train/loss": "loss"}, "loss.png", "loss", 1, np.inf),
+            ({VERIFIED: "{}", VERIFIED_AVERAGE: "{} (average)"}, "accuracy.png", "accuracy, %", 100, 100.0),
         ):
             curves = {}
             for prefix, title in prefixes.items():
                 for name in sorted({name for line in lines for name in line if name.startswith(prefix)}):
                     points = [(line["step"], line[name]) for line in lines if name in line]
                     steps, values = np.array(points, float).T
-                    scale = 100 if label.endswith("%") else 1
                     curves[title.format(name.removeprefix(prefix))] = (steps, scale * values)
             if curves:
                 with self._drawing():
