@@ -238,6 +238,14 @@ def test_a_small_batch_of_broken_images_is_chance() -> None:
     assert broken.too_many
 
 
+def test_broken_images_are_told_once_and_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs over the same set print the same lines."""
+    broken = BrokenImages(100, 1000, Ranks())
+    broken.note([str(i) for i in reversed(range(10))], 10)
+    broken.note(["3", "x"], 10)
+    assert capsys.readouterr().out.split() == " ".join(f"left out: {name}" for name in [*range(10), "x"]).split()
+
+
 def test_the_run_folder_explains_itself(tiny_set: Path, tmp_path: Path) -> None:
     """Settings, numbers and pictures of a run are in its folder, and the model alone tells how to load it."""
     config = configure(tiny_set, tmp_path)

@@ -24,7 +24,7 @@ class BrokenImages:
 
     def note(self, found: Sequence[str], faces: int) -> None:
         """Report the broken images of a batch of `faces`; `found`: a message for each of them."""
-        for message in set(found) - self._found:
+        for message in sorted(set(found) - self._found):
             say(f"left out: {message}")
         self._found.update(found)
         self._row = self._row + faces if len(found) == faces else 0
