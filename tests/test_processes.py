@@ -5,6 +5,8 @@ import multiprocessing.context
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -106,6 +108,44 @@ def test_an_error_that_cannot_be_sent_back_is_told() -> None:
     """Its message arrives, and is not taken for a worker that died for want of memory."""
     with pytest.raises(WorkerError, match=r"^TwoPartsError: image 3: it is grey$"):
         list(map_ordered(fail_in_two_parts, [3], 1, set_base, 0))
+
+
+INTERRUPTED = """
+import sys, time
+from pathlib import Path
+from utils.processes import map_ordered
+from utils.scripts import readable_errors
+
+if __name__ == "__main__":
+    with readable_errors("a", "all is kept"):
+        list(map_ordered(abs, range(1000), 2, print))
+else:
+    Path(sys.argv[1]).touch()
+    time.sleep(0.5)
+"""
+
+
+def test_workers_that_still_start_are_not_disturbed_by_ctrl_c(tmp_path: Path) -> None:
+    """It comes to all processes of a terminal: of those that are importing none shows a traceback."""
+    script, starting = tmp_path / "interrupted.py", tmp_path / "starting"
+    script.write_text(INTERRUPTED)
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen(
+        [sys.executable, script, starting],
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        while not starting.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.communicate(timeout=60)[1] == "\na: interrupted; all is kept\n"
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,12 @@ def cause_of_death(exit_codes: Iterable[int | None]) -> str:
 
 @contextmanager
 def starting_workers() -> Iterator[None]:
-    """WorkerError when worker processes cannot be started in the block: no memory, or too many processes."""
+    """WorkerError when worker processes cannot be started in the block: no memory, or too many processes.
+
+    They have Ctrl-C blocked from their first moment: it comes to them, too, and would end them with a traceback each
+    while they still import. In this process it takes effect at the end of the block.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     except OSError as error:
@@ -42,6 +47,8 @@ def starting_workers() -> Iterator[None]:
         raise WorkerError(
             f"worker processes cannot be started ({error.strerror}{place}); try fewer with --workers, or 0"
         ) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def worker_count(workers: int) -> int:
@@ -136,10 +143,9 @@ def _answer(function: Callable[[Any], Any], item: Any) -> Any:
 
 
 def _start_worker(initialise: Callable[..., None], *arguments: Any) -> None:
-    """Make the worker end when the main process does, even by a kill, and ignore Ctrl-C, which that handles."""
+    """Make the worker end when the main process does, even by a kill: it began with Ctrl-C blocked."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def watch() -> None:
         parent.join()
