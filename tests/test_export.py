@@ -26,6 +26,7 @@ from models import create_network, load_embedder
 from models.embedders import NetworkEmbedder
 from models.embedders.network import Precision
 from models.inputs import InputSpec
+from saved_steps import files_up_to
 from utils import export as script
 from utils.checkpoints import settings_beside
 from utils.export import export
@@ -234,6 +235,17 @@ def test_safetensors(tested_run: Path, source: Source, faces: torch.Tensor, tmp_
     assert torch.equal(load_embedder(whole, CPU).embed(faces, mirror=True), expected)
     torch.testing.assert_close(load_embedder(half, CPU).embed(faces, mirror=True), expected, atol=5e-3, rtol=0)
     assert source.trained_on["data"]["root"][0].encode() not in whole.read_bytes()
+
+
+@pytest.mark.parametrize("format_name", ["onnx", "torchscript", "safetensors", "hub"])
+def test_a_full_disk_is_an_error_in_a_line(
+    tested_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_name: str
+) -> None:
+    """Whichever library writes the file; nothing is left of it. What is said goes to memory: it would not fit."""
+    output = tmp_path / f"x{script._SUFFIXES[format_name]}"
+    with files_up_to(1000), pytest.raises(SystemExit, match=r"^export: .*File too large"):
+        run(tested_run, output, "--format", format_name)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_an_export_that_differs_is_not_kept(

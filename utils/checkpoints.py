@@ -42,14 +42,18 @@ class Progress:
 def save_backbone(path: Path, network: nn.Module, settings: str, progress: Progress) -> None:
     """Write the state dict of `network`; `settings` is the run's configuration as JSON. Raises OSError."""
     with atomic_path(path) as temporary:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # save_file makes the file its owner's alone
-        tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
-        try:
-            save_file(tensors, temporary, backbone_metadata(settings, progress))
-        except SafetensorError as error:  # a full disk, say
-            raise OSError(f"{path} cannot be written: {error}") from None
-        temporary.chmod(mode)
+        write_safetensors(temporary, network.state_dict(), backbone_metadata(settings, progress))
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write `tensors` by name, of any strides, and `metadata`. Raises OSError."""
+    path.touch()
+    mode = path.stat().st_mode  # save_file makes the file its owner's alone
+    try:
+        save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(f"{path} cannot be written: {error}") from None
+    path.chmod(mode)
 
 
 def backbone_metadata(settings: str, progress: Progress) -> dict[str, str]:

@@ -44,7 +44,7 @@ from utils.exporting.onnx_file import prepend_normalisation, rename_telltale_nod
 from utils.exporting.quantize import quantize
 from utils.exporting.source import CPU, Source, load_source
 from utils.exporting.torchscript import write_torchscript
-from utils.exporting.weights import settings_of, write_safetensors
+from utils.exporting.weights import settings_of, write_weights
 from utils.files import atomic_folder, atomic_path, require_free, write_text_atomic
 from utils.processes import worker_count
 from utils.scripts import readable_errors
@@ -158,7 +158,7 @@ def _write_torchscript(source: Source, path: Path, options: ExportConfig) -> Non
 
 def _write_safetensors(source: Source, path: Path, options: ExportConfig) -> None:
     metadata = source.facts.metadata(False, options.precision)
-    write_safetensors(source.network, path, source.facts, metadata, options.precision == "fp16")
+    write_weights(source.network, path, source.facts, metadata, options.precision == "fp16")
 
 
 def _write_hub(source: Source, folder: Path, options: ExportConfig) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from models.embedders import NetworkEmbedder
@@ -17,7 +16,7 @@ from models.embedders.network import PRECISIONS
 from models.inputs import Normalisation
 from models.weights import load_network, model_file
 from models.weights.reading import is_torchscript
-from utils.checkpoints import BEST, HUB_WEIGHTS, CheckpointError, run_settings
+from utils.checkpoints import BEST, HUB_WEIGHTS, CheckpointError, read_safetensors, run_settings
 from utils.exporting.checks import require_results, require_settings
 from utils.exporting.exportable import ExportError
 from utils.exporting.facts import ModelFacts, publishable
@@ -154,7 +153,6 @@ def _stated(file: Path, saved: Mapping[str, str], name: str, kind: Callable[[str
 
 def _saved_metadata(file: Path) -> dict[str, str]:
     try:
-        with safe_open(file, "pt") as opened:
-            return opened.metadata() or {}
-    except (SafetensorError, OSError):
+        return read_safetensors(file, metadata_only=True)[1]
+    except CheckpointError:  # a file of another kind
         return {}

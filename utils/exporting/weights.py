@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
+from utils.checkpoints import write_safetensors
 from utils.exporting.facts import ModelFacts
 
 
@@ -19,13 +19,13 @@ def settings_of(facts: ModelFacts) -> dict[str, dict[str, Any]]:
     return settings
 
 
-def write_safetensors(network: nn.Module, path: Path, facts: ModelFacts, metadata: dict[str, str], half: bool) -> None:
-    """The state dict of `network`, in float16 with `half`, with `metadata` and all that load_embedder needs."""
+def write_weights(network: nn.Module, path: Path, facts: ModelFacts, metadata: dict[str, str], half: bool) -> None:
+    """The state dict of `network`, in float16 with `half`, with `metadata` and all that load_embedder needs.
+
+    Raises OSError.
+    """
     tensors = {
-        name: (value.half() if half and value.dtype == torch.float32 else value).contiguous()
+        name: value.half() if half and value.dtype == torch.float32 else value
         for name, value in network.state_dict().items()
     }
-    path.touch()
-    mode = path.stat().st_mode  # save_file makes the file its owner's alone
-    save_file(tensors, path, {**metadata, "settings": json.dumps(settings_of(facts), indent=2)})
-    path.chmod(mode)
+    write_safetensors(path, tensors, {**metadata, "settings": json.dumps(settings_of(facts), indent=2)})
