@@ -188,15 +188,35 @@ def test_a_bin_that_cannot_be_tested_on_leaves_no_export(tested_run: Path, tmp_p
     assert not (tmp_path / "x.onnx").exists()
 
 
-def test_a_hub_folder_that_is_there_is_refused_before_any_face_is_embedded(
+def test_where_nothing_can_be_written_is_told_before_any_face_is_embedded(
     tested_run: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measuring the accuracy of a large network takes an hour on a CPU."""
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "README.md").touch()
     monkeypatch.setattr(script, "verify", lambda *_: pytest.fail("faces were embedded"))
+    flags = ["--precision", "fp16", "--set", f"{tiny_set}/tiny.bin"]
     with pytest.raises(SystemExit, match="there exists and is not empty"):
-        run(tested_run, tmp_path / "there", "--format", "hub", "--precision", "fp16", "--set", f"{tiny_set}/tiny.bin")
+        run(tested_run, tmp_path / "there", "--format", "hub", *flags)
+    with pytest.raises(SystemExit, match=r"x\.onnx cannot be written, as .*README\.md is a file"):
+        run(tested_run, tmp_path / "there" / "README.md" / "x.onnx", *flags)
+
+
+def test_an_interrupt_after_the_export_does_not_say_that_nothing_is_there(
+    tested_run: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its accuracy is measured when it has its place already."""
+
+    def interrupted(model: object, *_: object) -> float:
+        if output.exists():
+            raise KeyboardInterrupt
+        return 0.5
+
+    output = tmp_path / "x.safetensors"
+    monkeypatch.setattr(script, "accuracy", interrupted)
+    with pytest.raises(SystemExit):
+        run(tested_run, output, "--format", "safetensors", "--precision", "fp16", "--set", f"{tiny_set}/tiny.bin")
+    assert capsys.readouterr().err == "\nexport: interrupted; an export is there whole, or not at all\n"
 
 
 @pytest.mark.parametrize("flags", [(), ("--fold-normalisation",), ("--precision", "fp16")])

@@ -45,7 +45,7 @@ from utils.exporting.quantize import quantize
 from utils.exporting.source import CPU, Source, load_source
 from utils.exporting.torchscript import write_torchscript
 from utils.exporting.weights import settings_of, write_weights
-from utils.files import atomic_folder, atomic_path, require_free, write_text_atomic
+from utils.files import atomic_folder, atomic_path, require_free, require_writable, write_text_atomic
 from utils.processes import worker_count
 from utils.scripts import readable_errors
 from utils.settings import describe, parse_settings
@@ -199,7 +199,7 @@ def accuracy(model: Embedder, path: Path, batch_size: int, workers: int) -> floa
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    with readable_errors("export", "nothing was written"):
+    with readable_errors("export", "an export is there whole, or not at all"):
         config = parse_settings(Config, PRESETS, ("export", "common"), __doc__, argv, reads=READS["export"])
         options = config.export
         if config.test.model and not options.model:
@@ -228,6 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _require_possible(source.normalisation, options)
         if options.format == "hub":
             require_free(output)
+        require_writable(output)
         measured = options.precision != "fp32" and options.set.endswith(".bin")
         how = Path(options.set), options.batch_size, worker_count(config.common.workers)
         # First, so that a set that cannot be tested on ends the program before anything is written.
