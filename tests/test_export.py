@@ -203,7 +203,11 @@ def test_where_nothing_can_be_written_is_told_before_any_face_is_embedded(
 
 
 def test_an_interrupt_after_the_export_does_not_say_that_nothing_is_there(
-    tested_run: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tested_run: Path,
+    tiny_set: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its accuracy is measured when it has its place already."""
 

@@ -47,5 +47,5 @@ def load_embedder(
     if is_torchscript(file):
         return TorchScriptEmbedder(file, normalisation, chosen, colour, image_size, PRECISIONS[precision])
     loaded = load_network(file, network, embedding_size, image_size, normalisation, colour)
-    name = path.name if path.is_dir() else path.stem
+    name = path.resolve().name if path.is_dir() else path.stem
     return NetworkEmbedder(loaded.network.eval(), loaded.image_size, chosen, name, PRECISIONS[precision], loaded.inputs)
