@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
+from saved_steps import files_up_to
 from utils import files
 from utils.files import (
     BusyError,
@@ -23,6 +24,7 @@ from utils.files import (
     require_free,
     seen,
     write_csv_atomic,
+    write_text_atomic,
 )
 from utils.resumable import resumable_folder
 
@@ -229,3 +231,18 @@ def test_tables_give_back_what_was_written(tmp_path: Path) -> None:
     assert content.endswith(b"\nplain,1\n")
     with (tmp_path / "a.csv").open(newline="", errors="surrogateescape") as file:
         assert list(csv.reader(file, strict=True)) == [["one", "two"], *rows]
+
+
+@pytest.mark.parametrize("length", [2_000, 2_000_000])
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, length: int) -> None:
+    """Whether it is full when a part is written or when the rest is; a program that says "no space" alone lets one
+    guess which of its disks."""
+    with files_up_to(1000):
+        for name, write in (
+            ("a.txt", lambda path: write_text_atomic(path, "x" * length)),
+            ("a.csv", lambda path: write_csv_atomic(path, ["one"], [["x" * length]])),
+        ):
+            with pytest.raises(OSError, match="File too large") as full:
+                write(tmp_path / name)
+            assert full.value.filename == str(tmp_path / name)
+    assert not [*tmp_path.iterdir()]

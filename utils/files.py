@@ -16,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, TextIO, TypeVar
+from typing import Any, BinaryIO, TextIO, TypeVar
 
 LOCK = ".lock"
 JOURNAL = ".journal.json"
@@ -177,10 +177,22 @@ def atomic_path(path: Path | str) -> Iterator[Path]:
         sync_folder(path.parent)
 
 
+class _NamedFile(io.FileIO):
+    """A file to write, which becomes `path`: a failed write names that, unlike one to Python's own files."""
+
+    def __init__(self, temporary: Path, path: Path) -> None:
+        super().__init__(temporary, "w")
+        self._path = path
+
+    def write(self, data: Any, /) -> int:
+        with naming(self._path):
+            return super().write(data)
+
+
 @contextmanager
 def atomic_write(path: Path | str) -> Iterator[BinaryIO]:
     """Open `path` for writing bytes; it appears, complete and synced, only when the block ends without error."""
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, io.BufferedWriter(_NamedFile(temporary, Path(path))) as file:
         yield file
 
 
