@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -97,12 +98,14 @@ def main() -> None:
             write({name: tensor.cpu() for name, tensor in state.items()}, one_file)
             sync(one_file)
 
-        with CheckpointStore(Path(folder, "checkpoints"), Ranks(), keep=1) as store:
+        with ThreadPoolExecutor(1) as pool, CheckpointStore(Path(folder, "checkpoints"), Ranks(), keep=1) as store:
             for step in range(0, 2 * options.rounds + 1, 2):
                 took = seconds(lambda step=step: store.save(step, {}, rows, {}))
                 stood.setdefault("in the background" if step else "in the background, the first", []).append(took)
-                while not Path(folder, "checkpoints", f"step-{step:09}").exists():
+                waiting = pool.submit(store.wait)
+                while not waiting.done():
                     beside.append(training.step())
+                waiting.result()  # which says why, if nothing was written
                 if step == 2 * options.rounds:
                     break
                 stood.setdefault("save_file", []).append(seconds(lambda: plain(save_file)))

@@ -36,6 +36,7 @@ from dataset_merge import dataset_merge
 from models.embedders import load_embedder
 from models.embedding import embed_images
 from train import train
+from utils.demo import count_joins
 from utils.evaluation.all_pairs import all_pairs
 from utils.files import atomic_path, require_free, write_csv_atomic, write_text_atomic
 from utils.processes import worker_count
@@ -107,13 +108,7 @@ def merge(folder: Path, model: Path, t: str, wrong_joins: float) -> tuple[int, i
     flags = ["--merge", ",".join(map(str, sets)), "--output", str(folder / "merged"), "--model", str(model), "--t", t]
     share = ["--wrong-joins", str(wrong_joins)] if t == "auto" else []
     dataset_merge.main([*flags, *share, "--device", "cpu"])
-    people = [
-        {row["label"]: row["person"] for row in csv.DictReader((path / "identities.csv").open())} for path in sets
-    ]
-    rows = csv.DictReader((folder / "merged" / "merge.csv").open())
-    joins = [row for row in rows if row["decision"] == "joined"]
-    right = sum(people[1][row["label"]] == people[0].get(row["match_label"]) for row in joins)
-    return right, len(joins) - right, len(set(people[0].values()) & set(people[1].values()))
+    return count_joins(folder / "merged", *sets)
 
 
 def measure(run: Path, test: Path) -> tuple[float, float]:
