@@ -241,11 +241,17 @@ class _Saved:
         return (start, found) if type(start) is int and start in self._possible and all(fit) else (0, [])
 
     def done(self, start: int) -> None:
-        """All rows before `start` are done, or some other rank's."""
+        """All rows before `start` are done, or some other rank's. Raises OSError when that cannot be saved."""
         if self._file is None or time.monotonic() - self._last < _SAVED_AFTER:
             return
+        kept = [(own.cosine.cpu(), own.index.cpu()) for own in self._kept]
         with atomic_write(self._file) as file:
-            torch.save({"start": start, "kept": [(own.cosine.cpu(), own.index.cpu()) for own in self._kept]}, file)
+            try:
+                torch.save({"start": start, "kept": kept}, file)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):  # of a full disk: torch covers it with its own
+                    raise error.__context__ from None
+                raise
         self._last = time.monotonic()
 
 

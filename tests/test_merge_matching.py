@@ -13,6 +13,7 @@ from torch import Tensor
 from dataset_merge import matching
 from dataset_merge.matching import TopMatches, top_matches
 from ranks import run_on_ranks
+from saved_steps import files_up_to
 from utils.ranks import Ranks
 
 
@@ -199,6 +200,16 @@ def test_damaged_matches_are_made_anew(
     for kept, expected in zip(found, wanted, strict=True):
         assert torch.equal(kept.cosine, expected.cosine)
         assert torch.equal(kept.index, expected.index)
+
+
+def test_matches_that_do_not_fit_on_the_disk_are_an_error_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which a program tells in a line; torch's own, of a position in its archive, would be a traceback."""
+    monkeypatch.setattr(matching, "_SAVED_AFTER", 0.0)
+    with files_up_to(1000), pytest.raises(OSError, match=r"File too large: '.*/matches-\w+\.pt'"):
+        top_matches(unit(20_000, 16, 0), unit(61, 16, 1), 3, 0.1, 5000, folder=tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_interrupted_ranks_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
