@@ -86,7 +86,7 @@ def model_file(path: Path | str) -> Path:
     _require_no_checkpoint(file)
     if file.is_dir():
         file = file / HUB_WEIGHTS if (file / HUB_WEIGHTS).exists() else file / BEST
-    if not file.exists() and path != file and Path(path).is_dir():
+    if not file.exists() and Path(path).is_dir():
         raise CheckpointError(f"{path} has no {BEST} or {HUB_WEIGHTS}; if it is a face set, name it without --model")
     if not file.exists():
         raise CheckpointError(f"there is no model at {file}")
