@@ -28,7 +28,7 @@ from models.embedders.network import Precision
 from models.inputs import InputSpec
 from saved_steps import files_up_to
 from utils import export as script
-from utils.checkpoints import settings_beside
+from utils.checkpoints import BEST, Progress, read_safetensors, save_backbone, settings_beside
 from utils.export import export
 from utils.exporting.comparison import choose_calibration, choose_set, deviation, load_faces
 from utils.exporting.exportable import ExportError, mean_and_scale
@@ -270,6 +270,21 @@ def test_a_full_disk_is_an_error_in_a_line(
     with files_up_to(1000), pytest.raises(SystemExit, match=r"^export: .*File too large"):
         run(tested_run, output, "--format", format_name)
     assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("format_name", ["onnx", "safetensors"])
+def test_a_set_whose_name_is_no_utf8(tmp_path: Path, format_name: str) -> None:
+    """A folder may be called so, and a run train on it; files that have to state it in UTF-8 can be written all the
+    same."""
+    data = {"root": ["sets/f\udcff"], "image_size": 32}
+    settings = json.dumps({"model": {"network": "demo", "embedding_size": 16}, "data": data})
+    (tmp_path / "run").mkdir()
+    save_backbone(tmp_path / "run" / BEST, create_network("demo", 16, 32), settings, Progress(1, 0.5))
+    source = load_source(tmp_path / "run", "auto", "", 0, 32, "")
+    output = tmp_path / f"x{script._SUFFIXES[format_name]}"
+    export(source, output, options(format=format_name, images=2))
+    if format_name == "safetensors":
+        assert read_safetensors(output, metadata_only=True)[1]["training_sets"] == "f?"
 
 
 def test_an_export_that_differs_is_not_kept(

@@ -115,6 +115,7 @@ def test_published_settings_name_no_folders() -> None:
     assert kept["data"] == {"root": ["ms1mv3", "web"], "verification": ["lfw"]}
     assert kept["train"] == {"init": "backbone.pth", "lr": 0.1}
     assert "/home" not in json.dumps(kept)
+    assert publishable({"train": {"init": "/home/me/\udcff.pth"}})["train"] == {"init": "?.pth"}
     assert [set_name(path) for path in ("sets/v1.5", "a/b.rec", "a/b/")] == ["v1.5", "b", "b"]
 
 

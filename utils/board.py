@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from utils.appended_file import AppendedFile
+from utils.texts import encodable
 
 #: Bars of a histogram, all of one width.
 _BINS = 64
@@ -79,8 +80,8 @@ class Board:
     def _value(self, step: int, name: str, **value: Any) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        tag = name.encode(errors="replace").decode()  # sets are called as their files, which need not be UTF-8
-        self._add(step, summary=Summary(value=[Summary.Value(tag=tag, **value)]))
+        # Sets are called as their files, whose names need not be UTF-8.
+        self._add(step, summary=Summary(value=[Summary.Value(tag=encodable(name), **value)]))
 
     def _add(self, step: int = 0, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from data.images import encode_png
 from utils.files import atomic_write
+from utils.texts import encodable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,12 +80,7 @@ def resize(figure: Figure, width: float, height: float) -> None:
 
 def draw_text(figure: Figure, x: float, y: float, text: str, fontsize: int, va: Any) -> Text:
     """Put a text into the figure, a name with dollars in it as it is and not as a formula."""
-    return figure.text(x, y, drawable(text), fontsize=fontsize, color=INK, va=va, parse_math=False)
-
-
-def drawable(text: str) -> str:
-    """The text as it can be drawn: names of files may hold bytes that are no characters."""
-    return text.encode(errors="replace").decode()
+    return figure.text(x, y, encodable(text), fontsize=fontsize, color=INK, va=va, parse_math=False)
 
 
 def text_size(figure: Figure, texts: Sequence[str], fontsize: int) -> tuple[int, int]:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from utils.figures import INK, drawable, new_figure, save, with_any_names
+from utils.figures import INK, new_figure, save, with_any_names
+from utils.texts import encodable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -222,7 +223,7 @@ def draw_bars(
             low, high = bounds[name].T
             error = np.stack([numbers - low, high - numbers]).clip(0)
             axes.errorbar(numbers, places, xerr=error, fmt="none", ecolor=INK, elinewidth=1, capsize=2)
-    axes.set_yticks(np.arange(len(rows)), [drawable(row) for row in rows], parse_math=False)
+    axes.set_yticks(np.arange(len(rows)), [encodable(row) for row in rows], parse_math=False)
     axes.invert_yaxis()
     shown = np.concatenate([*series.values(), *(interval.ravel() for interval in bounds.values())])
     shown = shown[np.isfinite(shown)]
@@ -254,7 +255,7 @@ def draw_marked_scores(path: str | Path, scores: NDArray[np.floating], mark: flo
 
 
 def _title(axes: Axes, title: str, pad: float | None = None) -> None:
-    axes.set_title(drawable(title), color=INK, loc="left", fontweight="bold", pad=pad, parse_math=False)
+    axes.set_title(encodable(title), color=INK, loc="left", fontweight="bold", pad=pad, parse_math=False)
 
 
 def _label(name: str) -> str:
@@ -267,7 +268,7 @@ def _legend(axes: Axes, **place: Any) -> None:
     if "ncols" not in place and len(axes.get_legend_handles_labels()[1]) > len(_COLOURS):
         place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
     for text in axes.legend(frameon=False, **place).get_texts():
-        text.set(text=drawable(text.get_text().removeprefix(".")), parse_math=False)
+        text.set(text=encodable(text.get_text().removeprefix(".")), parse_math=False)
 
 
 def _axes(title: str, xlabel: str, ylabel: str) -> tuple[Figure, Axes]:

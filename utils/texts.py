@@ -41,6 +41,11 @@ class Texts:
         return Texts(self[i] for i in positions.tolist())
 
 
+def encodable(text: str) -> str:
+    """The text as UTF-8 has it, `?` for bytes that are no characters: names of files may hold some."""
+    return text.encode(errors="replace").decode()
+
+
 def as_text(value: object) -> str:
     """A setting's value, for people."""
     return ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

@@ -13,6 +13,7 @@ import torch
 
 from models.inputs import Normalisation
 from models.losses import LOSSES, create_loss
+from utils.texts import encodable
 from utils.training.schedules import peak_lr
 
 #: Sections of a run's settings that a model's users need; the others name folders of the machine that trained it.
@@ -110,15 +111,15 @@ def own_loss_settings(loss: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def publishable(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The settings that a model's users need, sets by their names, without paths."""
+    """The settings that a model's users need, sets by their names, without paths: all of it text that UTF-8 has."""
     kept: dict[str, dict[str, Any]] = {}
     for section in PUBLISHED_SECTIONS:
         for field, value in settings.get(section, {}).items():
             name = f"{section}.{field}"
             if name in _SETS:
-                value = [set_name(path) for path in value]
+                value = [encodable(set_name(path)) for path in value]
             elif name in _PATHS:
-                value = PurePath(value).name
+                value = encodable(PurePath(value).name)
             kept.setdefault(section, {})[field] = value
     return kept
 
