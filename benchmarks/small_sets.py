@@ -71,6 +71,11 @@ class Run:
         return Path(self.config.common.runs) / self.config.train.name
 
     @property
+    def said(self) -> Path:
+        """The file of what train.py said."""
+        return self.folder.with_name(f"{self.folder.name}.txt")
+
+    @property
     def images(self) -> int:
         """Images that it sees."""
         return self.steps * self.config.train.batch_size
@@ -193,7 +198,7 @@ def train_all(runs: Sequence[Run], jobs: int, report: Any) -> list[Run]:
             while waiting and len(going) < jobs:
                 run = waiting.popleft()
                 run.folder.parent.mkdir(parents=True, exist_ok=True)
-                with run.folder.with_suffix(".txt").open("ab") as log:
+                with run.said.open("ab") as log:
                     command = [sys.executable, str(ROOT / "train.py"), *run.flags]
                     environment = {**os.environ, "OMP_NUM_THREADS": threads}
                     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
@@ -202,7 +207,7 @@ def train_all(runs: Sequence[Run], jobs: int, report: Any) -> list[Run]:
                 run = going.pop(process)
                 if process.returncode:
                     failed.append(run)
-                    last = run.folder.with_suffix(".txt").read_text(errors="replace").splitlines()[-1:]
+                    last = run.said.read_text(errors="replace").splitlines()[-1:]
                     print(f"{run.config.train.name} failed: {''.join(last)}", flush=True)
                 report()
             time.sleep(0.1)

@@ -105,16 +105,19 @@ def test_recipes_are_compared_on_equal_terms(
 def test_a_run_that_fails_is_told(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its last words are shown, the others have their turn, there is a table, and the program ends with an error."""
+    """Its last words are shown, the others have their turn, there is a table, and the program ends with an error. What
+    each run said is in a file of its own, also where recipes are called by numbers.
+    """
     (tmp_path / "train.py").write_text("import sys; sys.exit('train: cannot' if 'all-0' in ' '.join(sys.argv) else 0)")
     monkeypatch.setattr(small_sets, "ROOT", tmp_path)
+    rates = ["--variant", "lr 0.1: --train.lr 0.1", "--variant", "lr 0.2: --train.lr 0.2"]
     with pytest.raises(SystemExit, match="1 runs failed"):
-        small_sets.main(arguments(folder, tmp_path / "out", "--seeds", "2"))
+        small_sets.main(arguments(folder, tmp_path / "out", "--seeds", "2", *rates))
     printed = capsys.readouterr().out
     assert printed.count(" failed: ") == 1
     assert "all-0 failed: train: cannot" in printed
     assert printed.count("| many of each |  |  |") == 1
-    assert len(list((tmp_path / "out" / "runs").glob("*.txt"))) == 4
+    assert len(list((tmp_path / "out" / "runs").glob("*.txt"))) == 8
 
 
 @pytest.mark.parametrize("flag", ["--scal 3", "--loss.margin x"])
