@@ -465,6 +465,9 @@ def test_faces_to_compare_on(tiny_set: Path, tmp_path: Path) -> None:
     settings = {"data": {"root": ["/nowhere", str(tiny_set)], "verification": ["/nowhere.bin"]}}
     assert choose_set("x.bin", settings) == Path("x.bin")
     assert choose_set("", settings) == tiny_set / "tiny.bin"
+    out_of_sight = {"data": {"root": ["x" * 300, str(tiny_set)]}}  # not to be looked up, as in others' folders
+    assert choose_set("", out_of_sight) == tiny_set / "tiny.bin"
+    assert choose_calibration("", out_of_sight, None) == tiny_set
     assert choose_set("", {"data": {"root": ["/nowhere"]}}) is None
     assert choose_set("", {}) is None
     assert choose_calibration("y.bin", settings, None) == Path("y.bin")

@@ -1,6 +1,7 @@
 """An export against the model it was made from, on faces."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,9 @@ def choose_set(named: str, settings: dict[str, dict[str, Any]]) -> Path | None:
         return Path(named)
     data = settings.get("data", {})
     roots = [Path(root) for root in data.get("root", ())]
-    beside = [path for root in roots if root.exists() for path in find_bins(root)]
+    beside = [path for root in roots if _is_there(root) for path in find_bins(root)]
     candidates: Iterable[Path] = [*map(Path, data.get("verification", ())), *beside, *roots]
-    return next((path for path in candidates if path.exists()), None)
+    return next(filter(_is_there, candidates), None)
 
 
 def choose_calibration(named: str, settings: dict[str, dict[str, Any]], compared: Path | None) -> Path | None:
@@ -59,7 +60,14 @@ def choose_calibration(named: str, settings: dict[str, dict[str, Any]], compared
     if named:
         return Path(named)
     roots = map(Path, settings.get("data", {}).get("root", ()))
-    return next((root for root in roots if root.exists()), compared)
+    return next(filter(_is_there, roots), compared)
+
+
+def _is_there(path: Path) -> bool:
+    """Whether it can be seen here: a run's sets may lie in somebody else's folders."""
+    with suppress(OSError):
+        return path.exists()
+    return False
 
 
 def load_faces(source: Path | None, size: int, count: int, calibration: bool = False) -> Faces:
