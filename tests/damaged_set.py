@@ -40,7 +40,6 @@ FACES: dict[int, tuple[float | list[float], bytes, str]] = {
     20: (0.0, PNG, "but the file ends at"),  # the file is cut within
 }
 HEADERS = {0: [21.0, 25.0], 21: [1.0, 4.0], 22: [4.0, 7.0], 23: [9.0, 10.0], 24: [10.0, 21.0]}
-GOOD = {key: face for key, face in FACES.items() if not face[2]}
 BROKEN = {key: face for key, face in FACES.items() if face[2]}
 # Those that only decoding shows.
 HIDDEN = {3, 9, 10, 11}
