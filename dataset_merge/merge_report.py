@@ -109,8 +109,9 @@ def write_report(folder: Path, merge: Merge) -> None:
     columns, rows = decision_counts([str(path) for path in merge.paths], merge.decisions, len(merge.duplicates))
     report.table(columns, rows)
     report.text(f"The merged set takes {merge.size:,} bytes. merge.csv has a row for every identity of every set.")
-    _threshold_section(report, folder, merge)
-    _pairs_section(report, folder, merge, faces)
+    if merge.grouping is not None or merge.settings["merge.decisions"]:  # else one set, of which nobody is joined
+        _threshold_section(report, folder, merge)
+        _pairs_section(report, folder, merge, faces)
     if merge.grouping is not None:
         _conflicts_section(report, merge.grouping, faces)
     if merge.leaks is not None:

@@ -39,6 +39,11 @@ def merge_of(folder: Path, people: list[int], links: list[tuple[int, int, float]
     return Merge(paths, sets, sets, JoinedFaceSet(sets), {}, 32, decisions, 1, grouping)
 
 
+def listed(merge: Merge, rows: list[Decision]) -> Merge:
+    """The same merge by a table that has these rows."""
+    return replace(merge, grouping=None, settings={"merge.decisions": "merge.csv"}, decisions=rows)
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """The labels of the rows of each picture, by its name."""
@@ -96,7 +101,7 @@ def test_who_was_left_out_by_hand_is_not_shown_as_joined(tmp_path: Path, drawn: 
     """A row that a person wrote `dropped` into has a match all the same, often a stranger."""
     merge = merge_of(tmp_path, [1, 2], [(0, 1, 0.8), (0, 2, 0.1)], {})
     rows: list[Decision] = [*merge.decisions[:2], merge.decisions[2]._replace(decision="dropped", new_label=None)]
-    write_report(tmp_path, replace(merge, grouping=None, decisions=rows))
+    write_report(tmp_path, listed(merge, rows))
     assert drawn == {"above_t": ["0:0 1:0"]}
     assert "Identities that the table drops are in neither" in (tmp_path / "report.html").read_text()
 
@@ -108,7 +113,7 @@ def test_who_matched_an_identity_left_out_is_not_shown_as_too_different(
     merge = merge_of(tmp_path, [1, 2], [(0, 1, 0.8), (0, 2, 0.1)], {})
     rows = [*merge.decisions]
     rows[1] = rows[1]._replace(decision="dropped", new_label=None)
-    write_report(tmp_path, replace(merge, grouping=None, decisions=rows))
+    write_report(tmp_path, listed(merge, rows))
     assert drawn == {"below_t": ["0:0 1:1"]}
 
 
@@ -122,5 +127,14 @@ def test_who_joined_someone_else_is_not_shown_as_joined_with_the_match(
     rows[2] = rows[2]._replace(match_label="1", score=0.3)  # joined with 0
     rows[1] = rows[1]._replace(match_source=None, match_label=None, score=None)
     assert [(row.new_label, row.decision) for row in rows] == [(0, "added"), (1, "added"), (0, "joined")]
-    write_report(tmp_path, replace(merge, grouping=None, decisions=rows))
+    write_report(tmp_path, listed(merge, rows))
     assert drawn == {"above_t": ["0:0 1:0"]}
+
+
+def test_one_set_of_which_nobody_is_joined_has_no_threshold(tmp_path: Path) -> None:
+    """Cleaned, or without people of a test set, and by no table: there are no joins to judge, and no t to raise."""
+    merge = merge_of(tmp_path, [2], [(0, 1, 0.1)], {})
+    write_report(tmp_path, replace(merge, grouping=None, settings={"merge.decisions": ""}))
+    page = (tmp_path / "report.html").read_text()
+    assert "What became of the sets" in page
+    assert not any(text in page for text in ("in a table", "Judge by eye", "The threshold"))
