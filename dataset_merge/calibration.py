@@ -58,11 +58,11 @@ class Calibration:
     warning: str = ""
 
 
-def require_identities(people: Sequence[int], names: Sequence[str], enough: bool = True) -> None:
-    """Raise CalibrationError unless one of the sets has as many identities as a calibration needs, and `enough` scores
-    are there. `people`: identities of each set; `names`: of the sets."""
+def require_identities(people: Sequence[int], names: Sequence[str]) -> None:
+    """Raise CalibrationError unless one of the sets has as many identities as a calibration needs. `people`: identities
+    of each set; `names`: of the sets."""
     largest = max(range(len(people)), key=people.__getitem__)
-    if people[largest] < _LEAST_IDENTITIES or not enough:
+    if people[largest] < _LEAST_IDENTITIES:
         raise CalibrationError(
             f"--t auto needs {_LEAST_IDENTITIES} identities or more in one of the sets, to see how similar different "
             f"people are; the largest, {names[largest]}, has {people[largest]}: {_ADVICE}"
@@ -81,13 +81,18 @@ def calibrate(
     """The lowest threshold at which the expected wrong joins are at most `wrong_joins` of the joins.
 
     `found`: numbers of two sets, and the scored pairs between them. Raises CalibrationError where there are too few
-    identities, or the answer lies too far beyond what was seen.
+    identities or matches of theirs, or the answer lies too far beyond what was seen.
     """
     scores = np.sort(np.concatenate([part.scores for part in impostors]))
     compared = sum(part.compared for part in impostors)
     people = [int((part.images > 0).sum()) for part in centres]
     largest = max(range(len(people)), key=lambda number: (people[number], impostors[number].usual_rival))
-    require_identities(people, names, enough=len(scores) >= _LEAST_SCORES)
+    require_identities(people, names)
+    if len(scores) < _LEAST_SCORES:
+        raise CalibrationError(
+            f"--t auto needs {_LEAST_SCORES} matches of different people inside the sets, to see how high these score, "
+            f"and found {len(scores)}: {_ADVICE}"
+        )
     genuine = genuine_scores(halves, centres)
     maxima = scores if rule == "mutual" else np.concatenate([part.nearest for part in impostors])
     tails = fit_tails(scores, maxima, genuine, SEED)
