@@ -396,6 +396,7 @@ POINTS = " ".join(["1.0"] * 10)
         (replaced(PLACES, 5, "5.jpg 101.5 2"), rf"{PLACES}, line 5: template and media must be whole numbers"),
         (replaced(PLACES, 5, "5.jpg 1e30 2"), rf"{PLACES}, line 5: template and media must be whole numbers"),
         (lambda meta: (meta / "ijbc_1N_probe_mixed.csv").unlink(), "1:N needs both galleries"),
+        (lambda meta: write_csv(meta / "ijbc_1N_probe_mixed.csv", [(101, 0)]), "mixed.csv: no probe .* gallery G2"),
         (lambda meta: (meta / "ijbb_face_tid_mid.txt").write_text(""), "found both sets"),
         (lambda meta: (meta / PLACES).unlink(), "found neither"),
     ],

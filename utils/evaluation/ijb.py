@@ -139,6 +139,9 @@ def open_ijb(root: Path | str, size: int = TEMPLATE_SIZE) -> Ijb:
     probes = _read_enrolment(probe_file, "probes", known) if probe_file.is_file() else None
     if bool(galleries) != (probes is not None):
         raise IjbError(f"{meta}: 1:N needs both galleries ({prefix}_1N_gallery_G1.csv, ...) and {probe_file.name}")
+    for gallery in galleries:
+        if probes is not None and not np.isin(probes.subjects, gallery.subjects).any():
+            raise IjbError(f"{probe_file}: no probe is of a subject of gallery {gallery.name}")
     landmarks = numbers[:, :10].reshape(-1, 5, 2)
     return Ijb(
         name=f"IJB-{prefix[-1].upper()}",
