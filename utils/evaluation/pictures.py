@@ -88,8 +88,8 @@ def _draw_rejects(folder: Path, name: str, measured: Sequence[Measured]) -> list
         draw_rejection(path, curves, f"{name}: error versus reject by {what}")
         at = _at(curve.point.far, curve.point.note)
         caption = (
-            f"{name}: false rejects at {at} (threshold of all pairs) that are left when the pairs of lowest quality, "
-            f"{what} of the worse image, are rejected; a quality that tells makes the curve fall. "
+            f"{name}: false rejects at the threshold of all pairs for {at} that are left when the pairs of lowest "
+            f"quality, {what} of the worse image, are rejected; a quality that tells makes the curve fall. "
             f"{curve.genuine[0]:,} genuine and {curve.impostor[0]:,} impostor pairs are in it."
         )
         pictures.append(Picture(path, caption))
@@ -162,7 +162,7 @@ def draw_finding(
 
 
 def _at(far: float, note: str) -> str:
-    return f"FAR {far:.0e}{f', of {note},' if note else ''}"
+    return f"FAR {far:.0e}{f' ({note})' if note else ''}"
 
 
 def _plain(name: str) -> str:
