@@ -74,19 +74,19 @@ def search(
     everything: JoinedFaceSet,
     parts: Parts,
     embeddings: JoinedRows | None,
-    model: str,
+    made_by: str,
     workers: int,
 ) -> list[Duplicate]:
     """All duplicates under the labels of several identities, looked for by `workers` processes where there are many.
-    `embeddings`: None to go by bytes only; `model`: what made them. What is found is kept in the folder `cache`;
-    another merge that is at the same search is waited for.
+    `embeddings`: None to go by bytes only; `made_by`: model and way that made them. What is found is kept in the folder
+    `cache`; another merge that is at the same search is waited for.
     """
     joined = [images for images in parts if len(images) > 1]
     choice = [np.concatenate(images) for images in joined]
     made = {
         **made_from(sets, choice),
         "identities": describe_choice([image for images in joined for image in images]),
-        "model": model,
+        "model": made_by,
         "limits": [CANDIDATE_COSINE, SAME_CORRELATION] if embeddings is not None else None,
     }
     folder = cache / f"duplicates-{hashlib.sha256(json.dumps(made).encode()).hexdigest()[:16]}"

@@ -101,8 +101,8 @@ def run_merge(config: Config, embedder: Embedder | None, opened: OpenedSets, ran
     duplicates: list[Duplicate] = []
     if merge.duplicates != "keep":
         rows = JoinedRows(embeddings) if merge.duplicates == "near" else None
-        model = embedder.fingerprint if embedder and rows else ""
-        duplicates = search(cache, sets, everything, parts, rows, model, workers)
+        made_by = f"{embedder.fingerprint}{' mirror' if merge.mirror else ''}" if embedder and rows else ""
+        duplicates = search(cache, sets, everything, parts, rows, made_by, workers)
     choice = without(duplicates, parts)
     sizes = np.concatenate([stored_sizes(faces) for faces in sets])
     warnings = (

@@ -237,6 +237,19 @@ def test_copies_are_taken_once(tmp_path: Path, tiny_run: Path) -> None:
     assert "one" in rows[0]["original"]
 
 
+def test_copies_are_looked_for_anew_by_other_embeddings(tmp_path: Path, two_sets: str, tiny_run: Path) -> None:
+    """Those with the mirror image added have other candidates among them: what the cache has of the same identities
+    by the plain ones is no answer."""
+    flags = ["--dry-run", "--cache", str(tmp_path / "cache")]
+    merge(two_sets, tmp_path / "first", tiny_run, *flags)
+    again = ["--decisions", str(tmp_path / "first.dry_run" / "merge.csv")]
+    found = []
+    for mirror in ("--no-mirror", "--mirror"):
+        merge(two_sets, tmp_path / "second", tiny_run, *flags, *again, mirror)
+        found.append(len(list((tmp_path / "cache").glob("duplicates-*"))))
+    assert found == [1, 2]
+
+
 def test_people_of_test_sets_are_left_out(tmp_path: Path, two_sets: str, tiny_run: Path) -> None:
     """By a .bin and by a set; who is joined with one of them goes, too, and merge.csv says whom they match."""
     write_bin(
