@@ -143,20 +143,22 @@ def _threshold_section(report: HtmlReport, folder: Path, merge: Merge) -> None:
             )
             report.picture(folder / SCORES, "Scores by which the threshold was chosen; below on a logarithmic scale.")
         elif grouping is not None:  # no identity has two images: there are no halves to draw
-            _draw_best_scores(folder / SCORES, grouping.score[np.isfinite(grouping.score)], calibration.threshold)
+            _draw_best_scores(
+                folder / SCORES, grouping.score[np.isfinite(grouping.score)], calibration.threshold, "score"
+            )
             report.picture(folder / SCORES, "Each identity's best score.")
     elif grouping is not None:
         report.text(f"Two identities are the same person from a cosine of {grouping.threshold:g} on, as it was set.")
         scores = grouping.score[np.isfinite(grouping.score)]
         if len(scores):
-            _draw_best_scores(folder / SCORES, scores, grouping.threshold)
+            _draw_best_scores(folder / SCORES, scores, grouping.threshold, "cosine")
             report.picture(folder / SCORES, "The cosine of every identity with the most similar one it can join.")
     else:
         report.text("The decisions were given in a table: nothing was compared.")
 
 
-def _draw_best_scores(path: Path, scores: np.ndarray, t: float) -> None:
-    draw_marked_scores(path, scores, t, "identities", "cosine with the most similar identity")
+def _draw_best_scores(path: Path, scores: np.ndarray, t: float, what: str) -> None:
+    draw_marked_scores(path, scores, t, "identities", f"{what} with the most similar identity")
 
 
 def _compared_pairs(grouping: Grouping) -> tuple[list[_Pair], list[_Pair]]:
