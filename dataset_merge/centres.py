@@ -30,14 +30,12 @@ class Centres:
     """The identities of a set, or of several sets one after another.
 
     `vectors`: float32 [identities, D], unit, zeros for an identity without an image; `images`: int64 [identities];
-    `used`: int64 [identities], how many images the vector is made of; `spread`: float32 [identities], 1 - mean cosine
-    of all images with the vector, 0 for a single image.
+    `used`: int64 [identities], how many images the vector is made of.
     """
 
     vectors: Tensor
     images: Tensor
     used: Tensor
-    spread: Tensor
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -96,11 +94,7 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
             keep = (cosines >= _TRIM * _medians(cosines, labels, images)[labels]) | (images[labels] <= 2)
             vectors = sums(embeddings, labels, identities, keep)
             used = torch.bincount(labels[keep], minlength=identities)
-    F.normalize(vectors, out=vectors)
-    total = torch.zeros(identities, device=labels.device)
-    total.index_add_(0, labels, cosines_with(embeddings, labels, vectors))
-    spread = torch.where(images > 1, 1 - total / images.clamp(min=1), 0).clamp(min=0)
-    return Centres(vectors, images, used, spread)
+    return Centres(F.normalize(vectors, out=vectors), images, used)
 
 
 def _chunks(embeddings: Rows, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -89,7 +89,7 @@ def decide(
         calibration = calibrate(impostors, halves, centres, found, settings.rule, settings.wrong_joins, names)
     threshold = calibration.threshold if calibration else settings.t
     assert threshold is not None
-    everyone = Centres(*(v.cpu() for v in (everyone.vectors, everyone.images, everyone.used, everyone.spread)))
+    everyone = Centres(everyone.vectors.cpu(), everyone.images.cpu(), everyone.used.cpu())
     vectors = everyone.vectors.numpy()
 
     def score(one: int, other: int) -> float:  # within sets it is the plain cosine
