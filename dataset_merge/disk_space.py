@@ -25,7 +25,7 @@ def stored_sizes(faces: FaceSet) -> np.ndarray:
 
 
 def needed(sizes: np.ndarray, identities: int) -> int:
-    """Bytes of a set with images of these `sizes`, see `stored_sizes`."""
+    """Bytes of a set with images of these `sizes`, at most, see `stored_sizes`."""
     return int(sizes.sum()) + identities * _IDENTITY + _IDENTITY
 
 

@@ -44,7 +44,7 @@ class Merge:
     settings: Mapping[str, object]
     image_size: int
     decisions: Sequence[Decision]
-    size: int  # bytes of the merged set
+    size: int  # bytes of the merged set, at most
     grouping: Grouping | None = None
     calibration: Calibration | None = None
     leaks: Leaks | None = None
@@ -108,7 +108,9 @@ def write_report(folder: Path, merge: Merge) -> None:
         report.warning(note)
     columns, rows = decision_counts([str(path) for path in merge.paths], merge.decisions, len(merge.duplicates))
     report.table(columns, rows)
-    report.text(f"The merged set takes {merge.size:,} bytes. merge.csv has a row for every identity of every set.")
+    report.text(
+        f"The merged set takes {merge.size:,} bytes at most. merge.csv has a row for every identity of every set."
+    )
     if merge.grouping is not None or merge.settings["merge.decisions"]:  # else one set, of which nobody is joined
         _threshold_section(report, folder, merge)
         _pairs_section(report, folder, merge, faces)
