@@ -83,10 +83,8 @@ def identity_centres(embeddings: Rows, labels: Tensor, identities: int, method: 
     if method != "mean":
         # The sum of an image's cosines with the others of its identity is x . (sum - x), and x . x = 1.
         best = _first_best(cosines_with(embeddings, labels, vectors), labels, identities)
-        chosen = best >= 0
-        if method == "trimmed":  # of two images both count
-            chosen &= images != 2
-        vectors[chosen] = embeddings[best[chosen].to(embeddings.device)].to(vectors)
+        some = best >= 0
+        vectors[some] = embeddings[best[some].to(embeddings.device)].to(vectors)
         used = images.clamp(max=1) if method == "medoid" else images
     if method == "trimmed":
         for _ in range(_TRIM_ROUNDS):
