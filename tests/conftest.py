@@ -1,6 +1,8 @@
 """What tests share: where the real faces are, and the tiny sets that several of them use."""
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,3 +100,21 @@ def tiny_run(tiny_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     torch.set_num_threads(1)  # made before `one_thread` has its turn
     return train(config)
+
+
+@pytest.fixture(scope="session")
+def tested_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny run with the results of a test in it, as all_pair_test.py leaves them."""
+    folder = tmp_path_factory.mktemp("tested") / "tiny"
+    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("checkpoints", "test"))
+    points = [
+        {"far": 0.01, "tar": 0.75, "threshold": 0.3, "supported": True},
+        {"far": 1e-6, "tar": 0.5, "threshold": 0.6, "supported": False},
+    ]
+    sets = {
+        "tiny": {"protocol": "10 folds", "pairs": 20, "accuracy": 0.9125, "std": 0.01},
+        "own": {"protocol": "all pairs", "images": 9, "eer": 0.125, "auc": 0.5, "points": points},
+    }
+    (folder / "test").mkdir()
+    (folder / "test" / "results.json").write_text(json.dumps({"mirror": True, "sets": sets}))
+    return folder

@@ -1,13 +1,11 @@
-"""Exports give the embeddings of the model that they were made from, say what they are, or are not there."""
+"""Exports give the embeddings of the model that they were made from, and say what they are."""
 
-import copy
 import json
 import shutil
 import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -15,18 +13,14 @@ import onnxruntime
 import pytest
 import torch
 from onnx import helper
-from torch import nn
 
 import all_pair_test
-from config import Config
 from data.face_sets import FaceSetError
-from data.images import encode_png
-from data.verification_bin import write_bin
+from exporting import FLAGS, options, run
 from models import create_network, load_embedder
 from models.embedders import NetworkEmbedder
 from models.embedders.network import Precision
 from models.inputs import InputSpec
-from saved_steps import files_up_to
 from utils import export as script
 from utils.checkpoints import BEST, Progress, read_safetensors, save_backbone, settings_beside
 from utils.export import export
@@ -34,33 +28,6 @@ from utils.exporting.comparison import choose_calibration, choose_set, deviation
 from utils.exporting.exportable import ExportError, mean_and_scale
 from utils.exporting.onnx_file import prepend_normalisation, rename_telltale_nodes, write_onnx
 from utils.exporting.source import CPU, Source, load_source
-from utils.settings import ConfigError, build
-
-FLAGS = ["--device", "cpu", "--workers", "0"]
-
-
-def run(run_folder: Path, output: Path, *flags: str) -> Path:
-    """Run the script; the file that it wrote."""
-    script.main([str(run_folder), "--output", str(output), *FLAGS, *flags])
-    return output
-
-
-@pytest.fixture(scope="module")
-def tested_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny run with the results of a test in it, as all_pair_test.py leaves them."""
-    folder = tmp_path_factory.mktemp("tested") / "tiny"
-    shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("checkpoints", "test"))
-    points = [
-        {"far": 0.01, "tar": 0.75, "threshold": 0.3, "supported": True},
-        {"far": 1e-6, "tar": 0.5, "threshold": 0.6, "supported": False},
-    ]
-    sets = {
-        "tiny": {"protocol": "10 folds", "pairs": 20, "accuracy": 0.9125, "std": 0.01},
-        "own": {"protocol": "all pairs", "images": 9, "eer": 0.125, "auc": 0.5, "points": points},
-    }
-    (folder / "test").mkdir()
-    (folder / "test" / "results.json").write_text(json.dumps({"mirror": True, "sets": sets}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +50,6 @@ def exported(tested_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
         return path if path.exists() else run(tested_run, path, "--licence", "cc-by-nc-4.0", *flags)
 
     return export_once
-
-
-def options(**settings: Any) -> Any:
-    """ExportConfig with these settings."""
-    return build(Config, {f"export.{name}": value for name, value in settings.items()}).export
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -179,50 +141,6 @@ def test_fp16_and_int8_onnx(
     assert any(weight.data_type == onnx.TensorProto.INT8 for weight in graph.initializer)
 
 
-def test_a_bin_that_cannot_be_tested_on_leaves_no_export(tested_run: Path, tmp_path: Path) -> None:
-    """Its accuracy is measured before the export is written: an error after it would look as if there were none."""
-    face = encode_png(np.zeros((48, 48, 3), np.uint8))
-    write_bin(tmp_path / "large.bin", [face] * 20, [True, False] * 5)
-    with pytest.raises(SystemExit, match="large, image A of pair 0 is 48x48 pixels, expected 32x32"):
-        run(tested_run, tmp_path / "x.onnx", "--precision", "fp16", "--set", str(tmp_path / "large.bin"))
-    assert not (tmp_path / "x.onnx").exists()
-
-
-def test_where_nothing_can_be_written_is_told_before_any_face_is_embedded(
-    tested_run: Path, tiny_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Measuring the accuracy of a large network takes an hour on a CPU."""
-    (tmp_path / "there").mkdir()
-    (tmp_path / "there" / "README.md").touch()
-    monkeypatch.setattr(script, "verify", lambda *_: pytest.fail("faces were embedded"))
-    flags = ["--precision", "fp16", "--set", f"{tiny_set}/tiny.bin"]
-    with pytest.raises(SystemExit, match="there exists and is not empty"):
-        run(tested_run, tmp_path / "there", "--format", "hub", *flags)
-    with pytest.raises(SystemExit, match=r"x\.onnx cannot be written, as .*README\.md is a file"):
-        run(tested_run, tmp_path / "there" / "README.md" / "x.onnx", *flags)
-
-
-def test_an_interrupt_after_the_export_does_not_say_that_nothing_is_there(
-    tested_run: Path,
-    tiny_set: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Its accuracy is measured when it has its place already."""
-
-    def interrupted(model: object, *_: object) -> float:
-        if output.exists():
-            raise KeyboardInterrupt
-        return 0.5
-
-    output = tmp_path / "x.safetensors"
-    monkeypatch.setattr(script, "accuracy", interrupted)
-    with pytest.raises(SystemExit):
-        run(tested_run, output, "--format", "safetensors", "--precision", "fp16", "--set", f"{tiny_set}/tiny.bin")
-    assert capsys.readouterr().err == "\nexport: interrupted; an export is there whole, or not at all\n"
-
-
 @pytest.mark.parametrize("flags", [(), ("--fold-normalisation",), ("--precision", "fp16")])
 def test_torchscript(tested_run: Path, faces: torch.Tensor, tmp_path: Path, flags: tuple[str, ...]) -> None:
     """torch alone loads it, for any number of faces; so do we; it says what it is."""
@@ -261,17 +179,6 @@ def test_safetensors(tested_run: Path, source: Source, faces: torch.Tensor, tmp_
     assert source.trained_on["data"]["root"][0].encode() not in whole.read_bytes()
 
 
-@pytest.mark.parametrize("format_name", ["onnx", "torchscript", "safetensors", "hub"])
-def test_a_full_disk_is_an_error_in_a_line(
-    tested_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_name: str
-) -> None:
-    """Whichever library writes the file; nothing is left of it. What is said goes to memory: it would not fit."""
-    output = tmp_path / f"x{script._SUFFIXES[format_name]}"
-    with files_up_to(1000), pytest.raises(SystemExit, match=r"^export: .*File too large"):
-        run(tested_run, output, "--format", format_name)
-    assert not [*tmp_path.iterdir()]
-
-
 @pytest.mark.parametrize("format_name", ["onnx", "safetensors"])
 def test_a_set_whose_name_is_no_utf8(tmp_path: Path, format_name: str) -> None:
     """A folder may be called so, and a run train on it; files that have to state it in UTF-8 can be written all the
@@ -285,44 +192,6 @@ def test_a_set_whose_name_is_no_utf8(tmp_path: Path, format_name: str) -> None:
     export(source, output, options(format=format_name, images=2))
     if format_name == "safetensors":
         assert read_safetensors(output, metadata_only=True)[1]["training_sets"] == "f?"
-
-
-def test_an_export_that_differs_is_not_kept(
-    source: Source, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whatever goes wrong in an exporter, a file that gives other embeddings never appears, nor replaces a good one."""
-    good = Path(shutil.copy(exported(), tmp_path / "x.onnx"))
-    before = good.read_bytes()
-    exporter = script.to_onnx
-
-    def wrong(module: nn.Module, image_size: int) -> Any:
-        module = copy.deepcopy(module)
-        with torch.no_grad():
-            next(module.parameters()).mul_(-1)
-        return exporter(module, image_size)
-
-    monkeypatch.setattr(script, "to_onnx", wrong)
-    with pytest.raises(ExportError, match=r"the onnx export deviates from the model by .*the bound is 1e-05"):
-        export(source, good, options())
-    assert good.read_bytes() == before
-    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
-    with pytest.raises(ExportError, match="the bound is 1e-12"):
-        export(source, tmp_path / "folder", options(format="hub", precision="fp16", limit=1e-12))
-    assert [path.name for path in tmp_path.iterdir()] == ["x.onnx"]
-
-
-def test_float16_that_overflows_on_a_card_is_refused(source: Source, tmp_path: Path) -> None:
-    """onnxruntime computes float16 files in float32 on a CPU, which hides what a card would overflow at."""
-    network = copy.deepcopy(source.network)
-    convolutions = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    with torch.no_grad():
-        convolutions[0].weight.mul_(1e6)
-        convolutions[0].bias.mul_(1e6)
-    embedder = NetworkEmbedder(network, 32, CPU, "huge")
-    huge = Source(embedder, source.facts, source.trained_on)
-    with pytest.raises(ExportError, match="the network computed in float16 deviates"):
-        export(huge, tmp_path / "x.onnx", options(precision="fp16"))
-    assert not list(tmp_path.iterdir())
 
 
 def test_another_normalisation_has_to_be_folded_in(source: Source, faces: torch.Tensor, tmp_path: Path) -> None:
@@ -342,27 +211,6 @@ def test_another_normalisation_has_to_be_folded_in(source: Source, faces: torch.
     # A network that takes 0..255 as it is gets the nodes all the same, by whose names insightface knows.
     assert mean_and_scale("none") == (0, 1)
     assert mean_and_scale("127.5") == (127.5, 1 / 127.5)
-
-
-def test_what_cannot_be_exported_says_so(
-    tested_run: Path, source: Source, exported: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Settings that contradict each other, exports of exports, endings that would not load, packages that lack."""
-    for settings in ({"format": "torchscript", "precision": "int8"}, {"format": "hub", "fold_normalisation": True}):
-        with pytest.raises(ConfigError, match=r"export\.(precision|fold_normalisation)"):
-            options(**settings)
-    script_file = run(tested_run, tmp_path / "x.pt", "--format", "torchscript")
-    for path in (exported(), script_file):
-        with pytest.raises(SystemExit, match="is an export already"):
-            run(path, tmp_path / "y.onnx")
-    with pytest.raises(SystemExit, match=r"export\.output: .*must end with \.pt"):
-        run(tested_run, tmp_path / "y.onnx", "--format", "torchscript")
-    with pytest.raises(SystemExit, match="is not empty"):
-        run(tested_run, tmp_path, "--format", "hub")
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        monkeypatch.setitem(__import__("sys").modules, package, None)
-    with pytest.raises(ExportError, match="pip install onnx onnxscript onnxruntime"):
-        export(source, tmp_path / "y.onnx", options())
 
 
 def test_how_a_model_is_named(tested_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -390,21 +238,6 @@ def test_default_outputs(tested_run: Path, tmp_path: Path, monkeypatch: pytest.M
         assert script.default_output(tested_run, "tiny", options(**settings), runs) == tested_run / "export" / name
     elsewhere = script.default_output(tmp_path / "backbone.pth", "backbone", options(format="torchscript"), runs)
     assert elsewhere == runs / "export-backbone" / "backbone.pt"
-
-
-def test_nothing_is_written_into_a_folder_to_upload(tmp_path: Path) -> None:
-    """Following its model card, whoever tests it would upload pictures of faces with it."""
-    folder, runs = tmp_path / "face-model", Path("runs")
-    folder.mkdir()
-    (folder / "model.safetensors").touch()
-    settings = {"model": {"network": "demo", "embedding_size": 16}, "data": {"image_size": 32}}
-    (folder / "config.json").write_text(json.dumps(settings))
-    for model in (folder, folder / "model.safetensors"):
-        assert all_pair_test.default_output(model, runs) == runs / "test-face-model"
-        assert script.default_output(model, "face-model", options(), runs) == runs / "export-face-model/face-model.onnx"
-    (folder / "model.safetensors").rename(folder / "best.safetensors")
-    for model in (folder, folder / "best.safetensors"):
-        assert all_pair_test.default_output(model, runs) == folder / "test"
 
 
 def test_settings_of_a_hub_folder_are_settings(tested_run: Path, faces: torch.Tensor, tmp_path: Path) -> None:

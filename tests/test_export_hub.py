@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+import all_pair_test
 from config import Config
+from exporting import options
 from models import NETWORKS, create_network, load_embedder
 from models.losses import LOSSES
 from tiny_runs import checkpoints
+from utils import export as script
 from utils.checkpoints import CheckpointError
-from utils.export import main as export_main
 from utils.exporting.facts import ModelFacts, publishable, set_name
 from utils.exporting.model_card import model_card
 from utils.settings import build, to_json
@@ -124,7 +126,7 @@ def test_a_checkpoint_is_not_called_the_best(tiny_run: Path, tmp_path: Path) -> 
     (checkpoint, *_) = checkpoints(tiny_run)
     chosen = {}
     for name, path in (("run", tiny_run), ("checkpoint", checkpoint / "backbone.safetensors")):
-        export_main([str(path), "--format", "hub", "--workers", "0", "--images", "4", "--output", str(tmp_path / name)])
+        script.main([str(path), "--format", "hub", "--workers", "0", "--images", "4", "--output", str(tmp_path / name)])
         chosen[name] = "the training reached" in (tmp_path / name / "README.md").read_text()
     assert chosen == {"run": True, "checkpoint": False}
 
@@ -141,7 +143,7 @@ def test_an_export_of_an_export_keeps_what_is_known(tiny_run: Path, tmp_path: Pa
         (tmp_path / "hub", "again", []),
         (tmp_path / "hub", "other", ["--licence", "bsd"]),
     ):
-        export_main([str(source), *flags, "--output", str(tmp_path / output), *licence])
+        script.main([str(source), *flags, "--output", str(tmp_path / output), *licence])
     cards = [(tmp_path / name / "README.md").read_text() for name in ("hub", "again", "other")]
     assert [front_matter(card)["license"] for card in cards] == ["mit", "mit", "bsd"]
     for card in cards:
@@ -228,3 +230,18 @@ def test_torch_hub_says_what_hides_our_packages(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setitem(sys.modules, "models", foreign)
     with pytest.raises(ImportError, match="a package called 'models' is loaded already, from /elsewhere"):
         runpy.run_path(str(ROOT / "hubconf.py"))
+
+
+def test_nothing_is_written_into_a_folder_to_upload(tmp_path: Path) -> None:
+    """Following its model card, whoever tests it would upload pictures of faces with it."""
+    folder, runs = tmp_path / "face-model", Path("runs")
+    folder.mkdir()
+    (folder / "model.safetensors").touch()
+    settings = {"model": {"network": "demo", "embedding_size": 16}, "data": {"image_size": 32}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    for model in (folder, folder / "model.safetensors"):
+        assert all_pair_test.default_output(model, runs) == runs / "test-face-model"
+        assert script.default_output(model, "face-model", options(), runs) == runs / "export-face-model/face-model.onnx"
+    (folder / "model.safetensors").rename(folder / "best.safetensors")
+    for model in (folder, folder / "best.safetensors"):
+        assert all_pair_test.default_output(model, runs) == folder / "test"
