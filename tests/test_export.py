@@ -16,11 +16,11 @@ from onnx import helper
 
 import all_pair_test
 from data.face_sets import FaceSetError
-from exporting import FLAGS, options, run
 from models import create_network, load_embedder
 from models.embedders import NetworkEmbedder
 from models.embedders.network import Precision
 from models.inputs import InputSpec
+from tiny_exports import FLAGS, options, run
 from utils import export as script
 from utils.checkpoints import BEST, Progress, read_safetensors, save_backbone, settings_beside
 from utils.export import export

@@ -13,9 +13,9 @@ import torch
 
 import all_pair_test
 from config import Config
-from exporting import options
 from models import NETWORKS, create_network, load_embedder
 from models.losses import LOSSES
+from tiny_exports import options
 from tiny_runs import checkpoints
 from utils import export as script
 from utils.checkpoints import CheckpointError

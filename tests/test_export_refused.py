@@ -13,9 +13,9 @@ from torch import nn
 
 from data.images import encode_png
 from data.verification_bin import write_bin
-from exporting import options, run
 from models.embedders import NetworkEmbedder
 from saved_steps import files_up_to
+from tiny_exports import options, run
 from utils import export as script
 from utils.export import export
 from utils.exporting.exportable import ExportError
