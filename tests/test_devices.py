@@ -48,13 +48,14 @@ def backends(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, ...]]:
     """Where torch keeps how a card multiplies float32, and a made-up card of Ampere's kind."""
     found = torch.backends.cuda.matmul, torch.backends.cudnn.conv
     all_backends = *found, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in all_backends]
+    before, allowed = [backend.fp32_precision for backend in all_backends], torch.backends.cudnn.allow_tf32
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     yield found
     torch.set_float32_matmul_precision("highest")
     for backend, precision in zip(all_backends, before, strict=True):
         backend.fp32_precision = precision
+    torch.backends.cudnn.allow_tf32 = allowed  # else torch.export, in a later test, finds that old and new way differ
 
 
 def test_float32_on_a_card_is_what_was_asked_for(backends: tuple[Any, ...]) -> None:
